@@ -1,0 +1,34 @@
+"""spvit: turn a pre-trained vision transformer into a smaller, faster one of self-attention and convolution.
+
+net = spvit.make_searchable(host)                  # gates; trains like any module
+loss = task_loss + spvit.BudgetLoss(net, macs="50%")()
+architecture = spvit.decide(net, macs="50%")       # frozen data
+small = spvit.fold(spvit.prune(host, architecture, weights=net))
+"""
+
+from spvit.architecture import Architecture, ArchitectureError, architectures
+from spvit.checkpoint import CheckpointError, load, save
+from spvit.cost import BudgetError
+from spvit.hosts.base import UnsupportedHostError
+from spvit.surgery import NotSearchableError, decide, fold, gate_parameters, make_searchable, prune
+from spvit.train.losses import BudgetLoss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Architecture",
+    "ArchitectureError",
+    "BudgetError",
+    "BudgetLoss",
+    "CheckpointError",
+    "NotSearchableError",
+    "UnsupportedHostError",
+    "architectures",
+    "decide",
+    "fold",
+    "gate_parameters",
+    "load",
+    "make_searchable",
+    "prune",
+    "save",
+]

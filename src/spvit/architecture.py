@@ -1,0 +1,270 @@
+"""What a pruned network is: frozen dataclasses, their JSON form, and the published architectures by name.
+
+An architecture is data. It knows nothing of weights or of any host, and this file imports the standard library only,
+so that an architecture can be read, written and compared anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+KINDS = ("msa", "conv3", "conv1", "skip")
+PREFIX_RULES = ("identity",)
+SKIP_RULES = ("zero", "normalised_input")
+FORMAT = "spvit-architecture"
+VERSION = 1
+
+
+class ArchitectureError(ValueError):
+    """An architecture is malformed or does not fit the host it is used with."""
+
+
+def _check_indices(name: str, indices: Sequence[int], limit: int | None) -> None:
+    for previous, index in zip([-1, *indices], indices):
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise ArchitectureError(f"{name}: found {index!r}, expected whole numbers")
+        if index < 0 or (limit is not None and index >= limit):
+            bound = "0 or more" if limit is None else f"from 0 to {limit - 1}"
+            raise ArchitectureError(f"{name}: index {index} is out of range, expected {bound}")
+        if index <= previous:
+            raise ArchitectureError(f"{name}: index {index} follows {previous}, expected strictly ascending indices")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What stands where one attention layer was."""
+
+    kind: str = "msa"
+    """`msa` (the layer as it was), `conv3`, `conv1` (bottleneck convolutions) or `skip` (nothing)."""
+    heads: tuple[int, ...] | None = None
+    """Heads kept, for `msa`; all when None."""
+    query_key_dimensions: tuple[int, ...] | None = None
+    """Query and key dimensions kept in every head, for `msa`; all when None."""
+    value_dimensions: tuple[int, ...] | None = None
+    """Value dimensions kept in every head, for `msa`; all when None."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ArchitectureError(f"attention kind {self.kind!r} is unknown, expected one of {', '.join(KINDS)}")
+        for name in ("heads", "query_key_dimensions", "value_dimensions"):
+            kept = getattr(self, name)
+            if kept is None:
+                continue
+            if self.kind != "msa":
+                raise ArchitectureError(f"attention {name} belong to kind msa only, found them with {self.kind}")
+            _check_indices(f"attention {name}", kept, None)
+
+
+@dataclass(frozen=True)
+class FFN:
+    """Which hidden units of one FFN stay."""
+
+    width: int
+    """Hidden units of the FFN before pruning."""
+    units: tuple[int, ...]
+    """Indices of the units kept, ascending."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 1:
+            raise ArchitectureError(f"FFN width: found {self.width!r}, expected a whole number of units, 1 or more")
+        _check_indices("FFN units", self.units, self.width)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block: its attention and its FFN."""
+
+    attention: Attention
+    ffn: FFN
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What every block of a network keeps.
+
+    `str(architecture)` is a table; `to_json` and `from_json` are exact inverses.
+    """
+
+    blocks: tuple[Block, ...]
+    prefix_rule: str = "identity"
+    """What a convolution does to prefix tokens: `identity` passes the layer's own (normalised) input on."""
+    skip_rule: str = "zero"
+    """What a skipped layer adds: `zero`, or `normalised_input` as in the published fine-tuned checkpoints."""
+
+    def __post_init__(self) -> None:
+        if not self.blocks:
+            raise ArchitectureError("an architecture needs at least one block, found none")
+        if self.prefix_rule not in PREFIX_RULES:
+            raise ArchitectureError(
+                f"prefix_rule {self.prefix_rule!r} is unknown, expected one of {', '.join(PREFIX_RULES)}"
+            )
+        if self.skip_rule not in SKIP_RULES:
+            raise ArchitectureError(f"skip_rule {self.skip_rule!r} is unknown, expected one of {', '.join(SKIP_RULES)}")
+
+    def kinds(self) -> tuple[str, ...]:
+        """Return the attention kind of every block."""
+        return tuple(block.attention.kind for block in self.blocks)
+
+    def widths(self) -> tuple[int, ...]:
+        """Return the number of FFN units kept in every block."""
+        return tuple(len(block.ffn.units) for block in self.blocks)
+
+    def __str__(self) -> str:
+        lines = ["block  attention  FFN units"]
+        for index, block in enumerate(self.blocks):
+            units = f"{len(block.ffn.units)} of {block.ffn.width}"
+            lines.append(f"{index:>5}  {block.attention.kind:<9}  {units}")
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """Return the architecture as JSON text, one block a line."""
+        blocks = ",\n    ".join(json.dumps(_block_to_dict(block)) for block in self.blocks)
+        return (
+            "{\n"
+            f'  "format": "{FORMAT}",\n  "version": {VERSION},\n'
+            f'  "prefix_rule": "{self.prefix_rule}",\n  "skip_rule": "{self.skip_rule}",\n'
+            f'  "blocks": [\n    {blocks}\n  ]\n}}\n'
+        )
+
+    @staticmethod
+    def from_json(text: str) -> Architecture:
+        """Read an architecture from JSON text.
+
+        Raises:
+            ArchitectureError: the text is not JSON, or has unknown, missing or ill-valued fields.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ArchitectureError(f"not an architecture: the text is not valid JSON ({error})") from error
+        return architecture_from_dict(data)
+
+    @staticmethod
+    def load(path: str | Path) -> Architecture:
+        """Read an architecture file. Raises ArchitectureError naming the file."""
+        try:
+            return Architecture.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, ArchitectureError) as error:
+            raise ArchitectureError(f"architecture file {path}: {error}") from error
+
+
+def dense(widths: Sequence[int]) -> Architecture:
+    """Return the architecture that keeps everything of a host whose blocks have FFNs of these widths."""
+    return Architecture(tuple(Block(Attention(), FFN(width, tuple(range(width)))) for width in widths))
+
+
+def check_same_shape(architecture: Architecture, widths: Sequence[int], host: str) -> None:
+    """Raise ArchitectureError unless the architecture has the block count and FFN widths of a host named `host`."""
+    if len(architecture.blocks) != len(widths):
+        raise ArchitectureError(
+            f"the architecture has {len(architecture.blocks)} blocks, but {host} has {len(widths)}; "
+            "use an architecture that was decided for this host"
+        )
+    for index, (block, width) in enumerate(zip(architecture.blocks, widths)):
+        if block.ffn.width != width:
+            raise ArchitectureError(
+                f"block {index}: the architecture is for an FFN of {block.ffn.width} units, but {host} has {width}; "
+                "use an architecture that was decided for this host"
+            )
+
+
+def _block_to_dict(block: Block) -> dict[str, Any]:
+    attention = {name: value for name, value in vars(block.attention).items() if value is not None}
+    return {"attention": attention, "ffn": {"width": block.ffn.width, "units": block.ffn.units}}
+
+
+def _take_fields(cls: type, data: Any, where: str, extra: Sequence[str] = ()) -> dict[str, Any]:
+    if not isinstance(data, Mapping):
+        raise ArchitectureError(f"{where}: found {type(data).__name__}, expected an object")
+    known = [field.name for field in fields(cls)] + list(extra)
+    for name in data:
+        if name not in known:
+            raise ArchitectureError(f"{where}: unknown field {name!r}, expected {', '.join(known)}")
+    return dict(data)
+
+
+def _tuple(value: Any, where: str) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise ArchitectureError(f"{where}: found {value!r}, expected a list of whole numbers")
+    return tuple(value)
+
+
+def _block_from_dict(data: Any, where: str) -> Block:
+    values = _take_fields(Block, data, where)
+    for name in ("attention", "ffn"):
+        if name not in values:
+            raise ArchitectureError(f"{where}: field {name!r} is missing")
+    attention = _take_fields(Attention, values["attention"], f"{where} attention")
+    ffn = _take_fields(FFN, values["ffn"], f"{where} ffn")
+    for name in ("width", "units"):
+        if name not in ffn:
+            raise ArchitectureError(f"{where} ffn: field {name!r} is missing")
+    for name in ("heads", "query_key_dimensions", "value_dimensions"):
+        if attention.get(name) is not None:
+            attention[name] = _tuple(attention[name], f"{where} attention {name}")
+    ffn["units"] = _tuple(ffn["units"], f"{where} ffn units")
+    try:
+        return Block(Attention(**attention), FFN(**ffn))
+    except ArchitectureError as error:
+        raise ArchitectureError(f"{where}: {error}") from error
+
+
+def architecture_from_dict(data: Any) -> Architecture:
+    """Build an architecture from parsed JSON. Raises ArchitectureError naming the field that is wrong."""
+    values = _take_fields(Architecture, data, "architecture", extra=("format", "version"))
+    if values.pop("format", None) != FORMAT:
+        raise ArchitectureError(f'not an architecture: expected "format": "{FORMAT}"')
+    version = values.pop("version", None)
+    if version != VERSION:
+        raise ArchitectureError(f"architecture version {version!r} cannot be read, expected {VERSION}")
+    blocks = values.pop("blocks", None)
+    if not isinstance(blocks, list):
+        raise ArchitectureError("architecture: field 'blocks' is missing or not a list")
+    return Architecture(tuple(_block_from_dict(block, f"block {i}") for i, block in enumerate(blocks)), **values)
+
+
+# Read off the published checkpoints (method.md 6): attention a letter a block, then the FFN units kept a block, of
+# `width`. The publication gives how many units stay, not which; here the first ones stand for them.
+_LETTERS = {"m": "msa", "3": "conv3", "1": "conv1", "s": "skip"}
+_PUBLISHED = {
+    "spvit_deit_tiny_patch16_224": (
+        768,
+        "11mmmmmmmmmm",
+        (744, 758, 764, 767, 766, 764, 756, 659, 633, 473, 179, 145),
+    ),
+    "spvit_deit_small_patch16_224": (
+        1536,
+        "1mmmmmmmmmmm",
+        (1304, 1399, 1344, 1214, 1251, 1183, 1140, 925, 742, 391, 104, 103),
+    ),
+    "spvit_deit_base_patch16_224": (
+        3072,
+        "11133mmmmmmm",
+        (1118, 489, 1050, 1345, 1336, 1326, 1431, 1564, 1606, 1702, 1290, 190),
+    ),
+    "spvit_deit_base_11g_patch16_224": (
+        3072,
+        "1113mmmmmmmm",
+        (1253, 610, 1343, 1912, 2354, 2306, 2483, 2753, 2869, 2860, 2443, 934),
+    ),
+}
+
+
+def architectures() -> dict[str, Architecture]:
+    """Return the published architectures of the DeiT family by name (paper, tables of section 4).
+
+    The publication counts the FFN units kept but a name cannot say which they are, so each FFN lists its first units.
+    """
+    return {
+        name: Architecture(
+            tuple(
+                Block(Attention(_LETTERS[letter]), FFN(width, tuple(range(kept))))
+                for letter, kept in zip(letters, widths)
+            )
+        )
+        for name, (width, letters, widths) in _PUBLISHED.items()
+    }

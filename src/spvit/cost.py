@@ -1,0 +1,186 @@
+"""MACs and parameters of a network by what its blocks keep, and budgets.
+
+The same arithmetic takes integers (the cost of an architecture) and tensors (the expected cost of gates), so that the
+two cannot disagree. Costs are MACs of one image, or parameters, of the deployed network (batch norms folded).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from spvit.architecture import KINDS, Architecture
+
+METRICS = ("macs", "params")
+
+
+class BudgetError(ValueError):
+    """A budget is malformed, or cannot be reached."""
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """What the parts of one block cost, in MACs or parameters."""
+
+    msa: int
+    conv3: int
+    conv1: int
+    unit: int
+    """One hidden unit of the FFN."""
+    units: int
+    """Hidden units of the FFN before pruning."""
+
+    def attention(self, kind: str) -> int:
+        """Return the cost of an attention kind."""
+        return {"msa": self.msa, "conv3": self.conv3, "conv1": self.conv1, "skip": 0}[kind]
+
+
+@dataclass(frozen=True)
+class NetworkCost:
+    """What a network costs: a fixed part, and what each block's gates decide (paper section 3.4)."""
+
+    metric: str
+    """`macs` or `params`."""
+    fixed: int
+    blocks: tuple[BlockCost, ...]
+
+    def total(self, attention: Any, units: Any) -> Any:
+        """Return the cost of nested attention gates and unit counts, which may be numbers or tensors.
+
+        Args:
+            attention: for each block, its nested gates (c1, c2, c3), each 0 to 1.
+            units: for each block, how many FFN units stay.
+        """
+        total: Any = self.fixed
+        for block, (c1, c2, c3), kept in zip(self.blocks, attention, units):
+            total = total + c1 * block.conv1 + c2 * (block.conv3 - block.conv1) + c3 * (block.msa - block.conv3)
+            total = total + block.unit * kept
+        return total
+
+    def of(self, architecture: Architecture) -> int:
+        """Return the cost of an architecture."""
+        return int(self.total([kind_gates(kind) for kind in architecture.kinds()], architecture.widths()))
+
+    def expected(self, attention: Tensor, units: Sequence[Tensor]) -> Tensor:
+        """Return the cost of gates given in expectation, differentiable.
+
+        Args:
+            attention: nested expected gates, [blocks, 3].
+            units: for each block, the sum of its expected FFN gates, a scalar.
+        """
+        steps = attention.new_tensor(
+            [[block.conv1, block.conv3 - block.conv1, block.msa - block.conv3] for block in self.blocks]
+        )
+        unit = attention.new_tensor([block.unit for block in self.blocks])
+        return self.fixed + (steps * attention).sum() + (unit * torch.stack(list(units))).sum()
+
+    @property
+    def dense(self) -> int:
+        """The cost of keeping everything."""
+        return self.fixed + sum(block.msa + block.unit * block.units for block in self.blocks)
+
+
+def kind_gates(kind: str) -> tuple[int, int, int]:
+    """Return the nested gates (c1, c2, c3) of an attention kind."""
+    opened = len(KINDS) - 1 - KINDS.index(kind)
+    return tuple(int(index < opened) for index in range(3))  # type: ignore[return-value]
+
+
+def count_macs(model: nn.Module, run: Callable[[nn.Module], object]) -> int:
+    """Return the MACs that a forward pass takes, measured without computing anything.
+
+    Linear, convolution and attention products count, as `torch.utils.flop_counter` counts them (halved).
+
+    Args:
+        model: any module; it is copied to the meta device, since fused attention on CPU escapes the counter.
+        run: calls the copy it is given once.
+    """
+    twin = copy.deepcopy(model).to("meta").eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run(twin)
+    return counter.get_total_flops() // 2
+
+
+def count_params(model: nn.Module) -> int:
+    """Return the number of parameters of a model."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of a metric a network may cost: a fraction of the dense cost, or an amount."""
+
+    metric: str
+    fraction: float | None = None
+    amount: int | None = None
+
+    def target(self, dense: int) -> int:
+        """Return the target in MACs or parameters. Raises BudgetError when it is above the dense cost."""
+        target = round(dense * self.fraction) if self.fraction is not None else self.amount
+        assert target is not None
+        if target > dense:
+            raise BudgetError(
+                f"a budget of {target:,} {self.metric} is above the dense model's {dense:,}; ask for 100% or less"
+            )
+        return target
+
+
+_BUDGET = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([%kKMGT]?)\s*")
+_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_budget(macs: str | int | None = None, params: str | int | None = None) -> Budget:
+    """Return the budget that exactly one of the two arguments states.
+
+    Args:
+        macs: `"50%"` of the dense cost, `"1.0G"` (k, M, G, T), or a whole number of MACs of one image.
+        params: the same, in parameters.
+
+    Raises:
+        BudgetError: none or both are given, or the text is none of these.
+    """
+    given = [(metric, value) for metric, value in (("macs", macs), ("params", params)) if value is not None]
+    if len(given) != 1:
+        found = "both" if given else "neither"
+        raise BudgetError(f'a budget is one of macs or params, found {found}; write for example macs="50%"')
+    metric, value = given[0]
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise _malformed(metric, value)
+    match = _BUDGET.fullmatch(str(value))
+    if match is None:
+        raise _malformed(metric, value)
+    number, unit = float(match[1]), match[2]
+    if unit == "%":
+        if not 0 < number <= 100:
+            raise BudgetError(f"{metric} budget {value!r} is out of range, expected above 0% and at most 100%")
+        return Budget(metric, fraction=number / 100)
+    amount = number * _UNITS[unit]
+    if not amount.is_integer() or amount < 1:
+        raise _malformed(metric, value)
+    return Budget(metric, amount=int(amount))
+
+
+def _malformed(metric: str, value: object) -> BudgetError:
+    return BudgetError(
+        f'{metric} budget {value!r} is malformed, expected a share like "50%", an amount like "1.0G" or "300M", '
+        "or a whole number"
+    )
+
+
+def human(count: float) -> str:
+    """Return a count with a unit prefix, to four significant digits: 1.039G, 4.775M."""
+    if count <= 0:
+        return "0"
+    power = min(int(math.log10(count) // 3), 4)
+    scaled = count / 1000**power
+    if f"{scaled:.4g}" in ("1000", "1e+03") and power < 4:
+        power, scaled = power + 1, scaled / 1000
+    return f"{scaled:.4g}" + ["", "k", "M", "G", "T"][power]

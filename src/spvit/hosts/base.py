@@ -1,0 +1,194 @@
+"""The contract between spvit and a family of hosts: where the sites are, how to read them, how to install there.
+
+A family is one small file beside this one. It answers with *locations* and plain numbers; reading weights and putting
+replacements in place go through the dotted names, so that no host's forward is ever touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from spvit.cost import BlockCost, NetworkCost, count_macs, count_params
+from spvit.pruned import Grid
+from spvit.searchable import AttentionAccess
+
+
+class UnsupportedHostError(ValueError):
+    """The model is of no supported family, or has a part that its family's adapter does not know."""
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """Where an attention layer sits and what it works on."""
+
+    path: str
+    """Dotted name of the layer in the host."""
+    norm: str | None
+    """Dotted name of the norm that feeds this layer alone and goes when the layer is skipped; None to keep it."""
+    dim: int
+    heads: int
+    head_width: int
+    prefix_tokens: int
+    grid: tuple[int, int]
+    """(height, width) of the patch grid at the host's own input size."""
+    keys: int
+    """Tokens that each query attends to."""
+
+    @property
+    def tokens(self) -> int:
+        """All tokens of one image."""
+        return self.prefix_tokens + self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class FFNSite:
+    """Where an FFN sits."""
+
+    first: str
+    """Dotted name of its first linear layer in the host."""
+    second: str
+    """Dotted name of its second linear layer in the host."""
+    units: int
+
+
+@dataclass(frozen=True)
+class BlockSites:
+    """The two sites of a block."""
+
+    attention: AttentionSite
+    ffn: FFNSite
+
+
+class Family(Protocol):
+    """What a host family has to say. Methods take the host, an instance of the family's class."""
+
+    name: str
+    """How messages and files call the family."""
+    temperature: float
+    """Default temperature of the head mix (alpha)."""
+    access: AttentionAccess
+
+    def blocks(self, host: nn.Module) -> tuple[BlockSites, ...]:
+        """Return the sites of every block, in order. Raises UnsupportedHostError naming a part it does not know."""
+        ...
+
+    def input_size(self, host: nn.Module) -> tuple[int, int, int]:
+        """Return (channels, height, width) of the images that the host takes."""
+        ...
+
+    def track_grid(self, host: nn.Module, grid: Grid) -> None:
+        """Make the host keep `grid` at the patch grid of the images that it is working on."""
+        ...
+
+    def source(self, host: nn.Module) -> dict[str, Any]:
+        """Return what `build` needs to make the same host again, as JSON values. Raises UnsupportedHostError."""
+        ...
+
+    def build(self, source: dict[str, Any]) -> nn.Module:
+        """Make a host with random weights from what `source` returned."""
+        ...
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the class logits [B, classes] from whatever a host's forward returned."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise UnsupportedHostError(
+        f"cannot find class logits in a {type(output).__name__}; expected a tensor or an object with .logits"
+    )
+
+
+def example_images(family: Family, host: nn.Module, batch: int = 1, device: torch.device | None = None) -> Tensor:
+    """Return zero images that the host takes: [batch, channels, height, width], in the host's dtype."""
+    parameter = next(host.parameters())
+    return torch.zeros(batch, *family.input_size(host), dtype=parameter.dtype, device=device or parameter.device)
+
+
+def expect(module: nn.Module, cls: type, path: str, family: str) -> None:
+    """Raise UnsupportedHostError unless the module at a dotted name is of exactly this class."""
+    if type(module) is not cls:
+        raise UnsupportedHostError(
+            f"{path} is a {type(module).__name__}, but {family} hosts are supported with {cls.__name__} there only"
+        )
+
+
+def _linear_params(module: nn.Module) -> int:
+    return sum(child.weight.numel() for child in module.modules() if isinstance(child, nn.Linear))
+
+
+def _block_macs(host: nn.Module, block: BlockSites) -> BlockCost:
+    """MACs of one image (method: paper section 3.4). Attention products: two of [tokens, keys, H E]."""
+    site, ffn = block.attention, block.ffn
+    attention = host.get_submodule(site.path)
+    products = 2 * site.tokens * site.keys * site.heads * site.head_width
+    grid_tokens = site.grid[0] * site.grid[1]
+    bottleneck = site.dim * site.head_width * grid_tokens
+    first, second = host.get_submodule(ffn.first), host.get_submodule(ffn.second)
+    return BlockCost(
+        msa=site.tokens * _linear_params(attention) + products,
+        conv3=10 * bottleneck,
+        conv1=2 * bottleneck,
+        unit=site.tokens * (_linear_params(first) + _linear_params(second)) // ffn.units,
+        units=ffn.units,
+    )
+
+
+def _block_params(host: nn.Module, block: BlockSites) -> BlockCost:
+    """Parameters as deployed: convolutions folded, with both biases."""
+    site, ffn = block.attention, block.ffn
+    norm = 0 if site.norm is None else count_params(host.get_submodule(site.norm))
+    bottleneck, biases = site.dim * site.head_width, site.dim + site.head_width
+    first = host.get_submodule(ffn.first)
+    first_bias = getattr(first, "bias", None) is not None
+    weights = _linear_params(first) + _linear_params(host.get_submodule(ffn.second))
+    return BlockCost(
+        msa=norm + count_params(host.get_submodule(site.path)),
+        conv3=norm + 10 * bottleneck + biases,
+        conv1=norm + 2 * bottleneck + biases,
+        unit=weights // ffn.units + int(first_bias),
+        units=ffn.units,
+    )
+
+
+def network_costs(family: Family, host: nn.Module) -> dict[str, NetworkCost]:
+    """Return the costs of a host by metric. The fixed part is what its measured total leaves beside the sites."""
+    blocks = family.blocks(host)
+
+    def run(twin: nn.Module) -> object:
+        return twin(example_images(family, twin))
+
+    totals = {"macs": count_macs(host, run), "params": count_params(host)}
+    costs = {}
+    for metric, block_cost in (("macs", _block_macs), ("params", _block_params)):
+        sites = tuple(block_cost(host, block) for block in blocks)
+        variable = NetworkCost(metric, 0, sites).dense
+        costs[metric] = NetworkCost(metric, totals[metric] - variable, sites)
+    return costs
+
+
+@dataclass
+class GridTracker:
+    """A forward pre-hook for a host's patch embedding: keeps the grid at the size of the images that pass.
+
+    A dataclass of plain values, so that a hooked model can be copied and saved.
+    """
+
+    grid: Grid
+    patch: tuple[int, int]
+    pads: bool
+
+    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        """Set the grid from images [B, C, height, width]."""
+        extra = [size - 1 if self.pads else 0 for size in self.patch]
+        height, width = arguments[0].shape[-2:]
+        self.grid.height = int((height + extra[0]) // self.patch[0])
+        self.grid.width = int((width + extra[1]) // self.patch[1])

@@ -1,0 +1,135 @@
+"""timm's VisionTransformer: ViT, DeiT with one or two prefix tokens, register tokens, any pooling."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import timm
+from timm.layers import Attention, Mlp, PatchDropout
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from torch import nn
+
+from spvit.hosts.base import (
+    AttentionSite,
+    BlockSites,
+    FFNSite,
+    GridTracker,
+    UnsupportedHostError,
+    expect,
+)
+from spvit.kernels import AttentionWeights
+from spvit.pruned import Grid
+from spvit.searchable import AttentionAccess
+
+
+def read_attention(attention: nn.Module) -> AttentionWeights:
+    """Return the shared weights of a timm attention layer, whose query, key and value projections are packed."""
+    layer = cast(Attention, attention)
+    heads, width = layer.num_heads, layer.head_dim
+    value_rows = slice(2 * heads * width, 3 * heads * width)
+    qkv_bias = layer.qkv.bias
+    return AttentionWeights(
+        value_weight=layer.qkv.weight[value_rows].unflatten(0, (heads, width)),
+        value_bias=None if qkv_bias is None else qkv_bias[value_rows].unflatten(0, (heads, width)),
+        out_weight=layer.proj.weight.unflatten(1, (heads, width)),
+        out_bias=layer.proj.bias,
+    )
+
+
+class TimmViT:
+    """Adapter of timm's VisionTransformer and VisionTransformerDistilled."""
+
+    name = "timm VisionTransformer"
+    temperature = 0.01
+    access = AttentionAccess(read=read_attention, value_projection="qkv", returns_tuple=False)
+
+    def blocks(self, host: nn.Module) -> tuple[BlockSites, ...]:
+        """Return the sites of every block."""
+        model = cast(VisionTransformer, host)
+        if isinstance(model.patch_drop, PatchDropout):
+            raise UnsupportedHostError(
+                f"{self.name} with patch_drop_rate > 0 drops patches, which leaves convolutions no grid; "
+                "create the model with patch_drop_rate=0"
+            )
+        grid = model.patch_embed.grid_size
+        if grid is None:
+            raise UnsupportedHostError(
+                f"{self.name} without an img_size has no patch grid; create it with img_size=..."
+            )
+        return tuple(self._block(model, index, (grid[0], grid[1])) for index in range(len(model.blocks)))
+
+    def _block(self, model: VisionTransformer, index: int, grid: tuple[int, int]) -> BlockSites:
+        path = f"blocks.{index}"
+        block = model.blocks[index]
+        if type(block) not in (Block, ResPostBlock):
+            raise UnsupportedHostError(
+                f"{path} is a {type(block).__name__}, but {self.name} hosts are supported with Block and ResPostBlock "
+                "there only"
+            )
+        attention, ffn = cast(Attention, block.attn), cast(Mlp, block.mlp)
+        expect(attention, Attention, f"{path}.attn", self.name)
+        expect(ffn, Mlp, f"{path}.mlp", self.name)
+        for part in ("fc1", "fc2"):
+            expect(getattr(ffn, part), nn.Linear, f"{path}.mlp.{part}", self.name)
+        if not isinstance(ffn.norm, nn.Identity):
+            raise UnsupportedHostError(
+                f"{path}.mlp.norm is a {type(ffn.norm).__name__} over the hidden units, which pruning would change; "
+                "use a model without scale_mlp_norm"
+            )
+        prefix_tokens = model.num_prefix_tokens
+        return BlockSites(
+            AttentionSite(
+                path=f"{path}.attn",
+                # In a residual-post-norm block the norm follows the attention, so it must stay.
+                norm=f"{path}.norm1" if type(block) is Block else None,
+                dim=attention.qkv.in_features,
+                heads=attention.num_heads,
+                head_width=attention.head_dim,
+                prefix_tokens=prefix_tokens,
+                grid=grid,
+                keys=prefix_tokens + grid[0] * grid[1],
+            ),
+            FFNSite(f"{path}.mlp.fc1", f"{path}.mlp.fc2", ffn.fc1.out_features),
+        )
+
+    def input_size(self, host: nn.Module) -> tuple[int, int, int]:
+        """Return (channels, height, width) of the images that the host takes."""
+        embed = cast(VisionTransformer, host).patch_embed
+        assert embed.img_size is not None
+        return (embed.proj.in_channels, embed.img_size[0], embed.img_size[1])
+
+    def track_grid(self, host: nn.Module, grid: Grid) -> None:
+        """Keep the grid at the size of the images, which differs from the host's own under `dynamic_img_size`."""
+        embed = cast(VisionTransformer, host).patch_embed
+        patch = (embed.patch_size[0], embed.patch_size[1])
+        embed.register_forward_pre_hook(GridTracker(grid, patch, embed.dynamic_img_pad))
+
+    def source(self, host: nn.Module) -> dict[str, Any]:
+        """Return the timm model name and arguments that the host was created with."""
+        config = getattr(host, "pretrained_cfg", None)
+        arguments = getattr(host, "_model_args", None)
+        if not config or arguments is None:
+            raise UnsupportedHostError(
+                "this timm model was not made by timm.create_model, so its name and arguments are not known and it "
+                "cannot be rebuilt from a file; make it with timm.create_model"
+            )
+        # reset_classifier leaves the recorded arguments as they were.
+        arguments = {**arguments, "num_classes": cast(VisionTransformer, host).num_classes}
+        return {"library": "timm", "name": config["architecture"], "arguments": _as_json(arguments)}
+
+    def build(self, source: dict[str, Any]) -> nn.Module:
+        """Make a timm model from its name and arguments."""
+        return timm.create_model(source["name"], **source["arguments"])
+
+
+def _as_json(arguments: dict[str, Any]) -> dict[str, Any]:
+    for name, value in arguments.items():
+        if not isinstance(value, (str, int, float, bool, list, tuple, dict, type(None))):
+            raise UnsupportedHostError(
+                f"the model was created with {name}={value!r}, which cannot be written to a file; "
+                "use a value that is a string, a number or a list"
+            )
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
+
+
+FAMILY = TimmViT()

@@ -1,0 +1,313 @@
+"""The gated attention layer and the gated second linear layer of an FFN, as they stand while searching.
+
+The original layer lives on inside and computes its own branch. Exactly one candidate carries gradients to weights in a
+forward pass; the others are needed in value only, for the gradient of the gates, so they are computed without one.
+
+Shapes: B batch, N tokens = P prefix tokens + G grid tokens, D width, H heads, E head width, K = 9 positions.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spvit import kernels
+from spvit.architecture import KINDS
+from spvit.gates import INITIAL_LOGIT, GateDraws, is_open, nest, opened, straight_through
+from spvit.kernels import CENTRE, POSITIONS, AttentionWeights
+from spvit.pruned import Grid, as_map, as_tokens
+
+CANDIDATES = ("msa", "conv3", "conv1")
+
+
+@dataclass(frozen=True)
+class AttentionAccess:
+    """How to reach into a host's attention layer. The functions are plain module-level ones, so layers can be copied."""
+
+    read: Callable[[nn.Module], AttentionWeights]
+    """Returns the weights that the convolutions share."""
+    value_projection: str
+    """Name, inside the attention layer, of the linear layer whose last outputs are the values."""
+    returns_tuple: bool
+    """Whether the layer answers `(output, attention weights)`."""
+
+
+def candidate_mixture(gates: Tensor) -> Tensor:
+    """Return the weights of (msa, conv3, conv1) in the layer's output, [3], from its sampled gates, [3].
+
+    A = c3 msa + c2 (1 - c3) conv3 + c1 (1 - c2)(1 - c3) conv1 (paper section 3.3).
+    """
+    c1, c2, c3 = nest(gates).unbind(-1)
+    return torch.stack([c3, c2 * (1 - c3), c1 * (1 - c2) * (1 - c3)])
+
+
+@functools.cache
+def gate_sensitivity(bits: tuple[bool, ...]) -> list[list[float]]:
+    """Return d(mixture) / d(gates) at sampled gates: one row a gate, one column a candidate (msa, conv3, conv1).
+
+    The columns that are zero throughout are candidates whose values are not needed at all.
+    """
+    gates = torch.tensor([float(bit) for bit in bits], requires_grad=True)
+    with torch.enable_grad():
+        mixture = candidate_mixture(gates)
+    rows = [torch.autograd.grad(part, gates, retain_graph=True, allow_unused=True)[0] for part in mixture]
+    return torch.stack([torch.zeros(3) if row is None else row for row in rows], dim=1).tolist()
+
+
+class _Choose(torch.autograd.Function):
+    """Passes the chosen output on; gives the gates the inner products of its gradient with what they would change.
+
+    Inputs: the chosen output [B, N, D]; gates [3]; for each gate the index of its difference (-1: none); how many
+    differences follow; the differences [B, N, D]; then tensors that receive a gradient of zero (or none).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, chosen: Tensor, gates: Tensor, rows: tuple[int, ...], count: int, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[:count])
+        ctx.rows, ctx.count = rows, count
+        ctx.gates_like = gates.detach()
+        ctx.silent_like = [
+            (tensor.shape, {"dtype": tensor.dtype, "device": tensor.device}) for tensor in tensors[count:]
+        ]
+        return chosen.view_as(chosen)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (grad,) = grad_outputs
+        grad_gates = None
+        if ctx.needs_input_grad[1]:
+            grad_gates = torch.zeros_like(ctx.gates_like)
+            products = [_inner(grad, difference).to(grad_gates.dtype) for difference in ctx.saved_tensors]
+            for gate, row in enumerate(ctx.rows):
+                if row >= 0:
+                    grad_gates[gate] = products[row]
+        silent = [
+            torch.zeros(shape, **like) if needed else None
+            for (shape, like), needed in zip(ctx.silent_like, ctx.needs_input_grad[4 + ctx.count :])
+        ]
+        grad_chosen = grad if ctx.needs_input_grad[0] else None
+        return (grad_chosen, grad_gates, None, None, *[None] * ctx.count, *silent)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype != b.dtype or a.dtype in (torch.bfloat16, torch.float16):
+        a, b = a.float(), b.float()
+    return torch.dot(a.reshape(-1), b.reshape(-1))
+
+
+class SearchableAttention(nn.Module):
+    """An attention layer that may become a 3 x 3 or 1 x 1 convolution of its own weights, or nothing.
+
+    Attributes: `attention`, the original layer; `gate_logits` [3]; `head_logits` M [H, 9]; `bn1`, `bn3`.
+    Call it as the original layer is called; it answers in the same form.
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        access: AttentionAccess,
+        *,
+        prefix_tokens: int,
+        grid: Grid,
+        temperature: float,
+        draws: GateDraws | None = None,
+    ) -> None:
+        super().__init__()
+        value_weight = access.read(attention).value_weight
+        heads, width = value_weight.shape[:2]
+        like: dict[str, Any] = {"device": value_weight.device, "dtype": value_weight.dtype}
+        self.attention = attention
+        self.access = access
+        self.prefix_tokens = prefix_tokens
+        self.grid = grid
+        self.temperature = temperature
+        self.gate_logits = nn.Parameter(torch.full((3,), INITIAL_LOGIT, **like))
+        self.head_logits = nn.Parameter(torch.ones(heads, POSITIONS, **like))
+        self.bn1 = nn.BatchNorm2d(width, **like)
+        self.bn3 = nn.BatchNorm2d(width, **like)
+        self.draws = draws if draws is not None else GateDraws()
+        self.draws.join(self, read_bits=True)
+        self.train(attention.training)
+
+    def decided(self) -> str:
+        """Return the kind that the gates choose in evaluation: `msa`, `conv3`, `conv1` or `skip`."""
+        return _kind(self.draws.decided_bits(self))
+
+    def head_mix(self) -> Tensor:
+        """Return S [H, K]."""
+        return kernels.head_mix(self.head_logits, self.temperature)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """x: [B, N, D], normalised; further arguments go to the original layer. Returns [B, N, D] in its form."""
+        if not self.training:
+            kind = self.decided()
+            if kind == "msa":
+                return self.attention(x, *args, **kwargs)
+            return self._answer(self._convolve(x, kind) if kind != "skip" else torch.zeros_like(x))
+        return self._answer(self._search(x, args, kwargs))
+
+    def _answer(self, out: Tensor) -> Any:
+        return (out, None) if self.access.returns_tuple else out
+
+    def _convolve(self, x: Tensor, kind: str) -> Tensor:
+        """Return one convolution candidate by its kernels, as the pruned network computes it: [B, N, D]."""
+        weights = self.access.read(self.attention)
+        tokens = x[:, self.prefix_tokens :]  # [B, G, D]
+        size = self.grid.size(x, self.prefix_tokens)
+        if kind == "conv3":
+            conv3 = kernels.conv3_weights(self.head_mix(), weights)
+            hidden = F.conv2d(as_map(tokens, size), conv3.in_weight, conv3.in_bias, padding=1)
+            return self._finish(x, self.bn3(hidden), conv3.out_weight, weights)
+        conv1 = kernels.conv1_weights(self.head_mix(), weights)
+        hidden = as_map(F.linear(tokens, conv1.in_weight, conv1.in_bias), size)
+        return self._finish(x, self.bn1(hidden), conv1.out_weight, weights)
+
+    def _finish(self, x: Tensor, normalised: Tensor, out_weight: Tensor, weights: AttentionWeights) -> Tensor:
+        """Return a bottleneck's output [B, N, D] from its batch-normalised activations [B, E, height, width]."""
+        out = kernels.project(as_tokens(torch.relu(normalised)), out_weight, weights.out_bias)
+        if self.prefix_tokens == 0:
+            return out
+        return torch.cat([x[:, : self.prefix_tokens].to(out.dtype), out], dim=1)
+
+    def _search(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        noise = self.draws.noise(self)
+        bits = self.draws.sampled_bits(self)
+        gates = straight_through(self.gate_logits, noise)  # [3]
+        kind = _kind(bits)
+        gates_learn = torch.is_grad_enabled() and gates.requires_grad
+        sensitivity = gate_sensitivity(bits) if gates_learn else [[0.0] * len(CANDIDATES)] * len(bits)
+        needed = {name for column, name in enumerate(CANDIDATES) if any(row[column] for row in sensitivity)} | {kind}
+
+        outputs: dict[str, Tensor] = {"skip": torch.zeros_like(x)} if kind == "skip" else {}
+        values = None
+        if "msa" in needed:
+            with _gradients_if(kind == "msa"):
+                outputs["msa"], values = self._attend(x, args, kwargs)
+        outputs.update(self._convolve_values(x, kind, needed, values))
+
+        differences, rows = _differences(sensitivity, outputs)
+        return _Choose.apply(outputs[kind], gates, rows, len(differences), *differences, *self._silent(kind, x))
+
+    def _attend(self, x: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the original layer's output [B, N, D] and the values it computed, bias included, [B, N, H E]."""
+        captured: list[Tensor] = []
+        projection = self.attention.get_submodule(self.access.value_projection)
+        handle = projection.register_forward_hook(lambda module, inputs, output: captured.append(output.detach()))
+        try:
+            out = self.attention(x, *args, **kwargs)
+        finally:
+            handle.remove()
+        return (out[0] if self.access.returns_tuple else out), captured[0]
+
+    def _convolve_values(self, x: Tensor, kind: str, needed: set[str], values: Tensor | None) -> dict[str, Tensor]:
+        """Return the outputs [B, N, D] of the convolutions that are needed, and update both batch norms' statistics.
+
+        Args:
+            values: what attention computed as values, or None when it did not run.
+        """
+        weights = self.access.read(self.attention)
+        heads, width = weights.value_weight.shape[:2]
+        size = self.grid.size(x, self.prefix_tokens)
+        outputs = {}
+        with _gradients_if(kind == "conv3"):
+            mix = self.head_mix()
+            bias = kernels.mixed_value_bias(mix, weights)  # [K, E]
+            if kind == "conv3" or values is None:
+                tokens = F.linear(x[:, self.prefix_tokens :], weights.value_weight.flatten(0, 1))
+                mixed = kernels.mix_values(tokens.unflatten(2, (heads, width)), mix)  # [K, B, G, E]
+            else:
+                tokens = values[:, self.prefix_tokens :, -heads * width :]
+                mixed = kernels.mix_values(tokens.unflatten(2, (heads, width)), mix)
+                # The convolution pads x, not the values: outside the grid a value is zero without its bias.
+                mixed -= bias[:, None, None]
+            summed = kernels.shift_and_sum(mixed, size) + bias.sum(0)  # [B, G, E]
+            normalised = self.bn3(as_map(summed, size))
+            if "conv3" in needed:
+                out_weight = kernels.mixed_out_weight(mix, weights)
+                outputs["conv3"] = self._finish(x, normalised, out_weight, weights)
+        if kind == "conv1":
+            outputs["conv1"] = self._convolve(x, "conv1")
+            return outputs
+        with torch.no_grad():
+            normalised = self.bn1(as_map(mixed[CENTRE] + bias[CENTRE], size))
+            if "conv1" in needed:
+                out_weight = kernels.mixed_out_weight(mix[:, CENTRE : CENTRE + 1], weights)
+                outputs["conv1"] = self._finish(x, normalised, out_weight, weights)
+        return outputs
+
+    def _silent(self, kind: str, x: Tensor) -> list[Tensor]:
+        """Return the tensors that the chosen candidate does not use; the method gives them a gradient of zero."""
+        silent: list[Tensor] = []
+        if kind != "conv3":
+            silent += self.bn3.parameters()
+        if kind != "conv1":
+            silent += self.bn1.parameters()
+        if kind in ("msa", "skip"):
+            silent.append(self.head_logits)
+        if kind != "msa":
+            silent += self.attention.parameters()
+        if kind == "skip":
+            silent.append(x)
+        return silent
+
+
+class GatedLinear(nn.Module):
+    """The second linear layer of an FFN with a gate on every hidden unit, that is on every column of its weight.
+
+    `W2 (b * h) = (W2 * b) h`, so no pass over the activations is needed. Attributes: `linear`, the original layer;
+    `gate_logits` [units].
+    """
+
+    def __init__(self, linear: nn.Linear, draws: GateDraws | None = None) -> None:
+        super().__init__()
+        self.linear = linear
+        self.gate_logits = nn.Parameter(linear.weight.new_full((linear.in_features,), INITIAL_LOGIT))
+        self.draws = draws if draws is not None else GateDraws()
+        self.draws.join(self, read_bits=False)
+        self.train(linear.training)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: [..., units]. Returns [..., D]."""
+        if self.training:
+            gates = straight_through(self.gate_logits, self.draws.noise(self))
+        else:
+            gates = is_open(self.gate_logits)
+        return F.linear(hidden, self.linear.weight * gates, self.linear.bias)
+
+
+def _kind(bits: Sequence[bool]) -> str:
+    return KINDS[len(KINDS) - 1 - opened(bits)]
+
+
+def _gradients_if(condition: bool) -> torch.autograd.grad_mode.set_grad_enabled:
+    return torch.set_grad_enabled(torch.is_grad_enabled() and condition)
+
+
+@torch.no_grad()
+def _differences(
+    sensitivity: Sequence[Sequence[float]], outputs: dict[str, Tensor]
+) -> tuple[list[Tensor], tuple[int, ...]]:
+    """Return the distinct ways in which opening a gate would change the output, and which one each gate has (or -1)."""
+    distinct: list[Sequence[float]] = []
+    rows = []
+    for row in sensitivity:
+        if not any(row):
+            rows.append(-1)
+            continue
+        if row not in distinct:
+            distinct.append(row)
+        rows.append(distinct.index(row))
+    differences = []
+    for row in distinct:
+        first, *rest = [(factor, outputs[name]) for factor, name in zip(row, CANDIDATES) if factor]
+        total = first[0] * first[1]
+        for factor, output in rest:
+            total = torch.add(total, output, alpha=factor)
+        differences.append(total)
+    return differences, tuple(rows)

@@ -1,0 +1,1 @@
+"""Training: the losses, the data and the one loop."""
