@@ -83,6 +83,11 @@ class NetworkCost:
         return self.fixed + (steps * attention).sum() + (unit * torch.stack(list(units))).sum()
 
     @property
+    def smallest(self) -> int:
+        """The least cost that any architecture can have: no attention, no FFN units."""
+        return self.fixed
+
+    @property
     def dense(self) -> int:
         """The cost of keeping everything."""
         return self.fixed + sum(block.msa + block.unit * block.units for block in self.blocks)
@@ -122,10 +127,16 @@ class Budget:
     fraction: float | None = None
     amount: int | None = None
 
-    def target(self, dense: int) -> int:
-        """Return the target in MACs or parameters. Raises BudgetError when it is above the dense cost."""
+    def target(self, cost: NetworkCost) -> int:
+        """Return the target in MACs or parameters. Raises BudgetError when no architecture costs that."""
+        dense, smallest = cost.dense, cost.smallest
         target = round(dense * self.fraction) if self.fraction is not None else self.amount
         assert target is not None
+        if target < smallest:
+            raise BudgetError(
+                f"a budget of {human(target)} {self.metric} ({target / dense:.1%}) cannot be reached: the smallest "
+                f"reachable is {human(smallest)} ({smallest / dense:.1%}, {smallest:,} {self.metric})"
+            )
         if target > dense:
             raise BudgetError(
                 f"a budget of {target:,} {self.metric} is above the dense model's {dense:,}; ask for 100% or less"

@@ -28,7 +28,7 @@ CANDIDATES = ("msa", "conv3", "conv1")
 
 @dataclass(frozen=True)
 class AttentionAccess:
-    """How to reach into a host's attention layer. The functions are plain module-level ones, so layers can be copied."""
+    """How to reach into a host's attention layer. `read` is a module-level function, so that layers can be copied."""
 
     read: Callable[[nn.Module], AttentionWeights]
     """Returns the weights that the convolutions share."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -153,7 +154,7 @@ def decide(
         if found is not None:
             return _architecture(kinds, logits, found)
     raise BudgetError(
-        f"no FFN widths that are multiples of {candidates[-1]} come within 0.5% of {budget.target(cost.dense):,} "
+        f"no FFN widths that are multiples of {candidates[-1]} come within 0.5% of {budget.target(cost):,} "
         f"{budget.metric}; use a smaller multiple or another budget"
     )
 
@@ -166,7 +167,7 @@ def _widths_at_budget(
     All blocks share one threshold on the gate logits. Lowering it opens groups of `multiple` units, each at the logit
     of the unit in its middle, which is rounding to the nearest multiple; ties go evenly over the blocks.
     """
-    target = budget.target(cost.dense)
+    target = budget.target(cost)
     widths = [min(multiple, len(item)) for item in logits]
     spent = cost.fixed + sum(block.attention(kind) for block, kind in zip(cost.blocks, kinds))
     smallest = spent + sum(block.unit * width for block, width in zip(cost.blocks, widths))
@@ -179,14 +180,15 @@ def _widths_at_budget(
         if not reached:
             raise BudgetError(
                 f"a budget of {human(target)} {budget.metric} ({target / cost.dense:.1%}) cannot be reached with the "
-                f"attention layers that the gates keep: the {word} reachable is {human(bound)} ({bound / cost.dense:.1%}, "
-                f"{bound:,} {budget.metric}); search longer or with a larger budget weight, or ask for that"
+                f"attention layers that the gates keep: the {word} reachable is {human(bound)} "
+                f"({bound / cost.dense:.1%}, {bound:,} {budget.metric}); "
+                "search longer or with a larger budget weight, or ask for that"
             )
     groups = []
     for index, item in enumerate(logits):
         descending = item.sort(descending=True).values.tolist()
         edges = [*range(widths[index], len(item), multiple), len(item)]
-        for low, high in zip(edges, edges[1:]):
+        for low, high in itertools.pairwise(edges):
             groups.append((-descending[(low + high) // 2], high / len(item), index, high - low))
     states = [(smallest, list(widths))]
     for _, _, index, count in sorted(groups):

@@ -39,7 +39,7 @@ class HuggingFaceViT:
         vit = cast(ViTForImageClassification, host).vit
         if not hasattr(vit, "layers") or not hasattr(modeling_vit, "ViTMLP"):
             raise UnsupportedHostError(
-                f"this version of transformers lays {self.name} out differently; install the one that spvit[hf] asks for"
+                f"this version of transformers lays {self.name} out differently; install the one of spvit[hf]"
             )
         patch = self._patch_size(host)
         _, height, width = self.input_size(host)

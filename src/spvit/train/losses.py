@@ -37,13 +37,13 @@ class BudgetLoss:
             weight: lambda against the relative cost.
 
         Raises:
-            BudgetError: the budget is malformed or above the dense cost.
+            BudgetError: the budget is malformed, above the dense cost, or below what any architecture costs.
             NotSearchableError: the network has no gates.
         """
         budget = parse_budget(macs, params)
         self.layers = gated_layers(net)
         self.cost = search_record(net).costs[budget.metric]
-        self.target = budget.target(self.cost.dense)
+        self.target = budget.target(self.cost)
         self.weight = weight
 
     def expected_cost(self) -> Tensor:
@@ -64,7 +64,7 @@ def task_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """Return the KL divergence of the student from the teacher at a temperature, times its square. Both [B, classes]."""
+    """Return the KL divergence of student from teacher at a temperature, times its square. Both [B, classes]."""
     student = F.log_softmax(logits / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits / temperature, dim=1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2

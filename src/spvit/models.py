@@ -1,0 +1,159 @@
+"""A model from what a user names: a timm model, a Hugging Face model, or a folder that spvit wrote."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from spvit.checkpoint import DESCRIPTION, Preprocessing, describe, fit_state, load, read_weights
+from spvit.hosts import family_of
+from spvit.hosts.base import UnsupportedHostError
+
+HUGGING_FACE = "hf:"
+
+
+class ModelError(ValueError):
+    """A model cannot be found, downloaded or built."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model to start from."""
+
+    model: str
+    """A timm model (deit_tiny_patch16_224), hf:NAME or hf:FOLDER for Hugging Face, or a folder that spvit wrote."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of timm.create_model, such as {"img_size": 96}."""
+    pretrained: bool = True
+    """Whether a timm model starts from its pre-trained weights (downloaded on first use)."""
+    checkpoint: str | None = None
+    """Weights to start from in place of the pre-trained ones: a .safetensors or .pth file that fits the model."""
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model, how images are prepared for it, its class names if known, and whether its head has been trained."""
+
+    model: nn.Module
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] | None
+    trained: bool
+
+
+def open_model(config: ModelConfig, classes: int | None = None) -> OpenedModel:
+    """Return the model that a configuration names.
+
+    Args:
+        config: which model.
+        classes: how many classes its head must have; a head of another size is replaced by an untrained one, in timm
+            and Hugging Face models. None keeps the head.
+
+    Raises:
+        ModelError: the name is unknown, or its weights cannot be had.
+        CheckpointError: a folder or weights file is damaged or does not fit.
+        UnsupportedHostError: the model's family is not supported.
+    """
+    if (Path(config.model) / DESCRIPTION).is_file():
+        opened = _open_folder(config)
+    elif config.model.startswith(HUGGING_FACE):
+        opened = _open_hugging_face(config, classes)
+    else:
+        opened = _open_timm(config, classes)
+    family_of(opened.model)
+    if config.checkpoint is not None:
+        fit_state(opened.model, read_weights(config.checkpoint), config.checkpoint)
+        return OpenedModel(opened.model, opened.preprocessing, opened.classes, trained=True)
+    return opened
+
+
+def _open_folder(config: ModelConfig) -> OpenedModel:
+    if config.model_args:
+        raise ModelError(f"{config.model} is a folder that spvit wrote; model_args go with timm models only")
+    description = describe(config.model)
+    return OpenedModel(
+        load(config.model), description.preprocessing or Preprocessing(), description.classes, trained=True
+    )
+
+
+def _open_timm(config: ModelConfig, classes: int | None) -> OpenedModel:
+    import timm
+    from timm.data import resolve_data_config
+
+    name = config.model.split(".")[0]
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name}*")[:3]
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise ModelError(
+            f"model {config.model!r} is neither a timm model nor a folder that spvit wrote, and does not start with "
+            f"hf:{hint}"
+        )
+    arguments = dict(config.model_args)
+    if classes is not None:
+        arguments.setdefault("num_classes", classes)
+    pretrained = config.pretrained and config.checkpoint is None
+    try:
+        model = timm.create_model(config.model, pretrained=pretrained, **arguments)
+    except (OSError, RuntimeError) as error:
+        raise ModelError(_not_had(config.model, "timm", error)) from error
+    except TypeError as error:
+        raise ModelError(f"model_args do not fit {config.model}: {error}") from error
+    data = resolve_data_config({}, model=model)
+    channels = family_of(model).input_size(model)[0]
+    preprocessing = Preprocessing(
+        _by_channel(data["mean"], channels), _by_channel(data["std"], channels), data["interpolation"], data["crop_pct"]
+    )
+    own_head = model.num_classes == model.pretrained_cfg.get("num_classes")
+    return OpenedModel(model, preprocessing, None, trained=pretrained and own_head)
+
+
+def _by_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Return a value a channel; for another number of channels than the model's source had, their mean."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def _open_hugging_face(config: ModelConfig, classes: int | None) -> OpenedModel:
+    try:
+        from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+    except ImportError as error:
+        raise ModelError("Hugging Face models need an extra; install it with: pip install 'spvit[hf]'") from error
+    if config.model_args:
+        raise ModelError("model_args go with timm models only; a Hugging Face model brings its own configuration")
+    name = config.model.removeprefix(HUGGING_FACE)
+    try:
+        own = AutoConfig.from_pretrained(name)
+        head = own.num_labels
+        resize: dict[str, Any] = {}
+        if classes is not None and classes != head:
+            resize = {"num_labels": classes, "ignore_mismatched_sizes": True}
+        model = AutoModelForImageClassification.from_pretrained(name, **resize)
+    except (OSError, ValueError) as error:
+        raise ModelError(_not_had(name, "Hugging Face", error)) from error
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, use_fast=False)
+        preprocessing = Preprocessing(tuple(processor.image_mean), tuple(processor.image_std), "bilinear", 1.0)
+    except (OSError, ValueError, AttributeError):
+        # A folder without an image processor: Hugging Face's own default for ViT.
+        preprocessing = Preprocessing((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 1.0)
+    names = tuple(own.id2label[i] for i in range(head)) if not resize else None
+    return OpenedModel(model, preprocessing, names, trained=not resize)
+
+
+def _not_had(name: str, library: str, error: Exception) -> str:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        f"the weights of {name} could not be had from {library} ({reason}); without a connection, name a weights file "
+        "with --checkpoint, or a folder"
+    )
+
+
+def number_of_classes(model: nn.Module) -> int:
+    """Return how many classes a model's head has. Raises UnsupportedHostError when it has none."""
+    count = getattr(model, "num_classes", None) or getattr(model, "num_labels", None)
+    if not isinstance(count, int) or count < 1:
+        raise UnsupportedHostError(
+            f"this {type(model).__name__} has no classification head; make it with num_classes=..."
+        )
+    return count

@@ -1,0 +1,335 @@
+"""Images: a folder, a torchvision data set by name, or the embedded digits; augmented by timm and batched.
+
+Shapes: images [B, channels, height, width], normalised; targets [B], class indices.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from spvit.checkpoint import Preprocessing
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+DIGITS = "digits"
+DIGITS_HELD_OUT = 360
+
+logger = logging.getLogger("spvit")
+
+
+class DataError(ValueError):
+    """The images cannot be found or read, or do not fit each other or the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """How images are read, augmented and batched."""
+
+    batch_size: int = 64
+    """Images a step on each device."""
+    workers: int = 0
+    """Processes that read images beside the training process."""
+    root: str = "data"
+    """Folder of torchvision data sets: read from, or downloaded to."""
+    download: bool = True
+    """Whether a torchvision data set that is not under root may be downloaded."""
+    held_out: int = 0
+    """Training images to validate on in place of the validation images (0: use the validation images)."""
+    skip_corrupt: bool = False
+    """Leave out images that cannot be read, with a warning each, in place of stopping."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel (0 to 1); the model's own when absent."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel (0 to 1); the model's own when absent."""
+    crop: float | None = None
+    """Share of the resized image's side that evaluation crops from its centre; the model's own when absent."""
+    crop_scale: tuple[float, float] = (0.35, 1.0)
+    """Share of the image's area that a random training crop takes: least and most."""
+    crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    """Width by height of a random training crop: least and most."""
+    flip: float = 0.5
+    """Probability of mirroring a training image left to right."""
+    color_jitter: float = 0.0
+    """Strength of random changes of brightness, contrast and saturation (DeiT: 0.4)."""
+    auto_augment: str | None = None
+    """timm's automatic augmentation by name (DeiT: rand-m9-mstd0.5-inc1)."""
+    random_erasing: float = 0.0
+    """Probability of erasing a rectangle of a training image (DeiT: 0.25)."""
+    mixup: float = 0.0
+    """Alpha of mixup, 0 for none (DeiT: 0.8)."""
+    cutmix: float = 0.0
+    """Alpha of cutmix, 0 for none (DeiT: 1.0)."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Training and validation images with their classes.
+
+    Items are (transformed image, class index), or None for an image that cannot be read and is left out.
+    """
+
+    train: Dataset[Any]
+    validation: Dataset[Any]
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    config: ImageConfig
+
+
+class TransformedImages(Dataset[Any]):
+    """Applies a transform to (path or array, class) pairs; reports what cannot be read with its path."""
+
+    def __init__(
+        self,
+        items: Sequence[tuple[Any, int]],
+        transform: Callable[[Image.Image], Tensor],
+        channels: int,
+        skip_corrupt: bool = False,
+    ) -> None:
+        self.items = items
+        self.transform = transform
+        self.mode = "L" if channels == 1 else "RGB"
+        self.skip_corrupt = skip_corrupt
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
+        source, target = self.items[index]
+        try:
+            image = _open(source).convert(self.mode)
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            message = f"image {source} cannot be read ({reason}); remove it, or pass --images.skip_corrupt true"
+            if not self.skip_corrupt:
+                raise DataError(message) from error
+            logger.warning("left out: image %s cannot be read (%s)", source, reason)
+            return None
+        return self.transform(image), target
+
+
+def _open(source: Any) -> Image.Image:
+    if isinstance(source, (str, Path)):
+        with Image.open(source) as image:
+            image.load()
+            return image
+    return Image.fromarray(source) if isinstance(source, np.ndarray) else source
+
+
+class _DatasetItems(Sequence[tuple[Any, int]]):
+    """A torchvision data set, read without its transform, as (image, class) pairs."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        image, target = self.dataset[index]
+        return image, int(target)
+
+
+def load_images(source: str, config: ImageConfig, size: tuple[int, int, int], preprocessing: Preprocessing) -> Images:
+    """Return the images that a name stands for.
+
+    Args:
+        source: a folder with `train/` and `val/`, each with a folder a class; the name of a torchvision data set; or
+            `digits`.
+        config: how to read and augment.
+        size: (channels, height, width) that the model takes.
+        preprocessing: normalisation and resizing of the model; what `config` says takes precedence.
+
+    Raises:
+        DataError: nothing is found, a class is missing or empty, or an option is out of range.
+    """
+    _check(config, size[0])
+    if source == DIGITS:
+        train, validation, classes = _digits()
+    elif Path(source).is_dir():
+        train, validation, classes = _folder(Path(source))
+    else:
+        train, validation, classes = _torchvision(source, config)
+    preprocessing = Preprocessing(
+        config.mean or preprocessing.mean,
+        config.std or preprocessing.std,
+        preprocessing.interpolation,
+        config.crop or preprocessing.crop,
+    )
+    training, evaluation = transforms(config, size, preprocessing)
+    channels, skip = size[0], config.skip_corrupt
+    train_images: Dataset[Any] = TransformedImages(train, training, channels, skip)
+    if config.held_out == 0:
+        validation_images = TransformedImages(validation, evaluation, channels, skip)
+        return Images(train_images, validation_images, classes, preprocessing, config)
+    if config.held_out >= len(train):
+        raise DataError(f"images.held_out is {config.held_out}, but there are only {len(train)} training images")
+    # A fixed permutation: the same images are held out in every run, whatever its seed.
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
+    held_out = Subset(TransformedImages(train, evaluation, channels, skip), order[: config.held_out])
+    return Images(Subset(train_images, order[config.held_out :]), held_out, classes, preprocessing, config)
+
+
+def _check(config: ImageConfig, channels: int) -> None:
+    if config.batch_size < 1:
+        raise DataError(f"images.batch_size is {config.batch_size}, expected 1 or more")
+    if (config.mixup > 0 or config.cutmix > 0) and config.batch_size % 2:
+        raise DataError(f"images.batch_size is {config.batch_size}; mixup and cutmix need an even one")
+    for name in ("mean", "std"):
+        values = getattr(config, name)
+        if values is not None and len(values) != channels:
+            raise DataError(f"images.{name} has {len(values)} values, but the model takes {channels} channels")
+
+
+def transforms(
+    config: ImageConfig, size: tuple[int, int, int], preprocessing: Preprocessing
+) -> tuple[Callable[[Image.Image], Tensor], Callable[[Image.Image], Tensor]]:
+    """Return timm's training and evaluation transforms of PIL images to tensors [channels, height, width]."""
+    from timm.data import create_transform
+
+    shared = {
+        "input_size": size,
+        "interpolation": preprocessing.interpolation,
+        "mean": preprocessing.mean,
+        "std": preprocessing.std,
+    }
+    training = create_transform(
+        is_training=True,
+        scale=config.crop_scale,
+        ratio=config.crop_ratio,
+        hflip=config.flip,
+        color_jitter=config.color_jitter,
+        auto_augment=config.auto_augment,
+        re_prob=config.random_erasing,
+        re_mode="pixel",
+        **shared,
+    )
+    return training, create_transform(is_training=False, crop_pct=preprocessing.crop, **shared)
+
+
+def mixup_of(config: ImageConfig, classes: int, smoothing: float) -> Callable[[Tensor, Tensor], Any] | None:
+    """Return timm's mixup/cutmix of a batch, which makes soft targets, or None when neither is asked for."""
+    if config.mixup <= 0 and config.cutmix <= 0:
+        return None
+    from timm.data import Mixup
+
+    mixup: Callable[[Tensor, Tensor], Any] = Mixup(
+        mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=smoothing, num_classes=classes
+    )
+    return mixup
+
+
+def _collate(items: Sequence[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor]:
+    """Stack what could be read: images [B, channels, height, width] and targets [B]."""
+    read = [item for item in items if item is not None]
+    if not read:
+        raise DataError(f"none of the {len(items)} images of a batch could be read; check the image files")
+    return torch.stack([image for image, _ in read]), torch.tensor([target for _, target in read])
+
+
+def loaders(images: Images) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Return the loaders of training (shuffled, whole batches) and validation images.
+
+    Raises:
+        DataError: there are fewer training images than one batch holds.
+    """
+    config = images.config
+    count = len(images.train)  # type: ignore[arg-type]
+    if count < config.batch_size:
+        raise DataError(f"there are {count} training images, fewer than images.batch_size {config.batch_size}")
+    shared: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "num_workers": config.workers,
+        "collate_fn": _collate,
+        "pin_memory": torch.cuda.is_available(),
+    }
+    return (
+        DataLoader(images.train, shuffle=True, drop_last=True, **shared),
+        DataLoader(images.validation, shuffle=False, **shared),
+    )
+
+
+Items = Sequence[tuple[Any, int]]
+
+
+def _digits() -> tuple[Items, Items, tuple[str, ...]]:
+    """Return scikit-learn's 1,797 handwritten digits of 8 x 8 pixels: 1,437 to train on, 360 to validate on."""
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise DataError("the digits are scikit-learn's; install them with: pip install 'spvit[demo]'") from error
+    digits = load_digits()
+    pixels = (digits.images * (255 / 16)).astype(np.uint8)
+    train, validation = train_test_split(
+        np.arange(len(pixels)), test_size=DIGITS_HELD_OUT, random_state=0, stratify=digits.target
+    )
+    items = [(pixels[index], int(digits.target[index])) for index in range(len(pixels))]
+    classes = tuple(str(name) for name in digits.target_names)
+    return [items[i] for i in train], [items[i] for i in validation], classes
+
+
+def _folder(folder: Path) -> tuple[Items, Items, tuple[str, ...]]:
+    splits: dict[str, dict[str, list[tuple[str, int]]]] = {}
+    for split in ("train", "val"):
+        if not (folder / split).is_dir():
+            raise DataError(f"{folder} has no folder {split}/; expected train/ and val/, each with a folder a class")
+        names = sorted(path.name for path in (folder / split).iterdir() if path.is_dir())
+        if not names:
+            raise DataError(f"{folder / split} has no class folders; expected a folder of images for each class")
+        splits[split] = {name: _class_files(folder / split / name, index) for index, name in enumerate(names)}
+    classes = tuple(splits["train"])
+    for here, there in (("train", "val"), ("val", "train")):
+        missing = next((name for name in splits[here] if name not in splits[there]), None)
+        if missing is not None:
+            raise DataError(f"class {missing!r} is in {folder / here} but not in {folder / there}; they must match")
+    train, validation = ([item for items in splits[split].values() for item in items] for split in ("train", "val"))
+    return train, validation, classes
+
+
+def _class_files(folder: Path, index: int) -> list[tuple[str, int]]:
+    files = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
+    if not files:
+        raise DataError(f"{folder} holds no images; expected files ending in {', '.join(IMAGE_ENDINGS)}")
+    return [(file, index) for file in files]
+
+
+def _torchvision(name: str, config: ImageConfig) -> tuple[Items, Items, tuple[str, ...]]:
+    import torchvision.datasets
+
+    cls = getattr(torchvision.datasets, name, None)
+    parameters = inspect.signature(cls.__init__).parameters if inspect.isclass(cls) else {}
+    if "root" not in parameters or not ({"train", "split"} & set(parameters)):
+        raise DataError(
+            f"data {name!r} is not a folder that exists, not the name of a torchvision data set with a training and a "
+            f"test part (such as CIFAR10 or FashionMNIST), and not {DIGITS!r}"
+        )
+    parts = [{"train": True}, {"train": False}] if "train" in parameters else _splits(parameters)
+    download = {"download": config.download} if "download" in parameters else {}
+    try:
+        assert cls is not None
+        train, validation = (cls(root=config.root, **part, **download) for part in parts)
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"torchvision's {name} is not under {config.root!r} and could not be had ({reason}); put its files there, "
+            "or name their folder with --images.root"
+        ) from error
+    classes = getattr(train, "classes", None)
+    if classes is None:
+        classes = range(max(target for _, target in _DatasetItems(train)) + 1)
+    return _DatasetItems(train), _DatasetItems(validation), tuple(str(item) for item in classes)
+
+
+def _splits(parameters: Any) -> list[dict[str, str]]:
+    train = parameters["split"].default
+    return [{"split": train if train in ("train", "trainval") else "train"}, {"split": "test"}]

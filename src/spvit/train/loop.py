@@ -1,0 +1,392 @@
+"""The one training loop, on Accelerate: dense training, search and fine-tuning are phases of it.
+
+A phase supplies the model, its settings and its extra losses. Every epoch starts from a seed of its own (run, phase,
+epoch), and the state is saved at its end, so a continued run repeats exactly what an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from spvit.architecture import KINDS
+from spvit.checkpoint import write_text
+from spvit.hosts.base import logits_of
+from spvit.surgery import gate_parameters
+from spvit.train.data import DataError, Images, loaders, mixup_of
+from spvit.train.losses import BUDGET_WEIGHT, BudgetLoss, distillation_loss, task_loss
+from spvit.train.progress import PhaseProgress
+
+METRICS = "metrics.jsonl"
+STATE = "state"
+PUBLISHED_GATE_TRAVEL = 12.5  # learning rate 1e-3 over 10 epochs of 1,250 steps (paper section 4)
+LARGEST_GATE_LEARNING_RATE = 0.05
+
+
+class RunError(RuntimeError):
+    """A run failed; what it had produced so far is kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """Settings of a run that all its phases share."""
+
+    seed: int = 0
+    """Seed of everything random."""
+    precision: str = "fp32"
+    """`fp32`, or `bf16` for mixed precision."""
+    log_every: int = 20
+    """Steps between two lines of metrics.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """Settings of one phase of training."""
+
+    epochs: int = 10
+    """Passes over the training images."""
+    learning_rate: float = 5e-4
+    """Peak learning rate of the weights (AdamW)."""
+    minimum_learning_rate: float = 1e-5
+    """Learning rate at the end of the cosine schedule."""
+    warmup_epochs: float = 0.5
+    """Epochs in which the learning rate rises from zero."""
+    reference_batch: int = 0
+    """Scale learning rates by global batch size / this (DeiT: 512); 0 takes them as they are."""
+    weight_decay: float = 0.05
+    """Weight decay, but none on biases, norms, and position, class and gate parameters."""
+    label_smoothing: float = 0.1
+    """Label smoothing of the task loss, 0 to 1."""
+    clip_gradient: float = 1.0
+    """Largest gradient norm of the weights, 0 for no clipping."""
+    distillation: float = 0.0
+    """Share of the loss, 0 to 1, that is agreement with the dense model's outputs."""
+    distillation_temperature: float = 1.0
+    """Temperature of that agreement."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(PhaseConfig):
+    """Settings of the search."""
+
+    gate_learning_rate: float | None = None
+    """Constant learning rate of the gate logits (an AdamW of their own, without decay). When absent, such that rate x
+    steps is 12.5 as in the published DeiT search, but at most 0.05."""
+    budget_weight: float = BUDGET_WEIGHT
+    """Weight of the budget loss against the relative cost (lambda)."""
+    gate_logit: float = 1.5
+    """Where the gate logits start (theta)."""
+    temperature: float | None = None
+    """Temperature of the head mix (alpha); the family's own when absent."""
+
+
+@dataclass
+class Phase:
+    """What the loop trains: a model, its settings, and the losses beside the task's."""
+
+    name: str
+    model: nn.Module
+    config: PhaseConfig
+    budget: BudgetLoss | None = None
+    teacher: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model does on the validation images."""
+
+    accuracy: float
+    """Share of images, 0 to 1, whose class is the first guess."""
+    accuracy_top5: float
+    """Share of images, 0 to 1, whose class is among the first five guesses."""
+    loss: float
+    """Mean cross entropy."""
+    images: int
+    """Number of images."""
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator) -> Evaluation:
+    """Return a model's figures over a loader, across all processes. The model's training flag survives."""
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64)
+    for images, targets in loader:
+        logits = logits_of(model(images)).float()
+        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+        figures = torch.stack([ranked[:, 0].float(), ranked.any(1).float(), losses, torch.ones_like(losses)], dim=1)
+        sums += accelerator.gather_for_metrics(figures).double().sum(0).cpu()
+    model.train(was_training)
+    first, five, loss, count = sums.tolist()
+    count = max(count, 1.0)
+    return Evaluation(first / count, five / count, loss / count, int(count))
+
+
+def make_accelerator(config: LoopConfig) -> Accelerator:
+    """Return the Accelerator of a run: any device, any number of processes."""
+    if config.precision not in ("fp32", "bf16"):
+        raise DataError(f"precision is {config.precision!r}, expected fp32 or bf16")
+    return Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+
+
+def run_phase(
+    phase: Phase, images: Images, folder: Path, config: LoopConfig, progress: PhaseProgress | None = None
+) -> Evaluation:
+    """Train a phase's model in place, from the last saved state if the run folder has one; return its final figures.
+
+    Args:
+        phase: what to train.
+        images: the training and validation images.
+        folder: the run folder; gets metrics.jsonl and state/PHASE/epoch-NNNN.
+        config: settings of the run.
+        progress: where to show progress; None is silent.
+
+    Raises:
+        RunError: the loss is not finite; the last saved state stays.
+        DataError: an image cannot be read.
+    """
+    return _Loop(phase, images, folder, config, progress or PhaseProgress(None)).run()
+
+
+class _Loop:
+    def __init__(self, phase: Phase, images: Images, folder: Path, config: LoopConfig, progress: PhaseProgress) -> None:
+        _check(phase.config)
+        self.phase, self.settings, self.config, self.progress = phase, phase.config, config, progress
+        self.folder = folder
+        self.accelerator = make_accelerator(config)
+        self.classes = len(images.classes)
+        self.mixup = mixup_of(images.config, self.classes, phase.config.label_smoothing)
+        train, validation = loaders(images)
+        self.total = max(1, phase.config.epochs * len(train))
+        weights, gates = _optimizers(phase, self.total)
+        parts = [phase.model, train, validation, weights] + ([gates] if gates is not None else [])
+        self.model, self.train, self.validation, self.weights, *rest = self.accelerator.prepare(*parts)
+        self.gates = rest[0] if rest else None
+        self.teacher = phase.teacher.to(self.accelerator.device).eval() if phase.teacher is not None else None
+        self.batch = images.config.batch_size * self.accelerator.num_processes
+        reference = phase.config.reference_batch
+        self.scale = self.batch / reference if reference else 1.0
+
+    @property
+    def states(self) -> Path:
+        return self.folder / STATE / self.phase.name
+
+    def run(self) -> Evaluation:
+        done, figures = self._resume()
+        epochs = self.settings.epochs
+        self.progress.start(self.phase.name, epochs * len(self.train), done * len(self.train))
+        for epoch in range(done, epochs):
+            self._epoch(epoch)
+            figures = evaluate(self.model, self.validation, self.accelerator)
+            self._record({"event": "evaluation", "epoch": epoch + 1, **vars(figures), **self._standing()})
+            self._save(epoch + 1, figures)
+            self.progress.epoch(epoch + 1, epochs, figures.accuracy, self._standing())
+        self.progress.stop()
+        if figures is None:
+            figures = evaluate(self.model, self.validation, self.accelerator)
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
+        return figures
+
+    def _epoch(self, epoch: int) -> None:
+        # The order of images comes from a seed that all processes share; what follows differs by process.
+        seed = _epoch_seed(self.config.seed, self.phase.name, epoch)
+        set_seed(seed)
+        batches = iter(self.train)
+        set_seed(seed + 1 + self.accelerator.process_index)
+        self.model.train()
+        started = time.perf_counter()
+        for index, (images, targets) in enumerate(batches):
+            step = epoch * len(self.train) + index
+            learning_rate = self._set_learning_rates(step)
+            values = self._step(images, targets, epoch, step, learning_rate)
+            self.progress.advance(values["loss"], values)
+            if (step + 1) % self.config.log_every == 0 or index + 1 == len(self.train):
+                seconds = time.perf_counter() - started
+                rate = self.batch * (index + 1) / seconds
+                self._record({"event": "step", "epoch": epoch + 1, "step": step + 1, **values, **self._standing(),
+                              "learning_rate": learning_rate, "images_per_s": round(rate, 2)})  # fmt: skip
+
+    def _step(self, images: Tensor, targets: Tensor, epoch: int, step: int, learning_rate: float) -> dict[str, float]:
+        labels = targets
+        if self.mixup is not None and len(images) % 2 == 0:
+            images, labels = self.mixup(images, targets)
+        logits = logits_of(self.model(images))
+        loss = task_loss(logits, labels, self.settings.label_smoothing)
+        if self.teacher is not None:
+            with torch.no_grad():
+                guidance = logits_of(self.teacher(images)).float()
+            agreement = distillation_loss(logits, guidance, self.settings.distillation_temperature)
+            loss = (1 - self.settings.distillation) * loss + self.settings.distillation * agreement
+        values = {"task_loss": loss.detach()}
+        if self.phase.budget is not None:
+            budget_loss = self.phase.budget()
+            values["budget_loss"] = budget_loss.detach()
+            loss = loss + budget_loss.to(loss.dtype)
+        values["loss"] = loss.detach()
+        # One transfer brings all figures of the step to the host.
+        figures = dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist()))
+        if not math.isfinite(figures["loss"]):
+            self._stop_diverged(figures["loss"], epoch, step, learning_rate)
+        self.accelerator.backward(loss)
+        if self.settings.clip_gradient > 0:
+            held = [parameter for group in self.weights.param_groups for parameter in group["params"]]
+            self.accelerator.clip_grad_norm_(held, self.settings.clip_gradient)
+        for optimizer in (self.weights, self.gates):
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad()
+        return figures
+
+    def _set_learning_rates(self, step: int) -> float:
+        settings = self.settings
+        warmup = int(settings.warmup_epochs * len(self.train))
+        rate = self.scale * learning_rate_at(
+            step, self.total, warmup, settings.learning_rate, settings.minimum_learning_rate
+        )
+        for group in self.weights.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _standing(self) -> dict[str, Any]:
+        """Return how a search stands: its cost against the target (shares of the dense cost), and layers by kind."""
+        budget = self.phase.budget
+        if budget is None:
+            return {}
+        kinds = Counter(attention.decided() for attention, _ in budget.layers)
+        with torch.no_grad():
+            cost = budget.expected_cost().item() / budget.cost.dense
+        return {
+            "cost": round(cost, 5),
+            "target": round(budget.target / budget.cost.dense, 5),
+            "kinds": {kind: kinds.get(kind, 0) for kind in KINDS},
+        }
+
+    def _record(self, values: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"phase": self.phase.name, **values}) + "\n")
+
+    def _save(self, epoch: int, figures: Evaluation) -> None:
+        accelerator, final = self.accelerator, self.states / f"epoch-{epoch:04d}"
+        partial = self.states / f".partial-{epoch:04d}"
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            return
+        write_text(partial / "figures.json", json.dumps(vars(figures)))
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        for old in self.states.glob("epoch-*"):
+            if old.name < final.name:
+                shutil.rmtree(old)
+
+    def _resume(self) -> tuple[int, Evaluation | None]:
+        """Load the last saved state, if any; return the epochs done and the figures then."""
+        found = sorted(self.states.glob("epoch-*"))
+        if not found:
+            self._rewind_metrics(0)
+            return 0, None
+        done = int(found[-1].name.removeprefix("epoch-"))
+        self.accelerator.load_state(str(found[-1]))
+        self._rewind_metrics(done)
+        figures = Evaluation(**json.loads((found[-1] / "figures.json").read_text(encoding="utf-8")))
+        return done, figures
+
+    def _rewind_metrics(self, done: int) -> None:
+        """Drop the lines of an epoch that a kill cut short; it is run again."""
+        path = self.folder / METRICS
+        if not self.accelerator.is_main_process or not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # a kill can cut the last line short
+            if values["phase"] != self.phase.name or values["epoch"] <= done:
+                kept.append(line)
+        write_text(path, "".join(line + "\n" for line in kept))
+
+    def _stop_diverged(self, loss: float, epoch: int, step: int, learning_rate: float) -> None:
+        standing = ""
+        if self.phase.budget is not None:
+            logits = torch.cat([parameter.detach().flatten() for parameter in gate_parameters(self.phase.model)])
+            kinds = ", ".join(f"{count} {kind}" for kind, count in self._standing()["kinds"].items())
+            gates = f"gate logits {logits.min().item():.3g} to {logits.max().item():.3g}"
+            assert self.gates is not None
+            rate = self.gates.param_groups[0]["lr"]
+            standing = f", attention {kinds}, {gates}, gate learning rate {rate:.3g}"
+        saved = sorted(self.states.glob("epoch-*"))
+        kept = f"the last good state is {saved[-1]}" if saved else "no epoch was finished yet"
+        raise RunError(
+            f"the loss became {loss} at step {step + 1} of {self.phase.name} (epoch {epoch + 1}): learning rate "
+            f"{learning_rate:.3g}{standing}; {kept}; lower --{self.phase.name}.learning_rate and continue with --resume"
+        )
+
+
+def learning_rate_at(step: int, total: int, warmup: int, peak: float, minimum: float) -> float:
+    """Return the learning rate of a step: linear warm-up from zero to the peak, then a cosine down to the minimum."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def _epoch_seed(seed: int, phase: str, epoch: int) -> int:
+    return (seed * 1_000_003 + sum(ord(letter) for letter in phase) * 10_007 + epoch * 101) % 2**31
+
+
+def _optimizers(phase: Phase, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer | None]:
+    """Return AdamW for the weights, and a second one for the gate logits of a search."""
+    gates = gate_parameters(phase.model) if phase.budget is not None else []
+    own = {id(parameter) for parameter in gates}
+    exempt: set[str] = getattr(phase.model, "no_weight_decay", set)()
+    names = {"position_embeddings", "cls_token", "mask_token"} | {name.split(".")[-1] for name in exempt}
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in phase.model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in own:
+            groups[parameter.dim() > 1 and name.split(".")[-1] not in names].append(parameter)
+    settings = phase.config
+    weights = torch.optim.AdamW(
+        [
+            {"params": groups[True], "weight_decay": settings.weight_decay},
+            {"params": groups[False], "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+    )
+    if not gates:
+        return weights, None
+    rate = getattr(settings, "gate_learning_rate", None)
+    if rate is None:
+        rate = min(PUBLISHED_GATE_TRAVEL / steps, LARGEST_GATE_LEARNING_RATE)
+    return weights, torch.optim.AdamW(gates, lr=rate, weight_decay=0.0)
+
+
+def _check(settings: PhaseConfig) -> None:
+    for name, low, high in (
+        ("epochs", 0, math.inf),
+        ("learning_rate", 0, math.inf),
+        ("label_smoothing", 0, 1),
+        ("distillation", 0, 1),
+        ("clip_gradient", 0, math.inf),
+        ("weight_decay", 0, math.inf),
+    ):
+        value = getattr(settings, name)
+        if not low <= value <= high:
+            raise DataError(f"{name} is {value}, expected {low} or more" + (f", at most {high}" if high == 1 else ""))

@@ -1,0 +1,261 @@
+"""The whole way from a dense model to a compressed one: train, search, decide, prune, fine-tune, fold, save.
+
+A run folder holds everything: metrics.jsonl, architecture.json, state/ (resumable), model.safetensors and model.json.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+from rich.console import Console
+from torch import nn
+
+from spvit.architecture import Architecture
+from spvit.checkpoint import Preprocessing, save, write_text
+from spvit.cost import parse_budget
+from spvit.hosts import family_of
+from spvit.surgery import decide, fold, make_searchable, prune, pruned_record, search_record
+from spvit.train.data import ImageConfig, Images, load_images, loaders
+from spvit.train.loop import (
+    Evaluation,
+    LoopConfig,
+    Phase,
+    PhaseConfig,
+    SearchConfig,
+    evaluate,
+    make_accelerator,
+    run_phase,
+)
+from spvit.train.losses import BudgetLoss
+from spvit.train.progress import PhaseProgress
+
+ARCHITECTURE = "architecture.json"
+
+
+class RunFolderError(ValueError):
+    """A run folder is in use, or holds no run to continue."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig(LoopConfig):
+    """Settings of a whole compression."""
+
+    dense: PhaseConfig = field(default_factory=lambda: PhaseConfig(epochs=0))
+    """Training of the dense model beforehand, for a model that is not trained on these images yet."""
+    search: SearchConfig = field(default_factory=SearchConfig)
+    """The search for what to keep."""
+    finetune: PhaseConfig = field(default_factory=PhaseConfig)
+    """Training of the pruned model."""
+    initialise: str = "search"
+    """Weights of the pruned model at first: those of the `search`, or of the `host` as published."""
+    multiple: int | None = None
+    """FFN widths are rounded to a multiple of it; when absent 8, or less for very small models."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What a compression gave."""
+
+    model: nn.Module
+    """The pruned model, folded, in evaluation mode."""
+    host: nn.Module
+    """The dense model it was made from."""
+    architecture: Architecture
+    dense: Evaluation
+    after_pruning: Evaluation
+    """The pruned model's figures before fine-tuning."""
+    pruned: Evaluation
+    """The pruned model's figures at the end."""
+
+
+def check_folder(folder: str | Path, resume: bool) -> Path:
+    """Return a run folder that may be written to. Raises RunFolderError when it is in use, or nothing can continue."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"output {folder} is a file; name a folder")
+    used = folder.is_dir() and any(folder.iterdir())
+    if resume and not used:
+        raise RunFolderError(f"output {folder} holds no run to continue; leave out --resume to start one")
+    if used and not resume:
+        raise RunFolderError(f"output {folder} is in use; name another folder, or continue its run with --resume")
+    return folder
+
+
+def train_dense(
+    host: nn.Module, images: Images, folder: Path, config: LoopConfig, phase: PhaseConfig, progress: PhaseProgress
+) -> Evaluation:
+    """Train a model in place and return its figures (phase `dense`)."""
+    return run_phase(Phase("dense", host, phase), images, folder, config, progress)
+
+
+def search(
+    host: nn.Module,
+    images: Images,
+    budget: dict[str, str | int],
+    folder: Path,
+    config: LoopConfig,
+    phase: SearchConfig,
+    progress: PhaseProgress,
+    multiple: int | None = None,
+) -> tuple[nn.Module, Architecture]:
+    """Search a host for what to keep; write architecture.json; return the searched network and the architecture.
+
+    Args:
+        host: the dense model; it stays as it is.
+        budget: `{"macs": "50%"}` or `{"params": ...}`.
+        multiple: FFN widths are rounded to a multiple of it.
+    """
+    net = make_searchable(host, temperature=phase.temperature, gate_logit=phase.gate_logit)
+    loss = BudgetLoss(net, weight=phase.budget_weight, **budget)
+    teacher = host if phase.distillation > 0 else None
+    run_phase(Phase("search", net, phase, loss, teacher), images, folder, config, progress)
+    architecture = decide(net, multiple=multiple, **budget)
+    if PartialState().is_main_process:
+        write_text(folder / ARCHITECTURE, architecture.to_json())
+    return net, architecture
+
+
+def finetune(
+    model: nn.Module,
+    images: Images,
+    folder: Path,
+    config: LoopConfig,
+    phase: PhaseConfig,
+    progress: PhaseProgress,
+    teacher: nn.Module | None = None,
+) -> Evaluation:
+    """Fine-tune a pruned model in place, by the teacher too if the phase distils, and return its figures."""
+    return run_phase(
+        Phase("finetune", model, phase, teacher=teacher if phase.distillation > 0 else None),
+        images,
+        folder,
+        config,
+        progress,
+    )
+
+
+def figures_of(model: nn.Module, images: Images, config: LoopConfig) -> Evaluation:
+    """Return a model's figures on the validation images."""
+    accelerator = make_accelerator(config)
+    prepared, loader = accelerator.prepare(model, loaders(images)[1])
+    figures = evaluate(prepared, loader, accelerator)
+    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    accelerator.free_memory()
+    return figures
+
+
+def deployed(model: nn.Module) -> nn.Module:
+    """Return the form to deploy: folded if pruned, in evaluation mode."""
+    return fold(model).eval() if pruned_record(model) is not None else model.eval()
+
+
+def write_model(model: nn.Module, images: Images, figures: Evaluation, folder: Path) -> None:
+    """Write a run's model with its preprocessing, classes and figures; a continued run replaces its own."""
+    if PartialState().is_main_process:
+        metrics = {name: value for name, value in vars(figures).items() if name != "images"}
+        save(
+            model,
+            folder,
+            preprocessing=images.preprocessing,
+            classes=images.classes,
+            metrics=metrics,
+            overwrite=True,
+        )
+
+
+def run_compress(
+    host: nn.Module,
+    images: Images,
+    budget: dict[str, str | int],
+    folder: Path,
+    config: CompressConfig,
+    console: Console | None = None,
+) -> Compressed:
+    """Compress a host into a run folder, continuing from the state that the folder has. The host itself is not changed.
+
+    Args:
+        host: the dense model.
+        images: training and validation images.
+        budget: `{"macs": "50%"}` or `{"params": ...}`.
+        folder: the run folder.
+        config: settings.
+        console: where to show progress; None is silent.
+    """
+    if config.initialise not in ("search", "host"):
+        raise RunFolderError(f"initialise is {config.initialise!r}, expected search or host")
+    # An impossible budget must be refused before anything is trained.
+    parsed = parse_budget(**budget)
+    parsed.target(search_record(make_searchable(host)).costs[parsed.metric])
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = PhaseProgress(console)
+    dense = copy.deepcopy(host)
+    if config.dense.epochs > 0:
+        dense_figures = train_dense(dense, images, folder, config, config.dense, progress)
+        write_model(dense, images, dense_figures, folder / "dense")
+    else:
+        dense_figures = figures_of(dense, images, config)
+        progress.note(f"dense model: accuracy {dense_figures.accuracy:.2%}")
+    net, architecture = search(dense, images, budget, folder, config, config.search, progress, config.multiple)
+    pruned = prune(dense, architecture, weights=net if config.initialise == "search" else None)
+    after_pruning = figures_of(pruned, images, config)
+    progress.note(f"after pruning: accuracy {after_pruning.accuracy:.2%}")
+    figures = finetune(pruned, images, folder, config, config.finetune, progress, teacher=dense)
+    model = deployed(pruned)
+    write_model(model, images, figures, folder)
+    _record_summary(folder, dense_figures, after_pruning, figures)
+    return Compressed(model, dense.eval(), architecture, dense_figures, after_pruning, figures)
+
+
+def _record_summary(folder: Path, dense: Evaluation, after_pruning: Evaluation, pruned: Evaluation) -> None:
+    if PartialState().is_main_process:
+        figures = {"dense": dense, "after_pruning": after_pruning, "pruned": pruned}
+        text = json.dumps({name: vars(value) for name, value in figures.items()}, indent=2)
+        write_text(folder / "summary.json", text + "\n")
+
+
+def compress(
+    host: nn.Module,
+    data: str | Images,
+    budget: str | int = "50%",
+    *,
+    metric: str = "macs",
+    output: str | Path | None = None,
+    config: CompressConfig | None = None,
+    images: ImageConfig | None = None,
+    preprocessing: Preprocessing | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+) -> nn.Module:
+    """Return the host compressed to a budget with spvit's own loop: searched, pruned, fine-tuned and folded.
+
+    Args:
+        host: a trained model of a supported family; it stays as it is.
+        data: a folder with `train/` and `val/`, a torchvision data set by name, `digits`, or loaded Images.
+        budget: `"50%"` of the host's cost, `"1.0G"` or a whole number.
+        metric: what the budget counts: `macs` of one image, or `params`.
+        output: run folder to keep metrics, states and the model in; None keeps nothing but the returned model.
+        config: settings of the phases.
+        images: how `data` is read and augmented.
+        preprocessing: normalisation of the host; ImageNet's when None.
+        resume: continue the run that `output` holds.
+        console: a rich console to show progress on; None is silent.
+
+    Raises:
+        BudgetError, DataError, UnsupportedHostError, RunFolderError: bad input, before anything is trained.
+        RunError: training failed; the run folder keeps the last good state.
+    """
+    if isinstance(data, str):
+        size = family_of(host).input_size(host)
+        data = load_images(data, images or ImageConfig(), size, preprocessing or Preprocessing())
+    settings = config or CompressConfig()
+    limits: dict[str, str | int] = {metric: budget}
+    if output is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            return run_compress(host, data, limits, Path(temporary), settings, console).model
+    folder = check_folder(output, resume)
+    return run_compress(host, data, limits, folder, settings, console).model
