@@ -10,6 +10,7 @@ Position p sits at row offset p % 3 - 1 and column offset p // 3 - 1 (column-maj
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,37 +91,81 @@ def conv1_weights(mix: Tensor, weights: AttentionWeights) -> BottleneckWeights:
     )
 
 
-def mix_values(values: Tensor, mix: Tensor) -> Tensor:
-    """Return the values of the heads mixed for every position: [K, B, G, E].
+def convolve_values(
+    values: Tensor, mix: Tensor, grid: tuple[int, int], included_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the 3 x 3 and the 1 x 1 convolution of x by its values, without biases: two of [B, G, E].
+
+    Equal to convolving x with the kernels K_p, at H x K x E multiplications a token in place of K x E x D, since the
+    value projection is shared by all positions: mix the heads for every position, then add nine shifted maps.
 
     Args:
-        values: [B, G, H, E], without the value bias, so that a shifted value outside the grid is a true zero.
+        values: [B, G, H, E].
         mix: S, [H, K].
-    """
-    return torch.tensordot(mix, values, dims=([0], [2]))
-
-
-def shift_and_sum(mixed: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return sum over positions of the mixed values at that position's offset, zero outside the grid: [B, G, E].
-
-    Together with `mix_values` this is the 3 x 3 convolution with kernels K_p, at H x K x E multiplications a token
-    in place of K x E x D, since the value projection is shared by all positions.
-
-    Args:
-        mixed: [K, B, G, E].
         grid: (height, width) with height x width = G.
+        included_bias: the mixed value biases [K, E] when the values include theirs; they are taken out, since a
+            convolution pads x and not its values: outside the grid a value is zero without its bias. No gradient
+            goes to it.
     """
+    summed, centre = _ConvolveValues.apply(values, mix.to(values.dtype), grid, included_bias)
+    return summed, centre
+
+
+class _ConvolveValues(torch.autograd.Function):
+    """Goes through a batch by parts, since nine maps of all of it would be the largest tensor of a training step."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, mix: Tensor, grid: tuple[int, int], included_bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(values, mix)
+        ctx.grid = grid
+        images, tokens, _, width = values.shape
+        summed = values.new_zeros(images, *grid, width)
+        centre = values.new_empty(images, tokens, width)
+        for some in _parts(values):
+            mixed = torch.tensordot(mix, values[some], dims=([0], [2]))  # [K, part of B, G, E]
+            if included_bias is not None:
+                mixed -= included_bias.to(mixed.dtype)[:, None, None]
+            planes = mixed.unflatten(2, grid)
+            for position in range(POSITIONS):
+                here, there = _overlap(position, grid)
+                summed[some][here] += planes[position][there]
+            centre[some] = mixed[CENTRE]
+        return summed.flatten(1, 2), centre
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        values, mix = ctx.saved_tensors
+        grad_summed, grad_centre = grad_outputs
+        grad_values, grad_mix = torch.empty_like(values), torch.zeros_like(mix)
+        for some in _parts(values):
+            grad_map = grad_summed[some].unflatten(1, ctx.grid)
+            planes = grad_map.new_zeros(POSITIONS, *grad_map.shape)
+            for position in range(POSITIONS):
+                here, there = _overlap(position, ctx.grid)
+                planes[position][there] = grad_map[here]
+            mixed = planes.flatten(2, 3)  # [K, part of B, G, E]
+            mixed[CENTRE] += grad_centre[some]
+            grad_values[some] = torch.tensordot(mixed, mix, dims=([0], [1])).transpose(2, 3)
+            grad_mix += torch.tensordot(values[some], mixed, dims=([0, 1, 3], [1, 2, 3]))
+        return grad_values, grad_mix, None, None
+
+
+def _parts(values: Tensor) -> list[slice]:
+    """Return slices of a batch of values [B, G, H, E] so small that nine maps of one are about as large as them all."""
+    images = len(values)
+    size = max(1, images * values.shape[2] // POSITIONS)
+    return [slice(start, start + size) for start in range(0, images, size)]
+
+
+def _overlap(position: int, grid: tuple[int, int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Return which part of a map [B, height, width, E] a kernel position writes to, and which part it reads."""
     height, width = grid
-    planes = mixed.unflatten(2, grid)  # [K, B, height, width, E]
-    total = planes[CENTRE].clone()
-    for position in range(POSITIONS):
-        if position == CENTRE:
-            continue
-        row, column = offsets(position)
-        here = total[:, max(0, -row) : height - max(0, row), max(0, -column) : width - max(0, column)]
-        there = planes[position][:, max(0, row) : height + min(0, row), max(0, column) : width + min(0, column)]
-        here += there
-    return total.flatten(1, 2)
+    row, column = offsets(position)
+    here = (slice(max(0, -row), height - max(0, row)), slice(max(0, -column), width - max(0, column)))
+    there = (slice(max(0, row), height + min(0, row)), slice(max(0, column), width + min(0, column)))
+    return (slice(None), *here), (slice(None), *there)
 
 
 def fold_batchnorm(weight: Tensor, bias: Tensor, batchnorm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

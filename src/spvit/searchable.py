@@ -220,13 +220,11 @@ class SearchableAttention(nn.Module):
             bias = kernels.mixed_value_bias(mix, weights)  # [K, E]
             if kind == "conv3" or values is None:
                 tokens = F.linear(x[:, self.prefix_tokens :], weights.value_weight.flatten(0, 1))
-                mixed = kernels.mix_values(tokens.unflatten(2, (heads, width)), mix)  # [K, B, G, E]
+                included = None
             else:
-                tokens = values[:, self.prefix_tokens :, -heads * width :]
-                mixed = kernels.mix_values(tokens.unflatten(2, (heads, width)), mix)
-                # The convolution pads x, not the values: outside the grid a value is zero without its bias.
-                mixed -= bias[:, None, None]
-            summed = kernels.shift_and_sum(mixed, size) + bias.sum(0)  # [B, G, E]
+                tokens, included = values[:, self.prefix_tokens :, -heads * width :], bias
+            summed, centre = kernels.convolve_values(tokens.unflatten(2, (heads, width)), mix, size, included)
+            summed = summed + bias.sum(0)  # [B, G, E]
             normalised = self.bn3(as_map(summed, size))
             if "conv3" in needed:
                 out_weight = kernels.mixed_out_weight(mix, weights)
@@ -235,7 +233,7 @@ class SearchableAttention(nn.Module):
             outputs["conv1"] = self._convolve(x, "conv1")
             return outputs
         with torch.no_grad():
-            normalised = self.bn1(as_map(mixed[CENTRE] + bias[CENTRE], size))
+            normalised = self.bn1(as_map(centre + bias[CENTRE], size))
             if "conv1" in needed:
                 out_weight = kernels.mixed_out_weight(mix[:, CENTRE : CENTRE + 1], weights)
                 outputs["conv1"] = self._finish(x, normalised, out_weight, weights)

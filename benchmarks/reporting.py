@@ -1,0 +1,53 @@
+"""What all benchmarks share: the machine, medians with spreads, and the JSON file of a run."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+
+def machine() -> dict[str, Any]:
+    """Return what a figure was measured on."""
+    model = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return {
+        "processor": model,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": date.today().isoformat(),
+    }
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Return the median and the interquartile range."""
+    if len(values) < 2:
+        return median(values), 0.0
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return median(values), high - low
+
+
+def write_results(path: str | None, benchmark: str, rows: Sequence[dict[str, Any]], **more: Any) -> None:
+    """Write a run's rows as JSON, where a file is named; refuse to overwrite one."""
+    if path is None:
+        return
+    target = Path(path)
+    if target.exists():
+        sys.exit(f"{target} exists already; name another file with --json")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    content = {"benchmark": benchmark, "machine": machine(), **more, "rows": list(rows)}
+    target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

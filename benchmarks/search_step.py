@@ -1,0 +1,153 @@
+"""The search step against a dense training step: time and peak memory, each in processes of its own, in turns.
+
+python benchmarks/search_step.py [--models deit_tiny_patch16_224 deit_small_patch16_224] [--json FILE]
+
+A step is forward, cross entropy (and budget loss), backward, AdamW. Memory is the process's peak resident size less
+what it held before the model was built. Gates are `fresh` (as made), or `half`: every second block's attention decided
+against (conv3, conv1 and skip in turn) and half of the FFN units closed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+from reporting import machine, spread, write_results
+from rich.console import Console
+from rich.table import Table
+
+SIDES = ("dense", "fresh", "half")
+
+
+def half_close(net: torch.nn.Module) -> None:
+    """Close half of a searchable network's gates surely and open the others surely."""
+    from spvit.surgery import gated_layers
+
+    patterns = [(1.0, 1.0, -1.0), (1.0, -1.0, 1.0), (-1.0, 1.0, 1.0)]
+    with torch.no_grad():
+        for index, (attention, ffn) in enumerate(gated_layers(net)):
+            closed = patterns[index // 2 % 3] if index % 2 else (1.0, 1.0, 1.0)
+            attention.gate_logits.copy_(8 * torch.tensor(closed))
+            ffn.gate_logits.fill_(8.0)[::2] = -8.0
+
+
+def run_side(side: str, model: str, batch: int, steps: int) -> dict[str, float]:
+    """Return the median seconds of a step and the peak memory in bytes of one side, measured in this process."""
+    import timm
+
+    import spvit
+
+    torch.manual_seed(0)
+    images, targets = torch.randn(batch, 3, 224, 224), torch.randint(0, 1000, (batch,))
+    before = _peak_bytes()
+    net = timm.create_model(model)
+    budget = None
+    gates: list[torch.nn.Parameter] = []
+    if side != "dense":
+        net = spvit.make_searchable(net, inplace=True)
+        if side == "half":
+            half_close(net)
+        gates = spvit.gate_parameters(net)
+        budget = spvit.BudgetLoss(net, macs="50%")
+    held = {id(gate) for gate in gates}
+    optimizers = [torch.optim.AdamW([p for p in net.parameters() if id(p) not in held], lr=1e-5)]
+    if gates:
+        # Learning rate zero: the gates must stand where they are throughout the measurement.
+        optimizers.append(torch.optim.AdamW(gates, lr=0.0, weight_decay=0.0))
+    net.train()
+    seconds = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        loss = torch.nn.functional.cross_entropy(net(images), targets)
+        if budget is not None:
+            loss = loss + budget()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": spread(seconds[2:])[0], "bytes": _peak_bytes() - before}
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(side: str, model: str, batch: int, steps: int) -> dict[str, float]:
+    """Return `run_side` from a process of its own."""
+    command = [sys.executable, __file__, "--side", side, "--models", model, "--batch", str(batch), "--steps", str(steps)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def main() -> None:
+    """Measure all sides in turns, print both sides of every ratio, and write them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["deit_tiny_patch16_224", "deit_small_patch16_224"])
+    parser.add_argument("--batch", type=int, default=16, help="images a step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=8, help="steps a process, the first two not counted")
+    parser.add_argument("--repeats", type=int, default=5, help="processes a side (default: %(default)s)")
+    parser.add_argument("--json", help="file to write the rows to")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        print(json.dumps(run_side(options.side, options.models[0], options.batch, options.steps)))
+        return
+    console = Console()
+    rows: list[dict[str, Any]] = []
+    for model in options.models:
+        figures: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+        for _ in range(options.repeats):
+            for side in SIDES:
+                figures[side].append(measure(side, model, options.batch, options.steps))
+        rows += _rows(model, options.batch, figures)
+    table = Table(title=f"search step, batch {options.batch}, 224 px, fp32, {machine()['threads']} threads")
+    for name in ("model", "side", "s/step", "spread", "ratio", "MB", "ratio"):
+        table.add_column(name, justify="left" if name in ("model", "side") else "right")
+    for row in rows:
+        table.add_row(
+            row["model"],
+            row["side"],
+            f"{row['seconds']:.3f}",
+            f"{row['seconds_spread']:.3f}",
+            f"{row['time_ratio']:.3f}",
+            f"{row['bytes'] / 1e6:.0f}",
+            f"{row['memory_ratio']:.3f}",
+        )
+    console.print(table)
+    write_results(options.json, "search_step", rows)
+
+
+def _rows(model: str, batch: int, figures: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
+    rows = []
+    dense_seconds = spread([run["seconds"] for run in figures["dense"]])[0]
+    dense_bytes = spread([run["bytes"] for run in figures["dense"]])[0]
+    for side, runs in figures.items():
+        seconds, seconds_spread = spread([run["seconds"] for run in runs])
+        peak, peak_spread = spread([run["bytes"] for run in runs])
+        rows.append(
+            {
+                "model": model,
+                "side": side,
+                "batch": batch,
+                "seconds": seconds,
+                "seconds_spread": seconds_spread,
+                "time_ratio": seconds / dense_seconds,
+                "bytes": peak,
+                "bytes_spread": peak_spread,
+                "memory_ratio": peak / dense_bytes,
+                "repeats": len(runs),
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main()
