@@ -18,9 +18,10 @@ import time
 from typing import Any
 
 import torch
-from reporting import machine, spread, write_results
 from rich.console import Console
 from rich.table import Table
+
+from reporting import machine, spread, write_results
 
 SIDES = ("dense", "fresh", "half")
 
@@ -81,7 +82,18 @@ def _peak_bytes() -> int:
 
 def measure(side: str, model: str, batch: int, steps: int) -> dict[str, float]:
     """Return `run_side` from a process of its own."""
-    command = [sys.executable, __file__, "--side", side, "--models", model, "--batch", str(batch), "--steps", str(steps)]
+    command = [
+        sys.executable,
+        __file__,
+        "--side",
+        side,
+        "--models",
+        model,
+        "--batch",
+        str(batch),
+        "--steps",
+        str(steps),
+    ]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return figures

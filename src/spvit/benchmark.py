@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,8 @@ def measure_latencies(models: Sequence[nn.Module], images: Tensor, seconds: floa
         images: [B, channels, height, width].
         seconds: time to spend on each model.
     """
+    from torch.utils.benchmark import Timer  # logs about CUDA when imported, which only a measurement should pay for
+
     threads = torch.get_num_threads()
     timers = [
         Timer("model(images)", globals={"model": model, "images": images}, num_threads=threads) for model in models

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -60,16 +59,20 @@ class Description:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file so that a kill leaves either the old or the new one: temporary file, then rename."""
+def replace_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Write a file so that a kill leaves either the old or the new one: to a temporary name, then renamed."""
     path = Path(path)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
-    ) as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f.name, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.touch()  # made by us, so that the file gets the user's own permissions whatever writes it
+    mode = temporary.stat().st_mode
+    write(temporary)
+    temporary.chmod(mode)
+    os.replace(temporary, path)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically."""
+    replace_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def save(
@@ -109,9 +112,8 @@ def save(
     )
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    temporary = folder / f".{WEIGHTS}.{os.getpid()}"
-    save_file({key: value.clone() for key, value in state.items()}, temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / WEIGHTS)
+    state = {key: value.clone() for key, value in state.items()}  # safetensors refuses tensors that share memory
+    replace_atomically(folder / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
     write_text(folder / DESCRIPTION, _to_json(description))
     return folder
 
@@ -143,8 +145,10 @@ def describe(folder: str | Path) -> Description:
         if data.get("classes") is not None:
             data["classes"] = tuple(data["classes"])
         return Description(**data)
-    except (ArchitectureError, TypeError, AttributeError, KeyError) as error:
+    except ArchitectureError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    except (TypeError, AttributeError, KeyError) as error:
+        raise CheckpointError(f"{path}: a field is missing or of the wrong kind ({error}); write it anew") from error
 
 
 def load(folder: str | Path) -> nn.Module:
@@ -161,7 +165,8 @@ def load(folder: str | Path) -> nn.Module:
         if description.folded:
             model = fold(model, inplace=True)
     except (ArchitectureError, UnsupportedHostError, KeyError, RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{Path(folder) / DESCRIPTION}: the model cannot be rebuilt: {error}") from error
+        reason = f"field {error} is missing" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{Path(folder) / DESCRIPTION}: the model cannot be rebuilt: {reason}") from error
     path = Path(folder) / WEIGHTS
     state = read_weights(path)
     dtype = next((value.dtype for value in state.values() if value.is_floating_point()), None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import re
 import shutil
 import sys
 import warnings
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputErrors as error:
         return _complain(problems, error, 2)
     except argparse.ArgumentError as error:
-        return _complain(problems, error, 2)
+        return _complain(problems, DataError(_as_options(error)), 2)
     except RunError as error:
         return _complain(problems, error, 1)
     except KeyboardInterrupt:
@@ -133,25 +134,35 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
         argparse.ArgumentError: an option or a value is not known.
         RunFolderError: `--resume` on a folder whose run had other settings, or none.
     """
-    name, options = _parse(arguments)
-    if not getattr(options, "resume", False):
-        return name, options
-    stored = check_folder(options.output, resume=True) / SETTINGS
+    output = _folder_to_resume(arguments)
+    if output is None:
+        return _parse(arguments)
+    name = arguments[0]
+    stored = check_folder(output, resume=True) / SETTINGS
     if not stored.is_file():
-        raise RunFolderError(f"output {options.output} holds no {SETTINGS}, so its run cannot be continued")
+        raise RunFolderError(f"output {output} holds no {SETTINGS}, so its run cannot be continued")
     first = stored.read_text(encoding="utf-8").splitlines()[0]
     if first != _heading(name):
-        raise RunFolderError(f"output {options.output} holds a run of {first[2:]!r}, not of 'spvit {name}'")
+        raise RunFolderError(f"output {output} holds a run of {first[2:]!r}, not of 'spvit {name}'")
     _, before = _parse([name, "--recipe", str(stored), "--resume", "true"])
     # The run's own settings come first, so that what is given now takes precedence over them.
     _, options = _parse([name, "--recipe", str(stored), *arguments[1:]])
     for field in FIXED:
         if hasattr(options, field) and getattr(options, field) != getattr(before, field):
             raise RunFolderError(
-                f"output {options.output} holds a run with --{field} {getattr(before, field)}, not "
+                f"output {output} holds a run with --{field} {getattr(before, field)}, not "
                 f"{getattr(options, field)}; continue it with its own, or name another folder"
             )
     return name, options
+
+
+def _folder_to_resume(arguments: list[str]) -> str | None:
+    """Return the output folder when the words ask to resume it; its settings are needed before they can be parsed."""
+    words = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    words.add_argument("--output")
+    words.add_argument("--resume", nargs="?", const="true", default="false")
+    known, _ = words.parse_known_args(arguments[1:])
+    return known.output if known.resume.lower() == "true" else None
 
 
 def _parse(arguments: list[str]) -> tuple[str, Any]:
@@ -178,6 +189,12 @@ def _resume_alone(arguments: list[str]) -> list[str]:
         "--resume=true" if word == "--resume" and after.startswith("--") else word
         for word, after in zip(arguments, following)
     ]
+
+
+def _as_options(error: argparse.ArgumentError) -> str:
+    """Return jsonargparse's message with its keys written as the options that a user types."""
+    text = re.sub(rf"(?<![\w.])({'|'.join(commands())})\.(?=\w)", "--", " ".join(str(error).split()))
+    return re.sub(r'Parser key "([\w.]+)":', r"--\1:", text)
 
 
 def _heading(name: str) -> str:
@@ -339,7 +356,8 @@ def evaluate_command(options: EvaluateCommand, console: Console) -> None:
 
 def profile_command(options: ProfileCommand, console: Console) -> None:
     """Print the costs of a model by block, dense against pruned."""
-    model = open_model(options).model
+    # Costs do not depend on weights, so none are downloaded.
+    model = open_model(dataclasses.replace(options, pretrained=False)).model
     record = pruned_record(model)
     if record is not None and options.architecture is not None:
         raise ArchitectureError(f"{options.model} is pruned already; name a dense model with --architecture")

@@ -3,8 +3,7 @@
 A recipe (YAML) holds the same names. The resolved values of a run stand in its config.yaml.
 """
 
-from __future__ import annotations
-
+# No postponed annotations here and where these classes inherit from: jsonargparse reads the types from the classes.
 from dataclasses import dataclass, field
 
 from spvit.models import ModelConfig

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class BlockCost:
     """One hidden unit of the FFN."""
     units: int
     """Hidden units of the FFN before pruning."""
+    norm: int = 0
+    """The norm before the attention, which goes with a skip that adds zero. It is part of the three kinds above."""
 
     def attention(self, kind: str) -> int:
         """Return the cost of an attention kind."""
@@ -67,7 +70,11 @@ class NetworkCost:
 
     def of(self, architecture: Architecture) -> int:
         """Return the cost of an architecture."""
-        return int(self.total([kind_gates(kind) for kind in architecture.kinds()], architecture.widths()))
+        kinds = architecture.kinds()
+        kept_norms = 0
+        if architecture.skip_rule != "zero":
+            kept_norms = sum(block.norm for block, kind in zip(self.blocks, kinds) if kind == "skip")
+        return kept_norms + int(self.total([kind_gates(kind) for kind in kinds], architecture.widths()))
 
     def expected(self, attention: Tensor, units: Sequence[Tensor]) -> Tensor:
         """Return the cost of gates given in expectation, differentiable.
@@ -108,7 +115,8 @@ def count_macs(model: nn.Module, run: Callable[[nn.Module], object]) -> int:
         model: any module; it is copied to the meta device, since fused attention on CPU escapes the counter.
         run: calls the copy it is given once.
     """
-    twin = copy.deepcopy(model).to("meta").eval()
+    # Without gradients to track, the counter also accepts blocks that attend to a learned query.
+    twin = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         run(twin)
     return counter.get_total_flops() // 2
@@ -168,13 +176,13 @@ def parse_budget(macs: str | int | None = None, params: str | int | None = None)
     match = _BUDGET.fullmatch(str(value))
     if match is None:
         raise _malformed(metric, value)
-    number, unit = float(match[1]), match[2]
+    number, unit = Fraction(match[1]), match[2]
     if unit == "%":
         if not 0 < number <= 100:
             raise BudgetError(f"{metric} budget {value!r} is out of range, expected above 0% and at most 100%")
-        return Budget(metric, fraction=number / 100)
+        return Budget(metric, fraction=float(number / 100))
     amount = number * _UNITS[unit]
-    if not amount.is_integer() or amount < 1:
+    if amount.denominator != 1 or amount < 1:
         raise _malformed(metric, value)
     return Budget(metric, amount=int(amount))
 
@@ -190,7 +198,7 @@ def human(count: float) -> str:
     """Return a count with a unit prefix, to four significant digits: 1.039G, 4.775M."""
     if count <= 0:
         return "0"
-    power = min(int(math.log10(count) // 3), 4)
+    power = min(max(int(math.log10(count) // 3), 0), 4)
     scaled = count / 1000**power
     if f"{scaled:.4g}" in ("1000", "1e+03") and power < 4:
         power, scaled = power + 1, scaled / 1000

@@ -69,7 +69,8 @@ def opened(bits: Sequence[bool]) -> int:
 class GateDraws:
     """Draws the gates of a whole network once a forward pass, so that a step needs at most one device sync.
 
-    The first gated module to run draws for all. Every gated module holds the same instance; it is not a module itself.
+    The first gated module in training mode draws for all when it runs. Every gated module holds the same instance;
+    it is not a module itself.
     The default random generator of the gates' device is used, so seeding and saving that one makes a run repeatable
     and re-computation under activation checkpointing sees the same gates.
     """
@@ -116,8 +117,9 @@ class GateDraws:
             bits = bits[count:]
 
     def noise(self, member: nn.Module) -> Tensor:
-        """Return the noise of a module for this forward pass: [gates]. The first module to ask draws for all."""
-        if member is self.members[0] or id(member) not in self._noise:
+        """Return the noise of a module for this forward pass: [gates]. The first module in training draws for all."""
+        first = next((other for other in self.members if other.training), member)
+        if member is first or id(member) not in self._noise:
             self._draw()
         return self._noise[id(member)]
 

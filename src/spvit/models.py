@@ -1,10 +1,12 @@
 """A model from what a user names: a timm model, a Hugging Face model, or a folder that spvit wrote."""
 
-from __future__ import annotations
-
+import difflib
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import getproxies
 
 from torch import nn
 
@@ -84,7 +86,7 @@ def _open_timm(config: ModelConfig, classes: int | None) -> OpenedModel:
 
     name = config.model.split(".")[0]
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name}*")[:3]
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.7)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise ModelError(
             f"model {config.model!r} is neither a timm model nor a folder that spvit wrote, and does not start with "
@@ -94,6 +96,8 @@ def _open_timm(config: ModelConfig, classes: int | None) -> OpenedModel:
     if classes is not None:
         arguments.setdefault("num_classes", classes)
     pretrained = config.pretrained and config.checkpoint is None
+    if pretrained:
+        _spare_retries()
     try:
         model = timm.create_model(config.model, pretrained=pretrained, **arguments)
     except (OSError, RuntimeError) as error:
@@ -109,6 +113,23 @@ def _open_timm(config: ModelConfig, classes: int | None) -> OpenedModel:
     return OpenedModel(model, preprocessing, None, trained=pretrained and own_head)
 
 
+def _spare_retries() -> None:
+    """Tell the hub client at once when its server cannot be reached, in place of a minute of attempts.
+
+    Weights in the local cache are found all the same.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
+    if getproxies():
+        return
+    try:
+        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+
+
 def _by_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     """Return a value a channel; for another number of channels than the model's source had, their mean."""
     return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
@@ -122,6 +143,7 @@ def _open_hugging_face(config: ModelConfig, classes: int | None) -> OpenedModel:
     if config.model_args:
         raise ModelError("model_args go with timm models only; a Hugging Face model brings its own configuration")
     name = config.model.removeprefix(HUGGING_FACE)
+    _spare_retries()
     try:
         own = AutoConfig.from_pretrained(name)
         head = own.num_labels

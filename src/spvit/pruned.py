@@ -98,7 +98,7 @@ class BottleneckConv(nn.Module):
             weight, bias = fold_batchnorm(self.conv_in.weight, _bias(self.conv_in), self.bn)
             self.conv_in.weight.copy_(weight)
             _bias(self.conv_in).copy_(bias)
-        self.bn = nn.Identity()
+        self.bn = nn.Identity().train(self.training)
 
 
 class Skip(nn.Module):

@@ -294,7 +294,7 @@ def _replace_attention(
     if kind == "skip":
         replacement = Skip(skip_rule, family.access.returns_tuple)
         if site.norm is not None and skip_rule == "zero":
-            model.set_submodule(site.norm, nn.Identity())
+            model.set_submodule(site.norm, nn.Identity().train(attention.training))
     else:
         shared = family.access.read(attention)
         fresh = torch.ones_like(shared.value_weight[:, 0, 0])[:, None].expand(-1, 9)

@@ -29,7 +29,7 @@ def block_table(architecture: Architecture, costs: dict[str, NetworkCost], title
             cost = costs[metric].blocks[index]
             kept = cost.attention(block.attention.kind) + cost.unit * len(block.ffn.units)
             row += [human(kept), human(cost.msa + cost.unit * cost.units)]
-        units = f"{len(block.ffn.units)} of {block.ffn.width}"
+        units = f"{len(block.ffn.units)}/{block.ffn.width}"
         table.add_row(str(index), block.attention.kind, units, *row)
     fixed = [human(costs[metric].fixed) for metric in ("params", "params", "macs", "macs")]
     table.add_row("", "rest", "", *fixed, end_section=True)

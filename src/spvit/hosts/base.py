@@ -156,6 +156,7 @@ def _block_params(host: nn.Module, block: BlockSites) -> BlockCost:
         conv1=norm + 2 * bottleneck + biases,
         unit=weights // ffn.units + int(first_bias),
         units=ffn.units,
+        norm=norm,
     )
 
 

@@ -51,12 +51,13 @@ class TimmViT:
                 f"{self.name} with patch_drop_rate > 0 drops patches, which leaves convolutions no grid; "
                 "create the model with patch_drop_rate=0"
             )
-        grid = model.patch_embed.grid_size
-        if grid is None:
+        embed = model.patch_embed
+        if embed.img_size is None:
             raise UnsupportedHostError(
                 f"{self.name} without an img_size has no patch grid; create it with img_size=..."
             )
-        return tuple(self._block(model, index, (grid[0], grid[1])) for index in range(len(model.blocks)))
+        height, width = embed.dynamic_feat_size(embed.img_size)
+        return tuple(self._block(model, index, (height, width)) for index in range(len(model.blocks)))
 
     def _block(self, model: VisionTransformer, index: int, grid: tuple[int, int]) -> BlockSites:
         path = f"blocks.{index}"
@@ -114,7 +115,8 @@ class TimmViT:
                 "cannot be rebuilt from a file; make it with timm.create_model"
             )
         # reset_classifier leaves the recorded arguments as they were.
-        arguments = {**arguments, "num_classes": cast(VisionTransformer, host).num_classes}
+        model = cast(VisionTransformer, host)
+        arguments = {**arguments, "num_classes": model.num_classes, "global_pool": model.global_pool}
         return {"library": "timm", "name": config["architecture"], "arguments": _as_json(arguments)}
 
     def build(self, source: dict[str, Any]) -> nn.Module:

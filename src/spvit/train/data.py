@@ -3,8 +3,6 @@
 Shapes: images [B, channels, height, width], normalised; targets [B], class indices.
 """
 
-from __future__ import annotations
-
 import inspect
 import logging
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ A phase supplies the model, its settings and its extra losses. Every epoch start
 epoch), and the state is saved at its end, so a continued run repeats exactly what an uninterrupted one does.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
@@ -17,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -139,6 +138,8 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
     """Return the Accelerator of a run: any device, any number of processes."""
     if config.precision not in ("fp32", "bf16"):
         raise DataError(f"precision is {config.precision!r}, expected fp32 or bf16")
+    # Accelerate keeps one precision a process; a later run in the same process may ask for another.
+    AcceleratorState._reset_state(reset_partial_state=False)
     return Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
 
 

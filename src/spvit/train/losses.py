@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spvit.cost import parse_budget
-from spvit.gates import expected, nest
+from spvit.gates import expected
 from spvit.surgery import gated_layers, search_record
 
 BUDGET_WEIGHT = 40.0
@@ -48,7 +48,9 @@ class BudgetLoss:
 
     def expected_cost(self) -> Tensor:
         """Return the expected cost in MACs or parameters, a scalar with gradients to the gate logits."""
-        attention = nest(expected(torch.stack([attention.gate_logits.float() for attention, _ in self.layers])))
+        # Cumulative as in the forward pass, but without its detaching: so the published code's gradients come out.
+        opened = expected(torch.stack([attention.gate_logits.float() for attention, _ in self.layers]))
+        attention = torch.cumprod(opened, dim=-1)
         units = [expected(ffn.gate_logits.float()).sum() for _, ffn in self.layers]
         return self.cost.expected(attention, units)
 

@@ -3,8 +3,6 @@
 A run folder holds everything: metrics.jsonl, architecture.json, state/ (resumable), model.safetensors and model.json.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import tempfile

@@ -1,0 +1,173 @@
+"""The method as its specification (method.md) states it, in explicit loops: slow, and independent of spvit's code.
+
+Section numbers are those of the specification. Shapes: B batch, N tokens, d width, h heads, e head width, P prefix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Projection:
+    """One linear map of an attention layer: weight [d, d] and bias [d] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = x @ self.weight.T
+        return out if self.bias is None else out + self.bias
+
+
+def projections(attention: Any) -> tuple[int, list[Projection]]:
+    """Return the number of heads and the q, k, v and o projections of a timm or Hugging Face attention layer."""
+    if hasattr(attention, "qkv"):
+        biases = [None] * 3 if attention.qkv.bias is None else attention.qkv.bias.chunk(3)
+        packed = [Projection(weight, bias) for weight, bias in zip(attention.qkv.weight.chunk(3), biases)]
+        return attention.num_heads, [*packed, Projection(attention.proj.weight, attention.proj.bias)]
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    return attention.num_attention_heads, [Projection(layer.weight, layer.bias) for layer in layers]
+
+
+def msa(x: Tensor, heads: int, q: Projection, k: Projection, v: Projection, o: Projection) -> Tensor:
+    """Plain multi-head self-attention, a head and an image at a time."""
+    width = len(v.weight) // heads
+    images = []
+    for image in x:
+        queries, keys, values = q(image), k(image), v(image)
+        outputs = []
+        for i in range(heads):
+            rows = slice(i * width, (i + 1) * width)
+            scores = queries[:, rows] @ keys[:, rows].T / width**0.5
+            outputs.append(torch.softmax(scores, dim=-1) @ values[:, rows])
+        images.append(o(torch.cat(outputs, dim=-1)))
+    return torch.stack(images)
+
+
+def batch_norm(h: Tensor, bn: nn.BatchNorm2d, training: bool) -> Tensor:
+    """Batch norm over batch and grid, h [B, G, e]; eps 1e-5, momentum 0.1 (section 1). Updates running statistics."""
+    if not training:
+        return (h - bn.running_mean) / torch.sqrt(bn.running_var + 1e-5) * bn.weight + bn.bias
+    count = h.shape[0] * h.shape[1]
+    mean = h.sum((0, 1)) / count
+    variance = ((h - mean) ** 2).sum((0, 1)) / count
+    with torch.no_grad():
+        bn.running_mean.copy_(0.9 * bn.running_mean + 0.1 * mean)
+        bn.running_var.copy_(0.9 * bn.running_var + 0.1 * variance * count / (count - 1))
+    return (h - mean) / torch.sqrt(variance + 1e-5) * bn.weight + bn.bias
+
+
+def bottleneck(x: Tensor, layer: Any, bn: nn.BatchNorm2d, positions: list[int], training: bool) -> Tensor:
+    """conv3 (nine positions) or conv1 (the centre, position 4) of section 1."""
+    heads, (_, _, v, o) = projections(layer.attention)
+    width = len(v.weight) // heads
+    height, columns = layer.grid.height, layer.grid.width
+    exponentials = torch.exp((layer.head_logits - layer.head_logits.max()) / layer.temperature)
+    mixed: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    for p in positions:
+        shares = exponentials[:, p] / exponentials[:, p].sum()
+        kernel, bias, out = 0, x.new_zeros(width), 0
+        for i in range(heads):
+            rows = slice(i * width, (i + 1) * width)
+            kernel = kernel + shares[i] * v.weight[rows]
+            out = out + shares[i] * o.weight[:, rows]
+            if v.bias is not None:
+                bias = bias + shares[i] * v.bias[rows]
+        mixed[p] = (kernel, bias, out)
+    tokens = x[:, layer.prefix_tokens :]
+    hidden = []
+    for row in range(height):
+        for column in range(columns):
+            total = sum(mixed[p][1] for p in positions).expand(len(x), -1)
+            for p in positions:
+                r, c = row + p % 3 - 1, column + p // 3 - 1
+                if 0 <= r < height and 0 <= c < columns:
+                    total = total + tokens[:, r * columns + c] @ mixed[p][0].T
+            hidden.append(total)
+    activated = batch_norm(torch.stack(hidden, dim=1), bn, training).clamp(min=0)
+    out = activated @ sum(mixed[p][2] for p in positions).T
+    if o.bias is not None:
+        out = out + o.bias
+    return torch.cat([x[:, : layer.prefix_tokens], out], dim=1)
+
+
+def sample(logits: Tensor, uniforms: Tensor | None) -> Tensor:
+    """b of section 2: sampled in training, with straight-through gradients; thresholded in evaluation (no uniforms)."""
+    p = torch.sigmoid(logits)
+    if uniforms is None:
+        return (p > 0.5).to(p.dtype)
+    odds = torch.log(uniforms / (1 - uniforms)) + torch.log(p / (1 - p))
+    soft = torch.sigmoid(odds)
+    return (odds > 0).to(p.dtype) + soft - soft.detach()
+
+
+def nested(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """c1, c2, c3 of section 2, with its two detachments."""
+    c1, c2, c3 = b[0], b[0] * b[1], b[0] * b[1] * b[2]
+    first, second, third = (round(c.item()) for c in (c1, c2, c3))
+    if first and second:
+        c1 = c1.detach()
+    if first and second and third:
+        c2 = c2.detach()
+    return c1, c2, c3
+
+
+def attention_forward(layer: Any, uniforms: Tensor | None, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The whole of section 2 for one layer: every candidate with gradients, then the formula."""
+    training = uniforms is not None
+    heads, maps = projections(layer.attention)
+    three = bottleneck(x, layer, layer.bn3, list(range(9)), training)
+    one = bottleneck(x, layer, layer.bn1, [4], training)
+    c1, c2, c3 = nested(sample(layer.gate_logits, uniforms))
+    out = c3 * msa(x, heads, *maps) + c2 * (1 - c3) * three + c1 * (1 - c2) * (1 - c3) * one
+    return out if hasattr(layer.attention, "qkv") else (out, None)
+
+
+def gated_linear_forward(layer: Any, uniforms: Tensor | None, hidden: Tensor) -> Tensor:
+    """Section 3, from the activations on: W2 (b * hidden) + b2."""
+    out = (sample(layer.gate_logits, uniforms) * hidden) @ layer.linear.weight.T
+    return out if layer.linear.bias is None else out + layer.linear.bias
+
+
+def install(net: nn.Module, uniforms: Tensor | None) -> nn.Module:
+    """Make every gated layer of a network (or a lone layer) compute by this file, in place. uniforms: one a gate."""
+    for layer in net.modules():
+        if not hasattr(layer, "gate_logits"):
+            continue
+        own = None
+        if uniforms is not None:
+            own, uniforms = uniforms[: len(layer.gate_logits)], uniforms[len(layer.gate_logits) :]
+        forward = attention_forward if hasattr(layer, "head_logits") else gated_linear_forward
+        layer.forward = lambda *a, _f=forward, _l=layer, _u=own, **k: _f(_l, _u, *a, **k)
+    return net
+
+
+def uniforms_for(logits: Tensor, bits: list[bool]) -> Tensor:
+    """Return uniforms with which gates of these logits are sampled as these bits."""
+    closed_below = torch.sigmoid(-logits.detach())
+    open_ = torch.tensor(bits)
+    return torch.where(open_, (1 + closed_below) / 2, closed_below / 2)
+
+
+def expected_gate(logit: Tensor) -> Tensor:
+    """c^ of section 4: 1[p > 0.5] in value, the gradient of sigmoid(p - 0.5)."""
+    p = torch.sigmoid(logit)
+    soft = torch.sigmoid(p - 0.5)
+    return (p > 0.5).to(p.dtype) + soft - soft.detach()
+
+
+def expected_cost(
+    attention: list[Tensor], ffn: list[Tensor], fixed: float, msa: int, conv3: int, conv1: int, unit: int
+) -> Tensor:
+    """The cost of section 4 for blocks that are all alike, from gate logits [3] and [units] a block."""
+    total = torch.tensor(float(fixed), dtype=attention[0].dtype)
+    for gates, units in zip(attention, ffn):
+        b1, b2, b3 = expected_gate(gates)
+        c1, c2, c3 = b1, b1 * b2, b1 * b2 * b3  # multiplied as in section 2, but nothing is detached: golden agrees
+        total = total + c1 * conv1 + c2 * (conv3 - conv1) + c3 * (msa - conv3) + unit * expected_gate(units).sum()
+    return total

@@ -1,0 +1,203 @@
+"""Architectures: exact JSON round trips, the published ones, and every way in which a file can be wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import spvit
+from spvit.architecture import (
+    FFN,
+    KINDS,
+    Architecture,
+    ArchitectureError,
+    Attention,
+    Block,
+    architecture_from_dict,
+    check_same_shape,
+    dense,
+)
+
+EVERYTHING = Architecture(
+    (
+        Block(Attention("msa", (0, 2), (0, 1, 5), (3,)), FFN(8, (0, 7))),
+        Block(Attention("conv3"), FFN(8, ())),
+        Block(Attention("conv1"), FFN(4, (0, 1, 2, 3))),
+        Block(Attention("skip"), FFN(1, (0,))),
+        Block(Attention("msa", heads=()), FFN(8, (1, 2))),
+    ),
+    skip_rule="normalised_input",
+)
+
+# method.md section 6, letter by letter: m = msa, 3 = conv3, 1 = conv1.
+PUBLISHED = {
+    "spvit_deit_tiny_patch16_224": (
+        768,
+        "11mmmmmmmmmm",
+        "744 758 764 767 766 764 756 659 633 473 179 145",
+    ),
+    "spvit_deit_small_patch16_224": (
+        1536,
+        "1mmmmmmmmmmm",
+        "1304 1399 1344 1214 1251 1183 1140 925 742 391 104 103",
+    ),
+    "spvit_deit_base_patch16_224": (
+        3072,
+        "11133mmmmmmm",
+        "1118 489 1050 1345 1336 1326 1431 1564 1606 1702 1290 190",
+    ),
+    "spvit_deit_base_11g_patch16_224": (
+        3072,
+        "1113mmmmmmmm",
+        "1253 610 1343 1912 2354 2306 2483 2753 2869 2860 2443 934",
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", [EVERYTHING, dense([3, 4]), *spvit.architectures().values()])
+def test_json_round_trip_is_exact(architecture: Architecture) -> None:
+    text = architecture.to_json()
+    assert Architecture.from_json(text) == architecture
+    assert Architecture.from_json(text).to_json() == text
+
+
+def test_json_round_trip_through_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "architecture.json"
+    path.write_text(EVERYTHING.to_json())
+    assert Architecture.load(path) == EVERYTHING
+    assert Architecture.load(str(path)) == EVERYTHING
+
+
+def test_architectures_are_values() -> None:
+    twin = Architecture.from_json(EVERYTHING.to_json())
+    assert hash(twin) == hash(EVERYTHING)
+    with pytest.raises(AttributeError):
+        twin.skip_rule = "zero"  # type: ignore[misc]
+
+
+def test_dense_keeps_everything() -> None:
+    architecture = dense([3, 5])
+    assert architecture.kinds() == ("msa", "msa")
+    assert architecture.widths() == (3, 5)
+    assert architecture.blocks[1].ffn.units == (0, 1, 2, 3, 4)
+    check_same_shape(architecture, [3, 5], "a host")
+
+
+def test_prints_as_a_table_of_blocks() -> None:
+    rows = [line.split() for line in str(EVERYTHING).splitlines()]
+    assert rows[0] == ["block", "attention", "FFN", "units"]
+    assert rows[1] == ["0", "msa", "2", "of", "8"]
+    assert rows[2] == ["1", "conv3", "0", "of", "8"]
+    assert len(rows) == 1 + len(EVERYTHING.blocks)
+
+
+def test_published_architectures() -> None:
+    letters = {kind: kind[0] if kind in ("msa", "skip") else kind[-1] for kind in KINDS}
+    assert spvit.architectures().keys() == PUBLISHED.keys()
+    for name, (width, attention, units) in PUBLISHED.items():
+        architecture = spvit.architectures()[name]
+        assert "".join(letters[kind] for kind in architecture.kinds()) == attention
+        assert " ".join(map(str, architecture.widths())) == units
+        assert {block.ffn.width for block in architecture.blocks} == {width}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Attention("conv5"), "attention kind 'conv5' is unknown, expected one of msa, conv3, conv1, skip"),
+        (lambda: Attention("conv3", heads=(0,)), "attention heads belong to kind msa only, found them with conv3"),
+        (lambda: Attention("skip", value_dimensions=(0,)), "value_dimensions belong to kind msa only"),
+        (lambda: Attention("msa", heads=(-1,)), "attention heads: index -1 is out of range, expected 0 or more"),
+        (lambda: Attention("msa", heads=(1, 1)), "attention heads: index 1 follows 1, expected strictly ascending"),
+        (lambda: FFN(0, ()), "FFN width: found 0, expected a whole number of units, 1 or more"),
+        (lambda: FFN(True, ()), "FFN width: found True"),
+        (lambda: FFN("8", ()), "FFN width: found '8'"),
+        (lambda: FFN(8, (8,)), "FFN units: index 8 is out of range, expected from 0 to 7"),
+        (lambda: FFN(8, (2, 1)), "FFN units: index 1 follows 2, expected strictly ascending"),
+        (lambda: FFN(8, (1.0,)), r"FFN units: found 1\.0, expected whole numbers"),
+        (lambda: FFN(8, (False, 1)), "FFN units: found False, expected whole numbers"),
+        (lambda: Architecture(()), "an architecture needs at least one block, found none"),
+        (lambda: Architecture(EVERYTHING.blocks, prefix_rule="drop"), "prefix_rule 'drop' is unknown, .*identity"),
+        (lambda: Architecture(EVERYTHING.blocks, skip_rule="x"), "skip_rule 'x' is unknown, .*zero, normalised_input"),
+        (lambda: check_same_shape(dense([3]), [3, 3], "this Net"), "the architecture has 1 blocks, but this Net has 2"),
+        (lambda: check_same_shape(dense([3, 4]), [3, 5], "this Net"), "block 1: .* an FFN of 4 units, .* has 5"),
+    ],
+)
+def test_malformed_values_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ArchitectureError, match=message):
+        make()
+
+
+def _edited(path: list[Any], value: Any = None, remove: bool = False) -> dict[str, Any]:
+    """Return EVERYTHING as parsed JSON with one place changed."""
+    data = json.loads(EVERYTHING.to_json())
+    place = data
+    for step in path[:-1]:
+        place = place[step]
+    if remove:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return data
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "architecture: found list, expected an object"),
+        ({}, 'not an architecture: expected "format": "spvit-architecture"'),
+        (_edited(["format"], "other"), "not an architecture: expected"),
+        (_edited(["version"], 2), "architecture version 2 cannot be read, expected 1"),
+        (_edited(["version"], remove=True), "architecture version None cannot be read"),
+        (_edited(["blocks"], remove=True), "field 'blocks' is missing or not a list"),
+        (_edited(["blocks"], {}), "field 'blocks' is missing or not a list"),
+        (_edited(["blocks"], []), "at least one block"),
+        (_edited(["colour"], 1), "architecture: unknown field 'colour', expected blocks, prefix_rule, skip_rule"),
+        (_edited(["skip_rule"], 1), "skip_rule 1 is unknown"),
+        (_edited(["blocks", 1], 3), "block 1: found int, expected an object"),
+        (_edited(["blocks", 1, "norm"], 3), "block 1: unknown field 'norm', expected attention, ffn"),
+        (_edited(["blocks", 1, "attention"], remove=True), "block 1: field 'attention' is missing"),
+        (_edited(["blocks", 2, "ffn"], remove=True), "block 2: field 'ffn' is missing"),
+        (_edited(["blocks", 1, "attention", "size"], 3), "block 1 attention: unknown field 'size', expected kind, "),
+        (_edited(["blocks", 1, "attention", "kind"], "conv5"), "block 1: attention kind 'conv5' is unknown"),
+        (_edited(["blocks", 0, "attention", "heads"], 3), "block 0 attention heads: found 3, expected a list"),
+        (_edited(["blocks", 0, "attention", "heads"], ["a"]), "block 0: attention heads: found 'a', expected whole"),
+        (_edited(["blocks", 1, "ffn"], []), "block 1 ffn: found list, expected an object"),
+        (_edited(["blocks", 1, "ffn", "bias"], 1), "block 1 ffn: unknown field 'bias', expected width, units"),
+        (_edited(["blocks", 1, "ffn", "width"], remove=True), "block 1 ffn: field 'width' is missing"),
+        (_edited(["blocks", 1, "ffn", "units"], remove=True), "block 1 ffn: field 'units' is missing"),
+        (_edited(["blocks", 1, "ffn", "units"], "all"), "block 1 ffn units: found 'all', expected a list"),
+        (_edited(["blocks", 1, "ffn", "units"], [9]), "block 1: FFN units: index 9 is out of range"),
+        (_edited(["blocks", 1, "ffn", "width"], -4), "block 1: FFN width: found -4"),
+    ],
+)
+def test_malformed_files_are_refused_by_field(data: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ArchitectureError, match=message):
+        architecture_from_dict(data)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(ArchitectureError, match=rf"architecture file .*a\.json: .*{message}"):
+        Architecture.load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "the text is not valid JSON"),
+        (b"", "the text is not valid JSON"),
+        (b"\xff\xfe\x00", "decode"),
+        (None, "No such file"),
+    ],
+)
+def test_unreadable_files_are_refused_by_name(content: bytes | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "broken.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ArchitectureError, match=rf"architecture file .*broken\.json: .*{message}"):
+        Architecture.load(path)
+    if content == b"{":
+        with pytest.raises(ArchitectureError, match="not valid JSON"):
+            Architecture.from_json("{")

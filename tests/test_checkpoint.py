@@ -1,0 +1,290 @@
+"""Model folders: exact round trips, descriptions, and every damaged or unfitting file."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import spvit
+from spvit.checkpoint import (
+    DESCRIPTION,
+    WEIGHTS,
+    CheckpointError,
+    Description,
+    Preprocessing,
+    describe,
+    fit_state,
+    read_weights,
+    write_text,
+)
+from spvit.hosts.base import UnsupportedHostError
+from spvit.surgery import pruned_record
+from test_surgery import EVERYTHING
+from tiny import HOSTS, assert_close, images, logits, make_host, make_net, randomise
+
+LOOKS = Preprocessing((0.5, 0.4, 0.3), (0.2, 0.2, 0.1), "bilinear", 0.875)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stage", ["dense", "pruned", "folded"])
+@pytest.mark.parametrize("name", ["class_token", "distilled", "huggingface_options"])
+def test_saved_models_load_bit_identically(name: str, stage: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    host, net = make_net(name, dtype=dtype)
+    model = host if stage == "dense" else spvit.prune(host, spvit.decide(net), weights=net)
+    model = spvit.fold(model) if stage == "folded" else model
+    folder = spvit.save(model.train(), tmp_path / "new" / "folder")
+    assert folder == tmp_path / "new" / "folder"
+    assert sorted(path.name for path in folder.iterdir()) == sorted([WEIGHTS, DESCRIPTION])
+    loaded = spvit.load(str(folder))
+    assert not loaded.training
+    assert type(loaded) is type(host)
+    assert torch.equal(logits(loaded, images(host)), logits(model.eval(), images(host)))
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert pruned_record(loaded) == pruned_record(model)
+    again = spvit.save(loaded, tmp_path / "again")
+    for file in (WEIGHTS, DESCRIPTION):
+        assert (again / file).read_bytes() == (folder / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_every_dense_host_can_be_saved(name: str, tmp_path: Path) -> None:
+    host = make_host(name)
+    assert torch.equal(logits(spvit.load(spvit.save(host, tmp_path)), images(host)), logits(host, images(host)))
+
+
+def test_the_description_says_all(tmp_path: Path) -> None:
+    host, net = make_net("class_token")
+    architecture = spvit.decide(net)
+    folded = spvit.fold(spvit.prune(host, architecture, weights=net))
+    classes = ["cat", "dog", "Ärmel", "d", "e", "f", "g"]
+    spvit.save(folded, tmp_path, preprocessing=LOOKS, classes=classes, metrics={"top1": 71.5})
+    found = describe(tmp_path)
+    assert found.host["library"] == "timm"
+    assert found.architecture == architecture
+    assert found.folded
+    assert found.preprocessing == LOOKS
+    assert found.classes == tuple(classes)
+    assert found.metrics == {"top1": 71.5}
+    spvit.save(host, tmp_path / "dense")
+    assert describe(tmp_path / "dense") == Description(found.host)
+
+
+def test_a_folder_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
+    first, second = make_host("class_token"), randomise(make_host("class_token"), seed=5)
+    x = images(first)
+    spvit.save(first, tmp_path)
+    with pytest.raises(CheckpointError, match=r"holds a model already; name another folder, or pass overwrite=True"):
+        spvit.save(second, tmp_path)
+    assert torch.equal(logits(spvit.load(tmp_path), x), logits(first, x))
+    spvit.save(second, tmp_path, overwrite=True)
+    assert torch.equal(logits(spvit.load(tmp_path), x), logits(second, x))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([WEIGHTS, DESCRIPTION])
+
+
+def test_saving_what_cannot_be_rebuilt_leaves_nothing_behind(tmp_path: Path) -> None:
+    import timm
+
+    own = timm.models.VisionTransformer(img_size=32, embed_dim=24, depth=1, num_heads=3)
+    for model, message in ((own, r"not made by timm\.create_model"), (nn.Linear(2, 2), "not a supported model family")):
+        with pytest.raises(UnsupportedHostError, match=message):
+            spvit.save(model, tmp_path / "folder")
+        assert not (tmp_path / "folder").exists()
+
+
+def test_files_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    spvit.save(make_host("class_token"), tmp_path / "model")
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    expected = stat.S_IMODE(os.stat(plain).st_mode)
+    for file in (WEIGHTS, DESCRIPTION):
+        assert stat.S_IMODE(os.stat(tmp_path / "model" / file).st_mode) == expected, file
+
+
+def test_write_text_replaces_the_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "a long first text ä")
+    write_text(str(path), "short")
+    assert path.read_text() == "short"
+    assert [item.name for item in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.fixture(name="saved")
+def _saved(tmp_path: Path) -> Path:
+    host, net = make_net("class_token")
+    return spvit.save(spvit.prune(host, spvit.decide(net), weights=net), tmp_path / "model", preprocessing=LOOKS)
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Change fields of a folder's description; ... removes one."""
+    data = {**json.loads((folder / DESCRIPTION).read_text()), **changes}
+    (folder / DESCRIPTION).write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "other"}, r'is not a model of this version, expected "format": "spvit-model", "version": 1'),
+        ({"format": ...}, "is not a model of this version"),
+        ({"version": 2}, "is not a model of this version"),
+        ({"colour": 1}, "unknown field 'colour', expected host, architecture, folded, preprocessing, classes, metrics"),
+        ({"host": ...}, "missing 1 required positional argument: 'host'"),
+        ({"architecture": {}}, "not an architecture"),
+        ({"architecture": 3}, "architecture: found int, expected an object"),
+        ({"preprocessing": {"mean": [0.5]}}, "std"),
+        ({"preprocessing": {"mean": [0.5], "std": [0.5], "zoom": 2}}, "zoom"),
+        ({"preprocessing": 3}, "int"),
+        ({"classes": 3}, "not iterable"),
+    ],
+)
+def test_wrong_descriptions_are_refused(saved: Path, changes: dict[str, Any], message: str) -> None:
+    edit(saved, **changes)
+    for read in (describe, spvit.load):
+        with pytest.raises(CheckpointError, match=rf"model\.json.*{message}"):
+            read(saved)
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe"])
+def test_descriptions_that_are_not_json_are_refused(saved: Path, content: bytes) -> None:
+    (saved / DESCRIPTION).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.json is not valid JSON"):
+        spvit.load(saved)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null"])
+def test_descriptions_that_are_no_objects_are_refused(saved: Path, content: str) -> None:
+    (saved / DESCRIPTION).write_text(content)
+    with pytest.raises(CheckpointError, match="is not a model of this version"):
+        describe(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"host": {"library": "keras"}}, "the host's library 'keras' is unknown, expected one of timm, transformers"),
+        ({"host": {}}, "library"),
+        ({"host": 3}, "not subscriptable"),
+        ({"host": {"library": "timm", "arguments": {}}}, "name"),
+        ({"host": {"library": "timm", "name": "no_such_model", "arguments": {}}}, "no_such_model"),
+        ({"host": {"library": "timm", "name": "vit_tiny_patch16_224", "arguments": {"wings": 2}}}, "wings"),
+        (
+            {"architecture": json.loads(spvit.Architecture(EVERYTHING.blocks[:2]).to_json())},
+            "the architecture has 2 blocks, but this",
+        ),
+        ({"architecture": ..., "folded": True}, "fold takes a model that spvit.prune returned"),
+    ],
+)
+def test_models_that_cannot_be_rebuilt_are_refused(saved: Path, changes: dict[str, Any], message: str) -> None:
+    edit(saved, **changes)
+    with pytest.raises(CheckpointError, match=rf"model\.json: the model cannot be rebuilt: .*{message}"):
+        spvit.load(saved)
+
+
+def test_missing_files_are_named(tmp_path: Path, saved: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere holds no spvit model: model\.json is missing"):
+        spvit.load(tmp_path / "nowhere")
+    (saved / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoint .*model\.safetensors does not exist"):
+        spvit.load(saved)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise"])
+def test_damaged_weights_are_named(saved: Path, damage: str) -> None:
+    path = saved / WEIGHTS
+    path.write_bytes({"cut": path.read_bytes()[:-100], "empty": b"", "noise": bytes(range(256)) * 4}[damage])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or not a safetensors file"):
+        spvit.load(saved)
+
+
+def test_weights_that_do_not_fit_the_description_are_named(saved: Path) -> None:
+    state = load_file(saved / WEIGHTS)
+    state.pop("blocks.3.attn.qkv.weight")
+    save_file(state, saved / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"safetensors does not fit: the model's blocks\.3\.attn\.qkv\.weight "):
+        spvit.load(saved)
+
+
+STATE = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.ones(1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("plain.pth", STATE),
+        ("ordered.pt", OrderedDict(STATE)),
+        ("deit.pth", {"model": STATE, "epoch": 3}),
+        ("timm.bin", {"state_dict": STATE, "arch": "x"}),
+        ("plain.safetensors", STATE),
+    ],
+)
+def test_weights_are_found_in_files_of_any_form(tmp_path: Path, name: str, content: Any) -> None:
+    path = tmp_path / name
+    save_file(content, path) if path.suffix == ".safetensors" else torch.save(content, path)
+    found = read_weights(path)
+    assert found.keys() == STATE.keys()
+    assert all(torch.equal(found[key], value) for key, value in STATE.items())
+
+
+class Harmful:
+    """Runs code when it is unpickled, unless only weights are read."""
+
+    def __reduce__(self) -> Any:
+        return (pytest.fail, ("a pickle was run",))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.pth", b"not a pickle", r"a\.pth is damaged or not a weights file: "),
+        ("a.pth", b"", r"a\.pth is damaged or not a weights file"),
+        ("a.pth", Harmful(), r"a\.pth is damaged or not a weights file: "),
+        ("a.pth", {"model": Harmful()}, r"a\.pth is damaged or not a weights file: "),
+        ("a.pth", [torch.ones(1)], r"a\.pth holds no weights: expected a dictionary of tensors"),
+        ("a.pth", {}, r"a\.pth holds no weights"),
+        ("a.pth", {"model": {}}, r"a\.pth holds no weights"),
+        ("a.pth", {"epoch": 3}, r"a\.pth holds no weights"),
+        ("a.npz", b"", r"a\.npz: expected a \.safetensors or \.pth file, found \.npz"),
+        ("weights", b"", r"weights: expected a \.safetensors or \.pth file, found no ending"),
+        ("a.safetensors", b"not one", r"a\.safetensors is damaged or not a safetensors file"),
+        ("a.safetensors", None, r"a\.safetensors does not exist"),
+    ],
+)
+def test_files_without_weights_are_refused(tmp_path: Path, name: str, content: Any, message: str) -> None:
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(CheckpointError, match=rf"checkpoint .*{message}"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": ...}, r"checkpoint f does not fit: the model's weight \[4, 3\] is missing there"),
+        ({"bias": torch.ones(5)}, r"checkpoint f does not fit: bias is \[5\] there, but \[4\] in the model"),
+        ({"extra": torch.ones(2, 1)}, r"checkpoint f does not fit: it has extra \[2, 1\], the model does not"),
+    ],
+)
+def test_states_that_do_not_fit_change_nothing(changes: dict[str, Any], message: str) -> None:
+    model = nn.Linear(3, 4)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = {"weight": torch.ones(4, 3), "bias": torch.ones(4), **changes}
+    with pytest.raises(CheckpointError, match=message):
+        fit_state(model, {key: value for key, value in state.items() if value is not ...}, "f")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_states_that_fit_are_loaded() -> None:
+    model = nn.Linear(3, 4)
+    fit_state(model, {"weight": torch.ones(4, 3), "bias": torch.zeros(4)}, "f")
+    assert_close(model(torch.ones(1, 3)), torch.full((1, 4), 3.0))

@@ -1,0 +1,235 @@
+"""The command: every sub-command runs on the digits, and bad input gets one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import spvit
+from spvit.cli import main
+from spvit.models import ModelConfig, open_model
+from training import MODEL, MODEL_ARGS, image_folder, micro_host, states_equal
+
+RECIPE = {
+    "model": MODEL,
+    "model_args": MODEL_ARGS,
+    "pretrained": False,
+    "data": "digits",
+    "images": {"batch_size": 128, "mean": [0.5], "std": [0.5], "crop": 1.0, "flip": 0.0},
+}
+SHORT = {"epochs": 1, "warmup_epochs": 0.0}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path):
+    def write(**more: object) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**RECIPE, **more}))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> str:
+    """Return a weights file that fits the micro model."""
+    torch.save(micro_host().state_dict(), tmp_path / "trained.pth")
+    return str(tmp_path / "trained.pth")
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = main(list(arguments))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def refused(capsys, words: str, *arguments: str) -> None:
+    """Assert that a command is refused in one line with these words, with exit code 2."""
+    code, _, problems = run(capsys, *arguments)
+    assert code == 2
+    assert problems.startswith("spvit: ")
+    assert len(problems.strip().splitlines()) == 1
+    assert words in problems
+
+
+def test_compress_then_evaluate_profile_and_load(capsys, recipe, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = recipe(dense=SHORT, search=SHORT, finetune=SHORT, log_every=4)
+    code, text, problems = run(capsys, "compress", "--recipe", settings, "--output", str(out), "--macs", "60%")
+    assert (code, problems) == (0, "")
+    for words in ("dense epoch 1/1", "search epoch 1/1", "finetune epoch 1/1", "latency, batch 64", f'load("{out}")'):
+        assert words in text
+    assert {path.name for path in out.iterdir()} == {
+        "architecture.json", "config.yaml", "dense", "metrics.jsonl", "model.json", "model.safetensors", "state",
+        "summary.json",
+    }  # fmt: skip
+    assert spvit.load(out)(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+    accuracy = json.loads((out / "summary.json").read_text())["pruned"]["accuracy"]
+    code, text, _ = run(capsys, "evaluate", "--model", str(out), "--data", "digits")
+    assert code == 0
+    assert f"accuracy {accuracy:.2%}" in text
+    code, text, _ = run(capsys, "profile", "--model", str(out))
+    assert code == 0
+    assert "share" in text
+    refused(capsys, "is in use", "compress", "--recipe", settings, "--output", str(out))
+
+
+def test_train_search_and_finetune_chain(capsys, recipe, tmp_path: Path) -> None:
+    dense, searched, tuned = (str(tmp_path / name) for name in ("dense", "searched", "tuned"))
+    assert run(capsys, "train", "--recipe", recipe(dense=SHORT), "--output", dense)[0] == 0
+    common = ["--model", dense, "--data", "digits", "--images.batch_size", "128"]
+    assert run(capsys, "search", *common, "--output", searched, "--params", "70%", "--search.epochs", "1")[0] == 0
+    assert (
+        run(capsys, "finetune", "--model", searched, *common[2:], "--output", tuned, "--finetune.epochs", "1")[0] == 0
+    )
+    assert spvit.surgery.pruned_record(spvit.load(searched)).folded is False
+    assert spvit.surgery.pruned_record(spvit.load(tuned)).folded is True
+    again = [*common, "--architecture", f"{searched}/architecture.json", "--finetune.epochs", "1"]
+    again += ["--finetune.distillation", "0.5", "--output", str(tmp_path / "from_dense")]
+    assert run(capsys, "finetune", *again)[0] == 0
+    both = spvit.surgery.pruned_record(spvit.load(tmp_path / "from_dense"))
+    assert both == spvit.surgery.pruned_record(spvit.load(tuned))
+
+
+def test_killed_run_continues_to_the_same_model(recipe, tmp_path: Path) -> None:
+    settings = recipe(
+        dense={"epochs": 2, "warmup_epochs": 0.0},
+        search={"epochs": 2, "warmup_epochs": 0.0},
+        finetune=SHORT,
+        log_every=1,
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def command(folder: Path, *more: str) -> list[str]:
+        return [sys.executable, "-m", "spvit.cli", "compress", "--output", str(folder), *more]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
+    subprocess.run(command(whole, "--recipe", settings), check=True, **quiet)
+    process = subprocess.Popen(command(killed, "--recipe", settings), **quiet)
+    metrics = killed / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and '"search", "event": "step"' in metrics.read_text()):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "model.safetensors").exists()
+    subprocess.run(command(killed, "--resume"), check=True, **quiet)
+    assert states_equal(spvit.load(whole), spvit.load(killed))
+
+
+def test_resume_takes_new_settings_but_not_another_run(capsys, recipe, tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    assert run(capsys, "train", "--recipe", recipe(dense=SHORT), "--output", out)[0] == 0
+    assert run(capsys, "train", "--output", out, "--resume", "--dense.epochs", "2")[0] == 0
+    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(epochs) == 2
+    refused(capsys, "holds a run with --seed 0, not 1", "train", "--output", out, "--resume", "--seed", "1")
+    refused(capsys, "holds a run of 'spvit train'", "search", "--output", out, "--resume", "true")
+    refused(capsys, "holds no run to continue", "train", "--output", str(tmp_path / "none"), "--resume")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    refused(capsys, "holds no config.yaml", "train", "--output", str(tmp_path / "other"), "--resume")
+
+
+def test_corrupt_image_ends_a_run_in_one_line_and_leaves_nothing(capsys, tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "pictures")
+    (root / "train" / "cat" / "2.png").write_bytes(b"junk")
+    arguments = ["train", "--model", "test_vit", "--pretrained", "false", "--model_args", '{"img_size": 32}']
+    arguments += ["--data", str(root), "--images.batch_size", "4", "--dense.epochs", "1"]
+    for workers in ("0", "1"):
+        out = tmp_path / "run"
+        refused(capsys, "2.png cannot be read", *arguments, "--output", str(out), "--images.workers", workers)
+        assert not out.exists()
+    code, _, problems = run(capsys, *arguments, "--output", str(tmp_path / "run"), "--images.skip_corrupt", "true")
+    assert code == 0
+    assert "left out: image" in problems
+
+
+def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = recipe(dense={"epochs": 1, "learning_rate": 1e30, "warmup_epochs": 0.0, "clip_gradient": 0.0})
+    code, _, problems = run(capsys, "train", "--recipe", settings, "--output", str(out))
+    assert code == 1
+    assert "of dense (epoch 1): learning rate 9.8e+29" in problems
+    assert (out / "metrics.jsonl").exists() or (out / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ('expected "command"', ""),
+        ("required: --model", "train --data digits --output OUT"),
+        ("unrecognized arguments: --colour", "profile --model deit_tiny_patch16_224 --colour 1"),
+        ("--dense.epochs: Expected a <class 'int'>", "train --recipe RECIPE --output OUT --dense.epochs x"),
+        ("does not accept option 'dense.speed'", "train --recipe UNKNOWN --output OUT"),
+        ("ResNet is not a supported model family", "profile --model resnet18"),
+        ("did you mean deit_tiny_patch16_224", "profile --model deit_tiny_patch16_242"),
+        ("no trained weights for these 10 classes", "compress --recipe RECIPE --output OUT"),
+        ("macs budget 'half' is malformed", "search --recipe TRAINED --output OUT --macs half"),
+        ("found both", "search --recipe TRAINED --output OUT --macs 1M --params 1M"),
+        ("smallest reachable", "compress --recipe TRAINED --output OUT --macs 0.1%"),
+        ("above the dense model's", "search --recipe TRAINED --output OUT --macs 90G"),
+        ("is not a folder that exists", "train --recipe RECIPE --output OUT --data nowhere"),
+        ("precision is 'fp8'", "train --recipe RECIPE --output OUT --precision fp8"),
+        ("expected 0 or more", "train --recipe RECIPE --output OUT --dense.epochs -1"),
+        ("is a dense model", "finetune --recipe TRAINED --output OUT"),
+        ("architecture file nowhere.json", "finetune --recipe TRAINED --output OUT --architecture nowhere.json"),
+        ("but this VisionTransformer has 2", "finetune --recipe TRAINED --output OUT --architecture DEEP"),
+        ("is neither a file nor a published one", "profile --model vit_tiny_patch16_224 --architecture best"),
+        ("does not exist", "train --recipe RECIPE --output OUT --checkpoint nowhere.pth"),
+        ("no trained weights", "evaluate --model vit_tiny_patch16_224 --pretrained false --data digits"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_written(capsys, recipe, trained, tmp_path: Path, words, line) -> None:
+    out = tmp_path / "out"
+    deep = tmp_path / "deep.json"
+    deep.write_text(spvit.architecture.dense([96] * 3).to_json())
+    unknown = tmp_path / "unknown.yaml"
+    unknown.write_text(yaml.safe_dump({**RECIPE, "dense": {"speed": 1}}))
+    weights = tmp_path / "with_weights.yaml"
+    weights.write_text(yaml.safe_dump({**RECIPE, "checkpoint": trained}))
+    names = {"OUT": out, "DEEP": deep, "UNKNOWN": unknown, "TRAINED": weights, "RECIPE": recipe()}
+    refused(capsys, words, *(str(names.get(word, word)) for word in shlex.split(line)))
+    assert not out.exists()
+
+
+def test_help_of_every_command_says_units_and_defaults(capsys) -> None:
+    for name in ("compress", "train", "search", "finetune", "evaluate", "profile", "demo"):
+        with pytest.raises(SystemExit) as exit_:
+            main([name, "--help"])
+        assert exit_.value.code == 0
+        text = capsys.readouterr().out
+        assert "default:" in text
+        assert "Unvalidated" not in text
+    with pytest.raises(SystemExit):
+        main(["search", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Budget in MACs of one image" in text
+    assert "--search.budget_weight" in text
+
+
+def test_profile_shows_a_published_architecture(capsys) -> None:
+    name = "spvit_deit_tiny_patch16_224"
+    code, text, _ = run(capsys, "profile", "--model", "deit_tiny_patch16_224", "--architecture", name)
+    assert code == 0
+    assert "4.775M" in text
+    assert "1.039G" in text
+
+
+def test_seed_gives_the_same_untrained_model(capsys, recipe, tmp_path: Path) -> None:
+    folders = [str(tmp_path / name) for name in "ab"]
+    for folder in folders:
+        torch.rand(3)
+        assert run(capsys, "train", "--recipe", recipe(dense=SHORT), "--output", folder)[0] == 0
+    models = [open_model(ModelConfig(model=folder)).model for folder in folders]
+    assert states_equal(*models)

@@ -1,0 +1,230 @@
+"""Costs: predicted MACs and parameters equal measured ones, the published figures, expectations, and budgets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import reference
+import spvit
+from spvit.architecture import FFN, KINDS, Architecture, Attention, Block
+from spvit.cost import (
+    BlockCost,
+    Budget,
+    BudgetError,
+    NetworkCost,
+    count_macs,
+    count_params,
+    human,
+    kind_gates,
+    parse_budget,
+)
+from spvit.gates import expected
+from spvit.hosts import family_of
+from spvit.hosts.base import network_costs
+from tiny import HOSTS, MIXED, assert_close, images, make_host
+
+COST = NetworkCost("macs", 1000, (BlockCost(400, 300, 60, 2, 50), BlockCost(500, 310, 70, 3, 40)))
+UNITS = {"few": (0, 5, 70), "some": tuple(range(1, 72, 2)), "none": (), "all": tuple(range(72))}
+
+
+def _architecture(kinds: tuple[str, ...], units: tuple[tuple[int, ...], ...]) -> Architecture:
+    return Architecture(tuple(Block(Attention(kind), FFN(72, kept)) for kind, kept in zip(kinds, units)))
+
+
+KINDS_OF = {kind: (kind,) * 4 for kind in KINDS} | {"mixed": MIXED}
+
+
+@pytest.mark.parametrize("kinds", KINDS_OF)
+@pytest.mark.parametrize("name", HOSTS)
+def test_predicted_costs_equal_measured_ones(name: str, kinds: str) -> None:
+    host = make_host(name, torch.float32)
+    architecture = _architecture(KINDS_OF[kinds], tuple(UNITS.values()))
+    small = spvit.fold(spvit.prune(host, architecture))
+    costs = network_costs(family_of(host), host)
+    x = images(host, batch=1)
+    assert costs["macs"].of(architecture) == count_macs(small, lambda twin: twin(x.to("meta")))
+    assert costs["params"].of(architecture) == count_params(small)
+    assert costs["macs"].dense == count_macs(host, lambda twin: twin(x.to("meta")))
+    assert costs["params"].dense == count_params(host)
+
+
+def test_predicted_params_hold_under_the_published_skip_rule() -> None:
+    host = make_host("class_token", torch.float32)
+    architecture = replace(_architecture(MIXED, tuple(UNITS.values())), skip_rule="normalised_input")
+    small = spvit.fold(spvit.prune(host, architecture))
+    assert network_costs(family_of(host), host)["params"].of(architecture) == count_params(small)
+
+
+def test_costs_are_the_formulas_of_the_method() -> None:
+    host = make_host("class_token", torch.float32)
+    costs = network_costs(family_of(host), host)["macs"]
+    n, grid, d, e = 17, 16, 24, 8
+    block = BlockCost(4 * n * d**2 + 2 * d * n**2, 10 * d * e * grid, 2 * d * e * grid, 2 * n * d, 72)
+    assert costs.blocks == (block,) * 4
+    assert costs.fixed == grid * 768 * d + d * 7  # patch embedding and classifier
+
+
+def test_counting_leaves_the_model_alone() -> None:
+    host = make_host("class_token").train()
+    before = {key: value.clone() for key, value in host.state_dict().items()}
+    x = images(host)
+    count_macs(host, lambda twin: twin(x.to("meta")))
+    assert host.training
+    assert all(torch.equal(value, before[key]) for key, value in host.state_dict().items())
+    assert all(parameter.requires_grad for parameter in host.parameters())
+
+
+# method.md section 6: parameters and MACs of the published architectures, to the digits that it prints.
+PUBLISHED = {
+    "spvit_deit_tiny_patch16_224": ("deit_tiny_patch16_224", "4.775M", "1.0386G"),
+    "spvit_deit_small_patch16_224": ("deit_small_patch16_224", "15.871M", "3.3532G"),
+    "spvit_deit_base_patch16_224": ("deit_base_patch16_224", "41.584M", "8.4091G"),
+    "spvit_deit_base_11g_patch16_224": ("deit_base_patch16_224", "58.321M", "11.764G"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_architectures_cost_what_the_method_says(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    host_name, params, macs = PUBLISHED[name]
+    architecture = spvit.architectures()[name]
+    with torch.device("meta"):
+        host = timm.create_model(host_name)
+    costs = network_costs(family_of(host), host)
+    convolutions = sum(kind.startswith("conv") for kind in architecture.kinds())
+    # The printed parameters count each convolution's batch norm (64 scales and 64 shifts), which folding removes.
+    found = {"params": costs["params"].of(architecture) + 128 * convolutions, "macs": costs["macs"].of(architecture)}
+    for metric, printed in (("params", params), ("macs", macs)):
+        digits = len(printed.partition(".")[2]) - 1
+        assert f"{found[metric] / {'M': 1e6, 'G': 1e9}[printed[-1]]:.{digits}f}{printed[-1]}" == printed
+    if name == "spvit_deit_tiny_patch16_224":
+        pruned = spvit.prune(host, architecture)
+        assert count_params(pruned) == found["params"]
+        assert count_params(spvit.fold(pruned)) == costs["params"].of(architecture)
+
+
+def test_kind_gates_are_nested() -> None:
+    assert [kind_gates(kind) for kind in KINDS] == [(1, 1, 1), (1, 1, 0), (1, 0, 0), (0, 0, 0)]
+
+
+def test_numbers_and_tensors_take_the_same_arithmetic() -> None:
+    for first in KINDS:
+        for second in KINDS:
+            architecture = Architecture(
+                (Block(Attention(first), FFN(50, (1, 2, 9))), Block(Attention(second), FFN(40, (0,))))
+            )
+            exact = COST.of(architecture)
+            assert exact == 1000 + COST.blocks[0].attention(first) + COST.blocks[1].attention(second) + 3 * 2 + 1 * 3
+            attention = torch.tensor([kind_gates(first), kind_gates(second)], dtype=torch.float64)
+            assert COST.expected(attention, [torch.tensor(3.0), torch.tensor(1.0)]).item() == exact
+    assert COST.dense == 1000 + 400 + 500 + 2 * 50 + 3 * 40
+
+
+def test_expected_cost_learns_as_the_method_says() -> None:
+    cost = replace(COST, blocks=(COST.blocks[0],) * 3)
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(3, 3, generator=generator), torch.randn(3, 50, generator=generator)]
+    results = []
+    for naive in (False, True):
+        attention, ffn = (leaf.double().requires_grad_() for leaf in leaves)
+        if naive:
+            value = reference.expected_cost(list(attention), list(ffn), cost.fixed, 400, 300, 60, 2)
+        else:
+            value = cost.expected(torch.cumprod(expected(attention), -1), [expected(row).sum() for row in ffn])
+        value.backward()
+        results.append((value.detach(), attention.grad, ffn.grad))
+    for own, naive_result in zip(*results):
+        assert_close(own, naive_result)
+    assert (results[0][1] != 0).any()
+
+
+@pytest.mark.parametrize(
+    ("stated", "metric", "fraction", "amount"),
+    [
+        ({"macs": "50%"}, "macs", 0.5, None),
+        ({"params": "12.5 %"}, "params", 0.125, None),
+        ({"macs": "100%"}, "macs", 1.0, None),
+        ({"macs": " .5% "}, "macs", 0.005, None),
+        ({"macs": "1.0G"}, "macs", None, 10**9),
+        ({"macs": "300M"}, "macs", None, 300 * 10**6),
+        ({"params": "4k"}, "params", None, 4000),
+        ({"params": "4K"}, "params", None, 4000),
+        ({"macs": "1.5T"}, "macs", None, 15 * 10**11),
+        ({"macs": "1234567"}, "macs", None, 1234567),
+        ({"macs": 1234567}, "macs", None, 1234567),
+        # Binary fractions make 8.3 * 10**9 a little less than it should be.
+        ({"macs": "8.3G"}, "macs", None, 8_300_000_000),
+        ({"macs": "4.1G"}, "macs", None, 4_100_000_000),
+        ({"params": "16.1M"}, "params", None, 16_100_000),
+        ({"params": "2.01k"}, "params", None, 2_010),
+        ({"params": "0.067G"}, "params", None, 67_000_000),
+    ],
+)
+def test_budgets_that_can_be_stated(stated: dict[str, Any], metric: str, fraction: float, amount: int) -> None:
+    assert parse_budget(**stated) == Budget(metric, fraction, amount)
+
+
+WORDS = ["", "half", "50 percent", "-5%", "1e9", "1.0g", "1,000", "1.0GG", "%", "1.", "5 0%", "inf", "nan"]
+FRACTIONS = ["0", "1.5", "0.0001k"]
+OTHER_TYPES = [0, -3, 0.5, True, b"50%", ("50%",)]
+
+
+@pytest.mark.parametrize("value", [*WORDS, *FRACTIONS, *OTHER_TYPES])
+def test_malformed_budgets_are_refused(value: Any) -> None:
+    with pytest.raises(BudgetError, match=r'macs budget .* is malformed, expected a share like "50%", an amount like'):
+        parse_budget(macs=value)
+
+
+@pytest.mark.parametrize("value", ["0%", "0.0%", "101%", "1000%"])
+def test_shares_out_of_range_are_refused(value: str) -> None:
+    with pytest.raises(BudgetError, match=f"params budget '{value}' is out of range, expected above 0% and at most"):
+        parse_budget(params=value)
+
+
+def test_a_budget_is_exactly_one_metric() -> None:
+    with pytest.raises(BudgetError, match="one of macs or params, found neither"):
+        parse_budget()
+    with pytest.raises(BudgetError, match="one of macs or params, found both"):
+        parse_budget(macs="50%", params="50%")
+
+
+def test_budget_targets() -> None:
+    assert parse_budget(macs="75%").target(COST) == round(0.75 * COST.dense)
+    assert parse_budget(macs="1.5k").target(COST) == 1500
+    assert parse_budget(macs=COST.dense).target(COST) == COST.dense
+    assert parse_budget(macs=COST.smallest).target(COST) == COST.smallest == 1000
+    with pytest.raises(BudgetError, match=r"a budget of 5,000 macs is above the dense model's 2,120; ask for 100%"):
+        parse_budget(macs="5k").target(COST)
+    with pytest.raises(BudgetError, match=r"a budget of 212 macs \(10\.0%\) cannot be reached: .* 1k \(47\.2%, 1,000 "):
+        parse_budget(macs="10%").target(COST)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0"),
+        (0.5, "0.5"),
+        (7, "7"),
+        (999, "999"),
+        (1000, "1k"),
+        (12_345, "12.35k"),
+        (999_949, "999.9k"),
+        (999_999, "1M"),
+        (4_774_552, "4.775M"),
+        (999.96e6, "1G"),
+        (1_038_642_432, "1.039G"),
+        (3.2e12, "3.2T"),
+        (5e15, "5000T"),
+    ],
+)
+def test_human_counts(count: float, text: str) -> None:
+    assert human(count) == text
+
+
+def test_count_params_counts_all() -> None:
+    assert count_params(nn.Linear(3, 4).requires_grad_(False)) == 16

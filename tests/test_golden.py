@@ -1,0 +1,211 @@
+"""What the published implementation computed (shared/golden): attention, FFN, budget, and Swin's convolutions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import reference
+import spvit
+from spvit import kernels
+from spvit.cost import NetworkCost
+from spvit.hosts import family_of_library
+from spvit.kernels import AttentionWeights
+from spvit.pruned import BottleneckConv, Grid, Skip
+from spvit.searchable import GatedLinear, SearchableAttention
+from tiny import assert_close
+
+GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the golden files are not at {GOLDEN}")
+
+DIM, HEADS, GRID, PREFIX = 48, 3, (5, 5), 1
+GATES = {"msa": (1.0, 1.0, 1.0), "conv3": (1.0, 1.0, -1.0), "conv1": (1.0, -1.0, 1.0), "skip": (-1.0, 1.0, 1.0)}
+PUBLISHED_ORDER = [4, 0, 1, 2, 3, 5, 6, 7, 8]  # Swin's kernel positions, the centre first
+
+
+def golden(name: str) -> dict[str, Tensor]:
+    """Return the tensors of a golden file."""
+    from safetensors.torch import load_file
+
+    return load_file(GOLDEN / f"{name}.safetensors")
+
+
+def _load_batchnorm(bn: nn.BatchNorm2d, tensors: dict[str, Tensor], name: str) -> None:
+    for part in ("weight", "bias", "running_mean", "running_var"):
+        getattr(bn, part).data.copy_(tensors[f"w.{name}.{part}"])
+
+
+@pytest.fixture(name="deit", scope="module")
+def _deit() -> dict[str, Tensor]:
+    return golden("deit_attention")
+
+
+@torch.no_grad()
+def make_layer(deit: dict[str, Tensor]) -> SearchableAttention:
+    """Return the gated layer of `deit_attention` as it was before any training pass."""
+    from timm.layers import Attention
+
+    attention = Attention(DIM, HEADS, qkv_bias=True)
+    for part in ("weight", "bias"):
+        getattr(attention.qkv, part).copy_(torch.cat([deit[f"w.qk.{part}"], deit[f"w.v.{part}"]]))
+        getattr(attention.proj, part).copy_(deit[f"w.proj.{part}"])
+    layer = SearchableAttention(
+        attention,
+        family_of_library("timm").access,
+        prefix_tokens=PREFIX,
+        grid=Grid(*GRID),
+        temperature=deit["w.alpha"].item(),
+    )
+    layer.head_logits.copy_(deit["w.head_probs"])
+    _load_batchnorm(layer.bn1, deit, "bn_1x1")
+    _load_batchnorm(layer.bn3, deit, "bn_3x3")
+
+    # The file's running statistics are those *after* one training pass (the writer stored the live buffers, and the
+    # evaluation outputs were computed before): stored = 0.9 earlier + 0.1 batch statistic. A training pass of the naive
+    # reference from earlier = 0 leaves 0.1 batch statistic, which gives the earlier ones back.
+    for bn, positions in ((layer.bn1, [4]), (layer.bn3, list(range(9)))):
+        stored = [bn.running_mean.clone(), bn.running_var.clone()]
+        bn.running_mean.zero_()
+        bn.running_var.zero_()
+        reference.bottleneck(deit["x"], layer, bn, positions, training=True)
+        for buffer, value in zip((bn.running_mean, bn.running_var), stored):
+            buffer.copy_((value - buffer) / 0.9)
+    return layer
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_attention_in_evaluation(deit: dict[str, Tensor], kind: str) -> None:
+    layer = make_layer(deit).eval()
+    with torch.no_grad():
+        layer.gate_logits.copy_(torch.tensor(GATES[kind]))
+        assert layer.decided() == kind
+        assert_close(layer(deit["x"]), deit[f"eval.{kind}"])
+
+
+def test_skip_of_the_published_fine_tuning_is_the_normalised_input(deit: dict[str, Tensor]) -> None:
+    assert torch.equal(Skip("normalised_input", returns_tuple=False)(deit["x"]), deit["finetune.skip"])
+    assert torch.equal(Skip("zero", returns_tuple=False)(deit["x"]), deit["eval.skip"])
+
+
+@pytest.mark.parametrize("bits", ["000", "010", "011", "100", "101", "110", "111"])
+def test_attention_in_training(deit: dict[str, Tensor], bits: str) -> None:
+    run = {key.removeprefix(f"train.{bits}."): value for key, value in deit.items() if key.startswith(f"train.{bits}.")}
+    layer = make_layer(deit).train()
+    with torch.no_grad():
+        layer.gate_logits.copy_(torch.tensor([1.5, 1.2, 0.9]))
+    layer.draws.fix_uniforms(run["u"])
+    x = deit["x"].clone().requires_grad_()
+    out = layer(x)
+    (out * deit["grad_out"]).sum().backward()
+    assert_close(out.detach(), run["out"])
+    assert_close(x.grad, run["grad_x"])
+    assert_close(layer.bn1.running_mean, run["bn_1x1.running_mean"])
+    assert_close(layer.bn3.running_var, run["bn_3x3.running_var"])
+    assert [int(bit) for bit in bits] == [int(bit) for bit in layer.draws.sampled_bits(layer)]
+
+    qkv, proj = layer.attention.qkv, layer.attention.proj
+    found = {"kernel_thresholds": layer.gate_logits.grad, "head_probs": layer.head_logits.grad}
+    for part in ("weight", "bias"):
+        gradient = getattr(qkv, part).grad
+        found |= {f"qk.{part}": gradient[: 2 * DIM], f"v.{part}": gradient[2 * DIM :]}
+        found |= {f"proj.{part}": getattr(proj, part).grad}
+        found |= {f"bn_1x1.{part}": getattr(layer.bn1, part).grad, f"bn_3x3.{part}": getattr(layer.bn3, part).grad}
+    assert {f"grad.{name}" for name in found} == {key for key in run if key.startswith("grad.")}
+    largest_weight_gradient = run["grad.v.weight"].abs().max().item()
+    for name, gradient in found.items():
+        # A batch norm takes away what a bias before it adds: with a convolution, that gradient is rounding alone.
+        scale = largest_weight_gradient if name == "v.bias" else None
+        assert_close(gradient, run[f"grad.{name}"], scale, name)
+
+
+def _ffn(tensors: dict[str, Tensor]) -> nn.Module:
+    from timm.layers import Mlp
+
+    mlp = Mlp(DIM, 192)
+    mlp.load_state_dict({key.removeprefix("w."): value for key, value in tensors.items() if key.startswith("w.fc")})
+    mlp.fc2 = GatedLinear(mlp.fc2)
+    with torch.no_grad():
+        mlp.fc2.gate_logits.copy_(tensors["w.ffn_thresholds"])
+    return mlp
+
+
+def test_ffn_in_evaluation() -> None:
+    tensors = golden("deit_ffn")
+    mlp = _ffn(tensors).eval()
+    with torch.no_grad():
+        assert_close(mlp(tensors["x"]), tensors["eval.out"])
+    assert torch.equal((mlp.fc2.gate_logits > 0).float(), tensors["eval.kept"])
+    assert 0 < tensors["eval.kept"].sum() < 192
+
+
+def test_ffn_in_training() -> None:
+    tensors = golden("deit_ffn")
+    mlp = _ffn(tensors).train()
+    mlp.fc2.draws.fix_uniforms(tensors["train.u"])
+    x = tensors["x"].clone().requires_grad_()
+    out = mlp(x)
+    (out * tensors["grad_out"]).sum().backward()
+    assert_close(out.detach(), tensors["train.out"])
+    assert_close(x.grad, tensors["train.grad_x"])
+    assert_close(mlp.fc2.gate_logits.grad, tensors["train.grad.ffn_thresholds"])
+    for part in ("weight", "bias"):
+        assert_close(getattr(mlp.fc1, part).grad, tensors[f"train.grad.fc1.{part}"])
+        assert_close(getattr(mlp.fc2.linear, part).grad, tensors[f"train.grad.fc2.{part}"])
+
+
+def test_budget() -> None:
+    import timm
+
+    tensors = golden("deit_budget")
+    net = spvit.make_searchable(timm.create_model("deit_tiny_patch16_224"), inplace=True)
+    loss = spvit.BudgetLoss(net, macs="1.0G")
+    published = replace(loss.cost.blocks[0], unit=2 * 196 * 192)  # its count leaves the class token out of the FFN
+    norms = 12 * 2 * 192 * 197  # and has these beside the embedding and the classifier
+    loss.cost = NetworkCost("macs", loss.cost.fixed + norms, (published,) * 12)
+    loss.weight = 20 * (loss.cost.dense / 1e9) ** 2
+    with torch.no_grad():
+        for (attention, ffn), kernel, units in zip(
+            loss.layers, tensors["kernel_thresholds"], tensors["ffn_thresholds"], strict=True
+        ):
+            attention.gate_logits.copy_(kernel)
+            ffn.gate_logits.copy_(units)
+    architecture = spvit.decide(net)
+    attention_macs = sum(published.attention(kind) for kind in architecture.kinds())
+    assert_close(torch.tensor([float(attention_macs)]), tensors["att_flops"])
+    assert_close(torch.tensor([float(sum(architecture.widths()) * published.unit)]), tensors["ffn_flops"])
+    assert_close(loss.expected_cost().detach(), tensors["flops"].squeeze())
+    value = loss()
+    value.backward()
+    assert_close(value.detach(), tensors["loss"].squeeze())
+    ffn_gradient = torch.stack([ffn.gate_logits.grad for _, ffn in loss.layers])
+    assert_close(ffn_gradient, tensors["grad.ffn_thresholds"])
+    attention_gradient = torch.stack([attention.gate_logits.grad for attention, _ in loss.layers])
+    assert_close(attention_gradient, tensors["grad.kernel_thresholds"])
+
+
+@pytest.mark.parametrize("kind", ["conv3", "conv1"])
+def test_swin_convolutions_on_the_whole_map(kind: str) -> None:
+    # Unlike in deit_attention, the running statistics stored here are the ones that the outputs were computed with.
+    swin = golden("swin_attention")
+    width = DIM // HEADS
+    head_logits = torch.empty_like(swin["w.head_probs"])
+    head_logits[:, PUBLISHED_ORDER] = swin["w.head_probs"]
+    weights = AttentionWeights(
+        swin["w.v.weight"].unflatten(0, (HEADS, width)),
+        swin["w.v.bias"].unflatten(0, (HEADS, width)),
+        swin["w.proj.weight"].unflatten(1, (HEADS, width)),
+        swin["w.proj.bias"],
+    )
+    mix = kernels.head_mix(head_logits, swin["w.alpha"].item())
+    convert = kernels.conv3_weights if kind == "conv3" else kernels.conv1_weights
+    bn = nn.BatchNorm2d(width)
+    _load_batchnorm(bn, swin, "bn_3x3" if kind == "conv3" else "bn_1x1")
+    bottleneck = BottleneckConv(convert(mix, weights), bn, 0, Grid(8, 8), returns_tuple=False).eval()
+    with torch.no_grad():
+        assert_close(bottleneck(swin["map.x"]), swin[f"map.{kind}"])
+        bottleneck.fold_batchnorm()
+        assert_close(bottleneck(swin["map.x"]), swin[f"map.{kind}"])

@@ -1,0 +1,108 @@
+"""Opening models by name: timm, Hugging Face from a local folder, our own folders, weights files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import spvit
+from spvit.checkpoint import CheckpointError, Preprocessing
+from spvit.hosts.base import UnsupportedHostError
+from spvit.models import ModelConfig, ModelError, number_of_classes, open_model
+from training import MODEL, MODEL_ARGS, micro_host, states_equal
+
+MICRO = {"model": MODEL, "model_args": MODEL_ARGS, "pretrained": False}
+
+
+def test_timm_model_with_arguments_and_without_weights() -> None:
+    opened = open_model(ModelConfig(**MICRO))
+    assert number_of_classes(opened.model) == 10
+    assert not opened.trained
+    assert len(opened.preprocessing.mean) == 1
+
+
+def test_head_is_made_for_the_classes_unless_the_arguments_say() -> None:
+    free = {name: value for name, value in MODEL_ARGS.items() if name != "num_classes"}
+    assert number_of_classes(open_model(ModelConfig(model=MODEL, model_args=free, pretrained=False), 7).model) == 7
+    assert number_of_classes(open_model(ModelConfig(**MICRO), 7).model) == 10
+
+
+def test_checkpoint_of_the_user_is_loaded(tmp_path: Path) -> None:
+    host = micro_host(seed=3)
+    torch.save({"model": host.state_dict()}, tmp_path / "weights.pth")
+    opened = open_model(ModelConfig(**MICRO, checkpoint=str(tmp_path / "weights.pth")))
+    assert opened.trained
+    assert states_equal(opened.model, host)
+
+
+def test_checkpoint_that_does_not_fit_names_the_first_difference(tmp_path: Path) -> None:
+    torch.save(micro_host(embed_dim=48).state_dict(), tmp_path / "wide.pth")
+    with pytest.raises(
+        CheckpointError, match=r"wide.pth does not fit: cls_token is \[1, 1, 48\] there, but \[1, 1, 24\]"
+    ):
+        open_model(ModelConfig(**MICRO, checkpoint=str(tmp_path / "wide.pth")))
+
+
+def test_folder_of_ours(tmp_path: Path) -> None:
+    host = micro_host(seed=4)
+    spvit.save(host, tmp_path / "saved", preprocessing=Preprocessing((0.1,), (0.2,)), classes=list("0123456789"))
+    opened = open_model(ModelConfig(model=str(tmp_path / "saved")))
+    assert opened.trained
+    assert opened.classes == tuple("0123456789")
+    assert opened.preprocessing == Preprocessing((0.1,), (0.2,))
+    assert states_equal(opened.model, host)
+    with pytest.raises(ModelError, match="model_args go with timm models only"):
+        open_model(ModelConfig(model=str(tmp_path / "saved"), model_args={"depth": 1}))
+
+
+def test_hugging_face_folder(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=48, image_size=16, patch_size=8,
+        num_labels=5,
+    )  # fmt: skip
+    host = transformers.ViTForImageClassification(config).eval()
+    host.save_pretrained(tmp_path / "hf")
+    opened = open_model(ModelConfig(model=f"hf:{tmp_path / 'hf'}"))
+    assert opened.trained
+    assert states_equal(opened.model, host)
+    assert len(opened.classes) == 5
+    resized = open_model(ModelConfig(model=f"hf:{tmp_path / 'hf'}"), 3)
+    assert number_of_classes(resized.model) == 3
+    assert not resized.trained
+    with pytest.raises(ModelError, match="model_args go with timm models only"):
+        open_model(ModelConfig(model=f"hf:{tmp_path / 'hf'}", model_args={"depth": 1}))
+
+
+def test_weights_that_cannot_be_had_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="weights of deit_tiny_patch16_224 could not be had from timm .*--checkpoint"):
+        open_model(ModelConfig(model="deit_tiny_patch16_224"))
+    pytest.importorskip("transformers")
+    with pytest.raises(ModelError, match="could not be had from Hugging Face"):
+        open_model(ModelConfig(model=f"hf:{tmp_path / 'nothing'}"))
+
+
+def test_unknown_model_gets_the_nearest_names() -> None:
+    with pytest.raises(ModelError, match="'deit_tinny_patch16_224' is neither a timm model.*did you mean deit_tiny"):
+        open_model(ModelConfig(model="deit_tinny_patch16_224"))
+
+
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ModelError, match="model_args do not fit"):
+        open_model(ModelConfig(model=MODEL, model_args={"colour": 1}, pretrained=False))
+
+
+def test_unsupported_family_is_named() -> None:
+    with pytest.raises(UnsupportedHostError, match=r"ResNet is not a supported model family; supported are timm"):
+        open_model(ModelConfig(model="resnet18", pretrained=False))
+
+
+def test_model_without_a_head_is_refused() -> None:
+    with pytest.raises(UnsupportedHostError, match="has no classification head"):
+        number_of_classes(torch.nn.Linear(2, 2))

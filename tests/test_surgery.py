@@ -1,0 +1,571 @@
+"""The walker over a host: searchable = pruned = folded = saved and loaded, what is kept stays, and what is decided."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import spvit
+from spvit.architecture import FFN, Architecture, ArchitectureError, Attention, Block, dense
+from spvit.cost import BudgetError, NetworkCost
+from spvit.hosts.base import UnsupportedHostError
+from spvit.pruned import BottleneckConv
+from spvit.searchable import GatedLinear, SearchableAttention
+from spvit.surgery import NotSearchableError, gated_layers, pruned_record, search_record
+from tiny import (
+    FAMILY_OF,
+    HOSTS,
+    MIXED,
+    assert_close,
+    assert_differ,
+    backward,
+    choose,
+    images,
+    logits,
+    make_host,
+    make_net,
+    randomise,
+)
+
+BOTH = ["class_token", "huggingface"]
+WIDTH, BLOCKS = 72, 4
+EVERYTHING = dense([WIDTH] * BLOCKS)
+
+
+class Wrapper(nn.Module):
+    """Holds a network one level down, as distributed wrappers do."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def with_kinds(architecture: Architecture, *kinds: str) -> Architecture:
+    """Return an architecture with other attention kinds."""
+    blocks = (replace(block, attention=Attention(kind)) for block, kind in zip(architecture.blocks, kinds, strict=True))
+    return replace(architecture, blocks=tuple(blocks))
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_searchable_pruned_folded_and_loaded_agree(name: str, tmp_path: Path) -> None:
+    host, net = make_net(name)
+    x = images(host)
+    expected = logits(net, x)
+    assert_differ(expected[0], expected[1])
+    architecture = spvit.decide(net)
+    assert architecture.kinds() == MIXED
+    assert all(0 < width < WIDTH for width in architecture.widths())
+
+    pruned = spvit.prune(host, architecture, weights=net)
+    assert_close(logits(pruned, x), expected)
+    folded = spvit.fold(pruned)
+    assert_close(logits(folded, x), expected)
+    assert_close(logits(spvit.load(spvit.save(pruned, tmp_path / "pruned")), x), expected)
+    assert_close(logits(spvit.load(spvit.save(folded, tmp_path / "folded")), x), expected)
+
+    assert_differ(logits(host, x), expected)
+    assert_differ(logits(spvit.prune(host, EVERYTHING, weights=net), x), expected)
+    assert_differ(logits(spvit.prune(host, architecture), x), expected)
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+@pytest.mark.parametrize("name", BOTH)
+def test_every_decision_shows_in_the_logits(name: str, block: int) -> None:
+    host, net = make_net(name)
+    x = images(host)
+    architecture = spvit.decide(net)
+    expected = logits(net, x)
+    for kind in ("msa", "conv3", "conv1", "skip"):
+        kinds = list(MIXED)
+        kinds[block] = kind
+        other = logits(spvit.prune(host, with_kinds(architecture, *kinds), weights=net), x)
+        if kind == MIXED[block]:
+            assert_close(other, expected)
+        else:
+            assert_differ(other, expected)
+            assert_close(other, logits(choose(copy.deepcopy(net), kinds), x))
+    blocks = list(architecture.blocks)
+    blocks[block] = replace(blocks[block], ffn=FFN(WIDTH, tuple(range(WIDTH))))
+    assert_differ(logits(spvit.prune(host, replace(architecture, blocks=tuple(blocks)), weights=net), x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", HOSTS)
+def test_keeping_everything_is_bit_identical(name: str, dtype: torch.dtype) -> None:
+    host = make_host(name, dtype)
+    x = images(host)
+    expected = logits(host, x)
+    net = spvit.make_searchable(host)
+    assert torch.equal(logits(net, x), expected)
+    assert spvit.decide(net) == EVERYTHING
+    for kept in (spvit.prune(host, EVERYTHING), spvit.prune(host, EVERYTHING, weights=net)):
+        for model in (kept, spvit.fold(kept)):
+            assert torch.equal(logits(model, x), expected)
+            state = model.state_dict()
+            assert list(state) == list(host.state_dict())
+            assert all(torch.equal(state[key], value) for key, value in host.state_dict().items())
+            assert [type(m) for m in model.modules()] == [type(m) for m in host.modules()]
+
+
+def test_what_is_kept_keeps_its_modules_keys_and_tensors() -> None:
+    host, net = make_net("class_token")
+    blocks = [*spvit.decide(net).blocks[:3], EVERYTHING.blocks[3]]
+    pruned = spvit.prune(host, Architecture(tuple(blocks)))
+    state, own = pruned.state_dict(), host.state_dict()
+    assert type(pruned.blocks[3].attn) is type(host.blocks[3].attn)
+    changed = (".attn.", ".mlp.fc1.", ".mlp.fc2.weight", "blocks.1.norm1.")  # the skipped block's norm goes
+    for key, value in own.items():
+        if key.startswith("blocks.3.") or not any(part in key for part in changed):
+            assert torch.equal(state[key], value), key
+    assert not any(key.startswith(("blocks.1.attn", "blocks.1.norm1")) for key in state)
+    for index, block in enumerate(blocks):
+        units = list(block.ffn.units)
+        for key, kept in (("fc1.weight", (units,)), ("fc1.bias", (units,)), ("fc2.weight", (slice(None), units))):
+            assert torch.equal(state[f"blocks.{index}.mlp.{key}"], own[f"blocks.{index}.mlp.{key}"][kept])
+
+
+def test_pruning_without_a_search_averages_the_heads() -> None:
+    host = make_host("class_token")
+    x = images(host)
+    fresh = choose(spvit.make_searchable(host), MIXED)
+    pruned = spvit.prune(host, spvit.decide(fresh))
+    assert_close(logits(pruned, x), logits(fresh, x))
+    value_weight = host.blocks[0].attn.qkv.weight[48:].unflatten(0, (3, 8)).mean(0)
+    conv_in = pruned.blocks[0].attn.conv_in.weight
+    assert_close(conv_in, value_weight[:, :, None, None].expand(-1, -1, 3, 3))
+
+
+@pytest.mark.parametrize("emptied", [MIXED, ("skip",) * BLOCKS])
+def test_ffns_can_be_emptied(emptied: tuple[str, ...]) -> None:
+    host, net = make_net("class_token", emptied)
+    x = images(host)
+    with torch.no_grad():
+        for _, ffn in gated_layers(net)[1:]:
+            ffn.gate_logits.abs_().neg_()
+    architecture = spvit.decide(net)
+    assert architecture.widths()[1:] == (0, 0, 0)
+    pruned = spvit.prune(host, architecture, weights=net)
+    assert_close(logits(pruned, x), logits(net, x))
+    assert_close(logits(spvit.fold(pruned), x), logits(net, x))
+
+
+def test_a_search_in_another_precision_prunes_a_host_in_its_own() -> None:
+    host, net = make_net("class_token", dtype=torch.float32)
+    pruned = spvit.prune(host, spvit.decide(net), weights=copy.deepcopy(net).to(torch.float64))
+    assert {tensor.dtype for tensor in pruned.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
+    assert_close(logits(pruned, images(host)), logits(net, images(host)))
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_states_load_strictly(name: str) -> None:
+    host, net = make_net(name)
+    x = images(host)
+    fresh = spvit.make_searchable(host)
+    fresh.load_state_dict(net.state_dict(), strict=True)
+    assert torch.equal(logits(fresh, x), logits(net, x))
+    architecture = spvit.decide(net)
+    for finish in (lambda model: model, spvit.fold):
+        source = finish(spvit.prune(host, architecture, weights=net))
+        target = finish(spvit.prune(host, architecture))
+        target.load_state_dict(source.state_dict(), strict=True)
+        assert torch.equal(logits(target, x), logits(source, x))
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_skip_can_mean_the_normalised_input(name: str) -> None:
+    host = make_host(name)
+    x = images(host)
+    architecture = replace(with_kinds(EVERYTHING, "msa", "skip", "msa", "msa"), skip_rule="normalised_input")
+    expected = copy.deepcopy(host)
+    site = expected.blocks[1] if name == "class_token" else expected.vit.layers[1]
+
+    def identity(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return hidden if name == "class_token" else (hidden, None)
+
+    (site.attn if name == "class_token" else site.attention).forward = identity
+    pruned = spvit.prune(host, architecture)
+    assert_close(logits(pruned, x), logits(expected, x))
+    assert_differ(logits(spvit.prune(host, replace(architecture, skip_rule="zero")), x), logits(expected, x))
+
+
+STAGES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "make_searchable": spvit.make_searchable,
+    "prune": lambda host: spvit.prune(host, with_kinds(_half(), *MIXED)),
+    "fold": lambda host: spvit.fold(spvit.prune(host, with_kinds(_half(), *MIXED))),
+}
+
+
+def _half() -> Architecture:
+    return Architecture((Block(Attention(), FFN(WIDTH, tuple(range(0, WIDTH, 2)))),) * BLOCKS)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", BOTH)
+def test_dtype_device_and_training_flag_survive(name: str, stage: str) -> None:
+    blocks = {"class_token": "blocks", "huggingface": "vit.layers"}[name]
+    for training in (True, False):
+        host = make_host(name, torch.bfloat16).to("meta").train(training)
+        host.get_submodule(f"{blocks}.0").train(not training)
+        net = STAGES[stage](host)
+        for module_name, module in net.named_modules():
+            inside = f"{module_name}.".startswith(f"{blocks}.0.")
+            assert module.training == (training != inside), module_name
+        tensors = [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
+        assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
+        assert {tensor.device.type for tensor in net.state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", BOTH)
+def test_requires_grad_survives(name: str, stage: str) -> None:
+    blocks = {"class_token": "blocks", "huggingface": "vit.layers"}[name]
+    host = make_host(name)
+    frozen = [f"{blocks}.0", f"{blocks}.2"]
+    for path in frozen:
+        host.get_submodule(path).requires_grad_(False)
+    for parameter_name, parameter in STAGES[stage](host).named_parameters():
+        ours = any(part in parameter_name for part in ("gate_logits", "head_logits", "bn1", "bn3"))
+        is_frozen = any(parameter_name.startswith(f"{path}.") for path in frozen)
+        assert parameter.requires_grad == (not is_frozen or (ours and stage == "make_searchable")), parameter_name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_copy_is_made_unless_asked_otherwise(stage: str) -> None:
+    host = make_host("class_token")
+    x = images(host)
+    classes, before = [type(module) for module in host.modules()], copy.deepcopy(host.state_dict())
+    net = STAGES[stage](host)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(1)
+    assert net is not host
+    assert [type(module) for module in host.modules()] == classes
+    assert all(torch.equal(value, before[key]) for key, value in host.state_dict().items())
+    net(x)
+    if stage == "fold":
+        pruned = spvit.prune(host, with_kinds(_half(), *MIXED))
+        keys = list(pruned.state_dict())
+        spvit.fold(pruned)
+        assert list(pruned.state_dict()) == keys
+
+
+def test_in_place_changes_the_host_itself() -> None:
+    host, net = make_net("class_token")
+    x = images(host)
+    architecture, expected = spvit.decide(net), logits(net, x)
+    twin = copy.deepcopy(host)
+    searchable = spvit.make_searchable(twin, inplace=True)
+    assert searchable is twin
+    searchable.load_state_dict(net.state_dict(), strict=True)
+    assert torch.equal(logits(twin, x), expected)
+    assert spvit.prune(host, architecture, weights=net, inplace=True) is host
+    assert_close(logits(host, x), expected)
+    assert spvit.fold(host, inplace=True) is host
+    assert_close(logits(host, x), expected)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in host.modules())
+
+
+@pytest.mark.parametrize("after_a_step", [True, False])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize("name", BOTH)
+def test_copies_of_a_searchable_network_work_on_their_own(name: str, duplicate: Any, after_a_step: bool) -> None:
+    host, net = make_net(name)
+    x = images(host)
+    if after_a_step:
+        backward(net.train(), x)
+    twin = duplicate(net.eval())
+    assert torch.equal(logits(twin, x), logits(net, x))
+    assert spvit.decide(twin) == spvit.decide(net)
+    gradients = []
+    for model in (net, twin):
+        torch.manual_seed(3)
+        gradients.append(backward(model.train(), x))
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][key], gradients[1][key]) for key in gradients[0])
+    assert not torch.equal(logits(twin, x), logits(twin, x))
+
+    expected = logits(net.eval(), x)
+    randomise(twin, seed=9)
+    assert torch.equal(logits(net, x), expected)
+    assert_differ(logits(twin.eval(), x), expected)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", BOTH)
+def test_gradient_checkpointing_changes_no_gradient(name: str, seed: int) -> None:
+    host, net = make_net(name)
+    x = images(host)
+    checkpointed = copy.deepcopy(host)
+    if name == "class_token":
+        checkpointed.set_grad_checkpointing(True)
+    else:
+        getattr(checkpointed, "activation_checkpointing_enable", checkpointed.gradient_checkpointing_enable)()
+    other = spvit.make_searchable(checkpointed)
+    other.load_state_dict(net.state_dict())
+    torch.manual_seed(seed)
+    expected = backward(net.train(), x)
+    torch.manual_seed(seed)
+    gradients = backward(other.train(), x)
+    assert gradients.keys() == expected.keys()
+    for key, value in expected.items():
+        assert_close(gradients[key], value, what=key)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("dynamic", [(96, 160), (160, 96), (64, 64)]),
+        ("dynamic_padded", [(96, 160), (160, 96), (71, 100)]),
+        ("huggingface", [(96, 160), (160, 96), (64, 64)]),
+    ],
+)
+def test_images_of_any_size_pass_the_same_networks(name: str, sizes: list[tuple[int, int]]) -> None:
+    host, net = make_net(name)
+    options = {"interpolate_pos_encoding": True} if name == "huggingface" else {}
+    architecture = spvit.decide(net)
+    pruned = spvit.prune(host, architecture, weights=net)
+    folded = spvit.fold(pruned)
+    for size in (*sizes, sizes[0]):
+        x = images(host, size=size)
+        expected = logits(net, x, **options)
+        assert_close(logits(pruned, x, **options), expected)
+        assert_close(logits(folded, x, **options), expected)
+
+
+def test_call_signature_and_return_type_stay() -> None:
+    transformers = pytest.importorskip("transformers")
+    host, net = make_net("huggingface")
+    x = images(host)
+    pruned = spvit.prune(host, spvit.decide(net), weights=net)
+    for model in (net, net.train(), pruned):
+        out = model(pixel_values=x, labels=torch.tensor([0, 3]), output_hidden_states=True)
+        assert isinstance(out, transformers.modeling_outputs.ImageClassifierOutput)
+        assert out.loss.requires_grad
+        assert len(out.hidden_states) == BLOCKS + 1
+    host, net = make_net("class_token")
+    pruned = spvit.prune(host, spvit.decide(net), weights=net)
+    x = images(host)
+    assert_close(pruned.forward_features(x), net.forward_features(x))
+    assert_close(pruned.forward_head(pruned.forward_features(x)), net(x))
+
+
+def test_distilled_hosts_keep_both_heads_in_training() -> None:
+    host, net = make_net("distilled")
+    host.set_distilled_training(True)
+    for model in (spvit.make_searchable(host), spvit.prune(host, spvit.decide(net))):
+        out = model.train()(images(host))
+        assert isinstance(out, tuple)
+        assert [part.shape for part in out] == [(2, 7), (2, 7)]
+
+
+def test_gates_sit_where_other_code_looks_for_them() -> None:
+    host, net = make_net("class_token")
+    assert type(net) is type(host)
+    for block in net.blocks:
+        assert type(block.attn) is SearchableAttention
+        assert type(block.mlp.fc2) is GatedLinear
+        assert block.attn.gate_logits.shape == (3,)
+        assert block.attn.head_logits.shape == (3, 9)
+        assert block.mlp.fc2.gate_logits.shape == (WIDTH,)
+        assert type(block.attn.bn1) is type(block.attn.bn3) is nn.BatchNorm2d
+    named = [parameter for name, parameter in net.named_parameters() if name.endswith("gate_logits")]
+    assert {id(parameter) for parameter in spvit.gate_parameters(net)} == {id(parameter) for parameter in named}
+    assert len(named) == 2 * BLOCKS
+
+
+def test_wrapped_networks_are_found() -> None:
+    host, net = make_net("class_token")
+    x = images(host)
+    wrapped = Wrapper(Wrapper(net))
+    assert spvit.decide(wrapped) == spvit.decide(net)
+    assert search_record(wrapped) is search_record(net)
+    assert_close(logits(spvit.prune(host, spvit.decide(net), weights=wrapped), x), logits(net, x))
+
+
+def test_a_pruned_network_knows_what_it_is() -> None:
+    host, net = make_net("class_token")
+    architecture = spvit.decide(net)
+    pruned = spvit.prune(host, architecture)
+    folded = spvit.fold(pruned)
+    assert pruned_record(host) is None
+    assert pruned_record(net) is None
+    assert pruned_record(pruned).architecture == pruned_record(folded).architecture == architecture
+    assert (pruned_record(pruned).folded, pruned_record(folded).folded) == (False, True)
+    assert pruned_record(copy.deepcopy(folded)).folded
+    again = spvit.fold(folded)
+    assert torch.equal(logits(again, images(host)), logits(folded, images(host)))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert sum(isinstance(module, BottleneckConv) for module in folded.modules()) == 2
+
+
+def _cost(net: nn.Module, metric: str) -> NetworkCost:
+    return search_record(net).costs[metric]
+
+
+def test_without_a_budget_the_decision_is_the_gates() -> None:
+    _, net = make_net("class_token")
+    architecture = spvit.decide(net)
+    for (_, ffn), block in zip(gated_layers(net), architecture.blocks):
+        assert list(block.ffn.units) == [i for i, logit in enumerate(ffn.gate_logits.tolist()) if logit > 0]
+    rounded = spvit.decide(net, multiple=8)
+    assert rounded.kinds() == MIXED
+    for width, exact in zip(rounded.widths(), architecture.widths()):
+        assert width % 8 == 0
+        assert abs(width - exact) <= 4
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("metric", ["macs", "params"])
+@pytest.mark.parametrize("name", BOTH)
+def test_decisions_land_on_the_budget(name: str, metric: str, seed: int) -> None:
+    _, net = make_net(name)
+    randomise(net, seed=10 + seed)
+    cost = _cost(net, metric)
+    unbound = spvit.decide(net)
+    bounds = [
+        cost.of(replace(unbound, blocks=tuple(replace(b, ffn=FFN(WIDTH, tuple(range(n)))) for b in unbound.blocks)))
+        for n in (8, WIDTH)
+    ]
+    for share in (0.0, 0.1, 0.33, 0.5, 0.77, 1.0):
+        target = round(bounds[0] + share * (bounds[1] - bounds[0]))
+        architecture = spvit.decide(net, **{metric: target})
+        assert abs(cost.of(architecture) - target) <= 0.005 * target
+        assert architecture.kinds() == unbound.kinds()
+        for (_, ffn), block in zip(gated_layers(net), architecture.blocks):
+            kept = torch.zeros(WIDTH, dtype=torch.bool)
+            kept[list(block.ffn.units)] = True
+            if 0 < kept.sum() < WIDTH:
+                assert ffn.gate_logits[kept].min() > ffn.gate_logits[~kept].max()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("budget", ["55%", "70%", "85%"])
+def test_widths_are_multiples_of_eight_where_they_can_be(budget: str, seed: int) -> None:
+    timm = pytest.importorskip("timm")
+    host = timm.create_model("vit_tiny_patch16_224", img_size=64, embed_dim=24, depth=4, num_heads=3, mlp_ratio=16)
+    net = choose(randomise(spvit.make_searchable(host), seed=seed), ("msa", "conv3", "msa", "msa"))
+    cost = _cost(net, "macs")
+    architecture = spvit.decide(net, macs=budget)
+    assert all(width % 8 == 0 for width in architecture.widths())
+    assert abs(cost.of(architecture) / cost.dense - float(budget[:-1]) / 100) < 0.005 * float(budget[:-1]) / 100
+    odd = spvit.decide(net, macs=budget, multiple=1)
+    assert any(width % 8 for width in odd.widths())
+    assert abs(cost.of(odd) / cost.dense - float(budget[:-1]) / 100) < 0.005 * float(budget[:-1]) / 100
+    widths = spvit.decide(net, macs=budget, multiple=16).widths()
+    assert all(width % 16 == 0 for width in widths)
+
+
+def test_all_blocks_share_one_threshold() -> None:
+    _, net = make_net("class_token")
+    architecture = spvit.decide(net, macs="65%", multiple=1)
+    kept, dropped = [], []
+    for (_, ffn), block in zip(gated_layers(net), architecture.blocks):
+        values = ffn.gate_logits.tolist()
+        kept += sorted(values[i] for i in block.ffn.units)[:-1]  # each block keeps its best unit in any case
+        dropped += [value for i, value in enumerate(values) if i not in block.ffn.units]
+    assert min(kept) > max(dropped)
+
+
+def test_ties_go_evenly_over_the_blocks() -> None:
+    net = spvit.make_searchable(make_host("class_token"))
+    for budget in ("76%", "85%", "95%"):
+        widths = spvit.decide(net, macs=budget).widths()
+        assert max(widths) < WIDTH
+        assert max(widths) - min(widths) <= 8
+    assert spvit.decide(net, macs="100%") == EVERYTHING
+
+
+@pytest.mark.parametrize("metric", ["macs", "params"])
+def test_unreachable_budgets_name_the_nearest_that_is_reachable(metric: str) -> None:
+    _, net = make_net("class_token")
+    cost = _cost(net, metric)
+    for word, target in (("smallest", cost.smallest), ("largest", cost.dense)):
+        message = rf"cannot be reached with the attention layers that the gates keep: the {word} reachable is "
+        with pytest.raises(BudgetError, match=message) as caught:
+            spvit.decide(net, **{metric: target})
+        bound = int(re.search(rf"([\d,]+) {metric}\)", str(caught.value))[1].replace(",", ""))
+        assert cost.of(spvit.decide(net, **{metric: bound})) == bound
+        beyond = round(bound * (0.99 if word == "smallest" else 1.01))
+        with pytest.raises(BudgetError, match=rf"the {word} reachable is"):
+            spvit.decide(net, **{metric: beyond})
+
+
+def test_budgets_that_cannot_be_decided_are_refused() -> None:
+    _, net = make_net("class_token")
+    with pytest.raises(BudgetError, match=r"no FFN widths that are multiples of 36 come within 0\.5% of .* macs; use"):
+        spvit.decide(net, macs="69.5%", multiple=36)
+    with pytest.raises(BudgetError, match="multiple is 0, expected 1 or more units"):
+        spvit.decide(net, multiple=0)
+    with pytest.raises(BudgetError, match="found both"):
+        spvit.decide(net, macs="50%", params="50%")
+    with pytest.raises(BudgetError, match="malformed"):
+        spvit.decide(net, macs="half")
+    with pytest.raises(BudgetError, match="above the dense model's"):
+        spvit.decide(net, params="1T")
+    with pytest.raises(BudgetError, match=r"of 7\.422k macs \(1\.0%\) cannot be reached: the smallest reachable is"):
+        spvit.decide(net, macs="1%")
+
+
+def test_models_in_the_wrong_state_are_refused() -> None:
+    host, net = make_net("class_token")
+    pruned = spvit.prune(host, spvit.decide(net))
+    for call in (spvit.decide, spvit.gate_parameters, search_record, gated_layers):
+        for model in (host, pruned):
+            with pytest.raises(
+                NotSearchableError, match=r"this VisionTransformer is not searchable; pass what spvit\."
+            ):
+                call(model)
+    for model in (net, pruned):
+        with pytest.raises(
+            NotSearchableError, match="already searchable or pruned by spvit; start from the dense host"
+        ):
+            spvit.make_searchable(model)
+        with pytest.raises(
+            NotSearchableError, match="prune takes the dense host; pass a searchable network as weights="
+        ):
+            spvit.prune(model, EVERYTHING)
+    with pytest.raises(NotSearchableError, match="is not searchable"):
+        spvit.prune(host, EVERYTHING, weights=host)
+    for model in (host, net):
+        with pytest.raises(UnsupportedHostError, match=r"fold takes a model that spvit\.prune returned, found a "):
+            spvit.fold(model)
+    for call in (spvit.make_searchable, lambda model: spvit.prune(model, EVERYTHING)):
+        with pytest.raises(UnsupportedHostError, match=r"torch\.nn\.modules\.linear\.Linear is not a supported model"):
+            call(nn.Linear(2, 2))
+
+
+def test_architectures_that_do_not_fit_are_refused() -> None:
+    host = make_host("class_token")
+    with pytest.raises(ArchitectureError, match="the architecture has 3 blocks, but this VisionTransformer has 4; use"):
+        spvit.prune(host, dense([WIDTH] * 3))
+    with pytest.raises(ArchitectureError, match="block 2: the architecture is for an FFN of 71 units, but this "):
+        spvit.prune(host, dense([WIDTH, WIDTH, 71, WIDTH]))
+    for part in ("heads", "query_key_dimensions", "value_dimensions"):
+        attention = Attention("msa", **{part: (0,)})
+        blocks = (*EVERYTHING.blocks[:1], Block(attention, EVERYTHING.blocks[1].ffn), *EVERYTHING.blocks[2:])
+        with pytest.raises(
+            ArchitectureError, match="block 1: this version keeps all heads and dimensions of msa or none"
+        ):
+            spvit.prune(host, Architecture(blocks))
+
+
+@pytest.mark.parametrize("other", ["distilled", "non_square", "huggingface"])
+def test_weights_of_another_host_are_refused_and_nothing_is_changed(other: str) -> None:
+    assert set(FAMILY_OF) == set(HOSTS)
+    host = make_host("class_token")
+    net = make_net(other)[1]
+    with pytest.raises(NotSearchableError, match="the searchable network was made from another host: "):
+        spvit.prune(host, EVERYTHING, weights=net)
+    x = images(host)
+    assert torch.equal(logits(host, x), logits(make_host("class_token"), x))

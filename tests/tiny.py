@@ -1,0 +1,162 @@
+"""Micro hosts, one a family and option, filled with numbers on which no test can pass by accident."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import spvit
+from spvit.architecture import KINDS
+from spvit.hosts import family_of
+from spvit.hosts.base import logits_of
+from spvit.surgery import gated_layers
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+MIXED = ("conv3", "skip", "conv1", "msa")  # attention last: class tokens see what convolutions did only through it
+CLASSES = 7
+
+# Threads gain nothing on tensors this small, and cost a hundredfold when another process holds a core.
+
+
+def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
+    small = {"img_size": 64, "embed_dim": 24, "depth": 4, "num_heads": 3, "mlp_ratio": 3, "num_classes": CLASSES}
+
+    def build() -> nn.Module:
+        timm = __import__("timm")
+        return timm.create_model(name, **{**small, **options})
+
+    return build
+
+
+def _huggingface(**options: Any) -> Callable[[], nn.Module]:
+    small = {"image_size": 64, "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3}
+
+    def build() -> nn.Module:
+        import pytest
+
+        transformers = pytest.importorskip("transformers")
+        config = transformers.ViTConfig(**{**small, "intermediate_size": 72, "num_labels": CLASSES, **options})
+        return transformers.ViTForImageClassification(config)
+
+    return build
+
+
+HOSTS: dict[str, Callable[[], nn.Module]] = {
+    "class_token": _timm("vit_tiny_patch16_224"),
+    "distilled": _timm("deit_tiny_distilled_patch16_224"),
+    "average_pooling": _timm("test_vit", class_token=False, global_pool="avg", dynamic_img_size=False),
+    "registers": _timm("test_vit2", class_token=True, reg_tokens=3),
+    "options": _timm("vit_tiny_patch16_224", init_values=0.1, qk_norm=True, scale_attn_norm=True, pre_norm=True),
+    "no_biases": _timm("vit_tiny_patch16_224", qkv_bias=False, proj_bias=False),
+    "rms_map_pool": _timm("test_vit3", norm_layer="rmsnorm"),
+    "non_square": _timm("vit_tiny_patch16_224", img_size=(96, 160)),
+    "dynamic": _timm("test_vit", dynamic_img_size=True),
+    "dynamic_padded": _timm("test_vit", img_size=72, dynamic_img_size=True, dynamic_img_pad=True),
+    "residual_post_norm": _timm("vit_base_patch16_rpn_224"),
+    "huggingface": _huggingface(),
+    "huggingface_options": _huggingface(image_size=(64, 96), qkv_bias=False, head_dim=16),
+}
+FAMILY_OF = {name: "huggingface" if name.startswith("huggingface") else "timm" for name in HOSTS}
+
+
+@torch.no_grad()
+def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
+    """Fill weights, biases, norms, gates, head mixes and batch-norm statistics with random numbers, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in net.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        last = name.rpartition(".")[2]
+        if last == "gate_logits":
+            value = 1.5 * noise
+        elif last == "head_logits":
+            value = 1 + 0.01 * noise
+        elif parameter.dim() == 1:
+            value = 0.5 * noise + (0 if last == "bias" else 1)
+        elif len(parameter) == 1:
+            value = 0.5 * noise
+        else:
+            value = noise / math.sqrt(parameter[0].numel())
+        parameter.copy_(value)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.copy_(0.5 * torch.randn(module.num_features, generator=generator))
+            module.running_var.copy_(0.5 + torch.rand(module.num_features, generator=generator))
+    return net
+
+
+def make_host(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Return a randomised micro host in evaluation mode."""
+    return randomise(HOSTS[name]()).to(dtype).eval()
+
+
+def gate_signs(kind: str) -> Tensor:
+    """Return signs of three gate logits that decide on a kind; a gate behind a closed one is open, in vain."""
+    opened = len(KINDS) - 1 - KINDS.index(kind)
+    return torch.tensor(([1] * opened + [-1] + [1] * 2)[:3])
+
+
+@torch.no_grad()
+def choose(net: nn.Module, kinds: Sequence[str]) -> nn.Module:
+    """Make the attention gates of a searchable network decide on these kinds, with random margins, in place."""
+    for (attention, _), kind in zip(gated_layers(net), kinds, strict=True):
+        attention.gate_logits.copy_((attention.gate_logits.abs() + 0.1) * gate_signs(kind).to(attention.gate_logits))
+    return net
+
+
+def make_net(name: str, kinds: Sequence[str] = MIXED, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Any]:
+    """Return a host, and a searchable network made from it whose weights have all moved since; in evaluation mode."""
+    host = make_host(name, dtype)
+    return host, choose(randomise(spvit.make_searchable(host), seed=1), kinds)
+
+
+def images(host: nn.Module, batch: int = 2, size: tuple[int, int] | None = None, seed: int = 0) -> Tensor:
+    """Return random images that a dense host takes, or images of another (height, width)."""
+    channels, *own = family_of(host).input_size(host)
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, channels, *(size or own))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(next(host.parameters()).dtype)
+
+
+@torch.no_grad()
+def logits(net: nn.Module, x: Tensor, **options: Any) -> Tensor:
+    """Return a model's logits [B, classes]."""
+    return logits_of(net(x, **options))
+
+
+def backward(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Run a forward and backward pass of a loss with uneven weights; return the gradients by name."""
+    net.zero_grad()
+    out = logits_of(net(x))
+    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+    return {name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
+
+
+def largest(tensors: Sequence[Tensor]) -> float:
+    """Return the largest magnitude in several tensors; zero when they are empty."""
+    return max(tensor.abs().max().item() if tensor.numel() else 0.0 for tensor in tensors)
+
+
+def assert_close(actual: Tensor, expected: Tensor, scale: float | None = None, what: str = "tensors") -> None:
+    """Compare within the dtype's tolerance, relative to the largest magnitude of `expected` (or `scale`)."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    scale = largest([expected]) if scale is None else scale
+    error = largest([actual - expected])
+    assert error <= TOLERANCE[expected.dtype] * scale, f"{what} differ by {error:.3g}, the scale being {scale:.3g}"
+
+
+def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Compare gradients by name; those that are zero but for rounding are held against the largest of all."""
+    assert actual.keys() == expected.keys()
+    scale = largest(list(expected.values()))
+    for name, value in expected.items():
+        assert_close(actual[name], value, scale, name)
+
+
+def assert_differ(actual: Tensor, expected: Tensor) -> None:
+    """Check that two results are clearly not the same: by 1% of the largest magnitude."""
+    assert (actual - expected).abs().max() > 0.01 * expected.abs().max()

@@ -1,0 +1,61 @@
+"""What the tests of training share: a micro model on the digits, and short settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+from spvit.checkpoint import Preprocessing
+from spvit.train.data import ImageConfig, Images, load_images
+from spvit.train.loop import PhaseConfig, SearchConfig
+
+MODEL = "vit_tiny_patch16_224"
+MODEL_ARGS = {
+    "img_size": 8,
+    "patch_size": 2,
+    "in_chans": 1,
+    "num_classes": 10,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 3,
+}
+GREY = Preprocessing((0.5,), (0.5,), crop=1.0)
+
+
+def micro_host(seed: int = 0, **more: object) -> nn.Module:
+    torch.manual_seed(seed)
+    return timm.create_model(MODEL, **{**MODEL_ARGS, **more})
+
+
+def digits(**settings: object) -> Images:
+    return load_images("digits", ImageConfig(**{"batch_size": 128, "flip": 0.0, **settings}), (1, 8, 8), GREY)
+
+
+def short(epochs: int = 2, **settings: object) -> PhaseConfig:
+    return PhaseConfig(**{"epochs": epochs, "learning_rate": 1e-3, "warmup_epochs": 0.2, **settings})
+
+
+def short_search(epochs: int = 2, **settings: object) -> SearchConfig:
+    return SearchConfig(**{"epochs": epochs, "learning_rate": 1e-3, "warmup_epochs": 0.2, **settings})
+
+
+def states_equal(a: nn.Module, b: nn.Module) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def image_folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int = 4, size: int = 12) -> Path:
+    """Write a folder of small coloured pictures, `train/` and `val/` with a folder a class."""
+    from PIL import Image
+
+    for split in ("train", "val"):
+        for label, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                shade = (40 + 80 * label, 20 * index, 99)
+                Image.new("RGB", (size, size), shade).save(folder / f"{index}.png")
+    return root
