@@ -41,13 +41,18 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
     return median(values), high - low
 
 
+def check_free(path: str | None) -> None:
+    """Exit when the file that results are to go to exists already: before a long measurement, not after."""
+    if path is not None and Path(path).exists():
+        sys.exit(f"{path} exists already; name another file with --json")
+
+
 def write_results(path: str | None, benchmark: str, rows: Sequence[dict[str, Any]], **more: Any) -> None:
     """Write a run's rows as JSON, where a file is named; refuse to overwrite one."""
     if path is None:
         return
+    check_free(path)
     target = Path(path)
-    if target.exists():
-        sys.exit(f"{target} exists already; name another file with --json")
     target.parent.mkdir(parents=True, exist_ok=True)
     content = {"benchmark": benchmark, "machine": machine(), **more, "rows": list(rows)}
     target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

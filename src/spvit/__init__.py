@@ -6,6 +6,8 @@ architecture = spvit.decide(net, macs="50%")       # frozen data
 small = spvit.fold(spvit.prune(host, architecture, weights=net))
 """
 
+from typing import Any
+
 from spvit.architecture import Architecture, ArchitectureError, architectures
 from spvit.checkpoint import CheckpointError, load, save
 from spvit.cost import BudgetError
@@ -21,9 +23,11 @@ __all__ = [
     "BudgetError",
     "BudgetLoss",
     "CheckpointError",
+    "CompressConfig",
     "NotSearchableError",
     "UnsupportedHostError",
     "architectures",
+    "compress",
     "decide",
     "fold",
     "gate_parameters",
@@ -32,3 +36,12 @@ __all__ = [
     "prune",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The loop brings Accelerate, which loads whatever model library is installed; importing spvit must load none.
+    if name in ("CompressConfig", "compress"):
+        from spvit.train import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module 'spvit' has no attribute {name!r}")

@@ -16,9 +16,9 @@ def demo_settings(output: str, macs: str, seed: int) -> CompressCommand:
             "patch_size": 2,
             "in_chans": 1,
             "num_classes": 10,
-            "embed_dim": 96,
+            "embed_dim": 64,
             "depth": 6,
-            "num_heads": 3,
+            "num_heads": 4,
         },
         pretrained=False,
         data=DIGITS,
@@ -26,9 +26,9 @@ def demo_settings(output: str, macs: str, seed: int) -> CompressCommand:
         macs=macs,
         seed=seed,
         images=ImageConfig(
-            batch_size=64, mean=(0.5,), std=(0.5,), crop=1.0, crop_scale=(0.7, 1.0), crop_ratio=(0.85, 1.18), flip=0.0
+            batch_size=32, mean=(0.5,), std=(0.5,), crop=1.0, crop_scale=(0.85, 1.0), crop_ratio=(0.9, 1.1), flip=0.0
         ),
-        dense=PhaseConfig(epochs=40, learning_rate=1e-3, warmup_epochs=3),
-        search=SearchConfig(epochs=15, learning_rate=5e-4, warmup_epochs=1),
-        finetune=PhaseConfig(epochs=30, learning_rate=5e-4, warmup_epochs=1),
+        dense=PhaseConfig(epochs=25, learning_rate=2e-3, warmup_epochs=1),
+        search=SearchConfig(epochs=10, learning_rate=5e-4, warmup_epochs=1),
+        finetune=PhaseConfig(epochs=20, learning_rate=1e-3, warmup_epochs=1),
     )
