@@ -101,6 +101,23 @@ def test_train_search_and_finetune_chain(capsys, recipe, tmp_path: Path) -> None
     assert both == spvit.surgery.pruned_record(spvit.load(tuned))
 
 
+def test_hugging_face_model_is_compressed_and_loaded(capsys, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=48, image_size=16, patch_size=4,
+        num_labels=2,
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "hf")
+    images, out = image_folder(tmp_path / "pictures"), tmp_path / "run"
+    settings = ["--images.batch_size", "4", "--search.epochs", "1", "--finetune.epochs", "1", "--precision", "bf16"]
+    words = ["compress", "--model", f"hf:{tmp_path / 'hf'}", "--data", str(images), "--output", str(out), *settings]
+    code, text, problems = run(capsys, *words, "--macs", "80%")
+    assert (code, problems) == (0, "")
+    assert "pruned" in text
+    assert type(spvit.load(out)).__name__ == "ViTForImageClassification"
+    assert run(capsys, "evaluate", "--model", str(out), "--data", str(images))[0] == 0
+
+
 def test_killed_run_continues_to_the_same_model(recipe, tmp_path: Path) -> None:
     settings = recipe(
         dense={"epochs": 2, "warmup_epochs": 0.0},

@@ -34,6 +34,7 @@ FLOORS = [
     "report",
     "config",
     "demo",
+    "commands",
     "cli",
 ]
 FILES = sorted(

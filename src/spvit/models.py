@@ -138,12 +138,14 @@ def _by_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 def _open_hugging_face(config: ModelConfig, classes: int | None) -> OpenedModel:
     try:
         from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+        from transformers.utils import logging
     except ImportError as error:
         raise ModelError("Hugging Face models need an extra; install it with: pip install 'spvit[hf]'") from error
     if config.model_args:
         raise ModelError("model_args go with timm models only; a Hugging Face model brings its own configuration")
     name = config.model.removeprefix(HUGGING_FACE)
     _spare_retries()
+    logging.disable_progress_bar()
     try:
         own = AutoConfig.from_pretrained(name)
         head = own.num_labels

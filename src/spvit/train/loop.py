@@ -194,7 +194,8 @@ class _Loop:
             figures = evaluate(self.model, self.validation, self.accelerator)
             self._record({"event": "evaluation", "epoch": epoch + 1, **vars(figures), **self._standing()})
             self._save(epoch + 1, figures)
-            self.progress.epoch(epoch + 1, epochs, figures.accuracy, self._standing())
+            self.progress.stand(self._standing())
+            self.progress.epoch(epoch + 1, epochs, figures.accuracy)
         self.progress.stop()
         if figures is None:
             figures = evaluate(self.model, self.validation, self.accelerator)
@@ -218,7 +219,9 @@ class _Loop:
             if (step + 1) % self.config.log_every == 0 or index + 1 == len(self.train):
                 seconds = time.perf_counter() - started
                 rate = self.batch * (index + 1) / seconds
-                self._record({"event": "step", "epoch": epoch + 1, "step": step + 1, **values, **self._standing(),
+                standing = self._standing()
+                self.progress.stand(standing)
+                self._record({"event": "step", "epoch": epoch + 1, "step": step + 1, **values, **standing,
                               "learning_rate": learning_rate, "images_per_s": round(rate, 2)})  # fmt: skip
 
     def _step(self, images: Tensor, targets: Tensor, epoch: int, step: int, learning_rate: float) -> dict[str, float]:

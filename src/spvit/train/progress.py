@@ -61,9 +61,12 @@ class PhaseProgress:
         text = f"loss {loss:.3f}{budget}  {self._standing}"
         self._bar.update(self._task, advance=1, text=text, rate=f"{speed:.1f} steps/s" if speed else "")
 
-    def epoch(self, epoch: int, epochs: int, accuracy: float, standing: dict[str, Any]) -> None:
-        """Report the end of an epoch."""
+    def stand(self, standing: dict[str, Any]) -> None:
+        """Say how a search stands now."""
         self._standing = standing_text(standing)
+
+    def epoch(self, epoch: int, epochs: int, accuracy: float) -> None:
+        """Report the end of an epoch."""
         now = time.monotonic()
         if epoch < epochs and now - self._reported < self.SECONDS_BETWEEN_LINES:
             return

@@ -1,0 +1,247 @@
+"""What each sub-command of `spvit` does: open, run, show, write."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate.utils import set_seed
+from rich.console import Console
+from torch import nn
+
+from spvit.architecture import Architecture, ArchitectureError, architectures, dense
+from spvit.benchmark import measure_latencies
+from spvit.checkpoint import write_text
+from spvit.config import (
+    CompressCommand,
+    DemoCommand,
+    EvaluateCommand,
+    FinetuneCommand,
+    ProfileCommand,
+    RunCommand,
+    SearchCommand,
+    TrainCommand,
+)
+from spvit.cost import count_macs, count_params, human
+from spvit.demo import demo_settings
+from spvit.hosts import family_of
+from spvit.hosts.base import example_images, network_costs
+from spvit.models import ModelConfig, ModelError, OpenedModel, number_of_classes, open_model
+from spvit.surgery import prune, pruned_record
+from spvit.tables import block_table, comparison_table, kinds_text
+from spvit.train.data import DataError, ImageConfig, Images, load_images
+from spvit.train.loop import LoopConfig
+from spvit.train.pipeline import (
+    Compressed,
+    check_folder,
+    deployed,
+    figures_of,
+    finetune,
+    run_compress,
+    search,
+    train_dense,
+    write_model,
+)
+from spvit.train.progress import PhaseProgress
+
+SETTINGS = "config.yaml"
+BATCHES = (1, 64)
+
+
+def heading(name: str) -> str:
+    """Return the first line of a run's config.yaml, which says what command it is of."""
+    return f"# spvit {name}"
+
+
+def _open(name: str, options: RunCommand, trains_head: bool, console: Console) -> tuple[OpenedModel, Images, Path]:
+    """Return the model and images of a run, and its folder with the settings written; refuse what does not fit."""
+    folder = check_folder(options.output, options.resume)
+    set_seed(options.seed)
+    opened, images = _model_and_images(options, options.data, options.images)
+    if not opened.trained and not trains_head:
+        raise ModelError(
+            f"{options.model} has no trained weights for these {len(images.classes)} classes; train it first "
+            "(spvit train, or --dense.epochs), or name trained weights with --checkpoint"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {key: value for key, value in dataclasses.asdict(options).items() if key != "resume"}
+    write_text(folder / SETTINGS, f"{heading(name)}\n{yaml.safe_dump(_plain(settings), sort_keys=False)}")
+    cost = f"{human(count_params(opened.model))} params, {human(_macs(opened.model))} macs"
+    console.print(f"{options.model}: {cost}; {len(images.classes)} classes", highlight=False, soft_wrap=True)
+    return opened, images, folder
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _model_and_images(model: ModelConfig, data: str, config: ImageConfig) -> tuple[OpenedModel, Images]:
+    # The images' class count decides the head, and the model's input decides the images: the head is fitted second.
+    first = open_model(model)
+    size = family_of(first.model).input_size(first.model)
+    images = load_images(data, config, size, first.preprocessing)
+    classes = number_of_classes(first.model)
+    if classes == len(images.classes):
+        return first, images
+    opened = open_model(model, len(images.classes))
+    if number_of_classes(opened.model) != len(images.classes):
+        raise DataError(
+            f"{data} has {len(images.classes)} classes, but {model.model} was made for {classes}; use a model of these "
+            "classes"
+        )
+    return opened, images
+
+
+def _macs(model: nn.Module) -> int:
+    family = family_of(model)
+    return count_macs(model, lambda twin: twin(example_images(family, twin)))
+
+
+def _shared(options: RunCommand) -> LoopConfig:
+    return LoopConfig(seed=options.seed, precision=options.precision, log_every=options.log_every)
+
+
+def train_command(options: TrainCommand, console: Console) -> None:
+    """Train a dense model and write it."""
+    opened, images, folder = _open("train", options, trains_head=True, console=console)
+    figures = train_dense(opened.model, images, folder, _shared(options), options.dense, PhaseProgress(console))
+    write_model(opened.model, images, figures, folder)
+    _say_where(console, folder, f"accuracy {figures.accuracy:.2%}")
+
+
+def search_command(options: SearchCommand, console: Console) -> None:
+    """Search, and write the architecture and the pruned model as the search left it."""
+    opened, images, folder = _open("search", options, trains_head=False, console=console)
+    shared = _shared(options)
+    net, architecture = search(
+        opened.model,
+        images,
+        options.limits(),
+        folder,
+        shared,
+        options.search,
+        PhaseProgress(console),
+        options.multiple,
+    )
+    console.print(block_table(architecture, network_costs(family_of(opened.model), opened.model), "architecture"))
+    pruned = prune(opened.model, architecture, weights=net)
+    figures = figures_of(pruned, images, shared)
+    write_model(pruned, images, figures, folder)
+    _say_where(console, folder, f"accuracy {figures.accuracy:.2%} before fine-tuning")
+
+
+def finetune_command(options: FinetuneCommand, console: Console) -> None:
+    """Fine-tune a pruned model, or a dense one after pruning it to an architecture, and write it folded."""
+    architecture = Architecture.load(options.architecture) if options.architecture is not None else None
+    opened, images, folder = _open("finetune", options, trains_head=False, console=console)
+    model, teacher = opened.model, None
+    if architecture is not None:
+        teacher, model = model, prune(model, architecture)
+    elif pruned_record(model) is None:
+        raise ModelError(f"{options.model} is a dense model; name what to keep with --architecture, or see spvit train")
+    elif options.finetune.distillation > 0:
+        raise ModelError(
+            "distillation needs the dense model; name it with --model and what to keep with --architecture"
+        )
+    figures = finetune(model, images, folder, _shared(options), options.finetune, PhaseProgress(console), teacher)
+    write_model(deployed(model), images, figures, folder)
+    _say_where(console, folder, f"accuracy {figures.accuracy:.2%}")
+
+
+def compress_command(options: CompressCommand, console: Console) -> None:
+    """Train if asked, search, prune, fine-tune, fold and write."""
+    opened, images, folder = _open("compress", options, trains_head=options.dense.epochs > 0, console=console)
+    result = run_compress(opened.model, images, options.limits(), folder, options, console)
+    _show_compressed(result, folder, console)
+
+
+def demo_command(options: DemoCommand, console: Console) -> None:
+    """Compress a small vision transformer on the digits."""
+    compress_command(demo_settings(options.output, options.macs, options.seed), console)
+
+
+def evaluate_command(options: EvaluateCommand, console: Console) -> None:
+    """Print a model's figures on the validation images."""
+    opened, images = _model_and_images(options, options.data, options.images)
+    if not opened.trained:
+        raise ModelError(f"{options.model} has no trained weights for these {len(images.classes)} classes")
+    figures = figures_of(opened.model, images, LoopConfig(precision=options.precision))
+    console.print(
+        f"accuracy {figures.accuracy:.2%}, top-5 {figures.accuracy_top5:.2%}, loss {figures.loss:.4f}, "
+        f"{figures.images:,} images",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def profile_command(options: ProfileCommand, console: Console) -> None:
+    """Print the costs of a model by block, dense against pruned."""
+    # Costs do not depend on weights, so none are downloaded.
+    model = open_model(dataclasses.replace(options, pretrained=False)).model
+    record = pruned_record(model)
+    if record is not None and options.architecture is not None:
+        raise ArchitectureError(f"{options.model} is pruned already; name a dense model with --architecture")
+    host = family_of(model).build(family_of(model).source(model)) if record is not None else model
+    costs = network_costs(family_of(host), host)
+    if record is not None:
+        architecture = record.architecture
+    elif options.architecture is not None:
+        architecture = _named_architecture(options.architecture)
+    else:
+        architecture = dense([block.units for block in costs["macs"].blocks])
+    pruned = deployed(model if record is not None else prune(host, architecture))
+    console.print(block_table(architecture, costs, options.model))
+    if options.latency:
+        _print_latencies({"dense": host.eval(), "pruned": pruned}, console)
+
+
+def _named_architecture(name: str) -> Architecture:
+    published = architectures()
+    if name in published:
+        return published[name]
+    if not Path(name).is_file():
+        raise ArchitectureError(
+            f"architecture {name!r} is neither a file nor a published one; published are {', '.join(published)}"
+        )
+    return Architecture.load(name)
+
+
+def _print_latencies(models: dict[str, nn.Module], console: Console) -> None:
+    for batch in BATCHES:
+        images = example_images(family_of(models["dense"]), models["dense"], batch)
+        for name, latency in zip(models, measure_latencies(list(models.values()), images)):
+            console.print(
+                f"{name}: {latency.latency_ms:.2f} ms (spread {latency.spread_ms:.2f}) at batch {batch}, "
+                f"{latency.images_per_s:.0f} images/s, {latency.device}, {latency.dtype}, {latency.threads} threads, "
+                f"{latency.repeats} repeats",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def _show_compressed(result: Compressed, folder: Path, console: Console) -> None:
+    host, model = result.host, result.model
+    console.print(block_table(result.architecture, network_costs(family_of(host), host), "architecture"))
+    rows = {"dense": host, "pruned": model}
+    latencies = {
+        batch: measure_latencies(list(rows.values()), example_images(family_of(host), host, batch)) for batch in BATCHES
+    }
+    console.print(
+        comparison_table(
+            {"dense": result.dense, "pruned": result.pruned},
+            {name: {"params": count_params(row), "macs": _macs(row)} for name, row in rows.items()},
+            {name: [latencies[batch][index] for batch in BATCHES] for index, name in enumerate(rows)},
+        )
+    )
+    kept = kinds_text(result.architecture)
+    _say_where(console, folder, f"attention: {kept}; accuracy right after pruning {result.after_pruning.accuracy:.2%}")
+
+
+def _say_where(console: Console, folder: Path, text: str) -> None:
+    console.print(
+        f'{text}\nfiles in {folder}; load the model with spvit.load("{folder}")', highlight=False, soft_wrap=True
+    )
