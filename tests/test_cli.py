@@ -108,6 +108,7 @@ def test_hugging_face_model_is_compressed_and_loaded(capsys, tmp_path: Path) -> 
         num_labels=2,
     )  # fmt: skip
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "hf")
+    capsys.readouterr()  # what transformers says when it saves
     images, out = image_folder(tmp_path / "pictures"), tmp_path / "run"
     settings = ["--images.batch_size", "4", "--search.epochs", "1", "--finetune.epochs", "1", "--precision", "bf16"]
     words = ["compress", "--model", f"hf:{tmp_path / 'hf'}", "--data", str(images), "--output", str(out), *settings]
