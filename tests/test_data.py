@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from spvit.checkpoint import Preprocessing
-from spvit.train.data import DataError, ImageConfig, load_images, loaders, mixup_of
+from spvit.train.data import DataError, ImageConfig, load_images, mixup_of, training_loader, validation_loader
 from training import GREY, digits, image_folder
 
 SIZE = (3, 8, 8)
@@ -38,7 +38,7 @@ def test_image_folder_gives_both_splits(tmp_path: Path) -> None:
     images = load(image_folder(tmp_path))
     assert images.classes == ("cat", "dog")
     assert (len(images.train), len(images.validation)) == (8, 8)
-    train, validation = loaders(images)
+    train, validation = training_loader(images), validation_loader(images)
     batch, targets = next(iter(train))
     assert batch.shape == (2, 3, 8, 8)
     assert targets.dtype == torch.int64
@@ -122,7 +122,7 @@ def test_corrupt_image_is_reported_with_its_path(tmp_path: Path, content: bytes 
         [images.train[index] for index in range(len(images.train))]
     kept = load(root, skip_corrupt=True)
     with caplog.at_level(logging.WARNING, logger="spvit"):
-        seen = sum(len(targets) for _, targets in loaders(kept)[0])
+        seen = sum(len(targets) for _, targets in training_loader(kept))
     assert seen == 7
     assert str(bad) in caplog.text
 
@@ -132,7 +132,7 @@ def test_batch_without_a_readable_image_is_refused(tmp_path: Path) -> None:
     for path in root.glob("val/*/*"):
         path.write_bytes(b"")
     with pytest.raises(DataError, match="none of the 2 images of a batch"):
-        list(loaders(load(root, skip_corrupt=True))[1])
+        list(validation_loader(load(root, skip_corrupt=True)))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_settings_out_of_range_are_refused(tmp_path: Path, settings: dict, words
 
 def test_too_few_images_for_a_batch_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there are 8 training images, fewer than images.batch_size 16"):
-        loaders(load(image_folder(tmp_path), batch_size=16))
+        training_loader(load(image_folder(tmp_path), batch_size=16))
 
 
 def test_unknown_data_is_refused() -> None:

@@ -234,26 +234,31 @@ def _collate(items: Sequence[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor
     return torch.stack([image for image, _ in read]), torch.tensor([target for _, target in read])
 
 
-def loaders(images: Images) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Return the loaders of training (shuffled, whole batches) and validation images.
+def training_loader(images: Images) -> DataLoader[Any]:
+    """Return the loader of the training images: shuffled, whole batches.
 
     Raises:
         DataError: there are fewer training images than one batch holds.
     """
-    config = images.config
+    batch_size = images.config.batch_size
     count = len(images.train)  # type: ignore[arg-type]
-    if count < config.batch_size:
-        raise DataError(f"there are {count} training images, fewer than images.batch_size {config.batch_size}")
-    shared: dict[str, Any] = {
+    if count < batch_size:
+        raise DataError(f"there are {count} training images, fewer than images.batch_size {batch_size}")
+    return DataLoader(images.train, shuffle=True, drop_last=True, **_loading(images.config))
+
+
+def validation_loader(images: Images) -> DataLoader[Any]:
+    """Return the loader of the validation images, all of them in their order."""
+    return DataLoader(images.validation, shuffle=False, **_loading(images.config))
+
+
+def _loading(config: ImageConfig) -> dict[str, Any]:
+    return {
         "batch_size": config.batch_size,
         "num_workers": config.workers,
         "collate_fn": _collate,
         "pin_memory": torch.cuda.is_available(),
     }
-    return (
-        DataLoader(images.train, shuffle=True, drop_last=True, **shared),
-        DataLoader(images.validation, shuffle=False, **shared),
-    )
 
 
 Items = Sequence[tuple[Any, int]]

@@ -24,7 +24,7 @@ from spvit.architecture import KINDS
 from spvit.checkpoint import write_text
 from spvit.hosts.base import logits_of
 from spvit.surgery import gate_parameters
-from spvit.train.data import DataError, Images, loaders, mixup_of
+from spvit.train.data import DataError, Images, mixup_of, training_loader, validation_loader
 from spvit.train.losses import BUDGET_WEIGHT, BudgetLoss, distillation_loss, task_loss
 from spvit.train.progress import PhaseProgress
 
@@ -170,7 +170,7 @@ class _Loop:
         self.accelerator = make_accelerator(config)
         self.classes = len(images.classes)
         self.mixup = mixup_of(images.config, self.classes, phase.config.label_smoothing)
-        train, validation = loaders(images)
+        train, validation = training_loader(images), validation_loader(images)
         self.total = max(1, phase.config.epochs * len(train))
         weights, gates = _optimizers(phase, self.total)
         parts = [phase.model, train, validation, weights] + ([gates] if gates is not None else [])

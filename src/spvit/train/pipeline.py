@@ -18,7 +18,7 @@ from spvit.checkpoint import Preprocessing, save, write_text
 from spvit.cost import parse_budget
 from spvit.hosts import family_of
 from spvit.surgery import decide, fold, make_searchable, prune, pruned_record, search_record
-from spvit.train.data import ImageConfig, Images, load_images, loaders
+from spvit.train.data import ImageConfig, Images, load_images, validation_loader
 from spvit.train.loop import (
     Evaluation,
     LoopConfig,
@@ -140,7 +140,7 @@ def finetune(
 def figures_of(model: nn.Module, images: Images, config: LoopConfig) -> Evaluation:
     """Return a model's figures on the validation images."""
     accelerator = make_accelerator(config)
-    prepared, loader = accelerator.prepare(model, loaders(images)[1])
+    prepared, loader = accelerator.prepare(model, validation_loader(images))
     figures = evaluate(prepared, loader, accelerator)
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     accelerator.free_memory()
