@@ -1,0 +1,391 @@
+"""Accuracy at equal MACs on Fashion-MNIST: spvit, random architectures of the same cost, and Torch-Pruning.
+
+python benchmarks/fashion_mnist.py [--budgets 50% 25%] [--epochs 1] [--quick] [--json FILE]
+
+One small ViT is trained once and kept under --cache. At each budget every method gets the same fine-tuning: epochs,
+augmentation, optimizer. The images are those of Debian's package dataset-fashion-mnist, or downloaded by torchvision.
+Torch-Pruning comes with: pip install 'spvit[bench]'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gzip
+import random
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any, cast
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.utils.data import Subset
+
+import spvit
+from reporting import check_free, machine, write_results
+from spvit.architecture import FFN, KINDS, Architecture, Attention, Block
+from spvit.checkpoint import Preprocessing, describe, replace_atomically
+from spvit.cost import NetworkCost, count_macs, count_params, human, parse_budget
+from spvit.hosts import family_of
+from spvit.hosts.base import network_costs
+from spvit.surgery import DEFAULT_MULTIPLE, TOLERANCE
+from spvit.train.data import ImageConfig, Images, load_images, training_loader
+from spvit.train.loop import LoopConfig, Phase, PhaseConfig, SearchConfig, run_phase
+from spvit.train.losses import BUDGET_WEIGHT
+from spvit.train.pipeline import deployed, figures_of, search, train_dense
+from spvit.train.progress import PhaseProgress
+
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+SIZE = (1, 28, 28)
+QUICK = {"images": 12_000, "dense_epochs": 4, "search_epochs": 1, "epochs": 1, "random": 2}
+DENSE_LEARNING_RATE = 1e-3
+TAYLOR_BATCHES = 10
+BISECTIONS = 14
+TORCH_PRUNING_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one method reached at one budget."""
+
+    budget: str
+    method: str
+    macs: int
+    share: float
+    """MACs divided by those of the dense model."""
+    params: int
+    after_pruning: float
+    """Accuracy before fine-tuning, 0 to 1."""
+    accuracy: float
+    """Accuracy after fine-tuning, 0 to 1."""
+    seconds: float
+    """Everything that the method did after dense training, evaluation included."""
+
+
+AVERAGED = ("macs", "share", "params", "after_pruning", "accuracy", "seconds")
+
+
+class Bench:
+    """The dense model, the images and the settings that all methods share."""
+
+    def __init__(self, options: argparse.Namespace, console: Console) -> None:
+        self.options, self.console = options, console
+        self.progress = PhaseProgress(console)
+        self.loop = LoopConfig(seed=options.seed)
+        self.finetuning = PhaseConfig(epochs=options.epochs, learning_rate=options.learning_rate)
+        self.images = open_images(options)
+        self.dense, self.dense_accuracy, self.dense_seconds = self._dense()
+        self.cost: NetworkCost = network_costs(family_of(self.dense), self.dense)["macs"]
+        self.rows: list[Row] = []
+        self.notes: list[str] = []
+
+    def _dense(self) -> tuple[nn.Module, float, float]:
+        """Return the dense model, its accuracy and the seconds that training took, now or when it was kept."""
+        options = self.options
+        count = len(cast(Any, self.images.train))
+        name = f"fashion-mnist-dense-{options.dense_epochs}-epochs-{count}-images-{options.held_out}-held-out"
+        folder = Path(options.cache) / f"{name}-seed-{options.seed}"
+        if not folder.exists():
+            torch.manual_seed(options.seed)
+            model = make_dense()
+            phase = PhaseConfig(epochs=options.dense_epochs, learning_rate=DENSE_LEARNING_RATE, warmup_epochs=1.0)
+            started = time.perf_counter()
+            with tempfile.TemporaryDirectory() as temporary:
+                train_dense(model, self.images, Path(temporary), self.loop, phase, self.progress)
+            metrics = {"seconds": time.perf_counter() - started}
+            spvit.save(model, folder, preprocessing=self.images.preprocessing, metrics=metrics)
+        dense = spvit.load(folder)
+        accuracy = figures_of(dense, self.images, self.loop).accuracy
+        seconds = describe(folder).metrics["seconds"]
+        self.note(f"dense model of {folder}: accuracy {accuracy:.2%}, trained in {seconds:.0f} s")
+        return dense, accuracy, seconds
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def macs(self, model: nn.Module) -> int:
+        """Return the MACs of one image."""
+        return count_macs(model, lambda twin: twin(torch.zeros(1, *SIZE, device="meta")))
+
+    def finish(
+        self, budget: str, method: str, started: float, model: nn.Module, config: PhaseConfig | None = None
+    ) -> Row:
+        """Fine-tune a pruned model, by the dense one too if the settings distil, and record its row."""
+        config = config or self.finetuning
+        before = figures_of(model, self.images, self.loop)
+        teacher = self.dense if config.distillation > 0 else None
+        with tempfile.TemporaryDirectory() as temporary:
+            phase = Phase("finetune", model, config, teacher=teacher)
+            after = run_phase(phase, self.images, Path(temporary), self.loop, self.progress)
+        seconds = time.perf_counter() - started
+        model = deployed(model)
+        macs = self.macs(model)
+        share = macs / self.cost.dense
+        row = Row(budget, method, macs, share, count_params(model), before.accuracy, after.accuracy, seconds)
+        self.rows.append(row)
+        self.note(f"{budget} {method}: {share:.1%} of the MACs, accuracy {row.accuracy:.2%}, {seconds:.0f} s")
+        return row
+
+    def run(self) -> None:
+        """Run every method at every budget."""
+        self.finish("100%", "dense, fine-tuned", time.perf_counter(), copy.deepcopy(self.dense))
+        for budget in self.options.budgets:
+            for method in (self.searched, self.random, self.torch_pruning):
+                try:
+                    method(budget)
+                except spvit.BudgetError as error:
+                    self.notes.append(f"{budget} {method.__name__}: {error}")
+                    self.note(self.notes[-1])
+
+    def searched(self, budget: str) -> None:
+        """Search once, and fine-tune what was found without and with distillation from the dense model."""
+        options, started = self.options, time.perf_counter()
+        shared = {**vars(self.finetuning), "epochs": options.search_epochs}
+        config = SearchConfig(
+            **shared, gate_learning_rate=options.gate_learning_rate, budget_weight=options.budget_weight
+        )
+        with tempfile.TemporaryDirectory() as temporary:
+            net, architecture = search(
+                self.dense, self.images, {"macs": budget}, Path(temporary), self.loop, config, self.progress
+            )
+        searching = time.perf_counter() - started
+        self.note(str(architecture))
+        weights = net if options.initialise == "search" else None
+        for method, distillation in (("spvit", 0.0), ("spvit, distilled", 0.5)):
+            # Both rows need the one search, so it counts in both.
+            begun = time.perf_counter() - searching
+            model = spvit.prune(self.dense, architecture, weights=weights)
+            self.finish(budget, method, begun, model, replace(self.finetuning, distillation=distillation))
+
+    def random(self, budget: str) -> None:
+        """Fine-tune architectures drawn at random, and record their mean too."""
+        target = parse_budget(macs=budget).target(self.cost)
+        rows = []
+        for index in range(self.options.random):
+            started = time.perf_counter()
+            architecture = random_architecture(self.cost, target, random.Random(self.options.seed + index))
+            model = spvit.prune(self.dense, architecture)
+            rows.append(self.finish(budget, f"random {index + 1}", started, model))
+        if rows:
+            figures = {name: mean(getattr(row, name) for row in rows) for name in AVERAGED}
+            averages = Row(budget, f"random, mean of {len(rows)}", **figures)
+            self.rows.append(replace(averages, macs=round(averages.macs), params=round(averages.params)))
+
+    def torch_pruning(self, budget: str) -> None:
+        """Fine-tune what Torch-Pruning leaves, its ratio bisected until the MACs are those of the budget."""
+        started = time.perf_counter()
+        target = parse_budget(macs=budget).target(self.cost)
+        gradients = self._taylor_gradients()
+        low, high, models = 0.0, 1.0, []
+        for _ in range(BISECTIONS):
+            ratio = (low + high) / 2
+            model = torch_pruned(self.dense, gradients, ratio)
+            macs = self.macs(model)
+            models.append((abs(macs - target), ratio, model))
+            low, high = (ratio, high) if macs > target else (low, ratio)
+        distance, ratio, model = min(models, key=lambda item: item[0])
+        if distance > TORCH_PRUNING_TOLERANCE * target:
+            raise spvit.BudgetError(f"the nearest that Torch-Pruning comes is {distance / target:.1%} away")
+        self.note(f"{budget} Torch-Pruning: ratio {ratio:.4f}, {torch_pruned_widths(model)}")
+        self.finish(budget, "Torch-Pruning", started, model)
+
+    def _taylor_gradients(self) -> dict[str, torch.Tensor]:
+        """Return the dense model's gradients by parameter, summed over some training batches."""
+        torch.manual_seed(self.options.seed)
+        model = copy.deepcopy(self.dense).eval()
+        for _, (images, targets) in zip(range(TAYLOR_BATCHES), training_loader(self.images)):
+            nn.functional.cross_entropy(model(images), targets).backward()
+        return {name: cast(torch.Tensor, parameter.grad) for name, parameter in model.named_parameters()}
+
+
+def make_dense() -> nn.Module:
+    """Return the untrained dense ViT."""
+    width: dict[str, int] = {"embed_dim": 96, "depth": 6, "num_heads": 3}
+    model = timm.create_model("vit_tiny_patch16_224", img_size=28, patch_size=4, in_chans=1, num_classes=10, **width)
+    return cast(nn.Module, model)
+
+
+def random_architecture(cost: NetworkCost, target: int, generator: random.Random) -> Architecture:
+    """Return an architecture within tolerance of a target: random attention kinds, FFN widths and units."""
+    for _ in range(1000):
+        kinds = generator.choices(KINDS, k=len(cost.blocks))
+        shares = [1 - generator.random() for _ in kinds]
+        spent = cost.fixed + sum(block.attention(kind) for block, kind in zip(cost.blocks, kinds))
+        widths = _scaled_widths(cost, target - spent, shares)
+        total = spent + sum(block.unit * width for block, width in zip(cost.blocks, widths))
+        if abs(total - target) <= TOLERANCE * target:
+            kept = [sorted(generator.sample(range(b.units), width)) for b, width in zip(cost.blocks, widths)]
+            ffns = [FFN(block.units, tuple(units)) for block, units in zip(cost.blocks, kept)]
+            return Architecture(tuple(Block(Attention(kind), ffn) for kind, ffn in zip(kinds, ffns)))
+    raise spvit.BudgetError(f"none of 1,000 random draws came within {TOLERANCE:.1%} of {target:,} macs")
+
+
+def _scaled_widths(cost: NetworkCost, macs: int, shares: list[float]) -> list[int]:
+    """Return FFN widths in proportion to the shares, in whole multiples, whose cost is as near as can be."""
+
+    def widths(scale: float) -> list[int]:
+        wished = [DEFAULT_MULTIPLE * round(scale * s * b.units / DEFAULT_MULTIPLE) for s, b in zip(shares, cost.blocks)]
+        return [min(block.units, max(DEFAULT_MULTIPLE, width)) for width, block in zip(wished, cost.blocks)]
+
+    def excess(scale: float) -> int:
+        return sum(block.unit * width for block, width in zip(cost.blocks, widths(scale))) - macs
+
+    low, high = 0.0, 1 / min(shares)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) < 0 else (low, middle)
+    return widths(min(low, high, key=lambda scale: abs(excess(scale))))
+
+
+def torch_pruned(dense: nn.Module, gradients: dict[str, torch.Tensor], ratio: float) -> nn.Module:
+    """Return a copy that Torch-Pruning has pruned inside attention and FFN; the embedding keeps its width."""
+    import torch_pruning
+
+    model: Any = copy.deepcopy(dense).eval()
+    for name, parameter in model.named_parameters():
+        parameter.grad = gradients[name].clone()
+    pruner = torch_pruning.pruner.BasePruner(
+        model,
+        torch.zeros(1, *SIZE),
+        importance=torch_pruning.importance.GroupTaylorImportance(),
+        global_pruning=True,
+        isomorphic=True,
+        pruning_ratio=ratio,
+        num_heads={block.attn.qkv: block.attn.num_heads for block in model.blocks},
+        prune_num_heads=False,
+        prune_head_dims=True,
+        # All that writes to the residual stream is one group with the patch embedding: ignoring that keeps its width.
+        ignored_layers=[model.patch_embed.proj, model.head],
+        # Documented as a dictionary, but read as pairs of parameter and axis.
+        unwrapped_parameters=[(model.cls_token, 2), (model.pos_embed, 2)],
+        # Their defaults are shared by all pruners of the process, which would add up the heads of every copy.
+        in_channel_groups={},
+        out_channel_groups={},
+    )
+    pruner.step()
+    for block in model.blocks:
+        attention = block.attn
+        attention.attn_dim = attention.proj.in_features
+        attention.head_dim = attention.attn_dim // attention.num_heads
+        attention.scale = attention.head_dim**-0.5
+    model.zero_grad()
+    return cast(nn.Module, model)
+
+
+def torch_pruned_widths(model: Any) -> str:
+    """Return the head and FFN widths of every block in one line."""
+    heads = " ".join(str(block.attn.head_dim) for block in model.blocks)
+    return f"head widths {heads}, FFN units {' '.join(str(block.mlp.fc1.out_features) for block in model.blocks)}"
+
+
+def unpack(source: Path, cache: Path) -> None:
+    """Unpack the .gz files of a folder to where torchvision looks for them, unless they are there."""
+    raw = cache / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        if not (raw / name).exists():
+            content = gzip.decompress((source / f"{name}.gz").read_bytes())
+            replace_atomically(raw / name, lambda path, content=content: path.write_bytes(content))
+
+
+def open_images(options: argparse.Namespace) -> Images:
+    """Return Fashion-MNIST as every method sees it, limited as the options say."""
+    if options.data is not None:
+        unpack(Path(options.data), Path(options.cache))
+    config = ImageConfig(
+        root=options.cache,
+        download=options.data is None,
+        batch_size=128,
+        held_out=options.held_out,
+        crop_scale=(0.8, 1.0),
+        crop_ratio=(0.9, 1.1),
+        flip=0.5,
+    )
+    images = load_images("FashionMNIST", config, SIZE, Preprocessing((0.286,), (0.353,), crop=1.0))
+    train_count = options.limit or (QUICK["images"] if options.quick else None)
+    return replace(images, train=_first(images.train, train_count), validation=_first(images.validation, options.limit))
+
+
+def _first(dataset: Any, count: int | None) -> Any:
+    return dataset if count is None or count >= len(dataset) else Subset(dataset, range(count))
+
+
+def table_of(rows: list[Row], title: str) -> Table:
+    """Return the rows as a table: accuracy right after pruning, and fine-tuned."""
+    table = Table(title=title)
+    for name in ("budget", "method", "MACs", "share", "params", "pruned", "tuned", "s"):
+        table.add_column(name, justify="left" if name in ("budget", "method") else "right")
+    for row in rows:
+        table.add_row(
+            row.budget,
+            row.method,
+            human(row.macs),
+            f"{row.share:.1%}",
+            human(row.params),
+            f"{row.after_pruning:.2%}",
+            f"{row.accuracy:.2%}",
+            f"{row.seconds:.0f}",
+        )
+    return table
+
+
+def parse_options() -> argparse.Namespace:
+    """Return the command's options; --quick fills in what is not given."""
+    defaults = {"dense_epochs": 14, "search_epochs": 2, "epochs": 1, "random": 5}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budgets", nargs="+", default=["50%", "25%"], help="MACs (default: half and a quarter)")
+    parser.add_argument("--dense-epochs", type=int, help="of the dense model (default: 14; quick: 4)")
+    parser.add_argument("--search-epochs", type=int, help="of the search (default: 2; quick: 1)")
+    parser.add_argument("--epochs", type=int, help="of fine-tuning, for every method (default: 1)")
+    parser.add_argument("--random", type=int, help="random architectures a budget (default: 5; quick: 2)")
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of search and fine-tuning (%(default)s)")
+    parser.add_argument("--initialise", choices=("search", "host"), default="search", help="weights of spvit's rows")
+    parser.add_argument("--gate-learning-rate", type=float, help="of the search (default: the library's)")
+    parser.add_argument("--budget-weight", type=float, default=BUDGET_WEIGHT, help="of the search (%(default)s)")
+    parser.add_argument("--held-out", type=int, default=0, help="training images to validate on, not the test images")
+    parser.add_argument("--data", default=str(DEBIAN_FOLDER) if DEBIAN_FOLDER.is_dir() else None, help="the .gz files")
+    parser.add_argument("--cache", default=str(Path.home() / ".cache" / "spvit"), help="images and dense models")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help=f"a rough run on {QUICK['images']:,} training images")
+    parser.add_argument("--limit", type=int, help="training and validation images, to see the script work")
+    parser.add_argument("--json", help="file to write the rows to")
+    options = parser.parse_args()
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, QUICK[name] if options.quick else value)
+    return options
+
+
+def main() -> None:
+    """Run all methods, print one table, and write it."""
+    options = parse_options()
+    check_free(options.json)
+    console = Console()
+    bench = Bench(options, console)
+    bench.run()
+    label = " (QUICK: a subset, not for conclusions)" if options.quick else ""
+    label += f" (LIMITED to {options.limit} images)" if options.limit else ""
+    tested_on = f"{options.held_out} held-out training images" if options.held_out else "test images"
+    threads = machine()["threads"]
+    title = f"Fashion-MNIST, accuracy on {tested_on} at equal MACs, {threads} threads{label}"
+    console.print(table_of(bench.rows, title))
+    for note in bench.notes:
+        bench.note(f"left out: {note}")
+    dense = {"accuracy": bench.dense_accuracy, "macs": bench.cost.dense, "seconds": bench.dense_seconds}
+    settings = {name: value for name, value in vars(options).items() if name not in ("cache", "data", "json")}
+    rows = [vars(row) for row in bench.rows]
+    write_results(
+        options.json, "fashion_mnist", rows, title=title, settings=settings, dense=dense, left_out=bench.notes
+    )
+
+
+if __name__ == "__main__":
+    main()

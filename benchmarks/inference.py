@@ -1,0 +1,102 @@
+"""The speed-up of the published DeiT architectures against the speed-up that their MACs promise.
+
+python benchmarks/inference.py [--models spvit_deit_tiny_patch16_224 ...] [--batches 1 8] [--dtypes fp32 bf16]
+                               [--seconds 5] [--json FILE]
+
+Each dense model and its pruned, folded form have random weights and run in turns in one process, eager, in
+evaluation mode. `held` is the speed-up divided by dense MACs / pruned MACs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import spvit
+from reporting import check_free, machine, write_results
+from spvit.benchmark import Latency, measure_latencies
+from spvit.hosts import family_of
+from spvit.hosts.base import network_costs
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def dense_name(name: str) -> str:
+    """Return the timm model that a published architecture is of."""
+    return name.removeprefix("spvit_").replace("_11g", "")
+
+
+def measure(name: str, batches: list[int], dtypes: list[str], seconds: float) -> list[dict[str, Any]]:
+    """Return a row for every dtype and batch size of one published architecture."""
+    torch.manual_seed(0)
+    architecture = spvit.architectures()[name]
+    dense = timm.create_model(dense_name(name)).eval()
+    family = family_of(dense)
+    cost = network_costs(family, dense)["macs"]
+    size = family.input_size(dense)
+    pruned = spvit.fold(spvit.prune(dense, architecture))
+    rows = []
+    for dtype in dtypes:
+        sides = [model.to(DTYPES[dtype]) for model in (dense, pruned)]
+        for batch in batches:
+            images = torch.randn(batch, *size, dtype=DTYPES[dtype])
+            rows.append(_row(name, cost.dense, cost.of(architecture), measure_latencies(sides, images, seconds)))
+    return rows
+
+
+def _row(name: str, dense_macs: int, pruned_macs: int, latencies: list[Latency]) -> dict[str, Any]:
+    dense, pruned = latencies
+    speed_up, promise = dense.latency_ms / pruned.latency_ms, dense_macs / pruned_macs
+    return {
+        "model": name,
+        "dense_macs": dense_macs,
+        "pruned_macs": pruned_macs,
+        "dense": vars(dense),
+        "pruned": vars(pruned),
+        "speed_up": speed_up,
+        "promise": promise,
+        "held": speed_up / promise,
+    }
+
+
+def main() -> None:
+    """Measure every model, print both sides of every ratio, and write them."""
+    names = list(spvit.architectures())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=names, choices=names, help="published architectures")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="images a pass (default: 1 8)")
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--seconds", type=float, default=5.0, help="time for each side (default: %(default)s)")
+    parser.add_argument("--json", help="file to write the rows to")
+    options = parser.parse_args()
+    check_free(options.json)
+    console = Console()
+    rows = []
+    for name in options.models:
+        found = measure(name, options.batches, options.dtypes, options.seconds)
+        console.print(f"{name}: holds " + ", ".join(f"{row['held']:.2f}" for row in found), highlight=False)
+        rows += found
+    about = machine()
+    table = Table(title=f"inference, eager, {about['processor']}, {about['threads']} threads")
+    for column in ("model", "dtype", "batch", "dense ms", "pruned ms", "speed-up", "promise", "held"):
+        table.add_column(column, justify="left" if column in ("model", "dtype") else "right")
+    for row in rows:
+        dense, pruned = row["dense"], row["pruned"]
+        table.add_row(
+            row["model"].removeprefix("spvit_deit_").removesuffix("_patch16_224"),
+            dense["dtype"],
+            str(dense["batch"]),
+            *(f"{side['latency_ms']:.1f}±{side['spread_ms']:.1f}" for side in (dense, pruned)),
+            *(f"{row[key]:.2f}" for key in ("speed_up", "promise", "held")),
+        )
+    console.print(table)
+    write_results(options.json, "inference", rows)
+
+
+if __name__ == "__main__":
+    main()
