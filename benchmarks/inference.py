@@ -10,6 +10,7 @@ evaluation mode. `held` is the speed-up divided by dense MACs / pruned MACs.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 import timm
@@ -19,6 +20,7 @@ from rich.table import Table
 
 import spvit
 from reporting import check_free, machine, write_results
+from spvit.architecture import Architecture
 from spvit.benchmark import Latency, measure_latencies
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
@@ -31,10 +33,20 @@ def dense_name(name: str) -> str:
     return name.removeprefix("spvit_").replace("_11g", "")
 
 
-def measure(name: str, batches: list[int], dtypes: list[str], seconds: float) -> list[dict[str, Any]]:
+def rounded(architecture: Architecture, multiple: int) -> Architecture:
+    """Return an architecture with its FFN widths rounded to the nearest multiple, as `spvit.decide` rounds them."""
+    blocks = []
+    for block in architecture.blocks:
+        width = max(multiple, round(len(block.ffn.units) / multiple) * multiple)
+        units = tuple(range(min(width, block.ffn.width)))
+        blocks.append(replace(block, ffn=replace(block.ffn, units=units)))
+    return replace(architecture, blocks=tuple(blocks))
+
+
+def measure(name: str, batches: list[int], dtypes: list[str], seconds: float, multiple: int) -> list[dict[str, Any]]:
     """Return a row for every dtype and batch size of one published architecture."""
     torch.manual_seed(0)
-    architecture = spvit.architectures()[name]
+    architecture = rounded(spvit.architectures()[name], multiple)
     dense = timm.create_model(dense_name(name)).eval()
     family = family_of(dense)
     cost = network_costs(family, dense)["macs"]
@@ -72,17 +84,20 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="images a pass (default: 1 8)")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--seconds", type=float, default=5.0, help="time for each side (default: %(default)s)")
+    parser.add_argument(
+        "--multiple", type=int, default=1, help="round the published FFN widths to (default: as they are)"
+    )
     parser.add_argument("--json", help="file to write the rows to")
     options = parser.parse_args()
     check_free(options.json)
     console = Console()
     rows = []
     for name in options.models:
-        found = measure(name, options.batches, options.dtypes, options.seconds)
+        found = measure(name, options.batches, options.dtypes, options.seconds, options.multiple)
         console.print(f"{name}: holds " + ", ".join(f"{row['held']:.2f}" for row in found), highlight=False)
         rows += found
     about = machine()
-    table = Table(title=f"inference, eager, {about['processor']}, {about['threads']} threads")
+    table = Table(title=f"inference, eager, FFN widths in multiples of {options.multiple}, {about['threads']} threads")
     for column in ("model", "dtype", "batch", "dense ms", "pruned ms", "speed-up", "promise", "held"):
         table.add_column(column, justify="left" if column in ("model", "dtype") else "right")
     for row in rows:
@@ -95,7 +110,7 @@ def main() -> None:
             *(f"{row[key]:.2f}" for key in ("speed_up", "promise", "held")),
         )
     console.print(table)
-    write_results(options.json, "inference", rows)
+    write_results(options.json, "inference", rows, multiple=options.multiple)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,12 @@ def main() -> None:
     for name in ("model", "side", "s/step", "spread", "ratio", "MB", "ratio", "MB needed", "ratio"):
         table.add_column(name, justify="left" if name in ("model", "side") else "right")
     for row in rows:
-        cells = [row["model"], row["side"], f"{row['seconds']:.3f}", f"{row['seconds_spread']:.3f}"]
+        cells = [
+            row["model"].removesuffix("_patch16_224"),
+            row["side"],
+            f"{row['seconds']:.3f}",
+            f"{row['seconds_spread']:.3f}",
+        ]
         cells.append(f"{row['seconds_ratio']:.3f}")
         for name in ("bytes", "needed_bytes"):
             cells += [f"{row[name] / 1e6:.0f}", f"{row[f'{name}_ratio']:.3f}"]

@@ -228,6 +228,7 @@ def test_help_of_every_command_says_units_and_defaults(capsys) -> None:
         assert exit_.value.code == 0
         text = capsys.readouterr().out
         assert "default:" in text
+        assert "--recipe" in text
         assert "Unvalidated" not in text
     with pytest.raises(SystemExit):
         main(["search", "--help"])
@@ -242,6 +243,14 @@ def test_profile_shows_a_published_architecture(capsys) -> None:
     assert code == 0
     assert "4.775M" in text
     assert "1.039G" in text
+
+
+def test_commands_that_write_nothing_read_a_recipe_too(capsys, tmp_path: Path) -> None:
+    recipe = tmp_path / "profile.yaml"
+    recipe.write_text(yaml.safe_dump({"model": MODEL, "model_args": MODEL_ARGS}))
+    code, text, _ = run(capsys, "profile", "--recipe", str(recipe), "--model_args.depth", "1")
+    assert code == 0
+    assert text.count("96/96") == 1
 
 
 def test_seed_gives_the_same_untrained_model(capsys, recipe, tmp_path: Path) -> None:

@@ -162,8 +162,7 @@ def _parse(arguments: list[str]) -> tuple[str, Any]:
     for name, command in commands().items():
         summary = (command.options.__doc__ or "").strip()
         child = ArgumentParser(exit_on_error=False, description=summary)
-        if dataclasses.is_dataclass(command.options) and issubclass(command.options, RunCommand):
-            child.add_argument("--recipe", action="config", help="YAML file with any of these settings.")
+        child.add_argument("--recipe", action="config", help="YAML file with any of these settings.")
         child.add_class_arguments(command.options, None)
         subcommands.add_subcommand(name, child, help=summary)
     values = parser.instantiate(parser.parse_args(_resume_alone(arguments)))
