@@ -148,6 +148,11 @@ def test_settings_out_of_range_are_refused(tmp_path: Path, settings: dict, words
         load(image_folder(tmp_path), **settings)
 
 
+def test_normalisation_of_other_channels_is_refused() -> None:
+    with pytest.raises(DataError, match="images.mean has 3 values, but the model takes 1 channels; give one a channel"):
+        load("digits", size=(1, 8, 8))
+
+
 def test_too_few_images_for_a_batch_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there are 8 training images, fewer than images.batch_size 16"):
         training_loader(load(image_folder(tmp_path), batch_size=16))

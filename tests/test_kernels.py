@@ -161,10 +161,3 @@ def test_fold_batchnorm_keeps_the_output(three: bool) -> None:
     folded_weight, folded_bias = kernels.fold_batchnorm(weights.in_weight, weights.in_bias, batchnorm)
     assert folded_weight.shape == weights.in_weight.shape
     assert_close(F.conv2d(x, folded_weight.view_as(in_weight), folded_bias, padding=int(three)), before)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_project_is_the_output_layer(bias: bool) -> None:
-    out_weight, out_bias, hidden = _normal(DIM, WIDTH), _normal(DIM) if bias else None, _normal(2, 5, WIDTH)
-    expected = hidden @ out_weight.T + (0 if out_bias is None else out_bias)
-    assert_close(kernels.project(hidden, out_weight, out_bias), expected)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 POSITIONS = 9
 CENTRE = 4
@@ -182,8 +181,3 @@ def _out_bias(weights: AttentionWeights) -> Tensor:
     if weights.out_bias is None:
         return weights.out_weight.new_zeros(weights.out_weight.shape[0])
     return weights.out_bias
-
-
-def project(hidden: Tensor, out_weight: Tensor, out_bias: Tensor | None) -> Tensor:
-    """Return the bottleneck's output [..., D] from its hidden activations [..., E]."""
-    return F.linear(hidden, out_weight, out_bias)

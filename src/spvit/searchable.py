@@ -170,7 +170,7 @@ class SearchableAttention(nn.Module):
 
     def _finish(self, x: Tensor, normalised: Tensor, out_weight: Tensor, weights: AttentionWeights) -> Tensor:
         """Return a bottleneck's output [B, N, D] from its batch-normalised activations [B, E, height, width]."""
-        out = kernels.project(as_tokens(torch.relu(normalised)), out_weight, weights.out_bias)
+        out = F.linear(as_tokens(torch.relu(normalised)), out_weight, weights.out_bias)
         if self.prefix_tokens == 0:
             return out
         return torch.cat([x[:, : self.prefix_tokens].to(out.dtype), out], dim=1)

@@ -16,7 +16,7 @@ from spvit.cost import Budget, BudgetError, NetworkCost, human, parse_budget
 from spvit.gates import INITIAL_LOGIT, GateDraws, is_open
 from spvit.hosts import Family, family_of
 from spvit.hosts.base import BlockSites, UnsupportedHostError, network_costs
-from spvit.kernels import conv1_weights, conv3_weights, head_mix
+from spvit.kernels import POSITIONS, conv1_weights, conv3_weights, head_mix
 from spvit.pruned import BottleneckConv, Grid, Skip, narrow_linear
 from spvit.searchable import GatedLinear, SearchableAttention
 
@@ -297,7 +297,7 @@ def _replace_attention(
             model.set_submodule(site.norm, nn.Identity().train(attention.training))
     else:
         shared = family.access.read(attention)
-        fresh = torch.ones_like(shared.value_weight[:, 0, 0])[:, None].expand(-1, 9)
+        fresh = shared.value_weight.new_ones(shared.value_weight.shape[0], POSITIONS)
         with torch.no_grad():
             mix = head_mix(fresh, 1.0) if searched is None else searched.head_mix().to(shared.value_weight)
             weights = (conv3_weights if kind == "conv3" else conv1_weights)(mix, shared)

@@ -150,7 +150,7 @@ def load_images(source: str, config: ImageConfig, size: tuple[int, int, int], pr
     Raises:
         DataError: nothing is found, a class is missing or empty, or an option is out of range.
     """
-    _check(config, size[0])
+    _check(config)
     if source == DIGITS:
         train, validation, classes = _digits()
     elif Path(source).is_dir():
@@ -163,6 +163,7 @@ def load_images(source: str, config: ImageConfig, size: tuple[int, int, int], pr
         preprocessing.interpolation,
         config.crop or preprocessing.crop,
     )
+    _check_channels(preprocessing, size[0])
     training, evaluation = transforms(config, size, preprocessing)
     channels, skip = size[0], config.skip_corrupt
     train_images: Dataset[Any] = TransformedImages(train, training, channels, skip)
@@ -177,15 +178,20 @@ def load_images(source: str, config: ImageConfig, size: tuple[int, int, int], pr
     return Images(Subset(train_images, order[config.held_out :]), held_out, classes, preprocessing, config)
 
 
-def _check(config: ImageConfig, channels: int) -> None:
+def _check(config: ImageConfig) -> None:
     if config.batch_size < 1:
         raise DataError(f"images.batch_size is {config.batch_size}, expected 1 or more")
     if (config.mixup > 0 or config.cutmix > 0) and config.batch_size % 2:
         raise DataError(f"images.batch_size is {config.batch_size}; mixup and cutmix need an even one")
+
+
+def _check_channels(preprocessing: Preprocessing, channels: int) -> None:
     for name in ("mean", "std"):
-        values = getattr(config, name)
-        if values is not None and len(values) != channels:
-            raise DataError(f"images.{name} has {len(values)} values, but the model takes {channels} channels")
+        values = getattr(preprocessing, name)
+        if len(values) != channels:
+            raise DataError(
+                f"images.{name} has {len(values)} values, but the model takes {channels} channels; give one a channel"
+            )
 
 
 def transforms(
