@@ -111,8 +111,8 @@ def save(
         dict(metrics or {}),
     )
     folder.mkdir(parents=True, exist_ok=True)
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    state = {key: value.clone() for key, value in state.items()}  # safetensors refuses tensors that share memory
+    # Cloned, since safetensors refuses tensors that share memory.
+    state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
     replace_atomically(folder / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
     write_text(folder / DESCRIPTION, _to_json(description))
     return folder

@@ -168,8 +168,7 @@ class _Loop:
         self.phase, self.settings, self.config, self.progress = phase, phase.config, config, progress
         self.folder = folder
         self.accelerator = make_accelerator(config)
-        self.classes = len(images.classes)
-        self.mixup = mixup_of(images.config, self.classes, phase.config.label_smoothing)
+        self.mixup = mixup_of(images.config, len(images.classes), phase.config.label_smoothing)
         train, validation = training_loader(images), validation_loader(images)
         self.total = max(1, phase.config.epochs * len(train))
         weights, gates = _optimizers(phase, self.total)
@@ -189,14 +188,18 @@ class _Loop:
         done, figures = self._resume()
         epochs = self.settings.epochs
         self.progress.start(self.phase.name, epochs * len(self.train), done * len(self.train))
-        for epoch in range(done, epochs):
-            self._epoch(epoch)
-            figures = evaluate(self.model, self.validation, self.accelerator)
-            self._record({"event": "evaluation", "epoch": epoch + 1, **vars(figures), **self._standing()})
-            self._save(epoch + 1, figures)
-            self.progress.stand(self._standing())
-            self.progress.epoch(epoch + 1, epochs, figures.accuracy)
-        self.progress.stop()
+        try:
+            for epoch in range(done, epochs):
+                self._epoch(epoch)
+                figures = evaluate(self.model, self.validation, self.accelerator)
+                standing = self._standing()
+                self._record({"event": "evaluation", "epoch": epoch + 1, **vars(figures), **standing})
+                self._save(epoch + 1, figures)
+                self.progress.stand(standing)
+                self.progress.epoch(epoch + 1, epochs, figures.accuracy)
+        finally:
+            # A bar left running would hide the terminal's cursor under the message of what went wrong.
+            self.progress.stop()
         if figures is None:
             figures = evaluate(self.model, self.validation, self.accelerator)
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
