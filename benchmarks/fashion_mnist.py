@@ -32,9 +32,9 @@ from reporting import check_free, machine, write_results
 from spvit.architecture import FFN, KINDS, Architecture, Attention, Block
 from spvit.checkpoint import Preprocessing, describe, replace_atomically
 from spvit.cost import NetworkCost, count_macs, count_params, human, parse_budget
+from spvit.decide import DEFAULT_MULTIPLE, TOLERANCE
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
-from spvit.surgery import DEFAULT_MULTIPLE, TOLERANCE
 from spvit.train.data import ImageConfig, Images, load_images, training_loader
 from spvit.train.loop import LoopConfig, Phase, PhaseConfig, SearchConfig, run_phase
 from spvit.train.losses import BUDGET_WEIGHT

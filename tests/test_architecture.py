@@ -108,8 +108,11 @@ def test_published_architectures() -> None:
     ("make", "message"),
     [
         (lambda: Attention("conv5"), "attention kind 'conv5' is unknown, expected one of msa, conv3, conv1, skip"),
-        (lambda: Attention("conv3", heads=(0,)), "attention heads belong to kind msa only, found them with conv3"),
-        (lambda: Attention("skip", value_dimensions=(0,)), "value_dimensions belong to kind msa only"),
+        (lambda: Attention("conv3", heads=(0,)), "attention heads goes with kind msa only, found it with conv3"),
+        (lambda: Attention("skip", value_rank=1), "attention value_rank goes with kind msa only, found it with skip"),
+        (lambda: Attention(query_key_rank=0), "attention query_key_rank: found 0, expected a whole number, 1 or more"),
+        (lambda: Attention(value_rank=True), "attention value_rank: found True, expected a whole number"),
+        (lambda: Attention(heads=()), "attention heads: found none, expected one or more; the kind without is skip"),
         (lambda: Attention("msa", heads=(-1,)), "attention heads: index -1 is out of range, expected 0 or more"),
         (lambda: Attention("msa", heads=(1, 1)), "attention heads: index 1 follows 1, expected strictly ascending"),
         (lambda: FFN(0, ()), "FFN width: found 0, expected a whole number of units, 1 or more"),

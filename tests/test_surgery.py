@@ -551,13 +551,6 @@ def test_architectures_that_do_not_fit_are_refused() -> None:
         spvit.prune(host, dense([WIDTH] * 3))
     with pytest.raises(ArchitectureError, match="block 2: the architecture is for an FFN of 71 units, but this "):
         spvit.prune(host, dense([WIDTH, WIDTH, 71, WIDTH]))
-    for part in ("heads", "query_key_dimensions", "value_dimensions"):
-        attention = Attention("msa", **{part: (0,)})
-        blocks = (*EVERYTHING.blocks[:1], Block(attention, EVERYTHING.blocks[1].ffn), *EVERYTHING.blocks[2:])
-        with pytest.raises(
-            ArchitectureError, match="block 1: this version keeps all heads and dimensions of msa or none"
-        ):
-            spvit.prune(host, Architecture(blocks))
 
 
 @pytest.mark.parametrize("other", ["distilled", "non_square", "huggingface"])

@@ -11,8 +11,10 @@ from typing import Any
 from spvit.architecture import Architecture, ArchitectureError, architectures
 from spvit.checkpoint import CheckpointError, load, save
 from spvit.cost import BudgetError
+from spvit.decide import decide
 from spvit.hosts.base import UnsupportedHostError
-from spvit.surgery import NotSearchableError, decide, fold, gate_parameters, make_searchable, prune
+from spvit.moments import CalibrationError
+from spvit.surgery import NotSearchableError, fold, gate_parameters, make_searchable, prune
 from spvit.train.losses import BudgetLoss
 
 __version__ = "0.1.0"
@@ -22,6 +24,7 @@ __all__ = [
     "ArchitectureError",
     "BudgetError",
     "BudgetLoss",
+    "CalibrationError",
     "CheckpointError",
     "CompressConfig",
     "NotSearchableError",

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 KINDS = ("msa", "conv3", "conv1", "skip")
-PREFIX_RULES = ("identity",)
-SKIP_RULES = ("zero", "normalised_input")
+NARROWINGS = ("heads", "query_key_rank", "value_rank")
+PREFIX_RULES = ("identity", "mean", "linear")
+SKIP_RULES = ("zero", "normalised_input", "mean")
 FORMAT = "spvit-architecture"
 VERSION = 1
 
@@ -42,21 +43,38 @@ class Attention:
     """`msa` (the layer as it was), `conv3`, `conv1` (bottleneck convolutions) or `skip` (nothing)."""
     heads: tuple[int, ...] | None = None
     """Heads kept, for `msa`; all when None."""
-    query_key_dimensions: tuple[int, ...] | None = None
-    """Query and key dimensions kept in every head, for `msa`; all when None."""
-    value_dimensions: tuple[int, ...] | None = None
-    """Value dimensions kept in every head, for `msa`; all when None."""
+    query_key_rank: int | None = None
+    """Dimensions of the queries and keys of every head, for `msa`; all when None."""
+    value_rank: int | None = None
+    """Dimensions of the values of every head, for `msa`; all when None."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ArchitectureError(f"attention kind {self.kind!r} is unknown, expected one of {', '.join(KINDS)}")
-        for name in ("heads", "query_key_dimensions", "value_dimensions"):
+        for name in NARROWINGS:
             kept = getattr(self, name)
-            if kept is None:
-                continue
-            if self.kind != "msa":
-                raise ArchitectureError(f"attention {name} belong to kind msa only, found them with {self.kind}")
-            _check_indices(f"attention {name}", kept, None)
+            if kept is not None and self.kind != "msa":
+                raise ArchitectureError(f"attention {name} goes with kind msa only, found it with {self.kind}")
+        if self.heads is not None:
+            _check_indices("attention heads", self.heads, None)
+            if not self.heads:
+                raise ArchitectureError("attention heads: found none, expected one or more; the kind without is skip")
+        for name in ("query_key_rank", "value_rank"):
+            rank = getattr(self, name)
+            if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+                raise ArchitectureError(f"attention {name}: found {rank!r}, expected a whole number, 1 or more")
+
+    def narrowed(self) -> bool:
+        """Return whether the layer keeps some of its heads or dimensions only."""
+        return any(getattr(self, name) is not None for name in NARROWINGS)
+
+    def __str__(self) -> str:
+        parts = [self.kind]
+        if self.heads is not None:
+            parts.append(f"{len(self.heads)} heads")
+        if self.query_key_rank is not None or self.value_rank is not None:
+            parts.append(f"{self.query_key_rank or 'all'}/{self.value_rank or 'all'}")
+        return " ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -91,9 +109,11 @@ class Architecture:
 
     blocks: tuple[Block, ...]
     prefix_rule: str = "identity"
-    """What a convolution does to prefix tokens: `identity` passes the layer's own (normalised) input on."""
+    """What a convolution does to prefix tokens: `identity` passes the layer's own (normalised) input on, as published;
+    `mean` adds a vector for each; `linear` maps them by two linear layers as narrow as the convolution."""
     skip_rule: str = "zero"
-    """What a skipped layer adds: `zero`, or `normalised_input` as in the published fine-tuned checkpoints."""
+    """What a skipped layer adds: `zero`, `normalised_input` as in the published fine-tuned checkpoints, or `mean`, a
+    vector for each prefix token and one for all grid tokens."""
 
     def __post_init__(self) -> None:
         if not self.blocks:
@@ -114,10 +134,13 @@ class Architecture:
         return tuple(len(block.ffn.units) for block in self.blocks)
 
     def __str__(self) -> str:
-        lines = ["block  attention  FFN units"]
-        for index, block in enumerate(self.blocks):
+        """Return a table by block; `msa 16/24` has queries and keys of 16 dimensions a head and values of 24."""
+        names = [str(block.attention) for block in self.blocks]
+        width = max(len("attention"), *(len(name) for name in names))
+        lines = [f"block  {'attention':<{width}}  FFN units"]
+        for index, (block, name) in enumerate(zip(self.blocks, names)):
             units = f"{len(block.ffn.units)} of {block.ffn.width}"
-            lines.append(f"{index:>5}  {block.attention.kind:<9}  {units}")
+            lines.append(f"{index:>5}  {name:<{width}}  {units}")
         return "\n".join(lines)
 
     def to_json(self) -> str:
@@ -203,9 +226,8 @@ def _block_from_dict(data: Any, where: str) -> Block:
     for name in ("width", "units"):
         if name not in ffn:
             raise ArchitectureError(f"{where} ffn: field {name!r} is missing")
-    for name in ("heads", "query_key_dimensions", "value_dimensions"):
-        if attention.get(name) is not None:
-            attention[name] = _tuple(attention[name], f"{where} attention {name}")
+    if attention.get("heads") is not None:
+        attention["heads"] = _tuple(attention["heads"], f"{where} attention heads")
     ffn["units"] = _tuple(ffn["units"], f"{where} ffn units")
     try:
         return Block(Attention(**attention), FFN(**ffn))

@@ -1,7 +1,7 @@
 """MACs and parameters of a network by what its blocks keep, and budgets.
 
-The same arithmetic takes integers (the cost of an architecture) and tensors (the expected cost of gates), so that the
-two cannot disagree. Costs are MACs of one image, or parameters, of the deployed network (batch norms folded).
+One table of costs serves architectures (integers) and the expectation of gates (tensors). Costs are MACs of one image,
+or parameters, of the deployed network (batch norms folded).
 """
 
 from __future__ import annotations
@@ -9,16 +9,15 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from spvit.architecture import KINDS, Architecture
+from spvit.architecture import Architecture, Attention
 
 METRICS = ("macs", "params")
 
@@ -38,12 +37,34 @@ class BlockCost:
     """One hidden unit of the FFN."""
     units: int
     """Hidden units of the FFN before pruning."""
-    norm: int = 0
-    """The norm before the attention, which goes with a skip that adds zero. It is part of the three kinds above."""
+    heads: int = 0
+    """Heads of the attention before pruning."""
+    head_width: int = 0
+    """Dimensions of a head before pruning."""
+    query_key: int = 0
+    """One dimension of the queries and keys of one head."""
+    value: int = 0
+    """One dimension of the values of one head."""
+    prefix_rules: Mapping[str, int] = field(default_factory=dict)
+    """What rules for prefix tokens add to a convolution."""
+    skip_rules: Mapping[str, int] = field(default_factory=dict)
+    """What rules for skipped layers cost."""
 
     def attention(self, kind: str) -> int:
-        """Return the cost of an attention kind."""
+        """Return the cost of an attention kind, with all heads and dimensions, and rules that cost nothing."""
         return {"msa": self.msa, "conv3": self.conv3, "conv1": self.conv1, "skip": 0}[kind]
+
+    def attention_kept(self, attention: Attention, prefix_rule: str = "identity", skip_rule: str = "zero") -> int:
+        """Return the cost of what stands where the attention layer was."""
+        if attention.kind == "skip":
+            return self.skip_rules.get(skip_rule, 0)
+        if attention.kind != "msa":
+            return self.attention(attention.kind) + self.prefix_rules.get(prefix_rule, 0)
+        heads = self.heads if attention.heads is None else len(attention.heads)
+        query_key = self.head_width if attention.query_key_rank is None else attention.query_key_rank
+        value = self.head_width if attention.value_rank is None else attention.value_rank
+        removed = self.heads * self.head_width * (self.query_key + self.value)
+        return self.msa - removed + heads * (query_key * self.query_key + value * self.value)
 
 
 @dataclass(frozen=True)
@@ -55,26 +76,13 @@ class NetworkCost:
     fixed: int
     blocks: tuple[BlockCost, ...]
 
-    def total(self, attention: Any, units: Any) -> Any:
-        """Return the cost of nested attention gates and unit counts, which may be numbers or tensors.
-
-        Args:
-            attention: for each block, its nested gates (c1, c2, c3), each 0 to 1.
-            units: for each block, how many FFN units stay.
-        """
-        total: Any = self.fixed
-        for block, (c1, c2, c3), kept in zip(self.blocks, attention, units):
-            total = total + c1 * block.conv1 + c2 * (block.conv3 - block.conv1) + c3 * (block.msa - block.conv3)
-            total = total + block.unit * kept
-        return total
-
     def of(self, architecture: Architecture) -> int:
         """Return the cost of an architecture."""
-        kinds = architecture.kinds()
-        kept_norms = 0
-        if architecture.skip_rule != "zero":
-            kept_norms = sum(block.norm for block, kind in zip(self.blocks, kinds) if kind == "skip")
-        return kept_norms + int(self.total([kind_gates(kind) for kind in kinds], architecture.widths()))
+        rules = (architecture.prefix_rule, architecture.skip_rule)
+        return self.fixed + sum(
+            cost.attention_kept(block.attention, *rules) + cost.unit * len(block.ffn.units)
+            for cost, block in zip(self.blocks, architecture.blocks)
+        )
 
     def expected(self, attention: Tensor, units: Sequence[Tensor]) -> Tensor:
         """Return the cost of gates given in expectation, differentiable.
@@ -98,12 +106,6 @@ class NetworkCost:
     def dense(self) -> int:
         """The cost of keeping everything."""
         return self.fixed + sum(block.msa + block.unit * block.units for block in self.blocks)
-
-
-def kind_gates(kind: str) -> tuple[int, int, int]:
-    """Return the nested gates (c1, c2, c3) of an attention kind."""
-    opened = len(KINDS) - 1 - KINDS.index(kind)
-    return (int(opened > 0), int(opened > 1), int(opened > 2))
 
 
 def count_macs(model: nn.Module, run: Callable[[nn.Module], object]) -> int:

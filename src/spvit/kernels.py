@@ -33,6 +33,31 @@ class AttentionWeights:
 
 
 @dataclass(frozen=True)
+class Projections:
+    """All that one plain attention layer computes with, split by head; what is None is not there.
+
+    query_weight, key_weight: [H, E, D]; query_bias, key_bias: [H, E] or None.
+    """
+
+    query_weight: Tensor
+    query_bias: Tensor | None
+    key_weight: Tensor
+    key_bias: Tensor | None
+    shared: AttentionWeights
+    scale: float
+    """Factor of the logits before the softmax."""
+    dropout: float
+    """Dropout probability of the attention weights."""
+    out_dropout: float
+    """Dropout probability of the output."""
+    query_norm: nn.Module | None = None
+    """Norm over the dimensions of a head's queries, which forbids to change them."""
+    key_norm: nn.Module | None = None
+    out_norm: nn.Module | None = None
+    """Norm over all heads' outputs, which forbids to change heads and values."""
+
+
+@dataclass(frozen=True)
 class BottleneckWeights:
     """The weights of a bottleneck convolution, as its two stock layers want them.
 
@@ -43,6 +68,24 @@ class BottleneckWeights:
     in_bias: Tensor
     out_weight: Tensor
     out_bias: Tensor
+
+
+@dataclass(frozen=True)
+class NarrowWeights:
+    """The weights of attention with some of its heads and dimensions, heads alike.
+
+    query_weight, key_weight: [H, R, D]; value_weight: [H, V, D]; out_weight: [D, H, V]; biases: [H, R], [H, V] and [D],
+    None where the layer has none.
+    """
+
+    query_weight: Tensor
+    query_bias: Tensor | None
+    key_weight: Tensor
+    key_bias: Tensor | None
+    value_weight: Tensor
+    value_bias: Tensor | None
+    out_weight: Tensor
+    out_bias: Tensor | None
 
 
 def offsets(position: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
-"""What replaces an attention layer: a bottleneck convolution or nothing. Stock layers inside, any grid.
+"""What replaces an attention layer: a bottleneck convolution, narrower attention or nothing. Stock layers inside.
 
-Shapes: B batch, N tokens = P prefix tokens + G grid tokens (height x width, row-major), D width, E hidden width.
+Shapes: B batch, N tokens = P prefix tokens + G grid tokens (height x width, row-major), D width, E hidden width,
+H heads, R query/key dimensions and V value dimensions a head.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from spvit.kernels import BottleneckWeights, fold_batchnorm
+from spvit.kernels import BottleneckWeights, NarrowWeights, Projections, fold_batchnorm
 
 
 @dataclass
@@ -44,8 +46,9 @@ def as_tokens(feature_map: Tensor) -> Tensor:
 class BottleneckConv(nn.Module):
     """A 3 x 3 or 1 x 1 convolution to the head width, batch norm, ReLU, and a linear layer back (method: conv3, conv1).
 
-    Prefix tokens pass unchanged (rule `identity`). Takes the arguments of the attention layer it replaces and ignores
-    all but the tokens; with `returns_tuple` it answers `(output, None)`, as Hugging Face's attention does.
+    Prefix tokens go through `prefix`, which is an identity under the rule of that name. Takes the arguments of the
+    attention layer it replaces and ignores all but the tokens; with `returns_tuple` it answers `(output, None)`, as
+    Hugging Face's attention does.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class BottleneckConv(nn.Module):
         prefix_tokens: int,
         grid: Grid,
         returns_tuple: bool,
+        prefix_rule: str = "identity",
     ) -> None:
         super().__init__()
         width, dim = weights.in_weight.shape[:2]
@@ -67,6 +71,7 @@ class BottleneckConv(nn.Module):
         self.bn: nn.Module = batchnorm
         self.act = nn.ReLU()
         self.conv_out = nn.utils.skip_init(nn.Linear, width, dim, **like)
+        self.prefix = _prefix_layer(prefix_rule if prefix_tokens else "identity", prefix_tokens, width, dim, like)
         self.prefix_tokens = prefix_tokens
         self.grid = grid
         self.returns_tuple = returns_tuple
@@ -87,8 +92,39 @@ class BottleneckConv(nn.Module):
         hidden = self.act(self.bn(hidden))
         out = self.conv_out(as_tokens(hidden))  # [B, G, D]
         if self.prefix_tokens:
-            out = torch.cat([x[:, : self.prefix_tokens].to(out.dtype), out], dim=1)
+            out = torch.cat([self.prefix(x[:, : self.prefix_tokens]).to(out.dtype), out], dim=1)
         return (out, None) if self.returns_tuple else out
+
+    @torch.no_grad()
+    def set_linear(
+        self, inward: Tensor, mean: Tensor, variance: Tensor, outward: Tensor, out_mean: Tensor, margin: float
+    ) -> None:
+        """Make the layer the linear map `outward (inward x - mean) + out_mean` wherever ReLU lets it, in place.
+
+        Batch norm moves the hidden activations so many standard deviations above zero; the output bias moves back.
+
+        Args:
+            inward: [E, D] or, for a 3 x 3 convolution, [E, 9 D] with the nine positions of a channel side by side.
+            mean: of `inward x`, [E].
+            variance: of `inward x`, [E].
+            outward: [D, E].
+            out_mean: [D].
+            margin: standard deviations.
+        """
+        assert isinstance(self.bn, nn.BatchNorm2d)
+        spread = torch.sqrt(variance + self.bn.eps)
+        self.conv_in.weight.copy_(inward.view_as(self.conv_in.weight))
+        _bias(self.conv_in).zero_()
+        for own, value in (
+            (self.bn.running_mean, mean),
+            (self.bn.running_var, variance),
+            (self.bn.weight, torch.ones_like(mean)),
+            (self.bn.bias, torch.full_like(mean, margin)),
+            (self.conv_out.weight, outward * spread),
+            (_bias(self.conv_out), out_mean - outward @ (spread * margin)),
+        ):
+            assert own is not None
+            own.copy_(value)
 
     def fold_batchnorm(self) -> None:
         """Fold the batch norm into the first layer, in place. The output in evaluation mode stays the same."""
@@ -101,22 +137,109 @@ class BottleneckConv(nn.Module):
         self.bn = nn.Identity().train(self.training)
 
 
-class Skip(nn.Module):
-    """Nothing in place of an attention layer: adds zero, or the normalised input under the published rule."""
+class Constant(nn.Module):
+    """A learned vector for each of some first tokens and, if there is one more, that one for all other tokens."""
 
-    def __init__(self, rule: str, returns_tuple: bool) -> None:
+    def __init__(self, vectors: int, dim: int, like: dict[str, Any]) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(vectors, dim, **like))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, N, D], of which only the shape counts. Returns [B, N, D]."""
+        index = torch.arange(x.shape[1], device=x.device).clamp(max=len(self.bias) - 1)
+        return self.bias[index].expand(len(x), -1, -1)
+
+
+def _prefix_layer(rule: str, tokens: int, width: int, dim: int, like: dict[str, Any]) -> nn.Module:
+    if rule == "mean":
+        return Constant(tokens, dim, like)
+    if rule == "linear":
+        return nn.Sequential(nn.Linear(dim, width, **like), nn.Linear(width, dim, **like))
+    return nn.Identity()
+
+
+class Skip(nn.Module):
+    """Nothing in place of an attention layer: adds what the architecture's `skip_rule` says.
+
+    `zero`; `normalised_input`, as the published checkpoints do; or `mean`, constant vectors.
+    """
+
+    def __init__(self, rule: str, returns_tuple: bool, prefix_tokens: int, dim: int, like: dict[str, Any]) -> None:
         super().__init__()
         self.rule = rule
         self.returns_tuple = returns_tuple
+        self.mean = Constant(prefix_tokens + 1, dim, like) if rule == "mean" else None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """x: [B, N, D]. Returns [B, N, D]."""
-        out = torch.zeros_like(x) if self.rule == "zero" else x
-        return (out, None) if self.returns_tuple else out
+        if self.mean is not None:
+            x = self.mean(x)
+        elif self.rule == "zero":
+            x = torch.zeros_like(x)
+        return (x, None) if self.returns_tuple else x
 
     def extra_repr(self) -> str:
         """Show the rule in the module's printed form."""
         return f"rule={self.rule!r}"
+
+
+class NarrowAttention(nn.Module):
+    """Attention with fewer heads or dimensions than the layer it replaces: one packed projection, fused attention.
+
+    Takes the arguments of that layer; a mask is added to the logits. The softmax keeps the original layer's scale.
+    """
+
+    def __init__(self, weights: NarrowWeights, layer: Projections, returns_tuple: bool) -> None:
+        super().__init__()
+        heads, rank, dim = weights.query_weight.shape
+        value_rank = weights.value_weight.shape[1]
+        like: dict[str, Any] = {"device": weights.query_weight.device, "dtype": weights.query_weight.dtype}
+        self.heads, self.query_key_rank, self.value_rank = heads, rank, value_rank
+        self.scale, self.dropout = layer.scale, layer.dropout
+        self.returns_tuple = returns_tuple
+        biased = weights.value_bias is not None
+        out_biased = weights.out_bias is not None
+        self.qkv = nn.utils.skip_init(nn.Linear, dim, heads * (2 * rank + value_rank), bias=biased, **like)
+        self.query_norm = layer.query_norm if layer.query_norm is not None else nn.Identity()
+        self.key_norm = layer.key_norm if layer.key_norm is not None else nn.Identity()
+        self.out_norm = layer.out_norm if layer.out_norm is not None else nn.Identity()
+        self.proj = nn.utils.skip_init(nn.Linear, heads * value_rank, dim, bias=out_biased, **like)
+        self.out_drop = nn.Dropout(layer.out_dropout)
+        self.load(weights)
+
+    @torch.no_grad()
+    def load(self, weights: NarrowWeights) -> None:
+        """Take over weights of the layer's own shapes, in place."""
+        parts = (weights.query_weight, weights.key_weight, weights.value_weight)
+        self.qkv.weight.copy_(torch.cat([part.flatten(0, 1) for part in parts]))
+        self.proj.weight.copy_(weights.out_weight.flatten(1))
+        biases = (weights.query_bias, weights.key_bias, weights.value_bias)
+        given = [bias.flatten() for bias in biases if bias is not None]
+        if given:
+            self.qkv.bias.copy_(torch.cat(given))
+        if weights.out_bias is not None:
+            self.proj.bias.copy_(weights.out_bias)
+
+    def heads_out(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the outputs of all heads side by side, [B, N, H V], which the output projection takes."""
+        sizes = [self.heads * self.query_key_rank] * 2 + [self.heads * self.value_rank]
+        query, key, value = (
+            part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).split(sizes, dim=2)
+        )  # [B, H, N, R], twice, and [B, H, N, V]
+        query, key = self.query_norm(query), self.key_norm(key)
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, scale=self.scale
+        )
+        return self.out_norm(out.transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """x: [B, N, D]. Returns [B, N, D]."""
+        out = self.out_drop(self.proj(self.heads_out(x, attn_mask)))
+        return (out, None) if self.returns_tuple else out
+
+    def extra_repr(self) -> str:
+        """Show heads and dimensions in the module's printed form."""
+        return f"heads={self.heads}, query_key_rank={self.query_key_rank}, value_rank={self.value_rank}"
 
 
 def narrow_linear(linear: nn.Linear, units: Tensor, axis: int) -> nn.Linear:

@@ -20,10 +20,14 @@ from torch.nn import functional as F
 from spvit import kernels
 from spvit.architecture import KINDS
 from spvit.gates import INITIAL_LOGIT, GateDraws, is_open, nest, opened, straight_through
-from spvit.kernels import CENTRE, POSITIONS, AttentionWeights
+from spvit.kernels import CENTRE, POSITIONS, AttentionWeights, Projections
 from spvit.pruned import Grid, as_map, as_tokens
 
 CANDIDATES = ("msa", "conv3", "conv1")
+
+
+def no_projections(attention: nn.Module) -> None:
+    """Say that an attention layer cannot be narrowed."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class AttentionAccess:
     """Name, inside the attention layer, of the linear layer whose last outputs are the values."""
     returns_tuple: bool
     """Whether the layer answers `(output, attention weights)`."""
+    read_projections: Callable[[nn.Module], Projections | None] = no_projections
+    """Returns all of the layer's weights, or None when it does more than plain attention and cannot be narrowed."""
 
 
 def candidate_mixture(gates: Tensor) -> Tensor:

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from spvit.architecture import FFN, Architecture, ArchitectureError, Attention, Block, check_same_shape
-from spvit.cost import Budget, BudgetError, NetworkCost, human, parse_budget
-from spvit.gates import INITIAL_LOGIT, GateDraws, is_open
+from spvit.architecture import FFN, Architecture, ArchitectureError, Attention, check_same_shape
+from spvit.cost import NetworkCost
+from spvit.gates import INITIAL_LOGIT, GateDraws
 from spvit.hosts import Family, family_of
 from spvit.hosts.base import BlockSites, UnsupportedHostError, network_costs
 from spvit.kernels import POSITIONS, conv1_weights, conv3_weights, head_mix
-from spvit.pruned import BottleneckConv, Grid, Skip, narrow_linear
+from spvit.narrowing import narrow_blindly
+from spvit.pruned import BottleneckConv, Grid, NarrowAttention, Skip, narrow_linear
+from spvit.repair import repair as repair_in_place
 from spvit.searchable import GatedLinear, SearchableAttention
 
-TOLERANCE = 0.005
-DEFAULT_MULTIPLE = 8
 _RECORD = "spvit_record"
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -120,101 +119,14 @@ def make_searchable(
     return net
 
 
-def decide(
-    net: nn.Module, *, macs: str | int | None = None, params: str | int | None = None, multiple: int | None = None
-) -> Architecture:
-    """Return the architecture that the gates of a searchable network choose.
-
-    Without a budget it is exactly what the network computes in evaluation mode. With one, attention stays as the
-    gates say and the threshold on the FFN gates is shifted until the cost is within 0.5 % of the budget.
-
-    Args:
-        net: what `make_searchable` returned, searched.
-        macs: budget: `"50%"` of the host's cost, `"1.0G"` or a whole number.
-        params: the same in parameters; give at most one of the two.
-        multiple: FFN widths are rounded to a multiple of it. Default: with a budget 8, or the largest of 4, 2, 1 that
-            lands within 0.5 % where 8 is too coarse (very small hosts); without a budget 1.
-
-    Raises:
-        BudgetError: the budget is malformed, or cannot be reached; names the smallest or largest cost that can.
-    """
-    layers = gated_layers(net)
-    kinds = [attention.decided() for attention, _ in layers]
-    logits = [ffn.gate_logits.detach().float().cpu() for _, ffn in layers]
-    if multiple is not None and multiple < 1:
-        raise BudgetError(f"multiple is {multiple}, expected 1 or more units")
-    if macs is None and params is None:
-        widths = [_rounded(int(is_open(item).sum()), len(item), multiple or 1) for item in logits]
-        return _architecture(kinds, logits, widths)
-    budget = parse_budget(macs, params)
-    cost = search_record(net).costs[budget.metric]
-    candidates = [DEFAULT_MULTIPLE, 4, 2, 1] if multiple is None else [multiple]
-    for candidate in candidates:
-        found = _widths_at_budget(cost, budget, kinds, logits, candidate)
-        if found is not None:
-            return _architecture(kinds, logits, found)
-    raise BudgetError(
-        f"no FFN widths that are multiples of {candidates[-1]} come within 0.5% of {budget.target(cost):,} "
-        f"{budget.metric}; use a smaller multiple or another budget"
-    )
-
-
-def _widths_at_budget(
-    cost: NetworkCost, budget: Budget, kinds: Sequence[str], logits: Sequence[Tensor], multiple: int
-) -> list[int] | None:
-    """Return FFN widths for which the cost is within tolerance of the budget, or None when steps are too coarse.
-
-    All blocks share one threshold on the gate logits. Lowering it opens groups of `multiple` units, each at the logit
-    of the unit in its middle, which is rounding to the nearest multiple; ties go evenly over the blocks.
-    """
-    target = budget.target(cost)
-    widths = [min(multiple, len(item)) for item in logits]
-    spent = cost.fixed + sum(block.attention(kind) for block, kind in zip(cost.blocks, kinds))
-    smallest = spent + sum(block.unit * width for block, width in zip(cost.blocks, widths))
-    largest = spent + sum(block.unit * block.units for block in cost.blocks)
-    slack = TOLERANCE * target
-    for bound, word, reached in (
-        (smallest, "smallest", target >= smallest - slack),
-        (largest, "largest", target <= largest + slack),
-    ):
-        if not reached:
-            raise BudgetError(
-                f"a budget of {human(target)} {budget.metric} ({target / cost.dense:.1%}) cannot be reached with the "
-                f"attention layers that the gates keep: the {word} reachable is {human(bound)} "
-                f"({bound / cost.dense:.1%}, {bound:,} {budget.metric}); "
-                "search longer or with a larger budget weight, or ask for that"
-            )
-    groups = []
-    for index, item in enumerate(logits):
-        descending = item.sort(descending=True).values.tolist()
-        edges = [*range(widths[index], len(item), multiple), len(item)]
-        for low, high in itertools.pairwise(edges):
-            groups.append((-descending[(low + high) // 2], high / len(item), index, high - low))
-    states = [(smallest, list(widths))]
-    for _, _, index, count in sorted(groups):
-        if states[-1][0] >= target:
-            break
-        widths[index] += count
-        states.append((states[-1][0] + cost.blocks[index].unit * count, list(widths)))
-    within = [state for state in states if abs(state[0] - target) <= slack]
-    if not within:
-        return None
-    return max(within, key=lambda state: (state[0] <= target, -abs(state[0] - target)))[1]
-
-
-def _rounded(count: int, width: int, multiple: int) -> int:
-    return min(width, max(min(multiple, width), round(count / multiple) * multiple)) if multiple > 1 else count
-
-
-def _architecture(kinds: Sequence[str], logits: Sequence[Tensor], widths: Sequence[int]) -> Architecture:
-    blocks = []
-    for kind, item, width in zip(kinds, logits, widths):
-        best = item.sort(descending=True, stable=True).indices[:width]
-        blocks.append(Block(Attention(kind), FFN(len(item), tuple(sorted(best.tolist())))))
-    return Architecture(tuple(blocks))
-
-
-def prune(host: Model, architecture: Architecture, *, weights: nn.Module | None = None, inplace: bool = False) -> Model:
+def prune(
+    host: Model,
+    architecture: Architecture,
+    *,
+    weights: nn.Module | None = None,
+    repair: Tensor | Iterable[Any] | None = None,
+    inplace: bool = False,
+) -> Model:
     """Return the host cut down to an architecture, in plain stock modules with the same forward.
 
     What is kept keeps its modules, weights and keys. A convolution's kernel is made from its attention layer's weights;
@@ -225,33 +137,39 @@ def prune(host: Model, architecture: Architecture, *, weights: nn.Module | None 
         architecture: what to keep.
         weights: a searchable network made from such a host: take all weights, head mixes and batch norms from it.
             None takes the host's weights, with equal head mixes and fresh batch norms, as the method fine-tunes.
+        repair: calibration images, a few hundred or more, unlabelled: a tensor [images, channels, height, width] or
+            batches of such (a data loader's labels are passed over). What pruning breaks is then repaired in closed
+            form, layer by layer. None leaves the repair to training.
         inplace: change the host itself instead of a copy.
 
     Raises:
         ArchitectureError: the architecture does not fit the host.
         NotSearchableError: `weights` is not searchable, or the host is not dense.
+        CalibrationError: the calibration images do not fit the host, are too few, or give values that are not finite.
     """
     if getattr(host, _RECORD, None) is not None:
         raise NotSearchableError("prune takes the dense host; pass a searchable network as weights=")
     family = family_of(host)
     blocks = family.blocks(host)
     check_same_shape(architecture, [block.ffn.units for block in blocks], f"this {type(host).__name__}")
-    for index, block in enumerate(architecture.blocks):
-        kept = (block.attention.heads, block.attention.query_key_dimensions, block.attention.value_dimensions)
-        if any(part is not None for part in kept):
-            raise ArchitectureError(f"block {index}: this version keeps all heads and dimensions of msa or none")
+    for index, (sites, block) in enumerate(zip(blocks, architecture.blocks)):
+        _check_narrowing(host, family, sites, block.attention, f"block {index}")
     model = host if inplace else copy.deepcopy(host)
     searched = None
     if weights is not None:
         searched = [attention for attention, _ in gated_layers(weights)]
         _load_dense_weights(model, weights)
+    # What the repair aims at: the model before it loses anything, with the weights that it has by now.
+    dense = copy.deepcopy(model) if repair is not None else None
     grid = Grid(*blocks[0].attention.grid)
     for index, (sites, kept_block) in enumerate(zip(blocks, architecture.blocks)):
         layer = searched[index] if searched is not None else None
-        _replace_attention(model, family, sites, kept_block.attention.kind, architecture.skip_rule, layer, grid)
-        _narrow_ffn(model, sites, kept_block.ffn)
+        replace_attention(model, family, sites, kept_block.attention, architecture, layer, grid)
+        narrow_ffn(model, sites, kept_block.ffn)
     if any(kind in ("conv3", "conv1") for kind in architecture.kinds()):
         family.track_grid(model, grid)
+    if dense is not None and repair is not None:
+        repair_in_place(model, dense, family, architecture, repair)
     setattr(model, _RECORD, PrunedRecord(architecture, folded=False))
     return model
 
@@ -277,40 +195,88 @@ def _load_dense_weights(model: nn.Module, net: nn.Module) -> None:
         raise NotSearchableError(f"the searchable network was made from another host: {first}") from error
 
 
-def _replace_attention(
+def _check_narrowing(host: nn.Module, family: Family, sites: BlockSites, attention: Attention, where: str) -> None:
+    if not attention.narrowed():
+        return
+    site = sites.attention
+    layer = family.access.read_projections(host.get_submodule(site.path))
+    if layer is None:
+        raise ArchitectureError(f"{where}: the attention of {family.name} hosts cannot be narrowed; keep it whole")
+    if attention.heads is not None and attention.heads[-1] >= site.heads:
+        raise ArchitectureError(
+            f"{where}: head {attention.heads[-1]} is out of range, {family.name} has heads 0 to {site.heads - 1} there"
+        )
+    for name in ("query_key_rank", "value_rank"):
+        rank = getattr(attention, name)
+        if rank is not None and rank > site.head_width:
+            raise ArchitectureError(
+                f"{where}: {name} is {rank}, expected at most the head width of {family.name}, {site.head_width}"
+            )
+    if attention.query_key_rank is not None and layer.query_norm is not None:
+        raise ArchitectureError(
+            f"{where}: queries and keys are normalised over the whole head there, so they cannot be narrowed; "
+            "leave query_key_rank out"
+        )
+    if (attention.heads is not None or attention.value_rank is not None) and layer.out_norm is not None:
+        raise ArchitectureError(
+            f"{where}: the outputs of all heads are normalised together there, so heads and values cannot be narrowed; "
+            "leave heads and value_rank out"
+        )
+
+
+def replace_attention(
     model: nn.Module,
     family: Family,
     sites: BlockSites,
-    kind: str,
-    skip_rule: str,
+    kept: Attention,
+    architecture: Architecture,
     searched: SearchableAttention | None,
     grid: Grid,
 ) -> None:
-    if kind == "msa":
+    """Put what an architecture keeps of an attention layer in its place, in a model.
+
+    Args:
+        model: dense at this site; changed in place.
+        family: the model's.
+        sites: where the block's layers are.
+        kept: what stays of the attention.
+        architecture: its rules for prefix tokens and skipped layers.
+        searched: the site's layer in a searched network, for its head mix and batch norms; None for fresh ones.
+        grid: of the patches, for convolutions.
+    """
+    if kept.kind == "msa" and not kept.narrowed():
         return
-    site = sites.attention
+    site, returns_tuple = sites.attention, family.access.returns_tuple
     attention = model.get_submodule(site.path)
+    shared = family.access.read(attention)
+    like = {"device": shared.value_weight.device, "dtype": shared.value_weight.dtype}
     replacement: nn.Module
-    if kind == "skip":
-        replacement = Skip(skip_rule, family.access.returns_tuple)
-        if site.norm is not None and skip_rule == "zero":
+    if kept.kind == "msa":
+        layer = family.access.read_projections(attention)
+        assert layer is not None
+        replacement = NarrowAttention(narrow_blindly(layer, kept), layer, returns_tuple)
+    elif kept.kind == "skip":
+        replacement = Skip(architecture.skip_rule, returns_tuple, site.prefix_tokens, site.dim, like)
+        if site.norm is not None and architecture.skip_rule != "normalised_input":
             model.set_submodule(site.norm, nn.Identity().train(attention.training))
     else:
-        shared = family.access.read(attention)
         fresh = shared.value_weight.new_ones(shared.value_weight.shape[0], POSITIONS)
         with torch.no_grad():
             mix = head_mix(fresh, 1.0) if searched is None else searched.head_mix().to(shared.value_weight)
-            weights = (conv3_weights if kind == "conv3" else conv1_weights)(mix, shared)
+            weights = (conv3_weights if kept.kind == "conv3" else conv1_weights)(mix, shared)
         if searched is None:
             batchnorm = nn.BatchNorm2d(site.head_width, device=mix.device, dtype=mix.dtype)
         else:
-            batchnorm = copy.deepcopy(searched.bn3 if kind == "conv3" else searched.bn1).to(mix)
-        replacement = BottleneckConv(weights, batchnorm, site.prefix_tokens, grid, family.access.returns_tuple)
-        replacement.requires_grad_(shared.value_weight.requires_grad)
+            batchnorm = copy.deepcopy(searched.bn3 if kept.kind == "conv3" else searched.bn1).to(mix)
+        replacement = BottleneckConv(
+            weights, batchnorm, site.prefix_tokens, grid, returns_tuple, architecture.prefix_rule
+        )
+    replacement.requires_grad_(shared.value_weight.requires_grad)
     model.set_submodule(site.path, replacement.train(attention.training))
 
 
-def _narrow_ffn(model: nn.Module, sites: BlockSites, ffn: FFN) -> None:
+def narrow_ffn(model: nn.Module, sites: BlockSites, ffn: FFN) -> None:
+    """Leave the kept units of an FFN only, in a model, in place."""
     if len(ffn.units) == ffn.width:
         return
     for path, axis in ((sites.ffn.first, 0), (sites.ffn.second, 1)):

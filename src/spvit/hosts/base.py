@@ -57,10 +57,14 @@ class FFNSite:
 
 @dataclass(frozen=True)
 class BlockSites:
-    """The two sites of a block."""
+    """A block and its two sites."""
 
+    path: str
+    """Dotted name of the block in the host: a module that maps tokens [B, N, D] to tokens of the same shape."""
     attention: AttentionSite
     ffn: FFNSite
+    before: str | None = None
+    """Dotted name of a module that stands between the previous block and this one; None when nothing does."""
 
 
 class Family(Protocol):
@@ -125,7 +129,7 @@ def _linear_params(module: nn.Module) -> int:
     return sum(child.weight.numel() for child in module.modules() if isinstance(child, nn.Linear))
 
 
-def _block_macs(host: nn.Module, block: BlockSites) -> BlockCost:
+def _block_macs(family: Family, host: nn.Module, block: BlockSites) -> BlockCost:
     """MACs of one image (method: paper section 3.4). Attention products: two of [tokens, keys, H E]."""
     site, ffn = block.attention, block.ffn
     attention = host.get_submodule(site.path)
@@ -139,16 +143,22 @@ def _block_macs(host: nn.Module, block: BlockSites) -> BlockCost:
         conv1=2 * bottleneck,
         unit=site.tokens * (_linear_params(first) + _linear_params(second)) // ffn.units,
         units=ffn.units,
+        heads=site.heads,
+        head_width=site.head_width,
+        query_key=site.tokens * (2 * site.dim + site.keys),
+        value=site.tokens * (2 * site.dim + site.keys),
+        prefix_rules={"linear": 2 * site.prefix_tokens * site.dim * site.head_width},
     )
 
 
-def _block_params(host: nn.Module, block: BlockSites) -> BlockCost:
+def _block_params(family: Family, host: nn.Module, block: BlockSites) -> BlockCost:
     """Parameters as deployed: convolutions folded, with both biases."""
     site, ffn = block.attention, block.ffn
     norm = 0 if site.norm is None else count_params(host.get_submodule(site.norm))
     bottleneck, biases = site.dim * site.head_width, site.dim + site.head_width
     first = host.get_submodule(ffn.first)
     first_bias = getattr(first, "bias", None) is not None
+    biased = int(family.access.read(host.get_submodule(site.path)).value_bias is not None)
     weights = _linear_params(first) + _linear_params(host.get_submodule(ffn.second))
     return BlockCost(
         msa=norm + count_params(host.get_submodule(site.path)),
@@ -156,7 +166,15 @@ def _block_params(host: nn.Module, block: BlockSites) -> BlockCost:
         conv1=norm + 2 * bottleneck + biases,
         unit=weights // ffn.units + int(first_bias),
         units=ffn.units,
-        norm=norm,
+        heads=site.heads,
+        head_width=site.head_width,
+        query_key=2 * (site.dim + biased),
+        value=2 * site.dim + biased,
+        prefix_rules={
+            "mean": site.prefix_tokens * site.dim,
+            "linear": 2 * bottleneck + biases if site.prefix_tokens else 0,
+        },
+        skip_rules={"normalised_input": norm, "mean": (site.prefix_tokens + 1) * site.dim},
     )
 
 
@@ -170,7 +188,7 @@ def network_costs(family: Family, host: nn.Module) -> dict[str, NetworkCost]:
     totals = {"macs": count_macs(host, run), "params": count_params(host)}
     costs = {}
     for metric, block_cost in (("macs", _block_macs), ("params", _block_params)):
-        sites = tuple(block_cost(host, block) for block in blocks)
+        sites = tuple(block_cost(family, host, block) for block in blocks)
         variable = NetworkCost(metric, 0, sites).dense
         costs[metric] = NetworkCost(metric, totals[metric] - variable, sites)
     return costs

@@ -9,7 +9,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.vit import modeling_vit
 
 from spvit.hosts.base import AttentionSite, BlockSites, FFNSite, GridTracker, UnsupportedHostError, expect
-from spvit.kernels import AttentionWeights
+from spvit.kernels import AttentionWeights, Projections
 from spvit.pruned import Grid
 from spvit.searchable import AttentionAccess
 
@@ -27,12 +27,31 @@ def read_attention(attention: nn.Module) -> AttentionWeights:
     )
 
 
+def read_projections(attention: nn.Module) -> Projections:
+    """Return all weights of a Hugging Face attention layer."""
+    layer: Any = attention
+    split = (layer.num_attention_heads, layer.head_dim)
+    query, key = layer.q_proj, layer.k_proj
+    return Projections(
+        query_weight=query.weight.unflatten(0, split),
+        query_bias=None if query.bias is None else query.bias.unflatten(0, split),
+        key_weight=key.weight.unflatten(0, split),
+        key_bias=None if key.bias is None else key.bias.unflatten(0, split),
+        shared=read_attention(attention),
+        scale=layer.scaling,
+        dropout=layer.attention_dropout,
+        out_dropout=0.0,
+    )
+
+
 class HuggingFaceViT:
     """Adapter of ViTForImageClassification."""
 
     name = "Hugging Face ViTForImageClassification"
     temperature = 0.01
-    access = AttentionAccess(read=read_attention, value_projection="v_proj", returns_tuple=True)
+    access = AttentionAccess(
+        read=read_attention, value_projection="v_proj", returns_tuple=True, read_projections=read_projections
+    )
 
     def blocks(self, host: nn.Module) -> tuple[BlockSites, ...]:
         """Return the sites of every block."""
@@ -53,6 +72,7 @@ class HuggingFaceViT:
         expect(layer.mlp, modeling_vit.ViTMLP, f"{path}.mlp", self.name)
         attention = layer.attention
         return BlockSites(
+            path,
             AttentionSite(
                 path=f"{path}.attention",
                 norm=f"{path}.layernorm_before",

@@ -17,7 +17,7 @@ from spvit.hosts.base import (
     UnsupportedHostError,
     expect,
 )
-from spvit.kernels import AttentionWeights
+from spvit.kernels import AttentionWeights, Projections
 from spvit.pruned import Grid
 from spvit.searchable import AttentionAccess
 
@@ -36,12 +36,39 @@ def read_attention(attention: nn.Module) -> AttentionWeights:
     )
 
 
+def read_projections(attention: nn.Module) -> Projections | None:
+    """Return all weights of a timm attention layer, or None when it gates its output."""
+    layer = cast(Attention, attention)
+    if getattr(layer, "gate", None) is not None:
+        return None
+    split = (3, layer.num_heads, layer.head_dim)
+    weight = layer.qkv.weight.unflatten(0, split)
+    biases = [None] * 3 if layer.qkv.bias is None else list(layer.qkv.bias.unflatten(0, split))
+    norms = (layer.q_norm, layer.k_norm, layer.norm)
+    query_norm, key_norm, out_norm = (None if isinstance(norm, nn.Identity) else norm for norm in norms)
+    return Projections(
+        query_weight=weight[0],
+        query_bias=biases[0],
+        key_weight=weight[1],
+        key_bias=biases[1],
+        shared=read_attention(attention),
+        scale=layer.scale,
+        dropout=layer.attn_drop.p,
+        out_dropout=layer.proj_drop.p,
+        query_norm=query_norm,
+        key_norm=key_norm,
+        out_norm=out_norm,
+    )
+
+
 class TimmViT:
     """Adapter of timm's VisionTransformer and VisionTransformerDistilled."""
 
     name = "timm VisionTransformer"
     temperature = 0.01
-    access = AttentionAccess(read=read_attention, value_projection="qkv", returns_tuple=False)
+    access = AttentionAccess(
+        read=read_attention, value_projection="qkv", returns_tuple=False, read_projections=read_projections
+    )
 
     def blocks(self, host: nn.Module) -> tuple[BlockSites, ...]:
         """Return the sites of every block."""
@@ -79,6 +106,7 @@ class TimmViT:
             )
         prefix_tokens = model.num_prefix_tokens
         return BlockSites(
+            path,
             AttentionSite(
                 path=f"{path}.attn",
                 # In a residual-post-norm block the norm follows the attention, so it must stay.

@@ -16,8 +16,9 @@ from torch import nn
 from spvit.architecture import Architecture
 from spvit.checkpoint import Preprocessing, save, write_text
 from spvit.cost import parse_budget
+from spvit.decide import decide
 from spvit.hosts import family_of
-from spvit.surgery import decide, fold, make_searchable, prune, pruned_record, search_record
+from spvit.surgery import fold, make_searchable, prune, pruned_record, search_record
 from spvit.train.data import ImageConfig, Images, load_images, validation_loader
 from spvit.train.loop import (
     Evaluation,
@@ -112,7 +113,7 @@ def search(
     loss = BudgetLoss(net, weight=phase.budget_weight, **budget)
     teacher = host if phase.distillation > 0 else None
     run_phase(Phase("search", net, phase, loss, teacher), images, folder, config, progress)
-    architecture = decide(net, multiple=multiple, **budget)
+    architecture = decide(net, multiple=multiple, macs=budget.get("macs"), params=budget.get("params"))
     if PartialState().is_main_process:
         write_text(folder / ARCHITECTURE, architecture.to_json())
     return net, architecture

@@ -1,0 +1,214 @@
+"""Which architecture to keep within a budget: as the gates of a search say, or by scores from calibration images."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spvit.architecture import FFN, Architecture, Attention, Block
+from spvit.cost import Budget, BudgetError, NetworkCost, human, parse_budget
+from spvit.gates import is_open
+from spvit.hosts import family_of
+from spvit.hosts.base import network_costs
+from spvit.scores import PREFIX_RULE, SKIP_RULE, BlockScores, score
+from spvit.surgery import gated_layers, search_record
+
+TOLERANCE = 0.005
+DEFAULT_MULTIPLE = 8
+COST_STEPS = 8192
+
+
+def decide(
+    net: nn.Module,
+    *,
+    macs: str | int | None = None,
+    params: str | int | None = None,
+    multiple: int | None = None,
+    calibration: Tensor | Iterable[Any] | None = None,
+    report: Callable[[int, int], object] | None = None,
+) -> Architecture:
+    """Return the architecture that the gates of a searchable network choose, or the one with the best scores.
+
+    From gates, without a budget, it is exactly what the network computes in evaluation mode. With one, attention stays
+    as the gates say and the threshold on the FFN gates is shifted until the cost is within 0.5 % of the budget.
+
+    With calibration images nothing is searched: `net` is a dense host, every candidate of every site is scored by how
+    little the outputs diverge from the dense ones after its repair, and the choice with the least sum of scores under
+    the budget is taken, narrow attention included. Prune to it with `repair=` the same images.
+
+    Args:
+        net: what `make_searchable` returned, searched; or a dense host, with calibration images.
+        macs: budget: `"50%"` of the host's cost, `"1.0G"` or a whole number.
+        params: the same in parameters; give at most one of the two.
+        multiple: FFN widths are rounded to a multiple of it. Default: with a budget 8, or the largest of 4, 2, 1 that
+            lands within 0.5 % where 8 is too coarse (very small hosts); without a budget 1.
+        calibration: unlabelled images, a few hundred or more: a tensor [images, channels, height, width], or batches.
+        report: with calibration images, called with (blocks scored, blocks) after each.
+
+    Raises:
+        BudgetError: the budget is malformed, or cannot be reached; names the smallest or largest cost that can.
+        CalibrationError: the calibration images do not fit the host, are too few, or give values that are not finite.
+    """
+    if multiple is not None and multiple < 1:
+        raise BudgetError(f"multiple is {multiple}, expected 1 or more units")
+    if calibration is not None:
+        return _decide_by_scores(net, parse_budget(macs, params), multiple, calibration, report)
+    layers = gated_layers(net)
+    kinds = [attention.decided() for attention, _ in layers]
+    logits = [ffn.gate_logits.detach().float().cpu() for _, ffn in layers]
+    if macs is None and params is None:
+        widths = [_rounded(int(is_open(item).sum()), len(item), multiple or 1) for item in logits]
+        return _architecture(kinds, logits, widths)
+    budget = parse_budget(macs, params)
+    cost = search_record(net).costs[budget.metric]
+    multiples = _multiples(multiple)
+    for candidate in multiples:
+        found = _widths_at_budget(cost, budget, kinds, logits, candidate)
+        if found is not None:
+            return _architecture(kinds, logits, found)
+    raise _too_coarse(multiples[-1], budget, cost)
+
+
+def _multiples(multiple: int | None) -> list[int]:
+    return [DEFAULT_MULTIPLE, 4, 2, 1] if multiple is None else [multiple]
+
+
+def _too_coarse(multiple: int, budget: Budget, cost: NetworkCost) -> BudgetError:
+    return BudgetError(
+        f"no FFN widths that are multiples of {multiple} come within 0.5% of {budget.target(cost):,} "
+        f"{budget.metric}; use a smaller multiple or another budget"
+    )
+
+
+def _decide_by_scores(
+    host: nn.Module,
+    budget: Budget,
+    multiple: int | None,
+    images: Tensor | Iterable[Any],
+    report: Callable[[int, int], object] | None,
+) -> Architecture:
+    family = family_of(host)
+    cost = network_costs(family, host)[budget.metric]
+    target = budget.target(cost)
+    multiples = _multiples(multiple)
+    scores = score(host, family, images, multiples[0], report)
+    for candidate in multiples:
+        chosen = choose(scores, cost, target, candidate)
+        if chosen is not None and abs(cost.of(chosen) - target) <= TOLERANCE * target:
+            return chosen
+    raise _too_coarse(multiples[-1], budget, cost)
+
+
+def choose(scores: Sequence[BlockScores], cost: NetworkCost, target: int, multiple: int) -> Architecture | None:
+    """Return the architecture with the least sum of scores that costs at most the target, or None if none does.
+
+    Dynamic programming over the sites, on costs in 1/8192 of the target, rounded up so that the target holds.
+
+    Args:
+        scores: of every block.
+        cost: the host's, in the target's metric.
+        target: MACs or parameters.
+        multiple: FFN widths are multiples of it, or all units.
+    """
+    sites: list[list[tuple[int, float]]] = []
+    options: list[list[Any]] = []
+    for block, own in zip(scores, cost.blocks):
+        options.append([kept for kept, _ in block.attention])
+        sites.append([(own.attention_kept(kept, PREFIX_RULE, SKIP_RULE), score) for kept, score in block.attention])
+        widths = sorted({*range(multiple, own.units, multiple), own.units})
+        options.append(widths)
+        sites.append([(own.unit * width, block.ffn[width]) for width in widths])
+    picks = _least_sum(sites, target - cost.fixed)
+    if picks is None:
+        return None
+    kept = [choices[pick] for choices, pick in zip(options, picks)]
+    blocks = [
+        Block(attention, FFN(own.units, tuple(sorted(block.ranking.units[:width]))))
+        for attention, width, own, block in zip(kept[::2], kept[1::2], cost.blocks, scores)
+    ]
+    return Architecture(tuple(blocks), PREFIX_RULE, SKIP_RULE)
+
+
+def _least_sum(sites: Sequence[Sequence[tuple[int, float]]], limit: int) -> list[int] | None:
+    """Return which (cost, score) of every site to take for the least sum of scores at a sum of costs up to a limit."""
+    if limit < sum(min(cost for cost, _ in site) for site in sites):
+        return None
+    unit = max(1, limit // COST_STEPS)
+    room = limit // unit
+    best = torch.zeros(room + 1, dtype=torch.float64)
+    taken = []
+    for site in sites:
+        table = torch.full((len(site), room + 1), torch.inf, dtype=torch.float64)
+        for row, (cost, loss) in zip(table, site):
+            steps = -(-cost // unit)
+            if steps <= room:
+                row[steps:] = best[: room + 1 - steps] + loss
+        best, choice = table.min(dim=0)
+        taken.append(choice)
+    if not best[room].isfinite():
+        return None
+    picks: list[int] = []
+    for site, choice in zip(reversed(sites), reversed(taken)):
+        pick = int(choice[room])
+        picks.append(pick)
+        room -= -(-site[pick][0] // unit)
+    return picks[::-1]
+
+
+def _widths_at_budget(
+    cost: NetworkCost, budget: Budget, kinds: Sequence[str], logits: Sequence[Tensor], multiple: int
+) -> list[int] | None:
+    """Return FFN widths for which the cost is within tolerance of the budget, or None when steps are too coarse.
+
+    All blocks share one threshold on the gate logits. Lowering it opens groups of `multiple` units, each at the logit
+    of the unit in its middle, which is rounding to the nearest multiple; ties go evenly over the blocks.
+    """
+    target = budget.target(cost)
+    widths = [min(multiple, len(item)) for item in logits]
+    spent = cost.fixed + sum(block.attention(kind) for block, kind in zip(cost.blocks, kinds))
+    smallest = spent + sum(block.unit * width for block, width in zip(cost.blocks, widths))
+    largest = spent + sum(block.unit * block.units for block in cost.blocks)
+    slack = TOLERANCE * target
+    for bound, word, reached in (
+        (smallest, "smallest", target >= smallest - slack),
+        (largest, "largest", target <= largest + slack),
+    ):
+        if not reached:
+            raise BudgetError(
+                f"a budget of {human(target)} {budget.metric} ({target / cost.dense:.1%}) cannot be reached with the "
+                f"attention layers that the gates keep: the {word} reachable is {human(bound)} "
+                f"({bound / cost.dense:.1%}, {bound:,} {budget.metric}); "
+                "search longer or with a larger budget weight, or ask for that"
+            )
+    groups = []
+    for index, item in enumerate(logits):
+        descending = item.sort(descending=True).values.tolist()
+        edges = [*range(widths[index], len(item), multiple), len(item)]
+        for low, high in itertools.pairwise(edges):
+            groups.append((-descending[(low + high) // 2], high / len(item), index, high - low))
+    states = [(smallest, list(widths))]
+    for _, _, index, count in sorted(groups):
+        if states[-1][0] >= target:
+            break
+        widths[index] += count
+        states.append((states[-1][0] + cost.blocks[index].unit * count, list(widths)))
+    within = [state for state in states if abs(state[0] - target) <= slack]
+    if not within:
+        return None
+    return max(within, key=lambda state: (state[0] <= target, -abs(state[0] - target)))[1]
+
+
+def _rounded(count: int, width: int, multiple: int) -> int:
+    return min(width, max(min(multiple, width), round(count / multiple) * multiple)) if multiple > 1 else count
+
+
+def _architecture(kinds: Sequence[str], logits: Sequence[Tensor], widths: Sequence[int]) -> Architecture:
+    blocks = []
+    for kind, item, width in zip(kinds, logits, widths):
+        best = item.sort(descending=True, stable=True).indices[:width]
+        blocks.append(Block(Attention(kind), FFN(len(item), tuple(sorted(best.tolist())))))
+    return Architecture(tuple(blocks))

@@ -1,0 +1,141 @@
+"""Second moments of activations, gathered in a stream, and the least-squares maps that follow from them: pure algebra.
+
+Shapes: n tokens, X inputs, Y outputs of a linear map. Everything is solved in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RIDGE = 1e-4
+WANTED_TOKENS = 4
+"""Tokens for every input, below which the ridge grows: moments from fewer are noise in their smallest directions."""
+
+
+class CalibrationError(ValueError):
+    """Calibration images cannot be used: too few, of another size, or leading to activations that are not finite."""
+
+
+class Moments:
+    """First and second moments of inputs x and, if given, their products with outputs y, summed over tokens.
+
+    Products are taken of the differences to the first batch's mean, which keeps digits where means are large.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._origin_x: Tensor | None = None
+        self._origin_y: Tensor | None = None
+        self._sums: list[Tensor] = []
+
+    def add(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Take in x: [..., X] and y: [..., Y]. Raises CalibrationError when a value is not finite."""
+        x = _flat(x)
+        y = _flat(y) if y is not None else x[:, :0]
+        if self._origin_x is None or self._origin_y is None:
+            self._origin_x, self._origin_y = x.mean(0), y.mean(0)
+            self._sums = [torch.zeros(shape, dtype=torch.float64, device=x.device) for shape in _shapes(x, y)]
+        x, y = x - self._origin_x, y - self._origin_y
+        for total, part in zip(self._sums, (x.sum(0), y.sum(0), x.T @ x, x.T @ y)):
+            total += part.double()
+        self.count += len(x)
+        if not (self._sums[2].isfinite().all() and self._sums[3].isfinite().all()):
+            raise CalibrationError(
+                "the activations of the calibration images are not finite; check the model's weights and the images"
+            )
+
+    @property
+    def inputs(self) -> int:
+        """How many inputs there are."""
+        return len(self._sums[0])
+
+    @property
+    def mean_x(self) -> Tensor:
+        """[X]."""
+        assert self._origin_x is not None
+        return self._origin_x.double() + self._sums[0] / self.count
+
+    @property
+    def mean_y(self) -> Tensor:
+        """[Y]."""
+        assert self._origin_y is not None
+        return self._origin_y.double() + self._sums[1] / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """Covariance of the inputs, [X, X]."""
+        mean = self._sums[0] / self.count
+        return self._sums[2] / self.count - torch.outer(mean, mean)
+
+    @property
+    def cross(self) -> Tensor:
+        """Covariance of inputs and outputs, [X, Y]."""
+        return self._sums[3] / self.count - torch.outer(self._sums[0] / self.count, self._sums[1] / self.count)
+
+    @property
+    def second_x(self) -> Tensor:
+        """Second moment of the inputs about zero, [X, X]."""
+        return self.covariance + torch.outer(self.mean_x, self.mean_x)
+
+    @property
+    def second_cross(self) -> Tensor:
+        """Second moment of inputs and outputs about zero, [X, Y]."""
+        return self.cross + torch.outer(self.mean_x, self.mean_y)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Return vectors [n, width] of at least single precision."""
+    return tensor.detach().flatten(0, -2).to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _shapes(x: Tensor, y: Tensor) -> list[tuple[int, ...]]:
+    inputs, outputs = x.shape[1], y.shape[1]
+    return [(inputs,), (outputs,), (inputs, inputs), (inputs, outputs)]
+
+
+def ridge_for(moments: Moments, inputs: int | None = None) -> float:
+    """Return the ridge for a number of inputs, relative to their mean variance: larger when tokens are few.
+
+    Raises:
+        CalibrationError: there are fewer tokens than a quarter of the inputs, which says nothing about most of them.
+    """
+    inputs = moments.inputs if inputs is None else inputs
+    if 4 * moments.count < inputs:
+        raise CalibrationError(
+            f"{moments.count} calibration tokens are too few for a layer of {inputs} inputs: at least "
+            f"{-(-inputs // 4)} are needed, {WANTED_TOKENS * inputs} or more are wanted; give more calibration images"
+        )
+    missing = max(0.0, WANTED_TOKENS * inputs / moments.count - 1)
+    return RIDGE + 0.01 * missing
+
+
+def damped(covariance: Tensor, ridge: float) -> Tensor:
+    """Return a covariance [X, X] plus ridge x its mean diagonal on the diagonal; always positive definite."""
+    level = covariance.diagonal().mean()
+    # Where nothing varies at all, any positive number says that nothing follows from these inputs.
+    level = torch.where(level > 0, ridge * level, torch.ones_like(level))
+    return covariance + level * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+
+
+def regression(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """Return the map [X, Y] that predicts outputs from inputs with the least squared error plus the ridge's penalty.
+
+    Args:
+        covariance: [X, X].
+        cross: [X, Y].
+        ridge: relative to the mean variance of the inputs.
+    """
+    return torch.cholesky_solve(cross, torch.linalg.cholesky(damped(covariance, ridge)))
+
+
+def low_rank_regression(covariance: Tensor, cross: Tensor, ridge: float, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the best such map of a rank as two: [X, rank] and then [rank, Y] (reduced-rank ridge regression).
+
+    The optimum is the full ridge solution projected on the leading directions of what it predicts.
+    """
+    factor = torch.linalg.cholesky(damped(covariance, ridge))
+    full = torch.cholesky_solve(cross, factor)  # [X, Y]
+    predicted = factor.T @ full
+    directions = torch.linalg.eigh(predicted.T @ predicted).eigenvectors.flip(1)[:, :rank]  # [Y, rank]
+    return full @ directions, directions.T

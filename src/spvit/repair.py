@@ -1,0 +1,331 @@
+"""Closed-form recovery at pruning: what was removed is predicted from what stays, from unlabelled images.
+
+Every layer that pruning changed is solved as a least-squares problem: its inputs are those of the network pruned so
+far, its target is the dense layer's output. Images pass block by block; second moments are summed up as they do.
+Sources: CORP (arXiv 2602.05243) for FFN units, Variance-Based Pruning (arXiv 2507.12988) for the shift of the mean.
+
+Shapes: B batch, N tokens = P prefix tokens + G grid tokens, D width, E head width, K kept units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spvit.architecture import Architecture, Attention, Block
+from spvit.hosts.base import BlockSites, Family
+from spvit.kernels import NarrowWeights
+from spvit.moments import CalibrationError, Moments, low_rank_regression, regression, ridge_for
+from spvit.narrowing import narrow_heads, narrow_values
+from spvit.pruned import BottleneckConv, Constant, NarrowAttention, Skip, as_map
+
+BATCH = 64
+LINEAR_SIDE = 4.0
+"""Standard deviations by which a repaired convolution's activations are moved to where ReLU is linear."""
+
+
+class _Reached(Exception):
+    """Ends a forward pass early, with what was looked for."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+
+def calibration_batches(images: Tensor | Iterable[Any], family: Family, host: nn.Module) -> list[Tensor]:
+    """Return calibration images as batches [B, channels, height, width] on the host's device, in its dtype.
+
+    Args:
+        images: a tensor of images, or batches of them; of a batch that is a tuple or list, as loaders give, the first
+            item counts.
+        family: the host's.
+        host: the model that takes them.
+
+    Raises:
+        CalibrationError: there are none, they are not of the size that the host takes, or not finite.
+    """
+    batches = images.split(BATCH) if isinstance(images, Tensor) else images
+    parameter, size = next(host.parameters()), family.input_size(host)
+    prepared = []
+    for batch in batches:
+        tensor = batch[0] if isinstance(batch, (tuple, list)) else batch
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape[1:]) != size:
+            found = list(tensor.shape[1:]) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise CalibrationError(
+                f"calibration images are {found}, expected tensors of [batch, {', '.join(map(str, size))}] as the "
+                "model takes them"
+            )
+        if not tensor.isfinite().all():
+            raise CalibrationError("calibration images hold values that are not finite; check how they are read")
+        prepared.append(tensor.to(parameter))
+    if not any(len(batch) for batch in prepared):
+        raise CalibrationError("there are no calibration images; give a few hundred or more")
+    return prepared
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Put models in evaluation mode without gradients, and every module back as it was at the end."""
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def reached(run: nn.Module, x: Tensor, module: nn.Module, output: bool) -> Tensor:
+    """Return the first input or the output [B, N, D] of a module inside one that is run on x; nothing after it runs."""
+
+    def stop_before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(args[0] if args else next(iter(kwargs.values())))
+
+    def stop_after(module: nn.Module, args: Any, result: Any) -> None:
+        raise _Reached(result[0] if isinstance(result, tuple) else result)
+
+    if output:
+        handle = module.register_forward_hook(stop_after)
+    else:
+        handle = module.register_forward_pre_hook(stop_before, with_kwargs=True)
+    try:
+        run(x)
+    except _Reached as found:
+        return found.value
+    finally:
+        handle.remove()
+    raise CalibrationError(f"the model's {type(module).__name__} was not reached; its forward pass leaves it out")
+
+
+def block_inputs(model: nn.Module, sites: BlockSites, batches: Iterable[Tensor]) -> list[Tensor]:
+    """Return what a block takes, [B, N, D] a batch of images."""
+    block = model.get_submodule(sites.path)
+    return [reached(model, batch, block, output=False) for batch in batches]
+
+
+def advance(model: nn.Module, sites: BlockSites, following: BlockSites | None, x: Tensor) -> Tensor:
+    """Return the input of the following block from that of this one (of the last one: its output)."""
+    out = model.get_submodule(sites.path)(x)
+    out = out[0] if isinstance(out, tuple) else out
+    between = following.before if following is not None else None
+    return model.get_submodule(between)(out) if between is not None else out
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block of the pruned model beside the dense one, with the inputs that each has: lists of [B, N, D]."""
+
+    model: nn.Module
+    host: nn.Module
+    family: Family
+    sites: BlockSites
+    inputs: list[Tensor]
+    dense_inputs: list[Tensor]
+
+    def arriving(self, path: str) -> Iterator[Tensor]:
+        """Yield what arrives at a module of the pruned block."""
+        block, module = self.model.get_submodule(self.sites.path), self.model.get_submodule(path)
+        return (reached(block, x, module, output=False) for x in self.inputs)
+
+    def wanted(self, path: str) -> Iterator[Tensor]:
+        """Yield what a module of the dense block gives."""
+        block, module = self.host.get_submodule(self.sites.path), self.host.get_submodule(path)
+        return (reached(block, x, module, output=True) for x in self.dense_inputs)
+
+
+def repair(
+    model: nn.Module, host: nn.Module, family: Family, architecture: Architecture, images: Tensor | Iterable[Any]
+) -> None:
+    """Set the weights of a pruned model in place so that it does on these images what the host does.
+
+    What pruning left whole keeps its weights, bit for bit.
+
+    Args:
+        model: the host pruned to the architecture, on the host's device.
+        host: the dense model.
+        family: the host's.
+        architecture: what the model keeps.
+        images: as in `calibration_batches`.
+
+    Raises:
+        CalibrationError: the images do not fit the host, are too few, or lead to activations that are not finite.
+    """
+    blocks = family.blocks(host)
+    with evaluating(model, host):
+        batches = calibration_batches(images, family, host)
+        dense_inputs = block_inputs(host, blocks[0], batches)
+        inputs = list(dense_inputs)
+        for index, (sites, kept) in enumerate(zip(blocks, architecture.blocks)):
+            repair_block(Layer(model, host, family, sites, inputs, dense_inputs), kept)
+            following = blocks[index + 1] if index + 1 < len(blocks) else None
+            if following is None:
+                return
+            untouched = all(a is b for a, b in zip(inputs, dense_inputs)) and not changed(kept)
+            for number, x in enumerate(dense_inputs):
+                dense_inputs[number] = advance(host, sites, following, x)
+                # Until something is pruned both networks are one.
+                inputs[number] = dense_inputs[number] if untouched else advance(model, sites, following, inputs[number])
+
+
+def changed(kept: Block) -> bool:
+    """Return whether pruning changes a block."""
+    return kept.attention.kind != "msa" or kept.attention.narrowed() or len(kept.ffn.units) < kept.ffn.width
+
+
+def repair_block(layer: Layer, kept: Block) -> None:
+    """Repair one block in place: its attention, then its FFN behind the repaired attention."""
+    replacement = layer.model.get_submodule(layer.sites.attention.path)
+    if isinstance(replacement, NarrowAttention):
+        _repair_narrow(layer, replacement, kept.attention)
+    elif isinstance(replacement, BottleneckConv):
+        _repair_convolution(layer, replacement)
+    elif isinstance(replacement, Skip) and replacement.mean is not None:
+        _repair_constant(layer, replacement.mean)
+    if 0 < len(kept.ffn.units) < kept.ffn.width:
+        _repair_linear(layer, layer.sites.ffn.second)
+
+
+def correction(moments: Moments, biased: bool) -> tuple[Tensor, Tensor | None]:
+    """Return what to add to a linear layer, weight [Y, X] and bias [Y], given moments of its inputs x and errors y.
+
+    Without a bias to correct, the moments about zero count, as nothing else can take up a mean.
+    """
+    ridge = ridge_for(moments)
+    if not biased:
+        return regression(moments.second_x, moments.second_cross, ridge).T, None
+    weight = regression(moments.covariance, moments.cross, ridge).T
+    return weight, moments.mean_y - weight @ moments.mean_x
+
+
+def _add(linear: nn.Linear, moments: Moments) -> None:
+    weight, bias = correction(moments, linear.bias is not None)
+    linear.weight.add_(weight.to(linear.weight))
+    if bias is not None:
+        linear.bias.add_(bias.to(linear.bias))
+
+
+def _repair_linear(layer: Layer, path: str) -> None:
+    """Correct a linear layer of the pruned block so that it gives what the dense one does.
+
+    W <- W + S_yx (S_xx + lI)^-1, y being what the dense layer gives less what this one does. For an FFN with the inputs
+    of the dense one, y = W2[:, P] h_P is the part of the removed units P, and the correction W2[:, P] S_PK
+    (S_KK + lI)^-1.
+    """
+    linear = layer.model.get_submodule(path)
+    assert isinstance(linear, nn.Linear)
+    moments = Moments()
+    for x, wanted in zip(layer.arriving(path), layer.wanted(path)):
+        moments.add(x, wanted - linear(x))
+    _add(linear, moments)
+
+
+def _repair_narrow(layer: Layer, replacement: NarrowAttention, kept: Attention) -> None:
+    """Rotate queries and keys, then values, by how they vary; fit the output projection to the dense layer's output."""
+    path = layer.sites.attention.path
+    projections = layer.family.access.read_projections(layer.host.get_submodule(path))
+    assert projections is not None
+    arriving = Moments()
+    for x in layer.arriving(path):
+        arriving.add(torch.cat([x, torch.ones_like(x[..., :1])], dim=-1))
+    weights = narrow_heads(projections, kept, arriving.second_x)
+    whole = NarrowAttention(weights, projections, returns_tuple=False).eval()
+    moments, biased = Moments(), whole.proj.bias is not None
+    for x, wanted in zip(layer.arriving(path), layer.wanted(path)):
+        moments.add(whole.heads_out(x), wanted)
+    if kept.value_rank is None:
+        narrow, rotation = weights, torch.eye(moments.inputs, dtype=torch.float64, device=moments.mean_x.device)
+    else:
+        heads, width = weights.value_weight.shape[:2]
+        by_head = moments.covariance.unflatten(0, (heads, width)).unflatten(2, (heads, width))  # [H, E, H, E]
+        own = torch.stack([by_head[head, :, head] for head in range(heads)])
+        narrow, by_head = narrow_values(weights, kept.value_rank, own)
+        rotation = torch.block_diag(*by_head)
+    replacement.load(_fitted(narrow, rotation, moments, biased))
+
+
+def _fitted(narrow: NarrowWeights, rotation: Tensor, moments: Moments, biased: bool) -> NarrowWeights:
+    """Return narrow weights whose output projection is the ridge solution from their heads' outputs.
+
+    Args:
+        narrow: the weights; the ridge draws towards their own output projection.
+        rotation: from the outputs of the whole heads to those of the narrow ones, [H V, H E].
+        moments: of the outputs of the whole heads, [H E], and of the dense layer's output, [D].
+        biased: whether the layer has an output bias.
+    """
+    prior = narrow.out_weight.flatten(1).double()  # [D, H V]
+    covariance = moments.covariance if biased else moments.second_x
+    cross = moments.cross if biased else moments.second_cross
+    inner = rotation @ covariance @ rotation.T
+    error = rotation @ cross - inner @ prior.T
+    out = prior + regression(inner, error, ridge_for(moments, len(rotation))).T
+    bias = (moments.mean_y - out @ rotation @ moments.mean_x).to(prior) if biased else None
+    return replace(narrow, out_weight=out.view(narrow.out_weight.shape), out_bias=bias)
+
+
+def _repair_convolution(layer: Layer, replacement: BottleneckConv) -> None:
+    """Fit both linear maps of a bottleneck as one of its rank; ReLU stays linear at first, for training to bend."""
+    site = layer.sites.attention
+    prefix = site.prefix_tokens
+    three = isinstance(replacement.conv_in, nn.Conv2d)
+    on_grid, on_prefix = Moments(), Moments()
+    constants = _Means(prefix)
+    for x, wanted in zip(layer.arriving(site.path), layer.wanted(site.path)):
+        tokens = x[:, prefix:]
+        if three:
+            size = replacement.grid.size(x, prefix)
+            tokens = F.unfold(as_map(tokens, size), 3, padding=1).transpose(1, 2)  # [B, G, 9 D]
+        on_grid.add(tokens, wanted[:, prefix:])
+        constants.add(wanted)
+        if prefix:
+            on_prefix.add(x[:, :prefix], wanted[:, :prefix])
+    rank = len(replacement.conv_in.weight)
+    inward, outward = low_rank_regression(on_grid.covariance, on_grid.cross, ridge_for(on_grid), rank)
+    mean = inward.T @ on_grid.mean_x
+    variance = ((on_grid.covariance @ inward) * inward).sum(0)
+    replacement.set_linear(inward.T, mean, variance, outward.T, on_grid.mean_y, LINEAR_SIDE)
+    if isinstance(replacement.prefix, Constant):
+        replacement.prefix.bias.copy_(constants.by_token()[:prefix])
+    elif isinstance(replacement.prefix, nn.Sequential):
+        first, second = cast(nn.Linear, replacement.prefix[0]), cast(nn.Linear, replacement.prefix[1])
+        inward, outward = low_rank_regression(on_prefix.covariance, on_prefix.cross, ridge_for(on_prefix), rank)
+        first.weight.copy_(inward.T)
+        first.bias.copy_(-inward.T @ on_prefix.mean_x)
+        second.weight.copy_(outward.T)
+        second.bias.copy_(on_prefix.mean_y)
+
+
+class _Means:
+    """The mean output for each prefix token, and that for all grid tokens."""
+
+    def __init__(self, prefix_tokens: int) -> None:
+        self.prefix_tokens = prefix_tokens
+        self._sum: Tensor | float = 0.0
+        self._count = 0
+
+    def add(self, out: Tensor) -> None:
+        """out: [B, N, D]."""
+        out = out.double()
+        grid = out[:, self.prefix_tokens :].mean(dim=1, keepdim=True)
+        self._sum = self._sum + torch.cat([out[:, : self.prefix_tokens], grid], dim=1).sum(0)
+        self._count += len(out)
+
+    def by_token(self) -> Tensor:
+        """[P + 1, D]."""
+        assert isinstance(self._sum, Tensor)
+        return self._sum / self._count
+
+
+def _repair_constant(layer: Layer, constant: Constant) -> None:
+    """Let a skipped layer add the mean output of the dense one."""
+    means = _Means(layer.sites.attention.prefix_tokens)
+    for wanted in layer.wanted(layer.sites.attention.path):
+        means.add(wanted)
+    constant.bias.copy_(means.by_token())

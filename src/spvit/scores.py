@@ -1,0 +1,248 @@
+"""What each candidate of each site costs in agreement with the dense network, measured on calibration images.
+
+A candidate is installed alone in an otherwise dense network, repaired, and the divergence of the class probabilities
+from the dense ones is taken on images that the repair has not seen. Candidates in between are interpolated.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spvit.architecture import FFN, Architecture, Attention, Block
+from spvit.hosts.base import BlockSites, Family, logits_of
+from spvit.moments import CalibrationError, Moments, ridge_for
+from spvit.pruned import Grid
+from spvit.ranking import Ranking, rank_units
+from spvit.repair import Layer, advance, block_inputs, calibration_batches, evaluating, reached, repair_block
+from spvit.surgery import narrow_ffn, replace_attention
+
+PREFIX_RULE = "linear"
+SKIP_RULE = "mean"
+MEASURED_SHARES = (1 / 8, 1 / 4, 1 / 2)
+"""Shares of an FFN's units at which the divergence is measured."""
+MEASURED_RANKS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
+"""Shares of the head width at which narrow attention is measured, to the nearest rank that may be kept."""
+FLOOR = 1e-12
+
+
+@dataclass(frozen=True)
+class BlockScores:
+    """How much the network's outputs diverge for what one block may become; 0 for keeping it whole."""
+
+    attention: tuple[tuple[Attention, float], ...]
+    """Candidates with their scores."""
+    ranking: Ranking
+    """The FFN's units, the most needed first."""
+    ffn: tuple[float, ...]
+    """Scores by how many units are kept, 0 to all."""
+
+
+class _Passing(nn.Module):
+    """Stands where a block was and passes its first argument on, or what it has been given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: Tensor | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x: [B, N, D]."""
+        return x if self.given is None else self.given
+
+
+class Head:
+    """What a host does behind its last block, as a function of that block's output."""
+
+    def __init__(self, host: nn.Module, blocks: Sequence[BlockSites], images: Tensor) -> None:
+        self._shell = copy.deepcopy(host)
+        for block in blocks:
+            self._shell.set_submodule(block.path, _Passing())
+        last = self._shell.get_submodule(blocks[-1].path)
+        assert isinstance(last, _Passing)
+        self._last = last
+        self._image = images[:1]
+
+    def __call__(self, out: Tensor) -> Tensor:
+        """Return logits [B, classes] from the last block's output [B, N, D]."""
+        self._last.given = out
+        return logits_of(self._shell(self._image))
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """The dense network, a copy in which candidates take turns, and the dense outputs to compare with."""
+
+    host: nn.Module
+    model: nn.Module
+    family: Family
+    blocks: tuple[BlockSites, ...]
+    head: Head
+    dense_log_probabilities: list[Tensor]
+
+    def divergence(self, index: int, inputs: list[Tensor]) -> float:
+        """Return the mean divergence of the outputs when the images enter the copy at a block, in nats."""
+        total, count = 0.0, 0
+        for x, dense in zip(inputs, self.dense_log_probabilities):
+            for number in range(index, len(self.blocks)):
+                following = self.blocks[number + 1] if number + 1 < len(self.blocks) else None
+                x = advance(self.model, self.blocks[number], following, x)
+            found = F.log_softmax(self.head(x).double(), dim=1)
+            total += float(F.kl_div(found, dense, reduction="sum", log_target=True))
+            count += len(found)
+        if not math.isfinite(total):
+            raise CalibrationError(
+                f"the model's outputs are not finite with a candidate of block {index}; check its weights"
+            )
+        return max(total / count, FLOOR)
+
+
+def score(
+    host: nn.Module,
+    family: Family,
+    images: Tensor | Iterable[Any],
+    multiple: int,
+    report: Callable[[int, int], object] | None = None,
+) -> tuple[BlockScores, ...]:
+    """Return the scores of every block's candidates.
+
+    Args:
+        host: the dense model.
+        family: the host's.
+        images: as in `repair.calibration_batches`; half of them fit the repairs, the others measure.
+        multiple: ranks of narrow attention are multiples of it.
+        report: called with (blocks scored, blocks) after each.
+
+    Raises:
+        CalibrationError: the images do not fit the host, are too few, or lead to values that are not finite.
+    """
+    blocks = family.blocks(host)
+    with evaluating(host):
+        batches = _halves(calibration_batches(images, family, host))
+        model = copy.deepcopy(host)
+        fitting, measuring = (block_inputs(host, blocks[0], half) for half in batches)
+        head = Head(host, blocks, batches[0][0])
+        dense = [F.log_softmax(logits_of(host(batch)).double(), dim=1) for batch in batches[1]]
+        bench = _Bench(host, model, family, blocks, head, dense)
+        scores = []
+        for index, sites in enumerate(blocks):
+            scores.append(_score_block(bench, index, fitting, measuring, multiple))
+            if report is not None:
+                report(index + 1, len(blocks))
+            following = blocks[index + 1] if index + 1 < len(blocks) else None
+            for inputs in (fitting, measuring) if following is not None else ():
+                inputs[:] = [advance(host, sites, following, x) for x in inputs]
+    return tuple(scores)
+
+
+def _halves(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    if sum(len(batch) for batch in batches) < 2:
+        raise CalibrationError("one calibration image is too few to fit and measure; give a few hundred or more")
+    return [batch[::2] for batch in batches], [batch[1::2] for batch in batches if len(batch) > 1]
+
+
+def _score_block(
+    bench: _Bench, index: int, fitting: list[Tensor], measuring: list[Tensor], multiple: int
+) -> BlockScores:
+    sites = bench.blocks[index]
+    layer = Layer(bench.model, bench.host, bench.family, sites, fitting, fitting)
+    units = sites.ffn.units
+    whole = FFN(units, tuple(range(units)))
+
+    def measured(kept: Block) -> float:
+        """Install, repair and measure what a block may keep, and put the copy's block back."""
+        before = copy.deepcopy(bench.model.get_submodule(sites.path))
+        _install(bench.model, bench.family, sites, kept)
+        repair_block(layer, kept)
+        divergence = bench.divergence(index, measuring)
+        bench.model.set_submodule(sites.path, before)
+        return divergence
+
+    attention = [(candidate, measured(Block(candidate, whole))) for candidate in _candidates(bench, sites, multiple)]
+    ranking = _ranking(layer)
+    widths = sorted({max(1, round(units * share)) for share in MEASURED_SHARES} - {units})
+    points = [
+        (width, measured(Block(Attention(), FFN(units, tuple(sorted(ranking.units[:width])))))) for width in widths
+    ]
+    return BlockScores(
+        ((Attention(), 0.0), *_interpolated_ranks(attention, sites.attention.head_width, multiple)),
+        ranking,
+        _interpolated_widths(points, ranking.errors),
+    )
+
+
+def _install(model: nn.Module, family: Family, sites: BlockSites, kept: Block) -> None:
+    rules = Architecture((kept,), PREFIX_RULE, SKIP_RULE)
+    replace_attention(model, family, sites, kept.attention, rules, None, Grid(*sites.attention.grid))
+    narrow_ffn(model, sites, kept.ffn)
+
+
+def _candidates(bench: _Bench, sites: BlockSites, multiple: int) -> list[Attention]:
+    candidates = [Attention("conv3"), Attention("conv1"), Attention("skip")]
+    layer = bench.family.access.read_projections(bench.host.get_submodule(sites.attention.path))
+    if layer is None or layer.query_norm is not None or layer.out_norm is not None:
+        return candidates
+    ranks = _ranks(sites.attention.head_width, multiple)
+    wished = [share * sites.attention.head_width for share in MEASURED_RANKS] if ranks else []
+    some = sorted({min(ranks, key=lambda rank: abs(rank - wish)) for wish in wished})
+    return [*(Attention("msa", query_key_rank=rank, value_rank=rank) for rank in some), *candidates]
+
+
+def _ranks(head_width: int, multiple: int) -> list[int]:
+    # Equal ranks of queries, keys and values keep the fused attention of the CPU, which wants them so.
+    return list(range(multiple, head_width, multiple))
+
+
+def _ranking(layer: Layer) -> Ranking:
+    second = layer.host.get_submodule(layer.sites.ffn.second)
+    assert isinstance(second, nn.Linear)
+    moments = Moments()
+    block = layer.host.get_submodule(layer.sites.path)
+    for x in layer.dense_inputs:
+        moments.add(reached(block, x, second, output=False))
+    return rank_units(moments.covariance, second.weight, ridge_for(moments))
+
+
+def _interpolated_ranks(
+    measured: list[tuple[Attention, float]], head_width: int, multiple: int
+) -> list[tuple[Attention, float]]:
+    """Return the candidates with those ranks between the measured ones, on lines through rank and log score."""
+    points = sorted((kept.query_key_rank, score) for kept, score in measured if kept.query_key_rank is not None)
+    others = [(kept, score) for kept, score in measured if kept.query_key_rank is None]
+    if not points:
+        return others
+    ranks, logs = [rank for rank, _ in points], [math.log(score) for _, score in points]
+    narrow = [
+        (Attention("msa", query_key_rank=rank, value_rank=rank), math.exp(_on_lines(rank, ranks, logs)))
+        for rank in _ranks(head_width, multiple)
+    ]
+    return narrow + others
+
+
+def _interpolated_widths(points: list[tuple[int, float]], errors: Sequence[float]) -> tuple[float, ...]:
+    """Return scores by width on lines through the logarithms of the repaired error and of the measured divergence.
+
+    The error after repair is known for every width from the moments, the divergence at some; the smaller the error the
+    nearer the divergence is to proportional.
+    """
+    levels = [math.log(max(error, FLOOR)) for error in errors]
+    known = sorted({levels[width]: math.log(divergence) for width, divergence in points}.items())
+    xs, ys = [x for x, _ in known], [y for _, y in known]
+    scores = [math.exp(_on_lines(level, xs, ys)) if error > 0 else 0.0 for level, error in zip(levels, errors)]
+    return (*scores[:-1], 0.0)
+
+
+def _on_lines(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Return the value at x of the lines through points with ascending xs, the outer ones prolonged."""
+    if len(xs) == 1:
+        return ys[0]
+    upper = next((index for index, known in enumerate(xs) if known >= x), len(xs) - 1)
+    upper = max(1, upper)
+    lower = upper - 1
+    share = (x - xs[lower]) / (xs[upper] - xs[lower])
+    return ys[lower] + share * (ys[upper] - ys[lower])
