@@ -23,11 +23,11 @@ from spvit.architecture import (
 
 EVERYTHING = Architecture(
     (
-        Block(Attention("msa", (0, 2), (0, 1, 5), (3,)), FFN(8, (0, 7))),
+        Block(Attention("msa", (0, 2), 5, 3), FFN(8, (0, 7))),
         Block(Attention("conv3"), FFN(8, ())),
         Block(Attention("conv1"), FFN(4, (0, 1, 2, 3))),
         Block(Attention("skip"), FFN(1, (0,))),
-        Block(Attention("msa", heads=()), FFN(8, (1, 2))),
+        Block(Attention("msa", value_rank=2), FFN(8, (1, 2))),
     ),
     skip_rule="normalised_input",
 )
@@ -89,7 +89,7 @@ def test_dense_keeps_everything() -> None:
 def test_prints_as_a_table_of_blocks() -> None:
     rows = [line.split() for line in str(EVERYTHING).splitlines()]
     assert rows[0] == ["block", "attention", "FFN", "units"]
-    assert rows[1] == ["0", "msa", "2", "of", "8"]
+    assert rows[1] == ["0", "msa", "2", "heads", "5/3", "2", "of", "8"]
     assert rows[2] == ["1", "conv3", "0", "of", "8"]
     assert len(rows) == 1 + len(EVERYTHING.blocks)
 

@@ -20,7 +20,6 @@ from spvit.cost import (
     count_macs,
     count_params,
     human,
-    kind_gates,
     parse_budget,
 )
 from spvit.gates import expected
@@ -29,6 +28,7 @@ from spvit.hosts.base import network_costs
 from tiny import HOSTS, MIXED, assert_close, images, make_host
 
 COST = NetworkCost("macs", 1000, (BlockCost(400, 300, 60, 2, 50), BlockCost(500, 310, 70, 3, 40)))
+NESTED_GATES = {"msa": (1, 1, 1), "conv3": (1, 1, 0), "conv1": (1, 0, 0), "skip": (0, 0, 0)}
 UNITS = {"few": (0, 5, 70), "some": tuple(range(1, 72, 2)), "none": (), "all": tuple(range(72))}
 
 
@@ -64,7 +64,19 @@ def test_costs_are_the_formulas_of_the_method() -> None:
     host = make_host("class_token", torch.float32)
     costs = network_costs(family_of(host), host)["macs"]
     n, grid, d, e = 17, 16, 24, 8
-    block = BlockCost(4 * n * d**2 + 2 * d * n**2, 10 * d * e * grid, 2 * d * e * grid, 2 * n * d, 72)
+    dimension = n * (2 * d + n)  # of one head: two projections, one of the two attention products
+    block = BlockCost(
+        4 * n * d**2 + 2 * d * n**2,
+        10 * d * e * grid,
+        2 * d * e * grid,
+        2 * n * d,
+        72,
+        heads=3,
+        head_width=e,
+        query_key=dimension,
+        value=dimension,
+        prefix_rules={"linear": 2 * d * e},
+    )
     assert costs.blocks == (block,) * 4
     assert costs.fixed == grid * 768 * d + d * 7  # patch embedding and classifier
 
@@ -108,10 +120,6 @@ def test_published_architectures_cost_what_the_method_says(name: str) -> None:
         assert count_params(spvit.fold(pruned)) == costs["params"].of(architecture)
 
 
-def test_kind_gates_are_nested() -> None:
-    assert [kind_gates(kind) for kind in KINDS] == [(1, 1, 1), (1, 1, 0), (1, 0, 0), (0, 0, 0)]
-
-
 def test_numbers_and_tensors_take_the_same_arithmetic() -> None:
     for first in KINDS:
         for second in KINDS:
@@ -120,7 +128,7 @@ def test_numbers_and_tensors_take_the_same_arithmetic() -> None:
             )
             exact = COST.of(architecture)
             assert exact == 1000 + COST.blocks[0].attention(first) + COST.blocks[1].attention(second) + 3 * 2 + 1 * 3
-            attention = torch.tensor([kind_gates(first), kind_gates(second)], dtype=torch.float64)
+            attention = torch.tensor([NESTED_GATES[first], NESTED_GATES[second]], dtype=torch.float64)
             assert COST.expected(attention, [torch.tensor(3.0), torch.tensor(1.0)]).item() == exact
     assert COST.dense == 1000 + 400 + 500 + 2 * 50 + 3 * 40
 

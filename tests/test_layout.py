@@ -20,6 +20,7 @@ FLOORS = [
     "kernels",
     "moments",
     "narrowing",
+    "ranking",
     "cost",
     "pruned",
     "searchable",

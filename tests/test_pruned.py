@@ -45,7 +45,7 @@ def test_bottleneck_is_the_reference_candidate(prefix_tokens: int, kind: str, tr
 def test_bottleneck_is_made_of_stock_layers(kind: str) -> None:
     bottleneck = _bottleneck(make_layer(), kind)
     stock = {"conv3": nn.Conv2d, "conv1": nn.Linear}[kind]
-    assert [type(child) for child in bottleneck.children()] == [stock, nn.BatchNorm2d, nn.ReLU, nn.Linear]
+    assert [type(child) for child in bottleneck.children()] == [stock, nn.BatchNorm2d, nn.ReLU, nn.Linear, nn.Identity]
     assert {parameter.dtype for parameter in bottleneck.parameters()} == {DOUBLE}
     assert all(parameter.is_leaf and parameter.requires_grad for parameter in bottleneck.parameters())
 

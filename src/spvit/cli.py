@@ -47,6 +47,7 @@ from spvit.config import (
 from spvit.cost import BudgetError
 from spvit.hosts.base import UnsupportedHostError
 from spvit.models import ModelError
+from spvit.moments import CalibrationError
 from spvit.surgery import NotSearchableError
 from spvit.train.data import DataError
 from spvit.train.loop import STATE, RunError
@@ -64,11 +65,15 @@ FIXED = (
     "seed",
     "architecture",
     "initialise",
+    "repair",
+    "calibration_images",
+    "multiple",
 )
 
 InputErrors = (
     ArchitectureError,
     BudgetError,
+    CalibrationError,
     CheckpointError,
     DataError,
     ModelError,
@@ -91,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console, problems = Console(), Console(stderr=True)
     _quiet_libraries(problems)
     try:
-        name, options = parse(list(sys.argv[1:] if arguments is None else arguments))
+        name, options = parse(_spelled_out(sys.argv[1:] if arguments is None else arguments))
         _guarded(commands()[name].run, options, console)
     except InputErrors as error:
         return _complain(problems, error, 2)
@@ -169,6 +174,17 @@ def _parse(arguments: list[str]) -> tuple[str, Any]:
     chosen = values[values.command]
     options = commands()[values.command].options
     return values.command, options(**{field.name: chosen[field.name] for field in dataclasses.fields(options)})
+
+
+def _spelled_out(arguments: Sequence[str]) -> list[str]:
+    """Return the words with dashes inside option names as underscores, and --no-train as what it stands for."""
+    words = []
+    for word in arguments:
+        name, sign, value = word.partition("=")
+        if name.startswith("--"):
+            name = "--" + name[2:].replace("-", "_")
+        words.append("--train_epochs=0" if name == "--no_train" and not sign else name + sign + value)
+    return words
 
 
 def _resume_alone(arguments: list[str]) -> list[str]:

@@ -164,11 +164,11 @@ class Skip(nn.Module):
     `zero`; `normalised_input`, as the published checkpoints do; or `mean`, constant vectors.
     """
 
-    def __init__(self, rule: str, returns_tuple: bool, prefix_tokens: int, dim: int, like: dict[str, Any]) -> None:
+    def __init__(self, rule: str, returns_tuple: bool, mean: Constant | None = None) -> None:
         super().__init__()
         self.rule = rule
         self.returns_tuple = returns_tuple
-        self.mean = Constant(prefix_tokens + 1, dim, like) if rule == "mean" else None
+        self.mean = mean
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """x: [B, N, D]. Returns [B, N, D]."""

@@ -17,7 +17,7 @@ from spvit.hosts import Family, family_of
 from spvit.hosts.base import BlockSites, UnsupportedHostError, network_costs
 from spvit.kernels import POSITIONS, conv1_weights, conv3_weights, head_mix
 from spvit.narrowing import narrow_blindly
-from spvit.pruned import BottleneckConv, Grid, NarrowAttention, Skip, narrow_linear
+from spvit.pruned import BottleneckConv, Constant, Grid, NarrowAttention, Skip, narrow_linear
 from spvit.repair import repair as repair_in_place
 from spvit.searchable import GatedLinear, SearchableAttention
 
@@ -256,7 +256,11 @@ def replace_attention(
         assert layer is not None
         replacement = NarrowAttention(narrow_blindly(layer, kept), layer, returns_tuple)
     elif kept.kind == "skip":
-        replacement = Skip(architecture.skip_rule, returns_tuple, site.prefix_tokens, site.dim, like)
+        replacement = Skip(
+            architecture.skip_rule,
+            returns_tuple,
+            Constant(site.prefix_tokens + 1, site.dim, like) if architecture.skip_rule == "mean" else None,
+        )
         if site.norm is not None and architecture.skip_rule != "normalised_input":
             model.set_submodule(site.norm, nn.Identity().train(attention.training))
     else:

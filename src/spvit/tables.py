@@ -27,10 +27,11 @@ def block_table(architecture: Architecture, costs: dict[str, NetworkCost], title
         row = []
         for metric in ("params", "macs"):
             cost = costs[metric].blocks[index]
-            kept = cost.attention(block.attention.kind) + cost.unit * len(block.ffn.units)
+            kept = cost.attention_kept(block.attention, architecture.prefix_rule, architecture.skip_rule)
+            kept += cost.unit * len(block.ffn.units)
             row += [human(kept), human(cost.msa + cost.unit * cost.units)]
         units = f"{len(block.ffn.units)}/{block.ffn.width}"
-        table.add_row(str(index), block.attention.kind, units, *row)
+        table.add_row(str(index), str(block.attention), units, *row)
     fixed = [human(costs[metric].fixed) for metric in ("params", "params", "macs", "macs")]
     table.add_row("", "rest", "", *fixed, end_section=True)
     totals = []
@@ -43,9 +44,9 @@ def block_table(architecture: Architecture, costs: dict[str, NetworkCost], title
 
 
 def kinds_text(architecture: Architecture) -> str:
-    """Return how many layers are of each kind, in words."""
-    kinds = architecture.kinds()
-    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS if kind in kinds)
+    """Return how many layers are of each kind, in words, narrowed ones apart."""
+    found = ["narrow msa" if block.attention.narrowed() else block.attention.kind for block in architecture.blocks]
+    return ", ".join(f"{found.count(kind)} {kind}" for kind in (KINDS[0], "narrow msa", *KINDS[1:]) if kind in found)
 
 
 def comparison_table(

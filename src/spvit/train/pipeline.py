@@ -1,4 +1,4 @@
-"""The whole way from a dense model to a compressed one: train, search, decide, prune, fine-tune, fold, save.
+"""The whole way from a dense model to a compressed one: train, search or score, decide, prune, repair, fine-tune, save.
 
 A run folder holds everything: metrics.jsonl, architecture.json, state/ (resumable), model.safetensors and model.json.
 """
@@ -6,12 +6,13 @@ A run folder holds everything: metrics.jsonl, architecture.json, state/ (resumab
 import copy
 import json
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.utils import set_seed
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from spvit.architecture import Architecture
 from spvit.checkpoint import Preprocessing, save, write_text
@@ -19,7 +20,7 @@ from spvit.cost import parse_budget
 from spvit.decide import decide
 from spvit.hosts import family_of
 from spvit.surgery import fold, make_searchable, prune, pruned_record, search_record
-from spvit.train.data import ImageConfig, Images, load_images, validation_loader
+from spvit.train.data import DataError, ImageConfig, Images, load_images, training_loader, validation_loader
 from spvit.train.loop import (
     Evaluation,
     LoopConfig,
@@ -50,8 +51,14 @@ class CompressConfig(LoopConfig):
     """The search for what to keep."""
     finetune: PhaseConfig = field(default_factory=PhaseConfig)
     """Training of the pruned model."""
+    train_epochs: int | None = None
+    """Decide from calibration images in place of a search, then fine-tune for so many epochs; 0 trains nothing."""
+    repair: bool = True
+    """Whether what pruning broke is repaired in closed form, from calibration images."""
+    calibration_images: int = 1024
+    """Training images for scores and repair; their labels are not used."""
     initialise: str = "search"
-    """Weights of the pruned model at first: those of the `search`, or of the `host` as published."""
+    """Weights of the pruned model after a search: those of the `search`, or of the `host` as published."""
     multiple: int | None = None
     """FFN widths are rounded to a multiple of it; when absent 8, or less for very small models."""
 
@@ -117,6 +124,57 @@ def search(
     if PartialState().is_main_process:
         write_text(folder / ARCHITECTURE, architecture.to_json())
     return net, architecture
+
+
+def calibration(images: Images, config: CompressConfig) -> list[Tensor]:
+    """Return the first training images of the run's seed as batches [B, channels, height, width].
+
+    Raises:
+        DataError: an image cannot be read, or fewer than one is asked for.
+    """
+    if config.calibration_images < 1:
+        raise DataError(f"calibration_images is {config.calibration_images}, expected 1 or more")
+    set_seed(config.seed)
+    batches: list[Tensor] = []
+    missing = config.calibration_images
+    for batch, _ in training_loader(images):
+        batches.append(batch[:missing])
+        missing -= len(batches[-1])
+        if missing == 0:
+            break
+    return batches
+
+
+def decide_from_scores(
+    host: nn.Module,
+    images: Images,
+    budget: dict[str, str | int],
+    folder: Path,
+    config: CompressConfig,
+    progress: PhaseProgress,
+) -> Architecture:
+    """Return the architecture that calibration images choose, without a search; write architecture.json.
+
+    A run that is continued keeps the one that it has written.
+    """
+    path = folder / ARCHITECTURE
+    if path.is_file():
+        return Architecture.load(path)
+    progress.start("scores", len(family_of(host).blocks(host)), 0)
+    try:
+        architecture = decide(
+            host,
+            macs=budget.get("macs"),
+            params=budget.get("params"),
+            multiple=config.multiple,
+            calibration=calibration(images, config),
+            report=lambda done, blocks: progress.step(""),
+        )
+    finally:
+        progress.stop()
+    if PartialState().is_main_process:
+        write_text(path, architecture.to_json())
+    return architecture
 
 
 def finetune(
@@ -187,6 +245,8 @@ def run_compress(
     """
     if config.initialise not in ("search", "host"):
         raise RunFolderError(f"initialise is {config.initialise!r}, expected search or host")
+    if config.train_epochs is not None and config.train_epochs < 0:
+        raise RunFolderError(f"train_epochs is {config.train_epochs}, expected 0 or more")
     # An impossible budget must be refused before anything is trained.
     parsed = parse_budget(**budget)
     parsed.target(search_record(make_searchable(host)).costs[parsed.metric])
@@ -199,11 +259,24 @@ def run_compress(
     else:
         dense_figures = figures_of(dense, images, config)
         progress.note(f"dense model: accuracy {dense_figures.accuracy:.2%}")
-    net, architecture = search(dense, images, budget, folder, config, config.search, progress, config.multiple)
-    pruned = prune(dense, architecture, weights=net if config.initialise == "search" else None)
+    net, finetuning = None, config.finetune
+    if config.train_epochs is None:
+        net, architecture = search(dense, images, budget, folder, config, config.search, progress, config.multiple)
+    else:
+        finetuning = replace(finetuning, epochs=config.train_epochs)
+        architecture = decide_from_scores(dense, images, budget, folder, config, progress)
+    pruned = prune(
+        dense,
+        architecture,
+        weights=net if config.initialise == "search" else None,
+        repair=calibration(images, config) if config.repair else None,
+    )
     after_pruning = figures_of(pruned, images, config)
-    progress.note(f"after pruning: accuracy {after_pruning.accuracy:.2%}")
-    figures = finetune(pruned, images, folder, config, config.finetune, progress, teacher=dense)
+    progress.note(f"after pruning{' and repair' if config.repair else ''}: accuracy {after_pruning.accuracy:.2%}")
+    if finetuning.epochs > 0:
+        figures = finetune(pruned, images, folder, config, finetuning, progress, teacher=dense)
+    else:
+        figures = after_pruning
     model = deployed(pruned)
     write_model(model, images, figures, folder)
     _record_summary(folder, dense_figures, after_pruning, figures)

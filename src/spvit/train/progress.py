@@ -58,8 +58,12 @@ class PhaseProgress:
             return
         speed = self._bar.tasks[self._task].speed
         budget = f"  budget loss {values['budget_loss']:.3g}" if "budget_loss" in values else ""
-        text = f"loss {loss:.3f}{budget}  {self._standing}"
-        self._bar.update(self._task, advance=1, text=text, rate=f"{speed:.1f} steps/s" if speed else "")
+        self.step(f"loss {loss:.3f}{budget}  {self._standing}", f"{speed:.1f} steps/s" if speed else "")
+
+    def step(self, text: str, rate: str = "") -> None:
+        """Count one step with a text beside the bar."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, advance=1, text=text, rate=rate)
 
     def stand(self, standing: dict[str, Any]) -> None:
         """Say how a search stands now."""
