@@ -36,10 +36,11 @@ from spvit.decide import DEFAULT_MULTIPLE, TOLERANCE
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
 from spvit.train.data import ImageConfig, Images, load_images, training_loader
-from spvit.train.loop import LoopConfig, Phase, PhaseConfig, SearchConfig, run_phase
+from spvit.train.loop import Phase, run_phase
 from spvit.train.losses import BUDGET_WEIGHT
 from spvit.train.pipeline import deployed, figures_of, search, train_dense
 from spvit.train.progress import PhaseProgress
+from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))

@@ -14,9 +14,10 @@ import spvit
 from spvit.architecture import Architecture
 from spvit.surgery import gated_layers, make_searchable
 from spvit.train.data import DataError
-from spvit.train.loop import LoopConfig, Phase, RunError, learning_rate_at, run_phase
+from spvit.train.loop import Phase, RunError, learning_rate_at, run_phase
 from spvit.train.losses import BudgetLoss
 from spvit.train.pipeline import CompressConfig, RunFolderError, check_folder, compress, run_compress
+from spvit.train.settings import LoopConfig
 from training import digits, micro_host, short, short_search, states_equal
 
 

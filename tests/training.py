@@ -10,7 +10,7 @@ from torch import nn
 
 from spvit.checkpoint import Preprocessing
 from spvit.train.data import ImageConfig, Images, load_images
-from spvit.train.loop import PhaseConfig, SearchConfig
+from spvit.train.settings import PhaseConfig, SearchConfig
 
 MODEL = "vit_tiny_patch16_224"
 MODEL_ARGS = {

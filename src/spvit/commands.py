@@ -32,7 +32,6 @@ from spvit.models import ModelConfig, ModelError, OpenedModel, number_of_classes
 from spvit.surgery import prune, pruned_record
 from spvit.tables import block_table, comparison_table, kinds_text
 from spvit.train.data import DataError, ImageConfig, Images, load_images
-from spvit.train.loop import LoopConfig
 from spvit.train.pipeline import (
     Compressed,
     check_folder,
@@ -45,6 +44,7 @@ from spvit.train.pipeline import (
     write_model,
 )
 from spvit.train.progress import PhaseProgress
+from spvit.train.settings import LoopConfig
 
 SETTINGS = "config.yaml"
 BATCHES = (1, 64)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from spvit.models import ModelConfig
 from spvit.train.data import ImageConfig
-from spvit.train.loop import LoopConfig, PhaseConfig, SearchConfig
 from spvit.train.pipeline import CompressConfig
+from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
 
 
 @dataclass(frozen=True, kw_only=True)

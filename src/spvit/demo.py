@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spvit.config import CompressCommand
 from spvit.train.data import DIGITS, ImageConfig
-from spvit.train.loop import PhaseConfig, SearchConfig
+from spvit.train.settings import PhaseConfig, SearchConfig
 
 
 def demo_settings(output: str, macs: str, seed: int) -> CompressCommand:

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -24,9 +24,11 @@ from spvit.architecture import KINDS
 from spvit.checkpoint import write_text
 from spvit.hosts.base import logits_of
 from spvit.surgery import gate_parameters
+from spvit.train.best import BestWeights
 from spvit.train.data import DataError, Images, mixup_of, training_loader, validation_loader
-from spvit.train.losses import BUDGET_WEIGHT, BudgetLoss, distillation_loss, task_loss
+from spvit.train.losses import BudgetLoss, distillation_loss, task_loss
 from spvit.train.progress import PhaseProgress
+from spvit.train.settings import LoopConfig, PhaseConfig, check_settings
 
 METRICS = "metrics.jsonl"
 STATE = "state"
@@ -36,59 +38,6 @@ LARGEST_GATE_LEARNING_RATE = 0.05
 
 class RunError(RuntimeError):
     """A run failed; what it had produced so far is kept."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopConfig:
-    """Settings of a run that all its phases share."""
-
-    seed: int = 0
-    """Seed of everything random."""
-    precision: str = "fp32"
-    """`fp32`, or `bf16` for mixed precision."""
-    log_every: int = 20
-    """Steps between two lines of metrics.jsonl."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PhaseConfig:
-    """Settings of one phase of training."""
-
-    epochs: int = 10
-    """Passes over the training images."""
-    learning_rate: float = 5e-4
-    """Peak learning rate of the weights (AdamW)."""
-    minimum_learning_rate: float = 1e-5
-    """Learning rate at the end of the cosine schedule."""
-    warmup_epochs: float = 0.5
-    """Epochs in which the learning rate rises from zero."""
-    reference_batch: int = 0
-    """Scale learning rates by global batch size / this (DeiT: 512); 0 takes them as they are."""
-    weight_decay: float = 0.05
-    """Weight decay, but none on biases, norms, and position, class and gate parameters."""
-    label_smoothing: float = 0.1
-    """Label smoothing of the task loss, 0 to 1."""
-    clip_gradient: float = 1.0
-    """Largest gradient norm of the weights, 0 for no clipping."""
-    distillation: float = 0.0
-    """Share of the loss, 0 to 1, that is agreement with the dense model's outputs."""
-    distillation_temperature: float = 1.0
-    """Temperature of that agreement."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchConfig(PhaseConfig):
-    """Settings of the search."""
-
-    gate_learning_rate: float | None = None
-    """Constant learning rate of the gate logits (an AdamW of their own, without decay). When absent, such that rate x
-    steps is 12.5 as in the published DeiT search, but at most 0.05."""
-    budget_weight: float = BUDGET_WEIGHT
-    """Weight of the budget loss against the relative cost (lambda)."""
-    gate_logit: float = 1.5
-    """Where the gate logits start (theta)."""
-    temperature: float | None = None
-    """Temperature of the head mix (alpha); the family's own when absent."""
 
 
 @dataclass
@@ -164,7 +113,7 @@ def run_phase(
 
 class _Loop:
     def __init__(self, phase: Phase, images: Images, folder: Path, config: LoopConfig, progress: PhaseProgress) -> None:
-        _check(phase.config)
+        check_settings(phase.config)
         self.phase, self.settings, self.config, self.progress = phase, phase.config, config, progress
         self.folder = folder
         self.accelerator = make_accelerator(config)
@@ -179,19 +128,39 @@ class _Loop:
         self.batch = images.config.batch_size * self.accelerator.num_processes
         reference = phase.config.reference_batch
         self.scale = self.batch / reference if reference else 1.0
+        self.average: Any = self._averaged() if phase.config.weight_averaging > 0 else None
+        self.best = BestWeights(self.states) if phase.config.keep_best else None
 
     @property
     def states(self) -> Path:
         return self.folder / STATE / self.phase.name
 
+    def _averaged(self) -> Any:
+        """Return timm's running average of the weights, which is saved and restored with the rest of the state."""
+        from timm.utils import ModelEmaV3
+
+        plain = self.accelerator.unwrap_model(self.model)
+        # The warm-up lets a short phase's average forget where it started.
+        average = ModelEmaV3(plain, decay=self.settings.weight_averaging, use_warmup=True, warmup_power=3 / 4)
+        self.accelerator.register_for_checkpointing(average)
+        return average
+
+    def _judged(self) -> nn.Module:
+        """Return the model that is evaluated, and whose weights are kept: the average if there is one."""
+        return cast(nn.Module, self.average.module) if self.average is not None else self.model
+
     def run(self) -> Evaluation:
         done, figures = self._resume()
         epochs = self.settings.epochs
+        if done == 0 and self.best is not None:
+            figures = self._evaluate()
+            self._offer(0, figures)
         self.progress.start(self.phase.name, epochs * len(self.train), done * len(self.train))
         try:
             for epoch in range(done, epochs):
                 self._epoch(epoch)
-                figures = evaluate(self.model, self.validation, self.accelerator)
+                figures = self._evaluate()
+                self._offer(epoch + 1, figures)
                 standing = self._standing()
                 self._record({"event": "evaluation", "epoch": epoch + 1, **vars(figures), **standing})
                 self._save(epoch + 1, figures)
@@ -201,10 +170,23 @@ class _Loop:
             # A bar left running would hide the terminal's cursor under the message of what went wrong.
             self.progress.stop()
         if figures is None:
-            figures = evaluate(self.model, self.validation, self.accelerator)
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            figures = self._evaluate()
+        plain = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if self.average is not None:
+            plain.load_state_dict(self.average.module.state_dict())
+        if self.best is not None and (best := self.best.figures()) and best["accuracy"] > figures.accuracy:
+            plain.load_state_dict(self.best.weights())
+            figures = evaluate(plain, self.validation, self.accelerator)
+            self.progress.note(f"{self.phase.name}: epoch {best['epoch']} was the best, its weights are kept")
         self.accelerator.free_memory()
         return figures
+
+    def _evaluate(self) -> Evaluation:
+        return evaluate(self._judged(), self.validation, self.accelerator)
+
+    def _offer(self, epoch: int, figures: Evaluation) -> None:
+        if self.best is not None and self.accelerator.is_main_process:
+            self.best.offer(epoch, figures.accuracy, self.accelerator.unwrap_model(self._judged()))
 
     def _epoch(self, epoch: int) -> None:
         # The order of images comes from a seed that all processes share; what follows differs by process.
@@ -256,6 +238,8 @@ class _Loop:
             if optimizer is not None:
                 optimizer.step()
                 optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update(self.accelerator.unwrap_model(self.model), step=step)
         return figures
 
     def _set_learning_rates(self, step: int) -> float:
@@ -383,17 +367,3 @@ def _optimizers(phase: Phase, steps: int) -> tuple[torch.optim.Optimizer, torch.
     if rate is None:
         rate = min(PUBLISHED_GATE_TRAVEL / steps, LARGEST_GATE_LEARNING_RATE)
     return weights, torch.optim.AdamW(gates, lr=rate, weight_decay=0.0)
-
-
-def _check(settings: PhaseConfig) -> None:
-    for name, low, high in (
-        ("epochs", 0, math.inf),
-        ("learning_rate", 0, math.inf),
-        ("label_smoothing", 0, 1),
-        ("distillation", 0, 1),
-        ("clip_gradient", 0, math.inf),
-        ("weight_decay", 0, math.inf),
-    ):
-        value = getattr(settings, name)
-        if not low <= value <= high:
-            raise DataError(f"{name} is {value}, expected {low} or more" + (f", at most {high}" if high == 1 else ""))

@@ -23,16 +23,14 @@ from spvit.surgery import fold, make_searchable, prune, pruned_record, search_re
 from spvit.train.data import DataError, ImageConfig, Images, load_images, training_loader, validation_loader
 from spvit.train.loop import (
     Evaluation,
-    LoopConfig,
     Phase,
-    PhaseConfig,
-    SearchConfig,
     evaluate,
     make_accelerator,
     run_phase,
 )
 from spvit.train.losses import BudgetLoss
 from spvit.train.progress import PhaseProgress
+from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
 
 ARCHITECTURE = "architecture.json"
 

@@ -1,0 +1,80 @@
+"""What a run and its phases can be told; the attribute docstrings are the command line's help."""
+
+import math
+from dataclasses import dataclass
+
+from spvit.train.data import DataError
+from spvit.train.losses import BUDGET_WEIGHT
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """Settings of a run that all its phases share."""
+
+    seed: int = 0
+    """Seed of everything random."""
+    precision: str = "fp32"
+    """`fp32`, or `bf16` for mixed precision."""
+    log_every: int = 20
+    """Steps between two lines of metrics.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """Settings of one phase of training."""
+
+    epochs: int = 10
+    """Passes over the training images."""
+    learning_rate: float = 5e-4
+    """Peak learning rate of the weights (AdamW)."""
+    minimum_learning_rate: float = 1e-5
+    """Learning rate at the end of the cosine schedule."""
+    warmup_epochs: float = 0.5
+    """Epochs in which the learning rate rises from zero."""
+    reference_batch: int = 0
+    """Scale learning rates by global batch size / this (DeiT: 512); 0 takes them as they are."""
+    weight_decay: float = 0.05
+    """Weight decay, but none on biases, norms, and position, class and gate parameters."""
+    label_smoothing: float = 0.1
+    """Label smoothing of the task loss, 0 to 1."""
+    clip_gradient: float = 1.0
+    """Largest gradient norm of the weights, 0 for no clipping."""
+    distillation: float = 0.0
+    """Share of the loss, 0 to 1, that is agreement with the dense model's outputs."""
+    distillation_temperature: float = 1.0
+    """Temperature of that agreement."""
+    weight_averaging: float = 0.0
+    """Decay a step of a running average of the weights, which takes their place in the end; 0 for no average."""
+    keep_best: bool = False
+    """Whether to end with the best weights by validation accuracy, those from before the phase among them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(PhaseConfig):
+    """Settings of the search."""
+
+    gate_learning_rate: float | None = None
+    """Constant learning rate of the gate logits (an AdamW of their own, without decay). When absent, such that rate x
+    steps is 12.5 as in the published DeiT search, but at most 0.05."""
+    budget_weight: float = BUDGET_WEIGHT
+    """Weight of the budget loss against the relative cost (lambda)."""
+    gate_logit: float = 1.5
+    """Where the gate logits start (theta)."""
+    temperature: float | None = None
+    """Temperature of the head mix (alpha); the family's own when absent."""
+
+
+def check_settings(settings: PhaseConfig) -> None:
+    """Raise DataError naming the first setting that is out of range."""
+    for name, low, high in (
+        ("epochs", 0, math.inf),
+        ("learning_rate", 0, math.inf),
+        ("label_smoothing", 0, 1),
+        ("distillation", 0, 1),
+        ("clip_gradient", 0, math.inf),
+        ("weight_decay", 0, math.inf),
+        ("weight_averaging", 0, 1),
+    ):
+        value = getattr(settings, name)
+        if not low <= value <= high:
+            raise DataError(f"{name} is {value}, expected {low} or more" + (f", at most {high}" if high == 1 else ""))
