@@ -26,6 +26,7 @@ FLOORS = [
     "surgery",
     "zoo",
     "checkpoint",
+    "published",
     "models",
     "export",
     "benchmark",
