@@ -168,7 +168,7 @@ def load(folder: str | Path) -> nn.Module:
     """
     description = describe(folder)
     try:
-        model = family_of_library(description.host["library"]).build(description.host)
+        model = family_of_library(description.host["library"], description.host.get("class")).build(description.host)
         if description.architecture is not None:
             model = prune(model, description.architecture, inplace=True)
         if description.folded:

@@ -96,14 +96,14 @@ def make_searchable(
     blocks = family.blocks(host)
     record = SearchRecord(network_costs(family, host))
     net = host if inplace else copy.deepcopy(host)
-    grid = Grid(*blocks[0].attention.grid)
+    grids = family.track_grids(net, range(len(blocks)), whole=False)
     draws = GateDraws()
-    for block in blocks:
+    for index, block in enumerate(blocks):
         attention = SearchableAttention(
             net.get_submodule(block.attention.path),
             family.access,
             prefix_tokens=block.attention.prefix_tokens,
-            grid=grid,
+            grid=grids[index],
             temperature=family.temperature if temperature is None else temperature,
             draws=draws,
         )
@@ -115,7 +115,6 @@ def make_searchable(
         with torch.no_grad():
             attention.gate_logits.fill_(gate_logit)
             gated.gate_logits.fill_(gate_logit)
-    family.track_grid(net, grid)
     setattr(net, _RECORD, record)
     return net
 
@@ -245,13 +244,13 @@ def prune(host: Model, architecture: Architecture, *, weights: nn.Module | None 
     if weights is not None:
         searched = [attention for attention, _ in gated_layers(weights)]
         _load_dense_weights(model, weights)
-    grid = Grid(*blocks[0].attention.grid)
+    replaced = [index for index, kind in enumerate(architecture.kinds()) if kind != "msa"]
+    grids = family.track_grids(model, replaced, whole=True)
     for index, (sites, kept_block) in enumerate(zip(blocks, architecture.blocks)):
         layer = searched[index] if searched is not None else None
-        _replace_attention(model, family, sites, kept_block.attention.kind, architecture.skip_rule, layer, grid)
+        kind, grid = kept_block.attention.kind, grids.get(index)
+        _replace_attention(model, family, sites, kind, architecture.skip_rule, layer, grid)
         _narrow_ffn(model, sites, kept_block.ffn)
-    if any(kind in ("conv3", "conv1") for kind in architecture.kinds()):
-        family.track_grid(model, grid)
     setattr(model, _RECORD, PrunedRecord(architecture, folded=False))
     return model
 
@@ -284,10 +283,11 @@ def _replace_attention(
     kind: str,
     skip_rule: str,
     searched: SearchableAttention | None,
-    grid: Grid,
+    grid: Grid | None,
 ) -> None:
     if kind == "msa":
         return
+    assert grid is not None
     site = sites.attention
     attention = model.get_submodule(site.path)
     replacement: nn.Module
