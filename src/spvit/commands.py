@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ from spvit.tables import block_table, comparison_table, kinds_text
 from spvit.train.data import DataError, ImageConfig, Images, load_images
 from spvit.train.loop import LoopConfig
 from spvit.train.pipeline import (
+    ARCHITECTURE,
     Compressed,
     RunFolderError,
     check_folder,
@@ -59,10 +59,7 @@ from spvit.train.pipeline import (
 from spvit.train.progress import PhaseProgress
 
 SETTINGS = "config.yaml"
-ARCHITECTURE = "architecture.json"
 BATCHES = (1, 64)
-
-logger = logging.getLogger("spvit")
 
 
 def heading(name: str) -> str:
@@ -238,16 +235,10 @@ def convert_command(options: ConvertCommand, console: Console) -> None:
     record = pruned_record(model)
     if record is not None:
         lines += _architecture_lines(record.architecture)
-        if indicators is None:
+        if indicators is None and any(len(block.ffn.units) < block.ffn.width for block in record.architecture.blocks):
             lines.append("the file does not say which FFN units it kept, so the first stand for them; see --indicators")
-        elif published.form == "dense":
+        if published.form == "dense":
             lines.append(_attention_line(record.architecture))
-    if published.form == "folded" and published.layout.name == "Swin":
-        logger.warning(
-            "%s: the published script folds Swin checkpoints with DeiT's alpha and centre, so their convolutions are "
-            "wrong from the start; convert the unfolded checkpoint",
-            options.checkpoint,
-        )
     _say_where(console, folder, "\n".join(lines))
 
 

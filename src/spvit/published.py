@@ -10,6 +10,7 @@ Shapes: D width, H heads, E head width, K = 9 kernel positions.
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,24 +67,24 @@ class Layout:
     """First width D and blocks a stage, by size."""
 
 
-LAYOUTS = (
-    Layout(
-        "DeiT",
-        r"blocks\.(\d+)",
-        0.01,
-        tuple(range(POSITIONS)),
-        "deit_{}_patch16_224",
-        {"tiny": (192, (12,)), "small": (384, (12,)), "base": (768, (12,))},
-    ),
-    Layout(
-        "Swin",
-        r"layers\.(\d+)\.blocks\.(\d+)",
-        100.0,
-        (CENTRE, *(position for position in range(POSITIONS) if position != CENTRE)),
-        "swin_{}_patch4_window7_224",
-        {"tiny": (96, (2, 2, 6, 2)), "small": (96, (2, 2, 18, 2)), "base": (128, (2, 2, 18, 2))},
-    ),
+DEIT = Layout(
+    "DeiT",
+    r"blocks\.(\d+)",
+    0.01,
+    tuple(range(POSITIONS)),
+    "deit_{}_patch16_224",
+    {"tiny": (192, (12,)), "small": (384, (12,)), "base": (768, (12,))},
 )
+SWIN = Layout(
+    "Swin",
+    r"layers\.(\d+)\.blocks\.(\d+)",
+    100.0,
+    (CENTRE, *(position for position in range(POSITIONS) if position != CENTRE)),
+    "swin_{}_patch4_window7_224",
+    {"tiny": (96, (2, 2, 6, 2)), "small": (96, (2, 2, 18, 2)), "base": (128, (2, 2, 18, 2))},
+)
+
+logger = logging.getLogger("spvit")
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def read_published(path: str | Path) -> Published:
         CheckpointError: the file is damaged, or its layout is none of the known ones; says what was found.
     """
     state = read_weights(path)
-    for layout in LAYOUTS:
+    for layout in (DEIT, SWIN):
         matches = {match[0]: match for key in state if (match := re.match(layout.block + r"(?=\.)", key))}
         if not matches:
             continue
@@ -229,6 +230,12 @@ def rebuild(published: Published, host: nn.Module, indicators: Published | None 
     if published.form == "dense":
         fit_state(model, state, published.path)
         return model if indicated is None else prune(model, indicated, inplace=True)
+    if published.form == "folded" and published.layout is SWIN:
+        logger.warning(
+            "%s: the published script folds Swin with DeiT's alpha and centre, so its convolutions are wrong already; "
+            "convert the unfolded checkpoint",
+            published.path,
+        )
     kept = _kept_units(published, sites, indicators)
     blocks = [
         Block(Attention(kind), FFN(site.ffn.units, units)) for kind, site, units in zip(published.kinds, sites, kept)
@@ -369,6 +376,7 @@ def _folded(part: Mapping[str, Tensor], kind: str, site: AttentionSite, where: s
 
 def _bottleneck(weights: BottleneckWeights, batchnorm: Mapping[str, Tensor]) -> dict[str, Tensor]:
     own = {
+        "bn.num_batches_tracked": torch.tensor(0),
         "conv_in.weight": weights.in_weight,
         "conv_in.bias": weights.in_bias,
         "conv_out.weight": weights.out_weight,
