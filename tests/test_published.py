@@ -212,17 +212,19 @@ def test_indicators_prune_a_dense_checkpoint(family: str, tmp_path: Path) -> Non
     assert pruned_record(model).architecture.kinds() == ("msa",) * 4
 
 
-def test_indicators_of_a_published_architecture_bring_its_attention(tmp_path: Path) -> None:
-    known = architectures()["spvit_deit_tiny_patch16_224"]
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_indicators_of_a_published_architecture_bring_its_attention(name: str, tmp_path: Path) -> None:
+    known = architectures()[f"spvit_{name}"]
+    prefixes = [f"blocks.{index}" for index in range(12)]
+    if name.startswith("swin"):
+        prefixes = [f"layers.{stage}.blocks.{block}" for stage in range(4) for block in range((2, 2, 6, 2)[stage])]
     vectors = {}
-    for index, block in enumerate(known.blocks):
-        vector = [0.0] * (block.ffn.width - len(block.ffn.units)) + [1.0] * len(block.ffn.units)
-        vectors[f"blocks.{index}"] = vector
+    for prefix, block in zip(prefixes, known.blocks):
+        vectors[prefix] = [0.0] * (block.ffn.width - len(block.ffn.units)) + [1.0] * len(block.ffn.units)
     found = indicated_architecture(read_published(indicators(tmp_path / "ffn.pth", vectors)))
-    assert found.kinds() == known.kinds()
-    assert found.widths() == known.widths()
+    assert (found.kinds(), found.widths(), found.skip_rule) == (known.kinds(), known.widths(), known.skip_rule)
     assert found != known
-    assert found.blocks[0].ffn.units[-1] == 767
+    assert found.blocks[0].ffn.units[-1] == known.blocks[0].ffn.width - 1
 
 
 @pytest.mark.parametrize(

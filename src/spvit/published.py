@@ -13,7 +13,7 @@ import copy
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -194,12 +194,12 @@ def indicated_architecture(indicators: Published) -> Architecture:
         )
     units = indicators.units()
     widths = tuple(len(kept) for kept in units.values())
+    ffns = [FFN(len(indicators.state[f"{prefix}.{INDICATOR}"]), kept) for prefix, kept in units.items()]
     name = architecture_name(widths)
-    kinds = ("msa",) * len(widths) if name is None else architectures()[name].kinds()
-    blocks = []
-    for kind, (prefix, kept) in zip(kinds, units.items()):
-        blocks.append(Block(Attention(kind), FFN(len(indicators.state[f"{prefix}.{INDICATOR}"]), kept)))
-    return Architecture(tuple(blocks))
+    if name is None:
+        return Architecture(tuple(Block(Attention(), ffn) for ffn in ffns))
+    known = architectures()[name]
+    return replace(known, blocks=tuple(Block(block.attention, ffn) for block, ffn in zip(known.blocks, ffns)))
 
 
 def rebuild(published: Published, host: nn.Module, indicators: Published | None = None) -> nn.Module:
