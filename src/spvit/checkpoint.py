@@ -265,10 +265,12 @@ def timm_state(host: nn.Module, state: Mapping[str, Tensor], name: str) -> dict[
     if convert is None:
         return dict(state)
     own = host.state_dict()
-    for key, value in state.items():
-        if key.endswith(_OF_INPUT_SIZE) and (key not in own or own[key].shape != value.shape):
-            here = f"{_shape(own[key])} in the model" if key in own else "the model has none"
-            raise CheckpointError(f"checkpoint {name} does not fit: {key} is {_shape(value)} there, but {here}")
+    other = {key for key, value in state.items() if key not in own or own[key].shape != value.shape}
+    refused = next((key for key in state if key in other and key.endswith(_OF_INPUT_SIZE)), None)
+    if refused is not None:
+        first = next(key for key in own if key in other) if refused in own else refused
+        here = f"{_shape(own[first])} in the model" if first in own else "the model has none"
+        raise CheckpointError(f"checkpoint {name} does not fit: {first} is {_shape(state[first])} there, but {here}")
     converted: dict[str, Tensor] = convert(dict(state), host)
     return converted
 
