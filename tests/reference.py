@@ -49,6 +49,67 @@ def msa(x: Tensor, heads: int, q: Projection, k: Projection, v: Projection, o: P
     return torch.stack(images)
 
 
+def window_places(grid: Any) -> list[list[int | None]]:
+    """Return, a window and a token of it, which row-major token of the map stands there; None for padding (Swin)."""
+    height, width = grid.height, grid.width
+    places = []
+    for top in range(0, height, grid.window[0]):
+        for left in range(0, width, grid.window[1]):
+            window: list[int | None] = []
+            for row in range(top, top + grid.window[0]):
+                for column in range(left, left + grid.window[1]):
+                    inside = row < height and column < width
+                    shifted = ((row + grid.shift[0]) % height) * width + (column + grid.shift[1]) % width
+                    window.append(shifted if inside else None)
+            places.append(window)
+    return places
+
+
+def windows_to_map(x: Tensor, grid: Any) -> Tensor:
+    """Return the tokens [B, G, d] of maps that are cut into windows, x [B windows, w^2, d]."""
+    places = window_places(grid)
+    found: dict[int, tuple[int, int]] = {}
+    for window, tokens in enumerate(places):
+        found |= {place: (window, index) for index, place in enumerate(tokens) if place is not None}
+    images = x.unflatten(0, (-1, len(places)))
+    return torch.stack([images[:, found[place][0], found[place][1]] for place in range(len(found))], dim=1)
+
+
+def map_to_windows(tokens: Tensor, grid: Any) -> Tensor:
+    """Return windows [B windows, w^2, d] of the tokens [B, G, d] of maps; zeros where padding is."""
+    nothing = torch.zeros_like(tokens[:, 0])
+    windows = [
+        torch.stack([nothing if place is None else tokens[:, place] for place in window], dim=1)
+        for window in window_places(grid)
+    ]
+    return torch.stack(windows, dim=1).flatten(0, 1)
+
+
+def window_msa(x: Tensor, attention: Any, mask: Tensor | None) -> Tensor:
+    """Self-attention of windows, one at a time: relative position bias and mask added to the scores (Swin)."""
+    heads, (q, k, v, o) = projections(attention)
+    width = len(v.weight) // heads
+    rows, columns = attention.window_size
+    index = torch.zeros(rows * columns, rows * columns, dtype=torch.long)
+    for a in range(rows * columns):
+        for b in range(rows * columns):
+            down, across = a // columns - b // columns, a % columns - b % columns
+            index[a, b] = (down + rows - 1) * (2 * columns - 1) + across + columns - 1
+    windows = []
+    for number, window in enumerate(x):
+        queries, keys, values = q(window), k(window), v(window)
+        outputs = []
+        for i in range(heads):
+            own = slice(i * width, (i + 1) * width)
+            scores = queries[:, own] @ keys[:, own].T / width**0.5
+            scores = scores + attention.relative_position_bias_table[index, i]
+            if mask is not None:
+                scores = scores + mask[number % len(mask)]
+            outputs.append(torch.softmax(scores, dim=-1) @ values[:, own])
+        windows.append(o(torch.cat(outputs, dim=-1)))
+    return torch.stack(windows)
+
+
 def batch_norm(h: Tensor, bn: nn.BatchNorm2d, training: bool) -> Tensor:
     """Batch norm over batch and grid, h [B, G, e]; eps 1e-5, momentum 0.1 (section 1). Updates running statistics."""
     if not training:
@@ -121,10 +182,15 @@ def attention_forward(layer: Any, uniforms: Tensor | None, x: Tensor, *args: Any
     """The whole of section 2 for one layer: every candidate with gradients, then the formula."""
     training = uniforms is not None
     heads, maps = projections(layer.attention)
-    three = bottleneck(x, layer, layer.bn3, list(range(9)), training)
-    one = bottleneck(x, layer, layer.bn1, [4], training)
+    windowed = hasattr(layer.attention, "relative_position_bias_table")
+    grid_tokens = windows_to_map(x, layer.grid) if windowed else x
+    three = bottleneck(grid_tokens, layer, layer.bn3, list(range(9)), training)
+    one = bottleneck(grid_tokens, layer, layer.bn1, [4], training)
+    if windowed:
+        three, one = map_to_windows(three, layer.grid), map_to_windows(one, layer.grid)
     c1, c2, c3 = nested(sample(layer.gate_logits, uniforms))
-    out = c3 * msa(x, heads, *maps) + c2 * (1 - c3) * three + c1 * (1 - c2) * (1 - c3) * one
+    attended = window_msa(x, layer.attention, *args, **kwargs) if windowed else msa(x, heads, *maps)
+    out = c3 * attended + c2 * (1 - c3) * three + c1 * (1 - c2) * (1 - c3) * one
     return out if hasattr(layer.attention, "qkv") else (out, None)
 
 

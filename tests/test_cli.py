@@ -202,7 +202,10 @@ def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_pat
         ("expected 0 or more", "train --recipe RECIPE --output OUT --dense.epochs -1"),
         ("is a dense model", "finetune --recipe TRAINED --output OUT"),
         ("architecture file nowhere.json", "finetune --recipe TRAINED --output OUT --architecture nowhere.json"),
-        ("but this VisionTransformer has 2", "finetune --recipe TRAINED --output OUT --architecture DEEP"),
+        (
+            "deep.json: the architecture has 3 blocks, but this VisionTransformer has 2",
+            "finetune --recipe TRAINED --output OUT --architecture DEEP",
+        ),
         ("is neither a file nor a published one", "profile --model vit_tiny_patch16_224 --architecture best"),
         ("does not exist", "train --recipe RECIPE --output OUT --checkpoint nowhere.pth"),
         ("no trained weights", "evaluate --model vit_tiny_patch16_224 --pretrained false --data digits"),
@@ -222,7 +225,7 @@ def test_bad_input_is_one_line_and_nothing_written(capsys, recipe, trained, tmp_
 
 
 def test_help_of_every_command_says_units_and_defaults(capsys) -> None:
-    for name in ("compress", "train", "search", "finetune", "evaluate", "profile", "demo"):
+    for name in ("compress", "train", "search", "finetune", "evaluate", "profile", "convert", "demo"):
         with pytest.raises(SystemExit) as exit_:
             main([name, "--help"])
         assert exit_.value.code == 0

@@ -25,15 +25,18 @@ from spvit.cost import (
 from spvit.gates import expected
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
-from tiny import HOSTS, MIXED, assert_close, images, make_host
+from tiny import HOSTS, MIXED, assert_close, ffn_widths, images, make_host
 
 COST = NetworkCost("macs", 1000, (BlockCost(400, 300, 60, 2, 50), BlockCost(500, 310, 70, 3, 40)))
 NESTED_GATES = {"msa": (1, 1, 1), "conv3": (1, 1, 0), "conv1": (1, 0, 0), "skip": (0, 0, 0)}
 UNITS = {"few": (0, 5, 70), "some": tuple(range(1, 72, 2)), "none": (), "all": tuple(range(72))}
 
 
-def _architecture(kinds: tuple[str, ...], units: tuple[tuple[int, ...], ...]) -> Architecture:
-    return Architecture(tuple(Block(Attention(kind), FFN(72, kept)) for kind, kept in zip(kinds, units)))
+def _architecture(
+    kinds: tuple[str, ...], units: tuple[tuple[int, ...], ...], widths: tuple[int, ...] = (72,) * 4
+) -> Architecture:
+    ffns = [FFN(width, kept if len(kept) < 72 else tuple(range(width))) for kept, width in zip(units, widths)]
+    return Architecture(tuple(Block(Attention(kind), ffn) for kind, ffn in zip(kinds, ffns)))
 
 
 KINDS_OF = {kind: (kind,) * 4 for kind in KINDS} | {"mixed": MIXED}
@@ -43,7 +46,7 @@ KINDS_OF = {kind: (kind,) * 4 for kind in KINDS} | {"mixed": MIXED}
 @pytest.mark.parametrize("name", HOSTS)
 def test_predicted_costs_equal_measured_ones(name: str, kinds: str) -> None:
     host = make_host(name, torch.float32)
-    architecture = _architecture(KINDS_OF[kinds], tuple(UNITS.values()))
+    architecture = _architecture(KINDS_OF[kinds], tuple(UNITS.values()), ffn_widths(host))
     small = spvit.fold(spvit.prune(host, architecture))
     costs = network_costs(family_of(host), host)
     x = images(host, batch=1)

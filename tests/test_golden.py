@@ -14,6 +14,7 @@ import spvit
 from spvit import kernels
 from spvit.cost import NetworkCost
 from spvit.hosts import family_of_library
+from spvit.hosts.timm_swin import WindowedGrid
 from spvit.kernels import AttentionWeights
 from spvit.pruned import BottleneckConv, Grid, Skip
 from spvit.searchable import GatedLinear, SearchableAttention
@@ -185,6 +186,41 @@ def test_budget() -> None:
     assert_close(ffn_gradient, tensors["grad.ffn_thresholds"])
     attention_gradient = torch.stack([attention.gate_logits.grad for attention, _ in loss.layers])
     assert_close(attention_gradient, tensors["grad.kernel_thresholds"])
+
+
+@torch.no_grad()
+def make_window_layer(swin: dict[str, Tensor], grid: WindowedGrid) -> SearchableAttention:
+    """Return the gated layer of `swin_attention`, in evaluation mode."""
+    from timm.models.swin_transformer import WindowAttention
+
+    attention = WindowAttention(DIM, HEADS, window_size=grid.window)
+    for part in ("weight", "bias"):
+        getattr(attention.qkv, part).copy_(torch.cat([swin[f"w.qk.{part}"], swin[f"w.v.{part}"]]))
+        getattr(attention.proj, part).copy_(swin[f"w.proj.{part}"])
+    attention.relative_position_bias_table.copy_(swin["w.relative_position_bias_table"])
+    access = family_of_library("timm", "SwinTransformer").access
+    layer = SearchableAttention(attention, access, prefix_tokens=0, grid=grid, temperature=swin["w.alpha"].item())
+    layer.head_logits[:, PUBLISHED_ORDER] = swin["w.head_probs"]
+    _load_batchnorm(layer.bn1, swin, "bn_1x1")
+    _load_batchnorm(layer.bn3, swin, "bn_3x3")
+    return layer.eval()
+
+
+@pytest.mark.parametrize("kind", ["msa", "conv1", "skip", "conv3"])
+def test_window_attention_in_evaluation(kind: str) -> None:
+    swin = golden("swin_attention")
+    # Two windows an image, side by side. For conv3 the published code pads each window, that is, takes it for a map.
+    across = 7 if kind == "conv3" else 14
+    layer = make_window_layer(swin, WindowedGrid(7, across, window=(7, 7), shift=(0, 0)))
+    with torch.no_grad():
+        layer.gate_logits.copy_(torch.tensor(GATES[kind]))
+        assert layer.decided() == kind
+        out = layer(swin["x"], mask=swin["mask"])
+    assert_close(out, swin["eval.conv3_windowed" if kind == "conv3" else f"eval.{kind}"])
+
+
+def test_swin_temperature_is_the_published_one() -> None:
+    assert family_of_library("timm", "SwinTransformer").temperature == golden("swin_attention")["w.alpha"].item()
 
 
 @pytest.mark.parametrize("kind", ["conv3", "conv1"])

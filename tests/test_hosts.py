@@ -47,16 +47,22 @@ def test_sites_are_where_the_family_says(name: str) -> None:
             host.get_submodule(path).register_forward_hook(partial(record, path))
         value_path = f"{block.attention.path}.{family.access.value_projection}"
         host.get_submodule(value_path).register_forward_hook(partial(record, value_path))
+    grids = family.track_grids(host, range(len(blocks)), whole=False)
     logits(host, x)
 
-    for block in blocks:
+    for index, block in enumerate(blocks):
         site, ffn = block.attention, block.ffn
         tokens, out = seen[site.path]
-        assert tokens.shape == out.shape == (3, site.tokens, site.dim)
-        assert site.keys == site.tokens == site.prefix_tokens + site.grid[0] * site.grid[1]
+        assert tokens.shape == out.shape == (3 * site.windows, site.keys, site.dim)
+        assert site.tokens == site.prefix_tokens + site.grid[0] * site.grid[1] <= site.windows * site.keys
+        assert (site.keys == site.tokens) or FAMILY_OF[name] == "timm_swin"
         assert (site.norm is None) == (name == "residual_post_norm")  # whose norm follows the attention
         if site.norm is not None:
-            assert torch.equal(seen[site.norm][1], tokens)
+            normalised = seen[site.norm][1].reshape(3, site.tokens, site.dim)
+            gathered = grids[index].gather(tokens, site.prefix_tokens)
+            assert torch.equal(normalised[:, site.prefix_tokens :], gathered)
+            # What the host pads with is zero, and so is what a grid pads with.
+            assert torch.equal(grids[index].scatter(gathered), tokens[:, site.prefix_tokens :])
         assert seen[ffn.first][1].shape == seen[ffn.second][0].shape == (3, site.tokens, ffn.units)
         attention = host.get_submodule(site.path)
         weights = family.access.read(attention)
@@ -82,7 +88,7 @@ def test_weights_are_views_through_which_gradients_flow(name: str) -> None:
     touched = {
         n for n, parameter in attention.named_parameters() if parameter.grad is not None and parameter.grad.any()
     }
-    value, out = family.access.value_projection, {"timm": "proj", "huggingface": "o_proj"}[FAMILY_OF[name]]
+    value, out = family.access.value_projection, "o_proj" if FAMILY_OF[name] == "huggingface" else "proj"
     expected = {f"{value}.weight", f"{out}.weight", f"{value}.bias", f"{out}.bias"}
     assert touched == expected & {n for n, _ in attention.named_parameters()}
 
@@ -91,7 +97,7 @@ def test_weights_are_views_through_which_gradients_flow(name: str) -> None:
 def test_a_host_can_be_built_again_from_its_source(name: str) -> None:
     host = make_host(name)
     source = family_of(host).source(host)
-    family = family_of_library(source["library"])
+    family = family_of_library(source["library"], source.get("class"))
     assert family is family_of(host)
     twin = family.build(json.loads(json.dumps(source))).to(torch.float64).eval()
     assert type(twin) is type(host)
@@ -102,10 +108,21 @@ def test_a_host_can_be_built_again_from_its_source(name: str) -> None:
 @pytest.mark.parametrize("name", HOSTS)
 def test_the_tracked_grid_follows_the_images(name: str) -> None:
     host = make_host(name)
-    grid = Grid(0, 0)
-    family_of(host).track_grid(host, grid)
+    family = family_of(host)
+    expected = {index: block.attention.grid for index, block in enumerate(family.blocks(host)) if index != 1}
+    grids = family.track_grids(host, list(expected), whole=False)
+    assert {index: (grid.height, grid.width) for index, grid in grids.items()} == expected
+    for grid in grids.values():
+        grid.height = grid.width = 0
     logits(host, images(host))
-    assert (grid.height, grid.width) == family_of(host).blocks(host)[0].attention.grid
+    assert {index: (grid.height, grid.width) for index, grid in grids.items()} == expected
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_tracking_no_block_leaves_the_host_alone(name: str) -> None:
+    host = make_host(name)
+    assert family_of(host).track_grids(host, [], whole=True) == {}
+    assert not any(module._forward_pre_hooks for module in host.modules())
 
 
 def test_grid_tracker_counts_patches() -> None:
@@ -116,9 +133,10 @@ def test_grid_tracker_counts_patches() -> None:
         assert (grid.height, grid.width) == expected
 
 
+@pytest.mark.parametrize("name", ["class_token", "swin"])
 @pytest.mark.parametrize("change", ["classes", "pooling", "input size"])
-def test_a_host_changed_after_it_was_made_is_built_as_it_is_now(change: str) -> None:
-    host = make_host("class_token")
+def test_a_host_changed_after_it_was_made_is_built_as_it_is_now(change: str, name: str) -> None:
+    host = make_host(name)
     if change == "classes":
         host.reset_classifier(3)
     elif change == "pooling":
@@ -164,11 +182,21 @@ def test_logits_are_found_in_any_answer() -> None:
     ],
 )
 def test_unknown_families_are_refused_by_name(make: Any, named: str) -> None:
-    supported = r"supported are timm: VisionTransformer, VisionTransformerDistilled; transformers: ViTForImage"
+    supported = (
+        r"supported are timm: VisionTransformer, VisionTransformerDistilled; timm: SwinTransformer; transformers"
+    )
     with pytest.raises(UnsupportedHostError, match=rf"{named} is not a supported model family; {supported}"):
         family_of(make())
-    with pytest.raises(UnsupportedHostError, match="the host's library 'keras' is unknown, expected one of timm, "):
+    with pytest.raises(UnsupportedHostError, match="library 'keras' is unknown, expected one of timm, transformers$"):
         family_of_library("keras")
+    known = "VisionTransformer, VisionTransformerDistilled, SwinTransformer"
+    with pytest.raises(UnsupportedHostError, match=f"class 'ResNet' of timm is unknown, expected one of {known}$"):
+        family_of_library("timm", "ResNet")
+
+
+def test_files_that_name_no_class_are_of_the_first_family() -> None:
+    assert family_of_library("timm") is family_of(make_host("class_token"))
+    assert family_of_library("timm", "SwinTransformer") is family_of(make_host("swin"))
 
 
 class _OddLinear(nn.Linear):
@@ -236,6 +264,43 @@ def test_parts_that_hugging_face_hosts_may_not_have(monkeypatch: pytest.MonkeyPa
         UnsupportedHostError, match=r"this version of transformers lays Hugging Face .* out differently"
     ):
         spvit.make_searchable(host)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (
+            "layers.1",
+            r"layers\.1 is a Identity, but timm SwinTransformer hosts are supported with SwinTransformerStage",
+        ),
+        ("layers.1.blocks.0", r"layers\.1\.blocks\.0 is a Identity, but .* with SwinTransformerBlock there only"),
+        ("layers.0.blocks.1.attn", r"layers\.0\.blocks\.1\.attn is a Identity, but .* with WindowAttention there only"),
+        ("layers.0.blocks.1.attn.qkv", r"blocks\.1\.attn\.qkv is a Identity, but .* with Linear there only"),
+        ("layers.0.blocks.1.attn.proj", r"blocks\.1\.attn\.proj is a Identity, but .* with Linear there only"),
+        ("layers.1.blocks.1.mlp", r"blocks\.1\.mlp is a Identity, but .* with Mlp there only"),
+        ("layers.1.blocks.1.mlp.fc2", r"blocks\.1\.mlp\.fc2 is a Identity, but .* with Linear there only"),
+    ],
+)
+def test_parts_that_swin_hosts_may_not_have(path: str, message: str) -> None:
+    host = make_host("swin")
+    host.set_submodule(path, nn.Identity())
+    with pytest.raises(UnsupportedHostError, match=message):
+        spvit.make_searchable(host)
+
+
+def test_swin_hosts_may_not_norm_their_hidden_units() -> None:
+    host = make_host("swin")
+    host.layers[0].blocks[1].mlp.norm = nn.LayerNorm(72)
+    with pytest.raises(UnsupportedHostError, match=r"layers\.0\.blocks\.1\.mlp\.norm is a LayerNorm over the hidden "):
+        spvit.make_searchable(host)
+
+
+@pytest.mark.parametrize("name", ["swinv2_tiny_window8_256", "swinv2_cr_tiny_224"])
+def test_relatives_of_the_families_are_refused_by_name(name: str) -> None:
+    with torch.device("meta"):
+        host = timm.create_model(name)
+    with pytest.raises(UnsupportedHostError, match=rf"{type(host).__name__} is not a supported model family"):
+        family_of(host)
 
 
 def test_hosts_that_cannot_be_described_are_refused() -> None:

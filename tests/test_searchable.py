@@ -232,6 +232,10 @@ def test_gated_linear_equals_the_reference(bias: bool, training: bool) -> None:
         ("dynamic", (48, 80)),
         ("dynamic", (80, 48)),
         ("huggingface", None),
+        ("swin", None),
+        ("swin_padded", None),
+        ("swin_always_partition", None),
+        ("swin_dynamic", (24, 28)),
     ],
 )
 def test_a_whole_network_learns_as_the_reference_does(name: str, size: tuple[int, int] | None, seed: int) -> None:

@@ -29,6 +29,7 @@ from tiny import (
     assert_differ,
     backward,
     choose,
+    ffn_widths,
     images,
     logits,
     make_host,
@@ -63,7 +64,7 @@ def test_searchable_pruned_folded_and_loaded_agree(name: str, tmp_path: Path) ->
     assert_differ(expected[0], expected[1])
     architecture = spvit.decide(net)
     assert architecture.kinds() == MIXED
-    assert all(0 < width < WIDTH for width in architecture.widths())
+    assert all(0 < kept < width for kept, width in zip(architecture.widths(), ffn_widths(host)))
 
     pruned = spvit.prune(host, architecture, weights=net)
     assert_close(logits(pruned, x), expected)
@@ -73,7 +74,7 @@ def test_searchable_pruned_folded_and_loaded_agree(name: str, tmp_path: Path) ->
     assert_close(logits(spvit.load(spvit.save(folded, tmp_path / "folded")), x), expected)
 
     assert_differ(logits(host, x), expected)
-    assert_differ(logits(spvit.prune(host, EVERYTHING, weights=net), x), expected)
+    assert_differ(logits(spvit.prune(host, dense(ffn_widths(host)), weights=net), x), expected)
     assert_differ(logits(spvit.prune(host, architecture), x), expected)
 
 
@@ -106,8 +107,9 @@ def test_keeping_everything_is_bit_identical(name: str, dtype: torch.dtype) -> N
     expected = logits(host, x)
     net = spvit.make_searchable(host)
     assert torch.equal(logits(net, x), expected)
-    assert spvit.decide(net) == EVERYTHING
-    for kept in (spvit.prune(host, EVERYTHING), spvit.prune(host, EVERYTHING, weights=net)):
+    everything = dense(ffn_widths(host))
+    assert spvit.decide(net) == everything
+    for kept in (spvit.prune(host, everything), spvit.prune(host, everything, weights=net)):
         for model in (kept, spvit.fold(kept)):
             assert torch.equal(logits(model, x), expected)
             state = model.state_dict()
@@ -328,6 +330,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, seed: int) -> Non
         ("dynamic", [(96, 160), (160, 96), (64, 64)]),
         ("dynamic_padded", [(96, 160), (160, 96), (71, 100)]),
         ("huggingface", [(96, 160), (160, 96), (64, 64)]),
+        ("swin_dynamic", [(24, 40), (40, 24), (30, 34), (64, 64)]),
     ],
 )
 def test_images_of_any_size_pass_the_same_networks(name: str, sizes: list[tuple[int, int]]) -> None:

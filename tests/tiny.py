@@ -32,6 +32,25 @@ def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
     return build
 
 
+def _swin(img_size: Any, window_size: Any = 4, **options: Any) -> Callable[[], nn.Module]:
+    small = {
+        "patch_size": 2,
+        "embed_dim": 24,
+        "depths": (2, 2),
+        "num_heads": (3, 4),  # heads of 8, then of 12
+        "mlp_ratio": 3,
+        "num_classes": CLASSES,
+        "drop_path_rate": 0.0,
+    }
+
+    def build() -> nn.Module:
+        timm = __import__("timm")
+        settings = {**small, "img_size": img_size, "window_size": window_size, **options}
+        return timm.create_model("swin_tiny_patch4_window7_224", **settings)
+
+    return build
+
+
 def _huggingface(**options: Any) -> Callable[[], nn.Module]:
     small = {"image_size": 64, "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3}
 
@@ -57,10 +76,18 @@ HOSTS: dict[str, Callable[[], nn.Module]] = {
     "dynamic": _timm("test_vit", dynamic_img_size=True),
     "dynamic_padded": _timm("test_vit", img_size=72, dynamic_img_size=True, dynamic_img_pad=True),
     "residual_post_norm": _timm("vit_base_patch16_rpn_224"),
+    "swin": _swin(32),
+    "swin_non_square": _swin((24, 40)),  # maps of 12 x 20 and 6 x 10: the second is padded
+    "swin_padded": _swin((30, 34), window_size=(4, 3)),  # 15 x 17 and, merged with padding, 8 x 9
+    "swin_large_window": _swin(16, window_size=7),  # 8 x 8 padded to 14; 4 x 4 in one window of its own size
+    "swin_always_partition": _swin((16, 24), window_size=7, always_partition=True),  # windows larger than the map
+    "swin_dynamic": _swin(32, strict_img_size=False),
+    "swin_options": _swin(32, qkv_bias=False, head_dim=10, global_pool="max"),
     "huggingface": _huggingface(),
     "huggingface_options": _huggingface(image_size=(64, 96), qkv_bias=False, head_dim=16),
 }
-FAMILY_OF = {name: "huggingface" if name.startswith("huggingface") else "timm" for name in HOSTS}
+_FAMILIES = {"huggingface": "huggingface", "swin": "timm_swin"}
+FAMILY_OF = {name: _FAMILIES.get(name.split("_")[0], "timm") for name in HOSTS}
 
 
 @torch.no_grad()
@@ -111,6 +138,11 @@ def make_net(name: str, kinds: Sequence[str] = MIXED, dtype: torch.dtype = torch
     """Return a host, and a searchable network made from it whose weights have all moved since; in evaluation mode."""
     host = make_host(name, dtype)
     return host, choose(randomise(spvit.make_searchable(host), seed=1), kinds)
+
+
+def ffn_widths(host: nn.Module) -> tuple[int, ...]:
+    """Return the hidden units of every block's FFN."""
+    return tuple(block.ffn.units for block in family_of(host).blocks(host))
 
 
 def images(host: nn.Module, batch: int = 2, size: tuple[int, int] | None = None, seed: int = 0) -> Tensor:

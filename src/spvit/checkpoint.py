@@ -6,8 +6,12 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
+import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -27,6 +31,11 @@ FORMAT = "spvit-model"
 VERSION = 1
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "model.json"
+# The settings that published training scripts store beside the weights: plain containers, read so that the weights can
+# be. The second is a dictionary of yacs, which need not be installed.
+_SETTINGS: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
+# What timm would quietly resample to another input size.
+_OF_INPUT_SIZE = ("patch_embed.proj.weight", "pos_embed", "relative_position_bias_table")
 
 
 class CheckpointError(ValueError):
@@ -159,7 +168,7 @@ def load(folder: str | Path) -> nn.Module:
     """
     description = describe(folder)
     try:
-        model = family_of_library(description.host["library"]).build(description.host)
+        model = family_of_library(description.host["library"], description.host.get("class")).build(description.host)
         if description.architecture is not None:
             model = prune(model, description.architecture, inplace=True)
         if description.folded:
@@ -178,7 +187,8 @@ def load(folder: str | Path) -> nn.Module:
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint file: `.safetensors`, or a `.pth` (read with `weights_only=True`).
 
-    A `.pth` may keep the weights under `model` or `state_dict`, as the published DeiT files do.
+    A `.pth` may keep the weights under `model` or `state_dict`, as the published DeiT files do; what stands beside
+    them (optimizer, settings, moving averages) is left out.
 
     Raises:
         CheckpointError: the file is missing, damaged, or holds no weights.
@@ -196,17 +206,26 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"checkpoint {path}: expected a .safetensors or .pth file, found {path.suffix or 'no ending'}"
         )
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_SETTINGS):
+            data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch.load raises whatever the damaged bytes lead to; all of it means the same to the user.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"checkpoint {path} is damaged or not a weights file: {reason}") from error
+        raise CheckpointError(f"checkpoint {path} is damaged or not a weights file: {_unread(error)}") from error
     for name in ("model", "state_dict"):
         if isinstance(data, dict) and isinstance(data.get(name), dict):
             data = data[name]
     if not isinstance(data, dict) or not data or not all(isinstance(value, Tensor) for value in data.values()):
-        raise CheckpointError(f"checkpoint {path} holds no weights: expected a dictionary of tensors")
+        found = f"the keys {', '.join(map(str, list(data)[:3]))}" if isinstance(data, dict) else type(data).__name__
+        raise CheckpointError(f"checkpoint {path} holds no weights: expected a dictionary of tensors, found {found}")
     return data
+
+
+def _unread(error: Exception) -> str:
+    """Return in a line why torch.load did not read a file, without its advice to read it unsafely."""
+    refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+    if refused:
+        return f"it holds a {refused[1]}, which is not read since it could run code; save the weights alone"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def fit_state(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
@@ -229,6 +248,31 @@ def fit_state(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
             f"checkpoint {name} does not fit: it has {extra} {_shape(state[extra])}, the model does not"
         )
     model.load_state_dict(dict(state))
+
+
+def timm_state(host: nn.Module, state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return a checkpoint's weights under the keys of a timm host, as timm itself converts them.
+
+    Args:
+        host: the dense model; weights for a model of another library come back as they are.
+        state: the checkpoint's weights.
+        name: how messages call the checkpoint.
+
+    Raises:
+        CheckpointError: the weights are for images or windows of another size.
+    """
+    convert = getattr(importlib.import_module(type(host).__module__), "checkpoint_filter_fn", None)
+    if convert is None:
+        return dict(state)
+    own = host.state_dict()
+    other = {key for key, value in state.items() if key not in own or own[key].shape != value.shape}
+    refused = next((key for key in state if key in other and key.endswith(_OF_INPUT_SIZE)), None)
+    if refused is not None:
+        first = next(key for key in own if key in other) if refused in own else refused
+        here = f"{_shape(own[first])} in the model" if first in own else "the model has none"
+        raise CheckpointError(f"checkpoint {name} does not fit: {first} is {_shape(state[first])} there, but {here}")
+    converted: dict[str, Tensor] = convert(dict(state), host)
+    return converted
 
 
 def _shape(tensor: Tensor) -> str:

@@ -26,6 +26,7 @@ from spvit.checkpoint import CheckpointError
 from spvit.commands import (
     SETTINGS,
     compress_command,
+    convert_command,
     demo_command,
     evaluate_command,
     finetune_command,
@@ -36,6 +37,7 @@ from spvit.commands import (
 )
 from spvit.config import (
     CompressCommand,
+    ConvertCommand,
     DemoCommand,
     EvaluateCommand,
     FinetuneCommand,
@@ -89,6 +91,8 @@ class Command:
 
     options: type
     run: Callable[[Any, Console], None]
+    positional: bool = False
+    """Whether the options that must be given are words in order, not named."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,6 +122,7 @@ def commands() -> dict[str, Command]:
         "finetune": Command(FinetuneCommand, finetune_command),
         "evaluate": Command(EvaluateCommand, evaluate_command),
         "profile": Command(ProfileCommand, profile_command),
+        "convert": Command(ConvertCommand, convert_command, positional=True),
         "demo": Command(DemoCommand, demo_command),
     }
 
@@ -168,7 +173,7 @@ def _parse(arguments: list[str]) -> tuple[str, Any]:
         summary = (command.options.__doc__ or "").strip()
         child = ArgumentParser(exit_on_error=False, description=summary)
         child.add_argument("--recipe", action="config", help="YAML file with any of these settings.")
-        child.add_class_arguments(command.options, None)
+        child.add_class_arguments(command.options, None, as_positional=command.positional)
         subcommands.add_subcommand(name, child, help=summary)
     values = parser.instantiate(parser.parse_args(_resume_alone(arguments)))
     chosen = values[values.command]
@@ -198,8 +203,17 @@ def _resume_alone(arguments: list[str]) -> list[str]:
 
 def _as_options(error: argparse.ArgumentError) -> str:
     """Return jsonargparse's message with its keys written as the options that a user types."""
-    text = re.sub(rf"(?<![\w.])({'|'.join(commands())})\.(?=\w)", "--", " ".join(str(error).split()))
+    text = re.sub(rf"(?<![\w.])({'|'.join(commands())})\.(\w+)", _as_option, " ".join(str(error).split()))
     return re.sub(r'Parser key "([\w.]+)":', r"--\1:", text)
+
+
+def _as_option(key: re.Match[str]) -> str:
+    """Return a key of jsonargparse, `command.name`, as the user types it."""
+    command = commands()[key[1]]
+    absent = dataclasses.MISSING
+    fields = dataclasses.fields(command.options)
+    needed = [field.name for field in fields if field.default is absent and field.default_factory is absent]
+    return key[2].upper() if command.positional and key[2] in needed else f"--{key[2]}"
 
 
 def _quiet_libraries(problems: Console) -> None:

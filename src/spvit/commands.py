@@ -13,9 +13,10 @@ from torch import nn
 
 from spvit.architecture import Architecture, ArchitectureError, architectures, dense
 from spvit.benchmark import measure_latencies
-from spvit.checkpoint import write_text
+from spvit.checkpoint import CheckpointError, save, write_text
 from spvit.config import (
     CompressCommand,
+    ConvertCommand,
     DemoCommand,
     EvaluateCommand,
     FinetuneCommand,
@@ -29,11 +30,22 @@ from spvit.demo import demo_settings
 from spvit.hosts import family_of
 from spvit.hosts.base import example_images, network_costs
 from spvit.models import ModelConfig, ModelError, OpenedModel, number_of_classes, open_model
+from spvit.published import (
+    Published,
+    architecture_name,
+    check_indicated,
+    indicated_architecture,
+    model_name,
+    read_published,
+    rebuild,
+)
 from spvit.surgery import prune, pruned_record
 from spvit.tables import block_table, comparison_table, kinds_text
 from spvit.train.data import DataError, ImageConfig, Images, load_images
 from spvit.train.pipeline import (
+    ARCHITECTURE,
     Compressed,
+    RunFolderError,
     check_folder,
     deployed,
     figures_of,
@@ -140,7 +152,7 @@ def finetune_command(options: FinetuneCommand, console: Console) -> None:
     opened, images, folder = _open("finetune", options, trains_head=False, console=console)
     model, teacher = opened.model, None
     if architecture is not None:
-        teacher, model = model, prune(model, architecture)
+        teacher, model = model, _pruned_to(model, architecture, str(options.architecture))
     elif pruned_record(model) is None:
         raise ModelError(f"{options.model} is a dense model; name what to keep with --architecture, or see spvit train")
     elif options.finetune.distillation > 0:
@@ -193,10 +205,79 @@ def profile_command(options: ProfileCommand, console: Console) -> None:
         architecture = _named_architecture(options.architecture)
     else:
         architecture = dense([block.units for block in costs["macs"].blocks])
-    pruned = deployed(model if record is not None else prune(host, architecture))
+    pruned = deployed(model if record is not None else _pruned_to(host, architecture, str(options.architecture)))
     console.print(block_table(architecture, costs, options.model))
     if options.latency:
         _print_latencies({"dense": host.eval(), "pruned": pruned}, console)
+
+
+def convert_command(options: ConvertCommand, console: Console) -> None:
+    """Write a checkpoint of others in spvit's format, and say what it was recognised as."""
+    folder = Path(options.output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunFolderError(f"output {folder} is in use; name a new or empty folder")
+    if options.model_args and options.model is None:
+        raise ModelError(f"model_args {options.model_args} need the timm model that they are for; name it with --model")
+    published = read_published(options.checkpoint)
+    if published.form == "indicators":
+        _convert_indicators(published, options, folder, console)
+        return
+    indicators = read_published(options.indicators) if options.indicators is not None else None
+    name = options.model or model_name(published)
+    opened = _random_host(name, published, options)
+    try:
+        model = rebuild(published, opened.model, indicators)
+    except CheckpointError as error:
+        hint = "" if options.model is not None else ", told by its shapes; --model names another"
+        raise CheckpointError(f"{error} (model {name}{hint})") from error
+    save(model, folder, preprocessing=opened.preprocessing)
+    lines = [f"{options.checkpoint}: {published.described()}; model {name}, {published.classes()} classes"]
+    record = pruned_record(model)
+    if record is not None:
+        lines += _architecture_lines(record.architecture)
+        if indicators is None and any(len(block.ffn.units) < block.ffn.width for block in record.architecture.blocks):
+            lines.append("the file does not say which FFN units it kept, so the first stand for them; see --indicators")
+        if published.form == "dense":
+            lines.append(_attention_line(record.architecture))
+    _say_where(console, folder, "\n".join(lines))
+
+
+def _random_host(name: str, published: Published, options: ConvertCommand) -> OpenedModel:
+    classes = {} if published.form == "indicators" else {"num_classes": published.classes()}
+    return open_model(ModelConfig(model=name, model_args={**classes, **options.model_args}, pretrained=False))
+
+
+def _convert_indicators(published: Published, options: ConvertCommand, folder: Path, console: Console) -> None:
+    """Write the architecture of an indicator file, which holds no weights."""
+    if options.indicators is not None:
+        raise CheckpointError(f"{options.checkpoint} is an FFN indicator file itself; --indicators goes with weights")
+    architecture = indicated_architecture(published)
+    if options.model is not None:
+        check_indicated(published, architecture, _random_host(options.model, published, options).model)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / ARCHITECTURE, architecture.to_json())
+    lines = [f"{options.checkpoint}: {published.described()}", *_architecture_lines(architecture)]
+    lines += [_attention_line(architecture), f"architecture in {folder / ARCHITECTURE}, for spvit finetune"]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def _architecture_lines(architecture: Architecture) -> list[str]:
+    widths = ", ".join(f"{len(block.ffn.units)}/{block.ffn.width}" for block in architecture.blocks)
+    return [f"attention: {kinds_text(architecture)}; skip adds: {architecture.skip_rule}", f"FFN units: {widths}"]
+
+
+def _attention_line(architecture: Architecture) -> str:
+    name = architecture_name(architecture.widths())
+    if name is None:
+        return "an indicator file says nothing of attention, so all of it stays"
+    return f"attention as in the published architecture of these widths, {name}"
+
+
+def _pruned_to(host: nn.Module, architecture: Architecture, name: str) -> nn.Module:
+    try:
+        return prune(host, architecture)
+    except ArchitectureError as error:
+        raise ArchitectureError(f"architecture {name}: {error}") from error
 
 
 def _named_architecture(name: str) -> Architecture:

@@ -5,6 +5,7 @@ A recipe (YAML) holds the same names. The resolved values of a run stand in its 
 
 # No postponed annotations here and where these classes inherit from: jsonargparse reads the types from the classes.
 from dataclasses import dataclass, field
+from typing import Any
 
 from spvit.models import ModelConfig
 from spvit.train.data import ImageConfig
@@ -110,3 +111,19 @@ class DemoCommand:
     """Budget in MACs: a share of the dense model's, an amount, or a whole number."""
     seed: int = 0
     """Seed of everything random."""
+
+
+@dataclass(frozen=True)
+class ConvertCommand:
+    """Convert a DeiT, Swin or published SPViT checkpoint, or its FFN indicator file, to spvit's format."""
+
+    checkpoint: str
+    """The .pth or .safetensors file to read."""
+    output: str
+    """Folder to write: the model, or architecture.json for an indicator file. It must be new or empty."""
+    model: str | None = None
+    """timm model that the checkpoint is of; when absent, told by the shapes (DeiT and Swin, tiny to base, 224 px)."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of timm.create_model, such as {"img_size": 384}; they need model."""
+    indicators: str | None = None
+    """An FFN indicator file that says which FFN units are kept."""

@@ -10,7 +10,7 @@ from urllib.request import getproxies
 
 from torch import nn
 
-from spvit.checkpoint import DESCRIPTION, Preprocessing, describe, fit_state, load, read_weights
+from spvit.checkpoint import DESCRIPTION, Preprocessing, describe, fit_state, load, read_weights, timm_state
 from spvit.hosts import family_of
 from spvit.hosts.base import UnsupportedHostError
 
@@ -66,7 +66,8 @@ def open_model(config: ModelConfig, classes: int | None = None) -> OpenedModel:
         opened = _open_timm(config, classes)
     family_of(opened.model)
     if config.checkpoint is not None:
-        fit_state(opened.model, read_weights(config.checkpoint), config.checkpoint)
+        state = timm_state(opened.model, read_weights(config.checkpoint), config.checkpoint)
+        fit_state(opened.model, state, config.checkpoint)
         return OpenedModel(opened.model, opened.preprocessing, opened.classes, trained=True)
     return opened
 

@@ -18,7 +18,7 @@ from spvit.kernels import BottleneckWeights, NarrowWeights, Projections, fold_ba
 
 @dataclass
 class Grid:
-    """The patch grid of the images now in the network, shared by all layers of a network and kept up to date by it."""
+    """The patch grid of the images that a block now works on, kept up to date by the host (`Family.track_grids`)."""
 
     height: int
     width: int
@@ -31,6 +31,18 @@ class Grid:
                 f"{self.height} x {self.width}; call the whole model on images, and do not drop patches"
             )
         return self.height, self.width
+
+    def gather(self, x: Tensor, prefix_tokens: int) -> Tensor:
+        """Return the grid tokens, row-major [B, G, D], of what attention gets: [B, N, D]. Raises ValueError as `size`.
+
+        A family whose attention gets the grid in another form has a subclass for it.
+        """
+        self.size(x, prefix_tokens)
+        return x[:, prefix_tokens:]
+
+    def scatter(self, tokens: Tensor) -> Tensor:
+        """Return grid tokens [B, G, D] in the form in which attention answers (without prefix tokens)."""
+        return tokens
 
 
 def as_map(tokens: Tensor, size: tuple[int, int]) -> Tensor:

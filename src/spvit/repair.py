@@ -23,7 +23,7 @@ from spvit.hosts.base import BlockSites, Family
 from spvit.kernels import NarrowWeights
 from spvit.moments import CalibrationError, Moments, low_rank_regression, regression, ridge_for
 from spvit.narrowing import narrow_heads, narrow_values
-from spvit.pruned import BottleneckConv, Constant, NarrowAttention, Skip, as_map
+from spvit.pruned import BottleneckConv, Constant, Grid, NarrowAttention, Skip, as_map
 
 BATCH = 64
 LINEAR_SIDE = 4.0
@@ -127,6 +127,8 @@ class Layer:
     host: nn.Module
     family: Family
     sites: BlockSites
+    grid: Grid
+    """How the dense block's attention gets the patch grid."""
     inputs: list[Tensor]
     dense_inputs: list[Tensor]
 
@@ -164,7 +166,8 @@ def repair(
         dense_inputs = block_inputs(host, blocks[0], batches)
         inputs = list(dense_inputs)
         for index, (sites, kept) in enumerate(zip(blocks, architecture.blocks)):
-            repair_block(Layer(model, host, family, sites, inputs, dense_inputs), kept)
+            grid = family.own_grid(host, index)
+            repair_block(Layer(model, host, family, sites, grid, inputs, dense_inputs), kept)
             following = blocks[index + 1] if index + 1 < len(blocks) else None
             if following is None:
                 return
@@ -276,14 +279,15 @@ def _repair_convolution(layer: Layer, replacement: BottleneckConv) -> None:
     prefix = site.prefix_tokens
     three = isinstance(replacement.conv_in, nn.Conv2d)
     on_grid, on_prefix = Moments(), Moments()
-    constants = _Means(prefix)
+    constants = _Means()
     for x, wanted in zip(layer.arriving(site.path), layer.wanted(site.path)):
         tokens = x[:, prefix:]
         if three:
             size = replacement.grid.size(x, prefix)
             tokens = F.unfold(as_map(tokens, size), 3, padding=1).transpose(1, 2)  # [B, G, 9 D]
-        on_grid.add(tokens, wanted[:, prefix:])
-        constants.add(wanted)
+        wanted_grid = layer.grid.gather(wanted, prefix)
+        on_grid.add(tokens, wanted_grid)
+        constants.add(wanted[:, :prefix], wanted_grid)
         if prefix:
             on_prefix.add(x[:, :prefix], wanted[:, :prefix])
     rank = len(replacement.conv_in.weight)
@@ -305,17 +309,17 @@ def _repair_convolution(layer: Layer, replacement: BottleneckConv) -> None:
 class _Means:
     """The mean output for each prefix token, and that for all grid tokens."""
 
-    def __init__(self, prefix_tokens: int) -> None:
-        self.prefix_tokens = prefix_tokens
+    def __init__(self) -> None:
         self._sum: Tensor | float = 0.0
         self._count = 0
 
-    def add(self, out: Tensor) -> None:
-        """out: [B, N, D]."""
-        out = out.double()
-        grid = out[:, self.prefix_tokens :].mean(dim=1, keepdim=True)
-        self._sum = self._sum + torch.cat([out[:, : self.prefix_tokens], grid], dim=1).sum(0)
-        self._count += len(out)
+    def add(self, prefix: Tensor, grid: Tensor) -> None:
+        """prefix: [B, P, D]; grid: [B, G, D]."""
+        mean = grid.double().mean(dim=1, keepdim=True)
+        # Without prefix tokens windows may outnumber images in what stands for them.
+        parts = [prefix.double(), mean] if prefix.shape[1] else [mean]
+        self._sum = self._sum + torch.cat(parts, dim=1).sum(0)
+        self._count += len(mean)
 
     def by_token(self) -> Tensor:
         """[P + 1, D]."""
@@ -325,7 +329,7 @@ class _Means:
 
 def _repair_constant(layer: Layer, constant: Constant) -> None:
     """Let a skipped layer add the mean output of the dense one."""
-    means = _Means(layer.sites.attention.prefix_tokens)
+    prefix, means = layer.sites.attention.prefix_tokens, _Means()
     for wanted in layer.wanted(layer.sites.attention.path):
-        means.add(wanted)
+        means.add(wanted[:, :prefix], layer.grid.gather(wanted, prefix))
     constant.bias.copy_(means.by_token())

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.hosts.base import BlockSites, Family, logits_of
 from spvit.moments import CalibrationError, Moments, ridge_for
-from spvit.pruned import Grid
 from spvit.ranking import Ranking, rank_units
 from spvit.repair import Layer, advance, block_inputs, calibration_batches, evaluating, reached, repair_block
 from spvit.surgery import narrow_ffn, replace_attention
@@ -150,14 +149,15 @@ def _score_block(
     bench: _Bench, index: int, fitting: list[Tensor], measuring: list[Tensor], multiple: int
 ) -> BlockScores:
     sites = bench.blocks[index]
-    layer = Layer(bench.model, bench.host, bench.family, sites, fitting, fitting)
+    grid = bench.family.own_grid(bench.host, index)
+    layer = Layer(bench.model, bench.host, bench.family, sites, grid, fitting, fitting)
     units = sites.ffn.units
     whole = FFN(units, tuple(range(units)))
 
     def measured(kept: Block) -> float:
         """Install, repair and measure what a block may keep, and put the copy's block back."""
         before = copy.deepcopy(bench.model.get_submodule(sites.path))
-        _install(bench.model, bench.family, sites, kept)
+        _install(bench.model, bench.family, index, sites, kept)
         repair_block(layer, kept)
         divergence = bench.divergence(index, measuring)
         bench.model.set_submodule(sites.path, before)
@@ -176,9 +176,11 @@ def _score_block(
     )
 
 
-def _install(model: nn.Module, family: Family, sites: BlockSites, kept: Block) -> None:
+def _install(model: nn.Module, family: Family, index: int, sites: BlockSites, kept: Block) -> None:
     rules = Architecture((kept,), PREFIX_RULE, SKIP_RULE)
-    replace_attention(model, family, sites, kept.attention, rules, None, Grid(*sites.attention.grid))
+    replaced = [index] if kept.attention.kind != "msa" else []
+    grid = family.track_grids(model, replaced, whole=True).get(index)
+    replace_attention(model, family, sites, kept.attention, rules, None, grid)
     narrow_ffn(model, sites, kept.ffn)
 
 

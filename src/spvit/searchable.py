@@ -4,6 +4,7 @@ The original layer lives on inside and computes its own branch. Exactly one cand
 forward pass; the others are needed in value only, for the gradient of the gates, so they are computed without one.
 
 Shapes: B batch, N tokens = P prefix tokens + G grid tokens, D width, H heads, E head width, K = 9 positions.
+Where attention works in windows, [B, N, D] stands for [B x windows, tokens of one, D].
 """
 
 from __future__ import annotations
@@ -164,8 +165,8 @@ class SearchableAttention(nn.Module):
     def _convolve(self, x: Tensor, kind: str) -> Tensor:
         """Return one convolution candidate by its kernels, as the pruned network computes it: [B, N, D]."""
         weights = self.access.read(self.attention)
-        tokens = x[:, self.prefix_tokens :]  # [B, G, D]
-        size = self.grid.size(x, self.prefix_tokens)
+        tokens = self.grid.gather(x, self.prefix_tokens)  # [B, G, D]
+        size = (self.grid.height, self.grid.width)
         if kind == "conv3":
             conv3 = kernels.conv3_weights(self.head_mix(), weights)
             hidden = F.conv2d(as_map(tokens, size), conv3.in_weight, conv3.in_bias, padding=1)
@@ -175,8 +176,9 @@ class SearchableAttention(nn.Module):
         return self._finish(x, self.bn1(hidden), conv1.out_weight, weights)
 
     def _finish(self, x: Tensor, normalised: Tensor, out_weight: Tensor, weights: AttentionWeights) -> Tensor:
-        """Return a bottleneck's output [B, N, D] from its batch-normalised activations [B, E, height, width]."""
-        out = F.linear(as_tokens(torch.relu(normalised)), out_weight, weights.out_bias)
+        """Return a bottleneck's output, shaped as x, from its batch-normalised activations [B, E, height, width]."""
+        hidden = self.grid.scatter(as_tokens(torch.relu(normalised)))
+        out = F.linear(hidden, out_weight, weights.out_bias)
         if self.prefix_tokens == 0:
             return out
         return torch.cat([x[:, : self.prefix_tokens].to(out.dtype), out], dim=1)
@@ -219,16 +221,16 @@ class SearchableAttention(nn.Module):
         """
         weights = self.access.read(self.attention)
         heads, width = weights.value_weight.shape[:2]
-        size = self.grid.size(x, self.prefix_tokens)
+        size = (self.grid.height, self.grid.width)
         outputs = {}
         with _gradients_if(kind == "conv3"):
             mix = self.head_mix()
             bias = kernels.mixed_value_bias(mix, weights)  # [K, E]
             if kind == "conv3" or values is None:
-                tokens = F.linear(x[:, self.prefix_tokens :], weights.value_weight.flatten(0, 1))
+                tokens = F.linear(self.grid.gather(x, self.prefix_tokens), weights.value_weight.flatten(0, 1))
                 included = None
             else:
-                tokens, included = values[:, self.prefix_tokens :, -heads * width :], bias
+                tokens, included = self.grid.gather(values[..., -heads * width :], self.prefix_tokens), bias
             summed, centre = kernels.convolve_values(tokens.unflatten(2, (heads, width)), mix, size, included)
             summed = summed + bias.sum(0)  # [B, G, E]
             normalised = self.bn3(as_map(summed, size))

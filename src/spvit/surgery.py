@@ -95,14 +95,14 @@ def make_searchable(
     blocks = family.blocks(host)
     record = SearchRecord(network_costs(family, host))
     net = host if inplace else copy.deepcopy(host)
-    grid = Grid(*blocks[0].attention.grid)
+    grids = family.track_grids(net, range(len(blocks)), whole=False)
     draws = GateDraws()
-    for block in blocks:
+    for index, block in enumerate(blocks):
         attention = SearchableAttention(
             net.get_submodule(block.attention.path),
             family.access,
             prefix_tokens=block.attention.prefix_tokens,
-            grid=grid,
+            grid=grids[index],
             temperature=family.temperature if temperature is None else temperature,
             draws=draws,
         )
@@ -114,7 +114,6 @@ def make_searchable(
         with torch.no_grad():
             attention.gate_logits.fill_(gate_logit)
             gated.gate_logits.fill_(gate_logit)
-    family.track_grid(net, grid)
     setattr(net, _RECORD, record)
     return net
 
@@ -161,13 +160,12 @@ def prune(
         _load_dense_weights(model, weights)
     # What the repair aims at: the model before it loses anything, with the weights that it has by now.
     dense = copy.deepcopy(model) if repair is not None else None
-    grid = Grid(*blocks[0].attention.grid)
+    replaced = [index for index, kind in enumerate(architecture.kinds()) if kind != "msa"]
+    grids = family.track_grids(model, replaced, whole=True)
     for index, (sites, kept_block) in enumerate(zip(blocks, architecture.blocks)):
         layer = searched[index] if searched is not None else None
-        replace_attention(model, family, sites, kept_block.attention, architecture, layer, grid)
+        replace_attention(model, family, sites, kept_block.attention, architecture, layer, grids.get(index))
         narrow_ffn(model, sites, kept_block.ffn)
-    if any(kind in ("conv3", "conv1") for kind in architecture.kinds()):
-        family.track_grid(model, grid)
     if dense is not None and repair is not None:
         repair_in_place(model, dense, family, architecture, repair)
     setattr(model, _RECORD, PrunedRecord(architecture, folded=False))
@@ -231,7 +229,7 @@ def replace_attention(
     kept: Attention,
     architecture: Architecture,
     searched: SearchableAttention | None,
-    grid: Grid,
+    grid: Grid | None,
 ) -> None:
     """Put what an architecture keeps of an attention layer in its place, in a model.
 
@@ -242,7 +240,7 @@ def replace_attention(
         kept: what stays of the attention.
         architecture: its rules for prefix tokens and skipped layers.
         searched: the site's layer in a searched network, for its head mix and batch norms; None for fresh ones.
-        grid: of the patches, for convolutions.
+        grid: of the patches, for convolutions; None for other kinds.
     """
     if kept.kind == "msa" and not kept.narrowed():
         return
@@ -272,6 +270,7 @@ def replace_attention(
             batchnorm = nn.BatchNorm2d(site.head_width, device=mix.device, dtype=mix.dtype)
         else:
             batchnorm = copy.deepcopy(searched.bn3 if kept.kind == "conv3" else searched.bn1).to(mix)
+        assert grid is not None
         replacement = BottleneckConv(
             weights, batchnorm, site.prefix_tokens, grid, returns_tuple, architecture.prefix_rule
         )

@@ -24,6 +24,7 @@ def registrations() -> tuple[Registration, ...]:
     """Return every supported family."""
     return (
         Registration("timm", ("VisionTransformer", "VisionTransformerDistilled"), "spvit.hosts.timm_vit", "timm"),
+        Registration("timm", ("SwinTransformer",), "spvit.hosts.timm_swin", "timm"),
         Registration("transformers", ("ViTForImageClassification",), "spvit.hosts.hf_vit", "transformers"),
     )
 
@@ -45,13 +46,25 @@ def family_of(host: nn.Module) -> Family:
     )
 
 
-def family_of_library(library: str) -> Family:
-    """Return the family that a saved model's host came from. Raises UnsupportedHostError."""
-    for registration in registrations():
-        if registration.library == library:
+def family_of_library(library: str, model_class: str | None = None) -> Family:
+    """Return the family that a saved model's host came from.
+
+    Args:
+        library: which library the host's class is in.
+        model_class: name of that class. None, as files had it when a library had one family, means its first one.
+
+    Raises:
+        UnsupportedHostError: names what is unknown and what is known.
+    """
+    found = [item for item in registrations() if item.library == library]
+    if not found:
+        known = ", ".join(dict.fromkeys(item.library for item in registrations()))
+        raise UnsupportedHostError(f"the host's library {library!r} is unknown, expected one of {known}")
+    for registration in found:
+        if model_class is None or model_class in registration.classes:
             return _adapter(registration)
-    known = ", ".join(item.library for item in registrations())
-    raise UnsupportedHostError(f"the host's library {library!r} is unknown, expected one of {known}")
+    known = ", ".join(name for item in found for name in item.classes)
+    raise UnsupportedHostError(f"the host's class {model_class!r} of {library} is unknown, expected one of {known}")
 
 
 def _adapter(registration: Registration) -> Family:

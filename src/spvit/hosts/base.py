@@ -6,6 +6,7 @@ replacements in place go through the dotted names, so that no host's forward is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,6 +38,8 @@ class AttentionSite:
     """(height, width) of the patch grid at the host's own input size."""
     keys: int
     """Tokens that each query attends to."""
+    windows: int = 1
+    """Windows that an image's tokens go in, of `keys` tokens each, padding included; 1: all tokens are one."""
 
     @property
     def tokens(self) -> int:
@@ -84,8 +87,19 @@ class Family(Protocol):
         """Return (channels, height, width) of the images that the host takes."""
         ...
 
-    def track_grid(self, host: nn.Module, grid: Grid) -> None:
-        """Make the host keep `grid` at the patch grid of the images that it is working on."""
+    def track_grids(self, host: nn.Module, blocks: Sequence[int], whole: bool) -> dict[int, Grid]:
+        """Return the patch grid of these blocks, by index; the host keeps it at that of the images it is working on.
+
+        Args:
+            host: changed in place.
+            blocks: indices of blocks.
+            whole: also make the host hand the whole grid to what stands where these blocks' attention was, as tokens
+                row-major, where attention gets it in another form. False leaves the host's attention as it is.
+        """
+        ...
+
+    def own_grid(self, host: nn.Module, block: int) -> Grid:
+        """Return how a block's attention gets the grid of images of the host's own size; it does not follow others."""
         ...
 
     def source(self, host: nn.Module) -> dict[str, Any]:
@@ -133,12 +147,13 @@ def _block_macs(family: Family, host: nn.Module, block: BlockSites) -> BlockCost
     """MACs of one image (method: paper section 3.4). Attention products: two of [tokens, keys, H E]."""
     site, ffn = block.attention, block.ffn
     attention = host.get_submodule(site.path)
-    products = 2 * site.tokens * site.keys * site.heads * site.head_width
+    attending = site.windows * site.keys
+    products = 2 * attending * site.keys * site.heads * site.head_width
     grid_tokens = site.grid[0] * site.grid[1]
     bottleneck = site.dim * site.head_width * grid_tokens
     first, second = host.get_submodule(ffn.first), host.get_submodule(ffn.second)
     return BlockCost(
-        msa=site.tokens * _linear_params(attention) + products,
+        msa=attending * _linear_params(attention) + products,
         conv3=10 * bottleneck,
         conv1=2 * bottleneck,
         unit=site.tokens * (_linear_params(first) + _linear_params(second)) // ffn.units,

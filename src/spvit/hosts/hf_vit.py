@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import nn
@@ -60,9 +61,7 @@ class HuggingFaceViT:
             raise UnsupportedHostError(
                 f"this version of transformers lays {self.name} out differently; install the one of spvit[hf]"
             )
-        patch = self._patch_size(host)
-        _, height, width = self.input_size(host)
-        grid = (height // patch[0], width // patch[1])
+        grid = self._grid(host)
         return tuple(self._block(vit, index, grid) for index in range(len(vit.layers)))
 
     def _block(self, vit: Any, index: int, grid: tuple[int, int]) -> BlockSites:
@@ -94,11 +93,23 @@ class HuggingFaceViT:
         config = cast(ViTForImageClassification, host).config
         return (config.num_channels, *_pair(config.image_size))
 
-    def track_grid(self, host: nn.Module, grid: Grid) -> None:
-        """Keep the grid at the size of the images, which `interpolate_pos_encoding` lets differ from the host's."""
-        embeddings: Any = cast(ViTForImageClassification, host).vit.embeddings
-        tracker = GridTracker(grid, self._patch_size(host), pads=False)
-        embeddings.patch_embeddings.register_forward_pre_hook(tracker)
+    def track_grids(self, host: nn.Module, blocks: Sequence[int], whole: bool) -> dict[int, Grid]:
+        """Return the one grid of all blocks, kept at the size of the images, which `interpolate_pos_encoding` frees."""
+        grid = Grid(*self._grid(host))
+        if blocks:
+            embeddings: Any = cast(ViTForImageClassification, host).vit.embeddings
+            tracker = GridTracker(grid, self._patch_size(host), pads=False)
+            embeddings.patch_embeddings.register_forward_pre_hook(tracker)
+        return dict.fromkeys(blocks, grid)
+
+    def _grid(self, host: nn.Module) -> tuple[int, int]:
+        patch = self._patch_size(host)
+        _, height, width = self.input_size(host)
+        return (height // patch[0], width // patch[1])
+
+    def own_grid(self, host: nn.Module, block: int) -> Grid:
+        """Return the grid of images of the host's own size, which is the same for all blocks."""
+        return Grid(*self.blocks(host)[block].attention.grid)
 
     def source(self, host: nn.Module) -> dict[str, Any]:
         """Return the host's configuration."""

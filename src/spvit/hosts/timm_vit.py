@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
-import timm
 from timm.layers import Attention, Mlp, PatchDropout
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
@@ -17,6 +17,7 @@ from spvit.hosts.base import (
     UnsupportedHostError,
     expect,
 )
+from spvit.hosts.timm_models import describe_timm_model, make_timm_model, read_packed_attention
 from spvit.kernels import AttentionWeights, Projections
 from spvit.pruned import Grid
 from spvit.searchable import AttentionAccess
@@ -25,15 +26,7 @@ from spvit.searchable import AttentionAccess
 def read_attention(attention: nn.Module) -> AttentionWeights:
     """Return the shared weights of a timm attention layer, whose query, key and value projections are packed."""
     layer = cast(Attention, attention)
-    heads, width = layer.num_heads, layer.head_dim
-    value_rows = slice(2 * heads * width, 3 * heads * width)
-    qkv_bias = layer.qkv.bias
-    return AttentionWeights(
-        value_weight=layer.qkv.weight[value_rows].unflatten(0, (heads, width)),
-        value_bias=None if qkv_bias is None else qkv_bias[value_rows].unflatten(0, (heads, width)),
-        out_weight=layer.proj.weight.unflatten(1, (heads, width)),
-        out_bias=layer.proj.bias,
-    )
+    return read_packed_attention(layer.qkv, layer.proj, layer.num_heads)
 
 
 def read_projections(attention: nn.Module) -> Projections | None:
@@ -127,39 +120,26 @@ class TimmViT:
         assert embed.img_size is not None
         return (embed.proj.in_channels, embed.img_size[0], embed.img_size[1])
 
-    def track_grid(self, host: nn.Module, grid: Grid) -> None:
-        """Keep the grid at the size of the images, which differs from the host's own under `dynamic_img_size`."""
+    def track_grids(self, host: nn.Module, blocks: Sequence[int], whole: bool) -> dict[int, Grid]:
+        """Return the one grid of all blocks, kept at the size of the images, which `dynamic_img_size` lets differ."""
         embed = cast(VisionTransformer, host).patch_embed
-        patch = (embed.patch_size[0], embed.patch_size[1])
-        embed.register_forward_pre_hook(GridTracker(grid, patch, embed.dynamic_img_pad))
+        grid = Grid(*embed.dynamic_feat_size(self.input_size(host)[1:]))
+        if blocks:
+            patch = (embed.patch_size[0], embed.patch_size[1])
+            embed.register_forward_pre_hook(GridTracker(grid, patch, embed.dynamic_img_pad))
+        return dict.fromkeys(blocks, grid)
+
+    def own_grid(self, host: nn.Module, block: int) -> Grid:
+        """Return the grid of images of the host's own size, which is the same for all blocks."""
+        return Grid(*self.blocks(host)[block].attention.grid)
 
     def source(self, host: nn.Module) -> dict[str, Any]:
         """Return the timm model name and arguments that the host was created with."""
-        config = getattr(host, "pretrained_cfg", None)
-        arguments = getattr(host, "_model_args", None)
-        if not config or arguments is None:
-            raise UnsupportedHostError(
-                "this timm model was not made by timm.create_model, so its name and arguments are not known and it "
-                "cannot be rebuilt from a file; make it with timm.create_model"
-            )
-        # reset_classifier leaves the recorded arguments as they were.
-        model = cast(VisionTransformer, host)
-        arguments = {**arguments, "num_classes": model.num_classes, "global_pool": model.global_pool}
-        return {"library": "timm", "name": config["architecture"], "arguments": _as_json(arguments)}
+        return describe_timm_model(host)
 
     def build(self, source: dict[str, Any]) -> nn.Module:
         """Make a timm model from its name and arguments."""
-        return timm.create_model(source["name"], **source["arguments"])
-
-
-def _as_json(arguments: dict[str, Any]) -> dict[str, Any]:
-    for name, value in arguments.items():
-        if not isinstance(value, (str, int, float, bool, list, tuple, dict, type(None))):
-            raise UnsupportedHostError(
-                f"the model was created with {name}={value!r}, which cannot be written to a file; "
-                "use a value that is a string, a number or a list"
-            )
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
+        return make_timm_model(source)
 
 
 FAMILY = TimmViT()
