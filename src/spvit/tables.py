@@ -28,6 +28,8 @@ def block_table(architecture: Architecture, costs: dict[str, NetworkCost], title
         for metric in ("params", "macs"):
             cost = costs[metric].blocks[index]
             kept = cost.attention(block.attention.kind) + cost.unit * len(block.ffn.units)
+            if block.attention.kind == "skip" and architecture.skip_rule != "zero":
+                kept += cost.norm
             row += [human(kept), human(cost.msa + cost.unit * cost.units)]
         units = f"{len(block.ffn.units)}/{block.ffn.width}"
         table.add_row(str(index), block.attention.kind, units, *row)
