@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch import nn
 import reference
 import spvit
 from spvit.architecture import KINDS, Architecture, Attention, dense
+from spvit.cli import main
 from spvit.cost import count_macs, count_params
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
@@ -294,6 +297,22 @@ def test_dtype_device_training_flag_and_requires_grad_survive(stage: str) -> Non
     tensors = [*net.parameters(), *net.buffers()]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.bfloat16}
+
+
+def test_a_swin_is_compressed_and_profiled_from_the_command_line(capsys: Any, tmp_path: Path) -> None:
+    small = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 2]}
+    model = ["--model", "swin_tiny_patch4_window7_224", "--model_args", json.dumps({**small, "window_size": 2})]
+    model += ["--pretrained", "false"]
+    images = {"batch_size": 128, "mean": [0.5], "std": [0.5], "crop": 1.0, "flip": 0.0}
+    shared = [*model, "--data", "digits", "--images", json.dumps(images), "--macs", "60%"]
+    epochs = [f"--{phase}.epochs=1" for phase in ("dense", "search", "finetune")]
+    assert main(["compress", *shared, *epochs, "--output", str(tmp_path / "run")]) == 0
+    loaded = spvit.load(tmp_path / "run")
+    assert type(loaded) is timm.models.SwinTransformer
+    assert loaded(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+    assert main(["profile", "--model", str(tmp_path / "run")]) == 0
+    assert main(["profile", *model]) == 0
+    assert "share" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("other", ["swin_padded", "class_token"])
