@@ -14,6 +14,7 @@ from timm.models import register_model
 from torch import nn
 
 from spvit.architecture import Architecture, architectures
+from spvit.cost import count_params
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
 from spvit.kernels import POSITIONS
@@ -71,7 +72,8 @@ def unfolded_params(host: nn.Module, architecture: Architecture) -> int:
         shared = family.access.read(host.get_submodule(sites.attention.path))
         whole = sum(tensor.numel() for tensor in vars(shared).values() if tensor is not None)
         mix_and_norm = sites.attention.heads * POSITIONS + 2 * sites.attention.head_width
-        total += whole + mix_and_norm - (block.attention(kind) - block.norm)
+        norm = 0 if sites.attention.norm is None else count_params(host.get_submodule(sites.attention.norm))
+        total += whole + mix_and_norm - (block.attention(kind) - norm)
     return total
 
 
