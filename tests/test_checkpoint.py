@@ -289,3 +289,16 @@ def test_states_that_fit_are_loaded() -> None:
     model = nn.Linear(3, 4)
     fit_state(model, {"weight": torch.ones(4, 3), "bias": torch.zeros(4)}, "f")
     assert_close(model(torch.ones(1, 3)), torch.full((1, 4), 3.0))
+
+
+def test_files_of_before_hosts_named_their_class_are_read(tmp_path: Path) -> None:
+    host = make_host("class_token")
+    path = spvit.save(host, tmp_path / "old") / DESCRIPTION
+    data = json.loads(path.read_text())
+    assert data["host"].pop("class") == "VisionTransformer"
+    path.write_text(json.dumps(data))
+    assert torch.equal(logits(spvit.load(tmp_path / "old"), images(host)), logits(host, images(host)))
+    data["host"]["class"] = "ResNet"
+    path.write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match="cannot be rebuilt: the host's class 'ResNet' of timm is unknown"):
+        spvit.load(tmp_path / "old")

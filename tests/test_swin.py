@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,8 @@ from torch import nn
 
 import reference
 import spvit
-from spvit.architecture import KINDS, Architecture, Attention, dense
+from spvit.architecture import FFN, KINDS, Architecture, Attention, dense
+from spvit.cli import main
 from spvit.cost import count_macs, count_params
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
@@ -296,6 +299,22 @@ def test_dtype_device_training_flag_and_requires_grad_survive(stage: str) -> Non
     assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.bfloat16}
 
 
+def test_a_swin_is_compressed_and_profiled_from_the_command_line(capsys: Any, tmp_path: Path) -> None:
+    small = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 2]}
+    model = ["--model", "swin_tiny_patch4_window7_224", "--model_args", json.dumps({**small, "window_size": 2})]
+    model += ["--pretrained", "false"]
+    images = {"batch_size": 128, "mean": [0.5], "std": [0.5], "crop": 1.0, "flip": 0.0}
+    shared = [*model, "--data", "digits", "--images", json.dumps(images), "--macs", "60%"]
+    epochs = [f"--{phase}.epochs=1" for phase in ("dense", "search", "finetune")]
+    assert main(["compress", *shared, *epochs, "--output", str(tmp_path / "run")]) == 0
+    loaded = spvit.load(tmp_path / "run")
+    assert type(loaded) is timm.models.SwinTransformer
+    assert loaded(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+    assert main(["profile", "--model", str(tmp_path / "run")]) == 0
+    assert main(["profile", *model]) == 0
+    assert "share" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("other", ["swin_padded", "class_token"])
 def test_weights_of_another_host_are_refused(other: str) -> None:
     host = make_host("swin")
@@ -306,3 +325,54 @@ def test_weights_of_another_host_are_refused(other: str) -> None:
 def test_architectures_of_other_widths_are_refused() -> None:
     with pytest.raises(spvit.ArchitectureError, match="block 2: the architecture is for an FFN of 72 units, but this "):
         spvit.prune(make_host("swin"), dense([72] * 4))
+
+
+@pytest.mark.parametrize("name", SWINS)
+def test_a_repaired_skip_adds_the_mean_over_the_map(name: str) -> None:
+    host = make_host(name)
+    kinds = ("msa", "skip", "msa", "msa")
+    architecture = replace(with_kinds(dense(ffn_widths(host)), kinds), skip_rule="mean")
+    x = images(host, batch=5)
+    pruned = spvit.prune(host, architecture, repair=x)
+    first, second = blocks_of(host)[:2]
+    with torch.no_grad():
+        inputs = first(host.patch_embed(x))
+        attended = second._attn(second.norm1(inputs))  # [B, height, width, D], by timm's own way
+    assert_close(blocks_of(pruned)[1].attn.mean.bias, attended.mean((0, 1, 2))[None])
+
+
+@pytest.mark.parametrize("kinds", [MIXED, *list(MIXES.values())[:2]])
+@pytest.mark.parametrize("name", ["swin", "swin_padded", "swin_always_partition"])
+def test_repair_brings_a_pruned_network_nearer_to_the_dense_one(name: str, kinds: tuple[str, ...]) -> None:
+    host = make_host(name)
+    architecture = replace(with_kinds(dense(ffn_widths(host)), kinds), skip_rule="mean")
+    blocks = [replace(block, ffn=FFN(block.ffn.width, block.ffn.units[::2])) for block in architecture.blocks]
+    architecture = replace(architecture, blocks=tuple(blocks))
+    x, unseen = images(host, batch=64), images(host, batch=16, seed=1)
+    expected = logits(host, unseen)
+    errors = [
+        (logits(spvit.prune(host, architecture, repair=repair), unseen) - expected).square().mean().item()
+        for repair in (None, x)
+    ]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_swins_are_decided_from_calibration_images() -> None:
+    host = make_host("swin_padded", torch.float32)
+    x = images(host, batch=64)
+    expected = logits(host, x)
+    architecture = spvit.decide(host, macs="70%", calibration=x)
+    cost = network_costs(family_of(host), host)["macs"]
+    assert abs(cost.of(architecture) / cost.dense - 0.7) <= 0.0035
+    small = spvit.fold(spvit.prune(host, architecture, repair=x))
+    assert count_macs(small, lambda twin: twin(x[:1].to("meta"))) == cost.of(architecture)
+    assert torch.equal(logits(host, x), expected)
+    assert not any(module._forward_pre_hooks for module in host.modules())
+
+
+def test_window_attention_cannot_be_narrowed() -> None:
+    host = make_host("swin")
+    everything = dense(ffn_widths(host))
+    blocks = (replace(everything.blocks[0], attention=Attention(heads=(0,))), *everything.blocks[1:])
+    with pytest.raises(spvit.ArchitectureError, match="block 0: the attention of timm SwinTransformer hosts cannot be"):
+        spvit.prune(host, Architecture(blocks))

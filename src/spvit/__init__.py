@@ -31,6 +31,7 @@ __all__ = [
     "UnsupportedHostError",
     "architectures",
     "compress",
+    "create_model",
     "decide",
     "fold",
     "gate_parameters",
@@ -47,4 +48,8 @@ def __getattr__(name: str) -> Any:
         from spvit.train import pipeline
 
         return getattr(pipeline, name)
+    if name == "create_model":  # the zoo needs timm
+        from spvit import zoo
+
+        return zoo.create_model
     raise AttributeError(f"module 'spvit' has no attribute {name!r}")

@@ -54,6 +54,7 @@ from spvit.surgery import NotSearchableError
 from spvit.train.data import DataError
 from spvit.train.loop import STATE, RunError
 from spvit.train.pipeline import RunFolderError, check_folder
+from spvit.zoo import ZooError
 
 # What a continued run must share with the run it continues.
 FIXED = (
@@ -82,6 +83,7 @@ InputErrors = (
     NotSearchableError,
     RunFolderError,
     UnsupportedHostError,
+    ZooError,
 )
 
 
@@ -175,7 +177,7 @@ def _parse(arguments: list[str]) -> tuple[str, Any]:
         child.add_argument("--recipe", action="config", help="YAML file with any of these settings.")
         child.add_class_arguments(command.options, None, as_positional=command.positional)
         subcommands.add_subcommand(name, child, help=summary)
-    values = parser.instantiate(parser.parse_args(_resume_alone(arguments)))
+    values = parser.instantiate(parser.parse_args(_resume_alone(_model_first(arguments))))
     chosen = values[values.command]
     options = commands()[values.command].options
     return values.command, options(**{field.name: chosen[field.name] for field in dataclasses.fields(options)})
@@ -199,6 +201,12 @@ def _resume_alone(arguments: list[str]) -> list[str]:
         "--resume=true" if word == "--resume" and after.startswith("--") else word
         for word, after in zip(arguments, following)
     ]
+
+
+def _model_first(arguments: list[str]) -> list[str]:
+    """Let `spvit profile NAME` stand for `spvit profile --model NAME`."""
+    bare = arguments[:1] == ["profile"] and len(arguments) > 1 and not arguments[1].startswith("-")
+    return [arguments[0], "--model", *arguments[1:]] if bare else arguments
 
 
 def _as_options(error: argparse.ArgumentError) -> str:

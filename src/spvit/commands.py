@@ -57,6 +57,7 @@ from spvit.train.pipeline import (
 )
 from spvit.train.progress import PhaseProgress
 from spvit.train.settings import LoopConfig
+from spvit.zoo import unfolded_params
 
 SETTINGS = "config.yaml"
 BATCHES = (1, 64)
@@ -191,7 +192,7 @@ def evaluate_command(options: EvaluateCommand, console: Console) -> None:
 
 
 def profile_command(options: ProfileCommand, console: Console) -> None:
-    """Print the costs of a model by block, dense against pruned."""
+    """Print the costs of a model by block, dense against pruned; those of a published one as published too."""
     # Costs do not depend on weights, so none are downloaded.
     model = open_model(dataclasses.replace(options, pretrained=False)).model
     record = pruned_record(model)
@@ -207,6 +208,16 @@ def profile_command(options: ProfileCommand, console: Console) -> None:
         architecture = dense([block.units for block in costs["macs"].blocks])
     pruned = deployed(model if record is not None else _pruned_to(host, architecture, str(options.architecture)))
     console.print(block_table(architecture, costs, options.model))
+    if architecture in architectures().values():
+        own = {metric: cost.of(architecture) for metric, cost in costs.items()}
+        unfolded = unfolded_params(host, architecture)
+        console.print(
+            f"deployed: {own['params']:,} params, {own['macs']:,} macs\n"
+            f"as published: {unfolded:,} params ({human(unfolded)}), which counts convolutions before folding, with "
+            "the whole value and output projections",
+            highlight=False,
+            soft_wrap=True,
+        )
     if options.latency:
         _print_latencies({"dense": host.eval(), "pruned": pruned}, console)
 

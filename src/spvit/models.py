@@ -26,7 +26,8 @@ class ModelConfig:
     """Which model to start from."""
 
     model: str
-    """A timm model (deit_tiny_patch16_224), hf:NAME or hf:FOLDER for Hugging Face, or a folder that spvit wrote."""
+    """A timm model (deit_tiny_patch16_224), hf:NAME or hf:FOLDER for Hugging Face, a folder that spvit wrote, or a
+    published model (spvit_deit_tiny_patch16_224)."""
     model_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of timm.create_model, such as {"img_size": 96}."""
     pretrained: bool = True
@@ -84,6 +85,8 @@ def _open_folder(config: ModelConfig) -> OpenedModel:
 def _open_timm(config: ModelConfig, classes: int | None) -> OpenedModel:
     import timm
     from timm.data import resolve_data_config
+
+    import spvit.zoo  # noqa: F401  timm then knows the published models
 
     name = config.model.split(".")[0]
     if not timm.is_model(name):
