@@ -2,9 +2,9 @@
 
 python benchmarks/fashion_mnist.py [--budgets 50% 25%] [--epochs 1] [--quick] [--json FILE]
 
-One small ViT is trained once and kept under --cache. At each budget every method gets the same fine-tuning: epochs,
-augmentation, optimizer; rows of "own settings" fine-tune with the defaults of `spvit compress`. The images are those of
-Debian's package dataset-fashion-mnist, or downloaded by torchvision. Torch-Pruning comes with:
+One small ViT (or Swin: --host swin) is trained once and kept under --cache. At each budget every method gets the same
+fine-tuning: epochs, augmentation, optimizer; rows of "own settings" fine-tune with the defaults of `spvit compress`. The
+images are those of Debian's package dataset-fashion-mnist, or downloaded by torchvision. Torch-Pruning comes with:
 pip install 'spvit[bench]'.
 """
 
@@ -46,8 +46,8 @@ from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
-SIZE = (1, 28, 28)
-QUICK = {"images": 12_000, "dense_epochs": 4, "search_epochs": 1, "epochs": 1, "long_epochs": 0, "random": 2}
+SIZES = {"vit": (1, 28, 28), "swin": (1, 32, 32)}
+QUICK = {"images": 12_000, "dense_epochs": 4, "search_epochs": 1, "epochs": 1, "random": 2}
 DENSE_LEARNING_RATE = 1e-3
 TAYLOR_BATCHES = 10
 METHODS = ("dense", "spvit", "searched", "random", "torch-pruning")
@@ -96,11 +96,12 @@ class Bench:
         """Return the dense model, its accuracy and the seconds that training took, now or when it was kept."""
         options = self.options
         count = len(cast(Any, self.images.train))
-        name = f"fashion-mnist-dense-{options.dense_epochs}-epochs-{count}-images-{options.held_out}-held-out"
+        host = "dense" if options.host == "vit" else options.host
+        name = f"fashion-mnist-{host}-{options.dense_epochs}-epochs-{count}-images-{options.held_out}-held-out"
         folder = Path(options.cache) / f"{name}-seed-{options.seed}"
         if not folder.exists():
             torch.manual_seed(options.seed)
-            model = make_dense()
+            model = make_dense(options.host)
             phase = PhaseConfig(epochs=options.dense_epochs, learning_rate=DENSE_LEARNING_RATE, warmup_epochs=1.0)
             started = time.perf_counter()
             with tempfile.TemporaryDirectory() as temporary:
@@ -119,7 +120,7 @@ class Bench:
 
     def macs(self, model: nn.Module) -> int:
         """Return the MACs of one image."""
-        return count_macs(model, lambda twin: twin(torch.zeros(1, *SIZE, device="meta")))
+        return count_macs(model, lambda twin: twin(torch.zeros(1, *SIZES[self.options.host], device="meta")))
 
     def finish(
         self, budget: str, method: str, started: float, model: nn.Module, config: PhaseConfig | None = None
@@ -151,7 +152,8 @@ class Bench:
             "random": self.random,
             "torch-pruning": self.torch_pruning,
         }
-        chosen = [method for name, method in methods.items() if name in self.options.methods]
+        left_out = ("torch-pruning",) if self.options.host == "swin" else ()
+        chosen = [method for name, method in methods.items() if name in set(self.options.methods) - set(left_out)]
         for budget in self.options.budgets:
             for method in chosen:
                 try:
@@ -166,7 +168,7 @@ class Bench:
             self.finish("100%", "dense, fine-tuned", time.perf_counter(), copy.deepcopy(self.dense))
 
     def repaired(self, budget: str) -> None:
-        """Decide from calibration images without a search, repair, and fine-tune for no, some and more epochs."""
+        """Decide from calibration images without a search, repair, and fine-tune or leave it at that."""
         started = time.perf_counter()
         config = CompressConfig(seed=self.options.seed)
         images = calibration(self.images, config)
@@ -180,12 +182,8 @@ class Bench:
         rows = {
             "spvit, no training": replace(self.finetuning, epochs=0),
             "spvit": self.finetuning,
-            "spvit, distilled": replace(self.finetuning, distillation=0.5),
-            "spvit, own settings": replace(config.finetune, epochs=self.options.epochs),
+            "spvit, distilled, own settings": replace(config.finetune, epochs=self.options.epochs),
         }
-        if self.options.long_epochs:
-            more = replace(config.finetune, epochs=self.options.long_epochs)
-            rows[f"spvit, own settings, {self.options.long_epochs} epochs"] = more
         for method, settings in rows.items():
             # Every row needs the one decision and repair, so they count in each.
             self.finish(budget, method, time.perf_counter() - spent, copy.deepcopy(model), settings)
@@ -232,19 +230,17 @@ class Bench:
         batches = itertools.islice(training_loader(self.images), TAYLOR_BATCHES)
         gradients = taylor_gradients(self.dense, batches)
         target = parse_budget(macs=budget).target(self.cost)
-        model = torch_pruned_to(self.dense, gradients, torch.zeros(1, *SIZE), self.macs, target)
-        spent = time.perf_counter() - started
+        model = torch_pruned_to(self.dense, gradients, torch.zeros(1, *SIZES["vit"]), self.macs, target)
         self.note(f"{budget} Torch-Pruning: {torch_pruned_widths(model)}")
-        rows = {"Torch-Pruning": self.finetuning}
-        if self.options.long_epochs:
-            more = replace(self.finetuning, epochs=self.options.long_epochs)
-            rows[f"Torch-Pruning, {self.options.long_epochs} epochs"] = more
-        for method, settings in rows.items():
-            self.finish(budget, method, time.perf_counter() - spent, copy.deepcopy(model), settings)
+        self.finish(budget, "Torch-Pruning", started, model)
 
 
-def make_dense() -> nn.Module:
-    """Return the untrained dense ViT."""
+def make_dense(host: str) -> nn.Module:
+    """Return the untrained dense model: the ViT, or a Swin of three stages."""
+    if host == "swin":
+        shape: dict[str, Any] = {"embed_dim": 48, "depths": (2, 2, 2), "num_heads": (2, 4, 8)}
+        small: dict[str, Any] = {"img_size": 32, "patch_size": 2, "window_size": 4, "in_chans": 1, "num_classes": 10}
+        return cast(nn.Module, timm.create_model("swin_tiny_patch4_window7_224", **small, **shape))
     width: dict[str, int] = {"embed_dim": 96, "depth": 6, "num_heads": 3}
     model = timm.create_model("vit_tiny_patch16_224", img_size=28, patch_size=4, in_chans=1, num_classes=10, **width)
     return cast(nn.Module, model)
@@ -273,7 +269,7 @@ def open_images(options: argparse.Namespace) -> Images:
         crop_ratio=(0.9, 1.1),
         flip=0.5,
     )
-    images = load_images("FashionMNIST", config, SIZE, Preprocessing((0.286,), (0.353,), crop=1.0))
+    images = load_images("FashionMNIST", config, SIZES[options.host], Preprocessing((0.286,), (0.353,), crop=1.0))
     train_count = options.limit or (QUICK["images"] if options.quick else None)
     return replace(images, train=_first(images.train, train_count), validation=_first(images.validation, options.limit))
 
@@ -303,17 +299,15 @@ def table_of(rows: list[Row], title: str) -> Table:
 
 def parse_options() -> argparse.Namespace:
     """Return the command's options; --quick fills in what is not given."""
-    defaults = {"dense_epochs": 14, "search_epochs": 2, "epochs": 1, "long_epochs": 3, "random": 5}
+    defaults = {"dense_epochs": 14, "search_epochs": 2, "epochs": 1, "random": 5}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", choices=SIZES, default="vit", help="swin leaves Torch-Pruning out")
     parser.add_argument("--budgets", nargs="+", default=["50%", "25%"], help="MACs (default: half and a quarter)")
     parser.add_argument("--dense-epochs", type=int, help="of the dense model (default: 14; quick: 4)")
     parser.add_argument("--search-epochs", type=int, help="of the search (default: 2; quick: 1)")
     parser.add_argument("--epochs", type=int, help="of fine-tuning, for every method (default: 1)")
     parser.add_argument("--random", type=int, help="random architectures a budget (default: 5; quick: 2)")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="of search and fine-tuning (%(default)s)")
-    parser.add_argument(
-        "--long-epochs", type=int, help="fine-tuning of some more rows (default: 3; quick: 0, which leaves them out)"
-    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="what to run (default: all)")
     parser.add_argument(
         "--initialise",
