@@ -3,8 +3,8 @@
 python benchmarks/fashion_mnist.py [--budgets 50% 25%] [--epochs 1] [--quick] [--json FILE]
 
 One small ViT (or Swin: --host swin) is trained once and kept under --cache. At each budget every method gets the same
-fine-tuning: epochs, augmentation, optimizer; rows of "own settings" fine-tune with the defaults of `spvit compress`. The
-images are those of Debian's package dataset-fashion-mnist, or downloaded by torchvision. Torch-Pruning comes with:
+fine-tuning: epochs, augmentation, optimizer; rows of "own settings" fine-tune with the defaults of `spvit compress`.
+The images are those of Debian's package dataset-fashion-mnist, or downloaded by torchvision. Torch-Pruning comes with:
 pip install 'spvit[bench]'.
 """
 
