@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spvit.architecture import Attention
 from spvit.kernels import NarrowWeights, Projections
-from spvit.moments import damped, regression
+from spvit.moments import cholesky, regression
 
 JITTER = 1e-7
 
@@ -28,7 +28,7 @@ def _augmented(weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _root(moment: Tensor) -> Tensor:
     """Return the Cholesky factor of a second moment, which may be singular."""
-    return torch.linalg.cholesky(damped(moment, JITTER))
+    return cholesky(moment, JITTER)
 
 
 def low_rank_logits(query_moment: Tensor, key_moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
