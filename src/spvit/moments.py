@@ -12,6 +12,8 @@ RIDGE = 1e-4
 WANTED_TOKENS = 4
 """Tokens for every input, below which the ridge grows: moments from fewer are noise in their smallest directions."""
 
+NOT_FINITE = "the activations of the calibration images are not finite; check the model's weights and the images"
+
 
 class CalibrationError(ValueError):
     """Calibration images cannot be used: too few, of another size, or leading to activations that are not finite."""
@@ -41,9 +43,7 @@ class Moments:
             total += part.double()
         self.count += len(x)
         if not (self._sums[2].isfinite().all() and self._sums[3].isfinite().all()):
-            raise CalibrationError(
-                "the activations of the calibration images are not finite; check the model's weights and the images"
-            )
+            raise CalibrationError(NOT_FINITE)
 
     @property
     def inputs(self) -> int:
