@@ -143,7 +143,15 @@ def score(
 def _halves(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     if sum(len(batch) for batch in batches) < 2:
         raise CalibrationError("one calibration image is too few to fit and measure; give a few hundred or more")
-    return [batch[::2] for batch in batches], [batch[1::2] for batch in batches if len(batch) > 1]
+    halves: tuple[list[Tensor], list[Tensor]] = ([], [])
+    seen = 0
+    for batch in batches:
+        # Every other image of them all, so that batches of one image serve too.
+        for half, start in zip(halves, (seen % 2, 1 - seen % 2)):
+            if len(batch[start::2]):
+                half.append(batch[start::2])
+        seen += len(batch)
+    return halves
 
 
 def _score_block(
