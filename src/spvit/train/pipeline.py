@@ -130,10 +130,8 @@ def calibration(images: Images, config: CompressConfig) -> list[Tensor]:
     """Return the first training images of the run's seed as batches [B, channels, height, width].
 
     Raises:
-        DataError: an image cannot be read, or fewer than one is asked for.
+        DataError: an image cannot be read.
     """
-    if config.calibration_images < 1:
-        raise DataError(f"calibration_images is {config.calibration_images}, expected 1 or more")
     set_seed(config.seed)
     batches: list[Tensor] = []
     missing = config.calibration_images
@@ -247,6 +245,8 @@ def run_compress(
         raise RunFolderError(f"initialise is {config.initialise!r}, expected search or host")
     if config.train_epochs is not None and config.train_epochs < 0:
         raise RunFolderError(f"train_epochs is {config.train_epochs}, expected 0 or more")
+    if config.calibration_images < 1:
+        raise DataError(f"calibration_images is {config.calibration_images}, expected 1 or more")
     # An impossible budget must be refused before anything is trained.
     parsed = parse_budget(**budget)
     parsed.target(search_record(make_searchable(host)).costs[parsed.metric])
