@@ -63,8 +63,9 @@ def calibration_batches(images: Tensor | Iterable[Any], family: Family, host: nn
             )
         if not tensor.isfinite().all():
             raise CalibrationError("calibration images hold values that are not finite; check how they are read")
-        prepared.append(tensor.to(parameter))
-    if not any(len(batch) for batch in prepared):
+        if len(tensor):
+            prepared.append(tensor.to(parameter))
+    if not prepared:
         raise CalibrationError("there are no calibration images; give a few hundred or more")
     return prepared
 
