@@ -242,7 +242,11 @@ def _interpolated_widths(points: list[tuple[int, float]], errors: Sequence[float
     known = sorted({levels[width]: math.log(divergence) for width, divergence in points}.items())
     xs, ys = [x for x, _ in known], [y for _, y in known]
     scores = [math.exp(_on_lines(level, xs, ys)) if error > 0 else 0.0 for level, error in zip(levels, errors)]
-    return (*scores[:-1], 0.0)
+    scores[-1] = 0.0
+    for width in reversed(range(len(scores) - 1)):
+        # Narrower is never better, not even as good, so that what a budget leaves is spent on units.
+        scores[width] = max(scores[width], scores[width + 1]) + FLOOR / len(scores)
+    return tuple(scores)
 
 
 def _on_lines(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
