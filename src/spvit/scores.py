@@ -7,6 +7,7 @@ from the dense ones is taken on images that the repair has not seen. Candidates 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -240,11 +241,12 @@ def _interpolated_widths(points: list[tuple[int, float]], errors: Sequence[float
     """
     levels = [math.log(max(error, FLOOR)) for error in errors]
     known = sorted({levels[width]: math.log(divergence) for width, divergence in points}.items())
-    xs, ys = [x for x, _ in known], [y for _, y in known]
+    # More error is never better; where the images say so it is noise, and prolonged it would grow without bounds.
+    xs, ys = [x for x, _ in known], list(itertools.accumulate((y for _, y in known), max))
     scores = [math.exp(_on_lines(level, xs, ys)) if error > 0 else 0.0 for level, error in zip(levels, errors)]
     scores[-1] = 0.0
     for width in reversed(range(len(scores) - 1)):
-        # Narrower is never better, not even as good, so that what a budget leaves is spent on units.
+        # Nor is it as good to be narrower, so that what a budget leaves is spent on units.
         scores[width] = max(scores[width], scores[width + 1]) + FLOOR / len(scores)
     return tuple(scores)
 
