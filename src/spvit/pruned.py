@@ -154,7 +154,10 @@ def _prefix_layer(rule: str, tokens: int, width: int, dim: int, like: dict[str, 
     if rule == "mean":
         return Constant(tokens, dim, like)
     if rule == "linear":
-        return nn.Sequential(nn.Linear(dim, width, **like), nn.Linear(width, dim, **like))
+        second = nn.Linear(width, dim, **like)
+        for parameter in second.parameters():
+            nn.init.zeros_(parameter)  # adds nothing until it is repaired or trained, as the mean does
+        return nn.Sequential(nn.Linear(dim, width, **like), second)
     return nn.Identity()
 
 
