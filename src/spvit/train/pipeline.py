@@ -265,6 +265,7 @@ def run_compress(
     else:
         finetuning = replace(finetuning, epochs=config.train_epochs)
         architecture = decide_from_scores(dense, images, budget, folder, config, progress)
+    set_seed(config.seed)  # a continued run starts from the same weights where they are drawn
     pruned = prune(
         dense,
         architecture,
