@@ -155,7 +155,7 @@ def test_compress_without_a_search_decides_repairs_and_continues(capsys, recipe,
 @pytest.mark.parametrize("words", [["--no-train"], ["--train-epochs", "0", "--repair", "false"]])
 def test_compress_without_training_leaves_what_pruning_gave(capsys, recipe, trained, tmp_path: Path, words) -> None:
     out = tmp_path / "run"
-    settings = recipe(checkpoint=trained)
+    settings = recipe(checkpoint=trained, calibration_images=200)
     arguments = ["compress", "--recipe", settings, "--output", str(out), "--params", "80%"]
     code, text, problems = run(capsys, *arguments, *words)
     assert (code, problems) == (0, "")
@@ -173,8 +173,9 @@ def test_compress_without_training_leaves_what_pruning_gave(capsys, recipe, trai
     plain = spvit.fold(spvit.prune(host, architecture))
     x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(model(x), plain.eval()(x)) != repaired
-    assert run(capsys, "compress", "--output", str(out), "--resume")[0] == 0
-    assert states_equal(spvit.load(out), model)
+    if not repaired:  # what is drawn at pruning is drawn alike
+        assert run(capsys, "compress", "--output", str(out), "--resume")[0] == 0
+        assert states_equal(spvit.load(out), model)
 
 
 def test_hugging_face_model_is_compressed_and_loaded(capsys, tmp_path: Path) -> None:
