@@ -21,7 +21,15 @@ from torch.nn import functional as F
 from spvit.architecture import Architecture, Attention, Block
 from spvit.hosts.base import BlockSites, Family
 from spvit.kernels import NarrowWeights
-from spvit.moments import RIDGE, CalibrationError, Moments, low_rank_regression, regression, ridge_for
+from spvit.moments import (
+    NOT_FINITE,
+    RIDGE,
+    CalibrationError,
+    Moments,
+    low_rank_regression,
+    regression,
+    ridge_for,
+)
 from spvit.narrowing import narrow_heads, narrow_values
 from spvit.pruned import BottleneckConv, Constant, Grid, NarrowAttention, Skip, as_map
 
@@ -63,8 +71,9 @@ def calibration_batches(images: Tensor | Iterable[Any], family: Family, host: nn
             )
         if not tensor.isfinite().all():
             raise CalibrationError("calibration images hold values that are not finite; check how they are read")
-        prepared.append(tensor.to(parameter))
-    if not any(len(batch) for batch in prepared):
+        if len(tensor):
+            prepared.append(tensor.to(parameter))
+    if not prepared:
         raise CalibrationError("there are no calibration images; give a few hundred or more")
     return prepared
 
@@ -199,7 +208,7 @@ def repair_block(layer: Layer, kept: Block) -> None:
         _repair_convolution(layer, replacement)
     elif isinstance(replacement, Skip) and replacement.mean is not None:
         _repair_constant(layer, replacement.mean)
-    if 0 < len(kept.ffn.units) < kept.ffn.width:
+    if len(kept.ffn.units) < kept.ffn.width:
         _repair_linear(layer, layer.sites.ffn.second)
 
 
@@ -336,6 +345,8 @@ class _Means:
     def by_token(self) -> Tensor:
         """[P + 1, D]."""
         assert isinstance(self._sum, Tensor)
+        if not self._sum.isfinite().all():
+            raise CalibrationError(NOT_FINITE)
         return self._sum / self._count
 
 
