@@ -149,6 +149,16 @@ def test_compress_without_a_search_decides_repairs_and_continues(capsys, recipe,
     for option, value, found in (("calibration_images", "299", "300"), ("repair", "false", "True")):
         asked = [f"--{option}", value]
         refused(capsys, f"holds a run with --{option} {found}", "compress", "--output", str(out), "--resume", *asked)
+    refused(
+        capsys,
+        "holds a run that decides by scores",
+        "compress",
+        "--output",
+        str(out),
+        "--resume",
+        "--train_epochs",
+        "null",
+    )
 
 
 @pytest.mark.usefixtures("brief")
