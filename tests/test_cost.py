@@ -25,7 +25,7 @@ from spvit.cost import (
 from spvit.gates import expected
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
-from tiny import HOSTS, MIXED, assert_close, ffn_widths, images, make_host
+from tiny import ALIKE, HOSTS, MIXED, assert_close, ffn_widths, images, make_host
 
 COST = NetworkCost("macs", 1000, (BlockCost(400, 300, 60, 2, 50), BlockCost(500, 310, 70, 3, 40)))
 NESTED_GATES = {"msa": (1, 1, 1), "conv3": (1, 1, 0), "conv1": (1, 0, 0), "skip": (0, 0, 0)}
@@ -75,7 +75,7 @@ NARROW = {
 
 
 @pytest.mark.parametrize("kept", NARROW)
-@pytest.mark.parametrize("name", [name for name in HOSTS if name != "options"])
+@pytest.mark.parametrize("name", [name for name in ALIKE if name != "options"])
 def test_predicted_costs_of_narrow_attention_equal_measured_ones(name: str, kept: str) -> None:
     host = make_host(name, torch.float32)
     units = tuple(UNITS.values())

@@ -26,7 +26,7 @@ from spvit.narrowing import (
     natural_out_weight,
     value_directions,
 )
-from tiny import HOSTS, assert_close, assert_differ, images, logits, make_host, randomise
+from tiny import ALIKE, assert_close, assert_differ, images, logits, make_host, randomise
 
 DOUBLE = torch.float64
 DIM, HEADS, WIDTH = 12, 3, 5
@@ -228,7 +228,7 @@ def test_without_images_inputs_count_as_white(bias: bool) -> None:
         assert (found_values - best).abs().max() < 1e-5 * best.abs().max()
 
 
-NARROWABLE = [name for name in HOSTS if name != "options"]
+NARROWABLE = [name for name in ALIKE if name != "options"]
 
 
 @pytest.mark.parametrize("name", NARROWABLE)

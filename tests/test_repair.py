@@ -22,7 +22,7 @@ from spvit.pruned import NarrowAttention
 from spvit.repair import LINEAR_SIDE, evaluating, reached
 from test_surgery import BOTH, EVERYTHING
 from tiny import (
-    HOSTS,
+    ALIKE,
     assert_close,
     assert_differ,
     images,
@@ -300,7 +300,7 @@ def test_emptied_ffns_leave_their_mean_if_there_is_a_bias_for_it(name: str) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("name", ALIKE)
 def test_keeping_everything_changes_no_bit(name: str, dtype: torch.dtype) -> None:
     host = make_host(name, dtype)
     model = spvit.prune(host, EVERYTHING, repair=images(host, 2))
@@ -324,7 +324,7 @@ def test_what_pruning_leaves_whole_keeps_its_weights_bit_for_bit() -> None:
     assert_differ(state["blocks.2.mlp.fc2.bias"], own["blocks.2.mlp.fc2.bias"])
 
 
-@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("name", ALIKE)
 def test_repair_brings_outputs_nearer_on_images_it_has_not_seen(name: str) -> None:
     host = make_host(name, torch.float32)
     x = images(host, 24, seed=9)

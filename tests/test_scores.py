@@ -29,7 +29,7 @@ from spvit.scores import (
     _on_lines,
     score,
 )
-from tiny import HOSTS, assert_close, images, logits, make_host
+from tiny import ALIKE, assert_close, images, logits, make_host
 
 WIDTH = 72
 CONVOLUTIONS = [Attention("conv3"), Attention("conv1"), Attention("skip")]
@@ -67,7 +67,7 @@ def test_measured_scores_are_what_pruning_to_one_candidate_does(name: str) -> No
             assert found.ffn[len(units)] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("name", ALIKE)
 def test_every_host_is_scored(name: str) -> None:
     host = make_host(name, torch.float32)
     x = images(host, 16)
@@ -108,7 +108,7 @@ def test_scores_do_not_depend_on_flags_or_batches_and_leave_the_host_alone() -> 
     assert all(torch.equal(host.state_dict()[key], value) for key, value in before.items())
 
 
-@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("name", ALIKE)
 def test_the_head_is_the_host_behind_its_last_block(name: str) -> None:
     host = make_host(name)
     x = images(host, 3)
