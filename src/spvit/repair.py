@@ -31,7 +31,7 @@ from spvit.moments import (
     ridge_for,
 )
 from spvit.narrowing import narrow_heads, narrow_values
-from spvit.pruned import BottleneckConv, Constant, Grid, NarrowAttention, Skip, as_map
+from spvit.pruned import BottleneckConv, Constant, NarrowAttention, Skip, as_map
 
 BATCH = 64
 LINEAR_SIDE = 4.0
@@ -136,8 +136,6 @@ class Layer:
     host: nn.Module
     family: Family
     sites: BlockSites
-    grid: Grid
-    """How the dense block's attention gets the patch grid."""
     inputs: list[Tensor]
     dense_inputs: list[Tensor]
     ridge: float = RIDGE
@@ -182,8 +180,7 @@ def repair(
         dense_inputs = block_inputs(host, blocks[0], batches)
         inputs = list(dense_inputs)
         for index, (sites, kept) in enumerate(zip(blocks, architecture.blocks)):
-            grid = family.own_grid(host, index)
-            repair_block(Layer(model, host, family, sites, grid, inputs, dense_inputs, ridge), kept)
+            repair_block(Layer(model, host, family, sites, inputs, dense_inputs, ridge), kept)
             following = blocks[index + 1] if index + 1 < len(blocks) else None
             if following is None:
                 return
@@ -302,7 +299,7 @@ def _repair_convolution(layer: Layer, replacement: BottleneckConv) -> None:
         if three:
             size = replacement.grid.size(x, prefix)
             tokens = F.unfold(as_map(tokens, size), 3, padding=1).transpose(1, 2)  # [B, G, 9 D]
-        wanted_grid = layer.grid.gather(wanted, prefix)
+        wanted_grid = site.own_grid().gather(wanted, prefix)
         on_grid.add(tokens, wanted_grid)
         constants.add(wanted[:, :prefix], wanted_grid)
         if prefix:
@@ -352,7 +349,7 @@ class _Means:
 
 def _repair_constant(layer: Layer, constant: Constant) -> None:
     """Let a skipped layer add the mean output of the dense one."""
-    prefix, means = layer.sites.attention.prefix_tokens, _Means()
-    for wanted in layer.wanted(layer.sites.attention.path):
-        means.add(wanted[:, :prefix], layer.grid.gather(wanted, prefix))
+    site, means = layer.sites.attention, _Means()
+    for wanted in layer.wanted(site.path):
+        means.add(wanted[:, : site.prefix_tokens], site.own_grid().gather(wanted, site.prefix_tokens))
     constant.bias.copy_(means.by_token())

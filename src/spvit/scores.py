@@ -158,8 +158,7 @@ def _score_block(
     bench: _Bench, index: int, fitting: list[Tensor], measuring: list[Tensor], multiple: int
 ) -> BlockScores:
     sites = bench.blocks[index]
-    grid = bench.family.own_grid(bench.host, index)
-    layer = Layer(bench.model, bench.host, bench.family, sites, grid, fitting, fitting)
+    layer = Layer(bench.model, bench.host, bench.family, sites, fitting, fitting)
     units = sites.ffn.units
     whole = FFN(units, tuple(range(units)))
 

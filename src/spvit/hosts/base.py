@@ -40,6 +40,12 @@ class AttentionSite:
     """Tokens that each query attends to."""
     windows: int = 1
     """Windows that an image's tokens go in, of `keys` tokens each, padding included; 1: all tokens are one."""
+    layout: Grid | None = None
+    """How attention gets the grid, where it does not get its tokens row-major behind the prefix tokens."""
+
+    def own_grid(self) -> Grid:
+        """Return how attention gets the grid of images of the host's own size; it does not follow other sizes."""
+        return Grid(*self.grid) if self.layout is None else self.layout
 
     @property
     def tokens(self) -> int:
@@ -96,10 +102,6 @@ class Family(Protocol):
             whole: also make the host hand the whole grid to what stands where these blocks' attention was, as tokens
                 row-major, where attention gets it in another form. False leaves the host's attention as it is.
         """
-        ...
-
-    def own_grid(self, host: nn.Module, block: int) -> Grid:
-        """Return how a block's attention gets the grid of images of the host's own size; it does not follow others."""
         ...
 
     def source(self, host: nn.Module) -> dict[str, Any]:

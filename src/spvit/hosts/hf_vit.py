@@ -107,10 +107,6 @@ class HuggingFaceViT:
         _, height, width = self.input_size(host)
         return (height // patch[0], width // patch[1])
 
-    def own_grid(self, host: nn.Module, block: int) -> Grid:
-        """Return the grid of images of the host's own size, which is the same for all blocks."""
-        return Grid(*self.blocks(host)[block].attention.grid)
-
     def source(self, host: nn.Module) -> dict[str, Any]:
         """Return the host's configuration."""
         config = cast(ViTForImageClassification, host).config

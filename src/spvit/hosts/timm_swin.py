@@ -9,7 +9,6 @@ Shapes: B batch, N tokens of a window, D width, G = height x width tokens of a m
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -139,6 +138,7 @@ class TimmSwin:
                 grid=(grid.height, grid.width),
                 keys=attention.window_area,
                 windows=math.prod(grid.windows()),
+                layout=grid,
             ),
             FFNSite(f"{path}.mlp.fc1", f"{path}.mlp.fc2", ffn.fc1.out_features),
             before=f"{stage}.downsample" if reduces else None,
@@ -166,10 +166,6 @@ class TimmSwin:
                 grids[index] = windowed
                 block.register_forward_pre_hook(WindowTracker(windowed))
         return grids
-
-    def own_grid(self, host: nn.Module, block: int) -> Grid:
-        """Return how a block's attention gets its map for images of the host's own size."""
-        return _windowed(next(itertools.islice(self._walk(host), block, None))[1])
 
     def source(self, host: nn.Module) -> dict[str, Any]:
         """Return the timm model name and arguments that the host was created with."""

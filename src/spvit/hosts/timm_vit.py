@@ -129,10 +129,6 @@ class TimmViT:
             embed.register_forward_pre_hook(GridTracker(grid, patch, embed.dynamic_img_pad))
         return dict.fromkeys(blocks, grid)
 
-    def own_grid(self, host: nn.Module, block: int) -> Grid:
-        """Return the grid of images of the host's own size, which is the same for all blocks."""
-        return Grid(*self.blocks(host)[block].attention.grid)
-
     def source(self, host: nn.Module) -> dict[str, Any]:
         """Return the timm model name and arguments that the host was created with."""
         return describe_timm_model(host)
