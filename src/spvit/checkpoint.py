@@ -84,6 +84,13 @@ def write_text(path: str | Path, text: str) -> None:
     replace_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def write_weights(model: nn.Module, path: str | Path) -> None:
+    """Write a model's weights as a safetensors file, atomically; `read_weights` reads them."""
+    # Cloned, since safetensors refuses tensors that share memory.
+    state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+    replace_atomically(path, lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
+
+
 def save(
     model: nn.Module,
     folder: str | Path,
@@ -120,9 +127,7 @@ def save(
         dict(metrics or {}),
     )
     folder.mkdir(parents=True, exist_ok=True)
-    # Cloned, since safetensors refuses tensors that share memory.
-    state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
-    replace_atomically(folder / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
+    write_weights(model, folder / WEIGHTS)
     write_text(folder / DESCRIPTION, _to_json(description))
     return folder
 

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spvit.checkpoint import replace_atomically, write_text
+from spvit.checkpoint import read_weights, write_text, write_weights
 
 WEIGHTS = "best.safetensors"
 FIGURES = "best.json"
@@ -27,8 +26,7 @@ class BestWeights:
         if best is not None and accuracy < best["accuracy"]:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-        replace_atomically(self.folder / WEIGHTS, lambda path: save_file(state, path))
+        write_weights(model, self.folder / WEIGHTS)
         write_text(self.folder / FIGURES, json.dumps({"epoch": epoch, "accuracy": accuracy}))
 
     def figures(self) -> dict[str, Any] | None:
@@ -40,5 +38,5 @@ class BestWeights:
         return figures
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the best weights."""
-        return load_file(self.folder / WEIGHTS)
+        """Return the best weights. Raises CheckpointError when their file is missing or damaged."""
+        return read_weights(self.folder / WEIGHTS)
