@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from spvit.architecture import Architecture, Attention
+from spvit.architecture import Architecture, Attention, Block
 
 METRICS = ("macs", "params")
 
@@ -66,6 +66,10 @@ class BlockCost:
         removed = self.heads * self.head_width * (self.query_key + self.value)
         return self.msa - removed + heads * (query_key * self.query_key + value * self.value)
 
+    def kept(self, block: Block, prefix_rule: str, skip_rule: str) -> int:
+        """Return the cost of what an architecture keeps of the block."""
+        return self.attention_kept(block.attention, prefix_rule, skip_rule) + self.unit * len(block.ffn.units)
+
 
 @dataclass(frozen=True)
 class NetworkCost:
@@ -79,10 +83,7 @@ class NetworkCost:
     def of(self, architecture: Architecture) -> int:
         """Return the cost of an architecture."""
         rules = (architecture.prefix_rule, architecture.skip_rule)
-        return self.fixed + sum(
-            cost.attention_kept(block.attention, *rules) + cost.unit * len(block.ffn.units)
-            for cost, block in zip(self.blocks, architecture.blocks)
-        )
+        return self.fixed + sum(cost.kept(block, *rules) for cost, block in zip(self.blocks, architecture.blocks))
 
     def expected(self, attention: Tensor, units: Sequence[Tensor]) -> Tensor:
         """Return the cost of gates given in expectation, differentiable.

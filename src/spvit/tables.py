@@ -27,8 +27,7 @@ def block_table(architecture: Architecture, costs: dict[str, NetworkCost], title
         row = []
         for metric in ("params", "macs"):
             cost = costs[metric].blocks[index]
-            kept = cost.attention_kept(block.attention, architecture.prefix_rule, architecture.skip_rule)
-            kept += cost.unit * len(block.ffn.units)
+            kept = cost.kept(block, architecture.prefix_rule, architecture.skip_rule)
             row += [human(kept), human(cost.msa + cost.unit * cost.units)]
         units = f"{len(block.ffn.units)}/{block.ffn.width}"
         table.add_row(str(index), str(block.attention), units, *row)
