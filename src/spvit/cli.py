@@ -53,7 +53,7 @@ from spvit.moments import CalibrationError
 from spvit.surgery import NotSearchableError
 from spvit.train.data import DataError
 from spvit.train.loop import STATE, RunError
-from spvit.train.pipeline import RunFolderError, check_folder
+from spvit.train.pipeline import RunFolderError, check_folder, holds_files
 from spvit.zoo import ZooError
 
 # What a continued run must share with the run it continues.
@@ -250,7 +250,7 @@ def _complain(problems: Console, error: Exception, code: int) -> int:
 def _guarded(run: Callable[[Any, Console], None], options: Any, console: Console) -> None:
     """Run a command; when its input turns out to be bad before a state is saved, leave no run folder behind."""
     output = Path(options.output) if isinstance(options, (RunCommand, DemoCommand)) else None
-    fresh = output is not None and not (output.is_dir() and any(output.iterdir()))
+    fresh = output is not None and not holds_files(output)
     try:
         run(options, console)
     except InputErrors:

@@ -50,6 +50,7 @@ from spvit.train.pipeline import (
     deployed,
     figures_of,
     finetune,
+    holds_files,
     run_compress,
     search,
     train_dense,
@@ -225,7 +226,7 @@ def profile_command(options: ProfileCommand, console: Console) -> None:
 def convert_command(options: ConvertCommand, console: Console) -> None:
     """Write a checkpoint of others in spvit's format, and say what it was recognised as."""
     folder = Path(options.output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.is_file() or holds_files(folder):
         raise RunFolderError(f"output {folder} is in use; name a new or empty folder")
     if options.model_args and options.model is None:
         raise ModelError(f"model_args {options.model_args} need the timm model that they are for; name it with --model")

@@ -6,6 +6,7 @@ A run folder holds everything: metrics.jsonl, architecture.json, state/ (resumab
 import copy
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -81,12 +82,17 @@ class Compressed:
     """The pruned model's figures at the end."""
 
 
+def holds_files(folder: Path) -> bool:
+    """Return whether a folder exists and is not empty."""
+    return folder.is_dir() and any(folder.iterdir())
+
+
 def check_folder(folder: str | Path, resume: bool) -> Path:
     """Return a run folder that may be written to. Raises RunFolderError when it is in use, or nothing can continue."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"output {folder} is a file; name a folder")
-    used = folder.is_dir() and any(folder.iterdir())
+    used = holds_files(folder)
     if resume and not used:
         raise RunFolderError(f"output {folder} holds no run to continue; leave out --resume to start one")
     if used and not resume:
@@ -147,15 +153,23 @@ def calibration(images: Images, config: CompressConfig) -> list[Tensor]:
 
 def decide_from_scores(
     host: nn.Module,
-    images: Images,
+    images: Sequence[Tensor],
     budget: dict[str, str | int],
     folder: Path,
-    config: CompressConfig,
+    multiple: int | None,
     progress: PhaseProgress,
 ) -> Architecture:
     """Return the architecture that calibration images choose, without a search; write architecture.json.
 
     A run that is continued keeps the one that it has written.
+
+    Args:
+        host: the dense model.
+        images: calibration images, [B, channels, height, width] a batch.
+        budget: `{"macs": "50%"}` or `{"params": ...}`.
+        folder: the run folder.
+        multiple: FFN widths and ranks are multiples of it; None as in `decide`.
+        progress: where to show progress.
     """
     path = folder / ARCHITECTURE
     if path.is_file():
@@ -166,8 +180,8 @@ def decide_from_scores(
             host,
             macs=budget.get("macs"),
             params=budget.get("params"),
-            multiple=config.multiple,
-            calibration=calibration(images, config),
+            multiple=multiple,
+            calibration=images,
             report=lambda done, blocks: progress.step(""),
         )
     finally:
@@ -264,15 +278,17 @@ def run_compress(
     net, finetuning = None, config.finetune
     if config.train_epochs is None:
         net, architecture = search(dense, images, budget, folder, config, config.search, progress, config.multiple)
+        calibrating = calibration(images, config) if config.repair else None
     else:
         finetuning = replace(finetuning, epochs=config.train_epochs)
-        architecture = decide_from_scores(dense, images, budget, folder, config, progress)
+        calibrating = calibration(images, config)
+        architecture = decide_from_scores(dense, calibrating, budget, folder, config.multiple, progress)
     set_seed(config.seed)  # a continued run starts from the same weights where they are drawn
     pruned = prune(
         dense,
         architecture,
         weights=net if config.initialise == "search" else None,
-        repair=calibration(images, config) if config.repair else None,
+        repair=calibrating if config.repair else None,
     )
     after_pruning = figures_of(pruned, images, config)
     progress.note(f"after pruning{' and repair' if config.repair else ''}: accuracy {after_pruning.accuracy:.2%}")
