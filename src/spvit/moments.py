@@ -83,6 +83,10 @@ class Moments:
         """Second moment of inputs and outputs about zero, [X, Y]."""
         return self.cross + torch.outer(self.mean_x, self.mean_y)
 
+    def products(self, centred: bool) -> tuple[Tensor, Tensor]:
+        """Return what a regression takes, [X, X] and [X, Y]: about the means, or about zero where no bias follows."""
+        return (self.covariance, self.cross) if centred else (self.second_x, self.second_cross)
+
 
 def _flat(tensor: Tensor) -> Tensor:
     """Return vectors [n, width] of at least single precision."""

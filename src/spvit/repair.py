@@ -214,18 +214,8 @@ def correction(moments: Moments, biased: bool, ridge: float = RIDGE) -> tuple[Te
 
     Without a bias to correct, the moments about zero count, as nothing else can take up a mean.
     """
-    ridge = ridge_for(moments, ridge=ridge)
-    if not biased:
-        return regression(moments.second_x, moments.second_cross, ridge).T, None
-    weight = regression(moments.covariance, moments.cross, ridge).T
-    return weight, moments.mean_y - weight @ moments.mean_x
-
-
-def _add(linear: nn.Linear, moments: Moments, ridge: float) -> None:
-    weight, bias = correction(moments, linear.bias is not None, ridge)
-    linear.weight.add_(weight.to(linear.weight))
-    if bias is not None:
-        linear.bias.add_(bias.to(linear.bias))
+    weight = regression(*moments.products(biased), ridge_for(moments, ridge=ridge)).T
+    return weight, moments.mean_y - weight @ moments.mean_x if biased else None
 
 
 def _repair_linear(layer: Layer, path: str) -> None:
@@ -240,7 +230,10 @@ def _repair_linear(layer: Layer, path: str) -> None:
     moments = Moments()
     for x, wanted in zip(layer.arriving(path), layer.wanted(path)):
         moments.add(x, wanted - linear(x))
-    _add(linear, moments, layer.ridge)
+    weight, bias = correction(moments, linear.bias is not None, layer.ridge)
+    linear.weight.add_(weight.to(linear.weight))
+    if bias is not None:
+        linear.bias.add_(bias.to(linear.bias))
 
 
 def _repair_narrow(layer: Layer, replacement: NarrowAttention, kept: Attention) -> None:
@@ -278,8 +271,7 @@ def _fitted(narrow: NarrowWeights, rotation: Tensor, moments: Moments, biased: b
         ridge: relative to the mean variance of the narrow heads' outputs.
     """
     prior = narrow.out_weight.flatten(1).double()  # [D, H V]
-    covariance = moments.covariance if biased else moments.second_x
-    cross = moments.cross if biased else moments.second_cross
+    covariance, cross = moments.products(biased)
     inner = rotation @ covariance @ rotation.T
     error = rotation @ cross - inner @ prior.T
     out = prior + regression(inner, error, ridge_for(moments, len(rotation), ridge)).T

@@ -145,7 +145,7 @@ def _linear_params(module: nn.Module) -> int:
     return sum(child.weight.numel() for child in module.modules() if isinstance(child, nn.Linear))
 
 
-def _block_macs(family: Family, host: nn.Module, block: BlockSites) -> BlockCost:
+def _block_macs(host: nn.Module, block: BlockSites) -> BlockCost:
     """MACs of one image (method: paper section 3.4). Attention products: two of [tokens, keys, H E]."""
     site, ffn = block.attention, block.ffn
     attention = host.get_submodule(site.path)
@@ -203,9 +203,12 @@ def network_costs(family: Family, host: nn.Module) -> dict[str, NetworkCost]:
         return twin(example_images(family, twin))
 
     totals = {"macs": count_macs(host, run), "params": count_params(host)}
+    by_metric = {
+        "macs": tuple(_block_macs(host, block) for block in blocks),
+        "params": tuple(_block_params(family, host, block) for block in blocks),
+    }
     costs = {}
-    for metric, block_cost in (("macs", _block_macs), ("params", _block_params)):
-        sites = tuple(block_cost(family, host, block) for block in blocks)
+    for metric, sites in by_metric.items():
         variable = NetworkCost(metric, 0, sites).dense
         costs[metric] = NetworkCost(metric, totals[metric] - variable, sites)
     return costs
