@@ -21,7 +21,8 @@ from spvit.searchable import GatedLinear, SearchableAttention
 from tiny import assert_close
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
-pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the golden files are not at {GOLDEN}")
+needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the golden files are not at {GOLDEN}")
+pytestmark = needs_golden
 
 DIM, HEADS, GRID, PREFIX = 48, 3, (5, 5), 1
 GATES = {"msa": (1.0, 1.0, 1.0), "conv3": (1.0, 1.0, -1.0), "conv1": (1.0, -1.0, 1.0), "skip": (-1.0, 1.0, 1.0)}

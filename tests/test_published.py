@@ -35,7 +35,7 @@ from spvit.published import indicated_architecture, model_name, read_published, 
 from spvit.surgery import pruned_record
 from test_checkpoint import Harmful
 from test_cli import refused, run
-from test_golden import GOLDEN, golden, make_layer
+from test_golden import golden, make_layer, needs_golden
 from tiny import CLASSES, assert_close, assert_differ, images, logits
 
 UNFOLDED = ("conv3", "conv1", "skip", "msa")
@@ -135,7 +135,7 @@ def test_kernel_order_and_temperature_of_swin_matter(tmp_path: Path) -> None:
         assert_differ(logits(rebuild(wrong, host), x), right)
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden files are absent")
+@needs_golden
 @pytest.mark.parametrize("kind", UNFOLDED)
 def test_golden_deit_attention_through_a_file(kind: str, tmp_path: Path) -> None:
     deit = golden("deit_attention")
@@ -160,7 +160,7 @@ def test_golden_deit_attention_through_a_file(kind: str, tmp_path: Path) -> None
     assert_close(out, deit["finetune.skip" if kind == "skip" else f"eval.{kind}"])
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden files are absent")
+@needs_golden
 @pytest.mark.parametrize("kind", ["conv3", "conv1", "msa"])
 def test_golden_swin_attention_through_a_file(kind: str, tmp_path: Path) -> None:
     swin = golden("swin_attention")

@@ -35,6 +35,7 @@ from tiny import (
     make_host,
     make_net,
     randomise,
+    with_kinds,
 )
 
 BOTH = ["class_token", "huggingface"]
@@ -48,12 +49,6 @@ class Wrapper(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-
-
-def with_kinds(architecture: Architecture, *kinds: str) -> Architecture:
-    """Return an architecture with other attention kinds."""
-    blocks = (replace(block, attention=Attention(kind)) for block, kind in zip(architecture.blocks, kinds, strict=True))
-    return replace(architecture, blocks=tuple(blocks))
 
 
 @pytest.mark.parametrize("name", HOSTS)

@@ -38,6 +38,7 @@ from tiny import (
     make_host,
     make_net,
     randomise,
+    with_kinds,
 )
 
 timm = pytest.importorskip("timm")
@@ -53,12 +54,6 @@ MIXES = {
 def blocks_of(net: nn.Module) -> list[Any]:
     """Return the blocks of all stages."""
     return [block for stage in net.layers for block in stage.blocks]
-
-
-def with_kinds(architecture: Architecture, kinds: tuple[str, ...]) -> Architecture:
-    """Return an architecture with other attention kinds."""
-    blocks = tuple(replace(block, attention=Attention(kind)) for block, kind in zip(architecture.blocks, kinds))
-    return replace(architecture, blocks=blocks)
 
 
 @pytest.mark.parametrize("kinds", MIXES)
@@ -86,7 +81,7 @@ def test_every_decision_shows_in_the_logits(block: int, kind: str) -> None:
     host, net = make_net("swin_padded")
     x = images(host)
     kinds = (*MIXED[:block], kind, *MIXED[block + 1 :])
-    found = logits(spvit.prune(host, with_kinds(spvit.decide(net), kinds), weights=net), x)
+    found = logits(spvit.prune(host, with_kinds(spvit.decide(net), *kinds), weights=net), x)
     assert_close(found, logits(choose(copy.deepcopy(net), kinds), x))
     (assert_close if kind == MIXED[block] else assert_differ)(found, logits(net, x))
 
@@ -156,7 +151,7 @@ def test_fused_attention_gives_its_values_too() -> None:
 def test_skip_can_mean_the_normalised_input() -> None:
     host = make_host("swin")
     x = images(host)
-    architecture = with_kinds(dense(ffn_widths(host)), ("msa", "skip", "msa", "msa"))
+    architecture = with_kinds(dense(ffn_widths(host)), "msa", "skip", "msa", "msa")
     architecture = replace(architecture, skip_rule="normalised_input")
     expected = copy.deepcopy(host)
     blocks_of(expected)[1].attn.forward = lambda windows, mask: windows
@@ -197,7 +192,7 @@ def test_costs_follow_the_input_size(size: tuple[int, int], kinds: tuple[str, ..
     host = make_host("swin", torch.float32)
     host.set_input_size(size)
     costs = network_costs(family_of(host), host)
-    architecture = with_kinds(dense(ffn_widths(host)), kinds)
+    architecture = with_kinds(dense(ffn_widths(host)), *kinds)
     small = spvit.fold(spvit.prune(host, architecture))
     x = images(host, batch=1)
     assert x.shape[2:] == size
@@ -240,7 +235,7 @@ def test_each_block_has_its_own_grid() -> None:
         (6, 10, (2, 2)),
     ]
     host = make_host("swin_non_square")
-    pruned = spvit.prune(host, with_kinds(dense(ffn_widths(host)), ("conv3",) * 4))
+    pruned = spvit.prune(host, with_kinds(dense(ffn_widths(host)), *("conv3",) * 4))
     assert [block.attn.grid for block in blocks_of(pruned)] == [Grid(12, 20), Grid(12, 20), Grid(6, 10), Grid(6, 10)]
 
 
@@ -287,7 +282,7 @@ def test_dtype_device_training_flag_and_requires_grad_survive(stage: str) -> Non
     if stage == "make_searchable":
         net = spvit.make_searchable(host)
     else:
-        net = spvit.prune(host, with_kinds(dense(ffn_widths(host)), ("conv3", "skip", "msa", "conv1")))
+        net = spvit.prune(host, with_kinds(dense(ffn_widths(host)), "conv3", "skip", "msa", "conv1"))
         net = spvit.fold(net) if stage == "fold" else net
     for name, module in net.named_modules():
         assert module.training == (not f"{name}.".startswith(first)), name
@@ -331,7 +326,7 @@ def test_architectures_of_other_widths_are_refused() -> None:
 def test_a_repaired_skip_adds_the_mean_over_the_map(name: str) -> None:
     host = make_host(name)
     kinds = ("msa", "skip", "msa", "msa")
-    architecture = replace(with_kinds(dense(ffn_widths(host)), kinds), skip_rule="mean")
+    architecture = replace(with_kinds(dense(ffn_widths(host)), *kinds), skip_rule="mean")
     x = images(host, batch=5)
     pruned = spvit.prune(host, architecture, repair=x)
     first, second = blocks_of(host)[:2]
@@ -345,7 +340,7 @@ def test_a_repaired_skip_adds_the_mean_over_the_map(name: str) -> None:
 @pytest.mark.parametrize("name", ["swin", "swin_padded", "swin_always_partition"])
 def test_repair_brings_a_pruned_network_nearer_to_the_dense_one(name: str, kinds: tuple[str, ...]) -> None:
     host = make_host(name)
-    architecture = replace(with_kinds(dense(ffn_widths(host)), kinds), skip_rule="mean")
+    architecture = replace(with_kinds(dense(ffn_widths(host)), *kinds), skip_rule="mean")
     blocks = [replace(block, ffn=FFN(block.ffn.width, block.ffn.units[::2])) for block in architecture.blocks]
     architecture = replace(architecture, blocks=tuple(blocks))
     x, unseen = images(host, batch=64), images(host, batch=16, seed=1)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import spvit
-from spvit.architecture import KINDS
+from spvit.architecture import KINDS, Architecture, Attention
 from spvit.hosts import family_of
 from spvit.hosts.base import logits_of
 from spvit.surgery import gated_layers
@@ -145,6 +146,12 @@ def make_net(name: str, kinds: Sequence[str] = MIXED, dtype: torch.dtype = torch
 def ffn_widths(host: nn.Module) -> tuple[int, ...]:
     """Return the hidden units of every block's FFN."""
     return tuple(block.ffn.units for block in family_of(host).blocks(host))
+
+
+def with_kinds(architecture: Architecture, *kinds: str) -> Architecture:
+    """Return an architecture with other attention kinds."""
+    blocks = (replace(block, attention=Attention(kind)) for block, kind in zip(architecture.blocks, kinds, strict=True))
+    return replace(architecture, blocks=tuple(blocks))
 
 
 def images(host: nn.Module, batch: int = 2, size: tuple[int, int] | None = None, seed: int = 0) -> Tensor:
