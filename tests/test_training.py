@@ -221,3 +221,41 @@ def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
         check_folder(tmp_path / "new", resume=True)
     with pytest.raises(RunFolderError, match="is a file"):
         check_folder(tmp_path / "used" / "notes.txt", resume=False)
+
+
+def test_a_phase_that_only_harms_ends_with_the_weights_from_before(tmp_path: Path) -> None:
+    images = digits()
+    model = micro_host()
+    run_phase(Phase("dense", model, short(4)), images, tmp_path, LoopConfig())
+    start = copy.deepcopy(model)
+    settings = {"learning_rate": 0.5, "clip_gradient": 0.0}
+    harmed = copy.deepcopy(model)
+    worse = run_phase(Phase("harmed", harmed, short(1, **settings)), images, tmp_path, LoopConfig())
+    figures = run_phase(Phase("kept", model, short(1, **settings, keep_best=True)), images, tmp_path, LoopConfig())
+    assert figures.accuracy > worse.accuracy
+    assert states_equal(model, start)
+    assert not states_equal(harmed, start)
+
+
+@pytest.mark.parametrize("settings", [{"weight_averaging": 0.9}, {"weight_averaging": 0.9, "keep_best": True}])
+def test_averaged_and_best_weights_survive_a_kill(tmp_path: Path, settings: dict[str, object]) -> None:
+    images, names = digits(), ("plain", "whole", "cut")
+    models = {name: micro_host() for name in names}
+    for name in names:
+        (tmp_path / name).mkdir()
+    run_phase(Phase("dense", models["plain"], short(3)), images, tmp_path / "plain", LoopConfig())
+    whole = run_phase(Phase("dense", models["whole"], short(3, **settings)), images, tmp_path / "whole", LoopConfig())
+    hook = models["cut"].register_forward_pre_hook(_raise_at(20))  # in the second epoch, evaluations counted
+    with pytest.raises(Killed):
+        run_phase(Phase("dense", models["cut"], short(3, **settings)), images, tmp_path / "cut", LoopConfig())
+    hook.remove()
+    assert (tmp_path / "cut" / "state" / "dense" / "epoch-0001").is_dir()
+    again = micro_host(seed=1)
+    assert run_phase(Phase("dense", again, short(3, **settings)), images, tmp_path / "cut", LoopConfig()) == whole
+    assert states_equal(again, models["whole"])
+    assert not states_equal(models["whole"], models["plain"])
+
+
+def test_averaging_is_checked() -> None:
+    with pytest.raises(DataError, match=r"weight_averaging is 1\.5, expected 0 or more, at most 1"):
+        run_phase(Phase("dense", micro_host(), short(1, weight_averaging=1.5)), digits(), Path(), LoopConfig())
