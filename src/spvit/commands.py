@@ -156,9 +156,10 @@ def finetune_command(options: FinetuneCommand, console: Console) -> None:
         teacher, model = model, _pruned_to(model, architecture, str(options.architecture))
     elif pruned_record(model) is None:
         raise ModelError(f"{options.model} is a dense model; name what to keep with --architecture, or see spvit train")
-    elif options.finetune.distillation > 0:
+    elif options.finetune.distillation > 0 and options.finetune.teacher is None:
         raise ModelError(
-            "distillation needs the dense model; name it with --model and what to keep with --architecture"
+            "distillation needs a teacher; name one with --finetune.teacher, or the dense model with --model and what "
+            "to keep with --architecture"
         )
     figures = finetune(model, images, folder, _shared(options), options.finetune, PhaseProgress(console), teacher)
     write_model(deployed(model), images, figures, folder)

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
@@ -25,10 +26,11 @@ from spvit.checkpoint import write_text
 from spvit.hosts.base import logits_of
 from spvit.surgery import gate_parameters
 from spvit.train.best import BestWeights
-from spvit.train.data import DataError, Images, mixup_of, training_loader, validation_loader
-from spvit.train.losses import BudgetLoss, distillation_loss, task_loss
+from spvit.train.data import DataError, Images, mixup_of, repeated_loader, training_loader, validation_loader
+from spvit.train.losses import BudgetLoss, distillation_loss, hard_distillation_loss, task_loss
 from spvit.train.progress import PhaseProgress
 from spvit.train.settings import LoopConfig, PhaseConfig, check_settings
+from spvit.train.teacher import open_teacher
 
 METRICS = "metrics.jsonl"
 STATE = "state"
@@ -49,6 +51,7 @@ class Phase:
     config: PhaseConfig
     budget: BudgetLoss | None = None
     teacher: nn.Module | None = None
+    """Who teaches when the settings name nobody."""
 
 
 @dataclass(frozen=True)
@@ -118,13 +121,13 @@ class _Loop:
         self.folder = folder
         self.accelerator = make_accelerator(config)
         self.mixup = mixup_of(images.config, len(images.classes), phase.config.label_smoothing)
-        train, validation = training_loader(images), validation_loader(images)
-        self.total = max(1, phase.config.epochs * len(train))
+        self.train = self._training_loader(images)
+        self.total = max(1, phase.config.epochs * len(self.train))
         weights, gates = _optimizers(phase, self.total)
-        parts = [phase.model, train, validation, weights] + ([gates] if gates is not None else [])
-        self.model, self.train, self.validation, self.weights, *rest = self.accelerator.prepare(*parts)
+        parts = [phase.model, validation_loader(images), weights] + ([gates] if gates is not None else [])
+        self.model, self.validation, self.weights, *rest = self.accelerator.prepare(*parts)
         self.gates = rest[0] if rest else None
-        self.teacher = phase.teacher.to(self.accelerator.device).eval() if phase.teacher is not None else None
+        self.teacher = self._teacher(images)
         self.batch = images.config.batch_size * self.accelerator.num_processes
         reference = phase.config.reference_batch
         self.scale = self.batch / reference if reference else 1.0
@@ -134,6 +137,20 @@ class _Loop:
     @property
     def states(self) -> Path:
         return self.folder / STATE / self.phase.name
+
+    def _training_loader(self, images: Images) -> Any:
+        """Return the loader of this process's training images. Its length is the steps of an epoch."""
+        accelerator = self.accelerator
+        if images.config.repeated_augmentation <= 1:
+            return accelerator.prepare(training_loader(images))
+        # The sampler shares out the images itself: the repeats of one go to different processes.
+        loader = repeated_loader(images, accelerator.num_processes, accelerator.process_index)
+        return prepare_data_loader(loader, accelerator.device, 1, 0, put_on_device=True)
+
+    def _teacher(self, images: Images) -> nn.Module | None:
+        name = self.settings.teacher
+        teacher = open_teacher(name, images) if name is not None else self.phase.teacher
+        return teacher.to(self.accelerator.device).eval() if teacher is not None else None
 
     def _averaged(self) -> Any:
         """Return timm's running average of the weights, which is saved and restored with the rest of the state."""
@@ -192,6 +209,7 @@ class _Loop:
         # The order of images comes from a seed that all processes share; what follows differs by process.
         seed = _epoch_seed(self.config.seed, self.phase.name, epoch)
         set_seed(seed)
+        self.train.set_epoch(seed)
         batches = iter(self.train)
         set_seed(seed + 1 + self.accelerator.process_index)
         self.model.train()
@@ -216,9 +234,7 @@ class _Loop:
         logits = logits_of(self.model(images))
         loss = task_loss(logits, labels, self.settings.label_smoothing)
         if self.teacher is not None:
-            with torch.no_grad():
-                guidance = logits_of(self.teacher(images)).float()
-            agreement = distillation_loss(logits, guidance, self.settings.distillation_temperature)
+            agreement = self._agreement(logits, images)
             loss = (1 - self.settings.distillation) * loss + self.settings.distillation * agreement
         values = {"task_loss": loss.detach()}
         if self.phase.budget is not None:
@@ -241,6 +257,15 @@ class _Loop:
         if self.average is not None:
             self.average.update(self.accelerator.unwrap_model(self.model), step=step)
         return figures
+
+    def _agreement(self, logits: Tensor, images: Tensor) -> Tensor:
+        """Return how far the student's logits are from what the teacher makes of the same images, a scalar."""
+        assert self.teacher is not None
+        with torch.no_grad(), self.accelerator.autocast():
+            guidance = logits_of(self.teacher(images)).float()
+        if self.settings.distillation_kind == "hard":
+            return hard_distillation_loss(logits, guidance)
+        return distillation_loss(logits, guidance, self.settings.distillation_temperature)
 
     def _set_learning_rates(self, step: int) -> float:
         settings = self.settings

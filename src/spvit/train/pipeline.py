@@ -31,6 +31,7 @@ from spvit.train.loop import (
 from spvit.train.losses import BudgetLoss
 from spvit.train.progress import PhaseProgress
 from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
+from spvit.train.teacher import check_phases
 
 ARCHITECTURE = "architecture.json"
 
@@ -248,6 +249,9 @@ def run_compress(
     # An impossible budget must be refused before anything is trained.
     parsed = parse_budget(**budget)
     parsed.target(search_record(make_searchable(host)).costs[parsed.metric])
+    searches = config.train_epochs is None
+    finetuning = config.finetune if searches else replace(config.finetune, epochs=config.train_epochs or 0)
+    check_phases([config.dense, *([config.search] if searches else []), finetuning], images)
     folder.mkdir(parents=True, exist_ok=True)
     progress = PhaseProgress(console)
     dense = copy.deepcopy(host)
@@ -257,11 +261,10 @@ def run_compress(
     else:
         dense_figures = figures_of(dense, images, config)
         progress.note(f"dense model: accuracy {dense_figures.accuracy:.2%}")
-    net, finetuning = None, config.finetune
-    if config.train_epochs is None:
+    net = None
+    if searches:
         net, architecture = search(dense, images, budget, folder, config, config.search, progress, config.multiple)
     else:
-        finetuning = replace(finetuning, epochs=config.train_epochs)
         architecture = decide_from_scores(dense, images, budget, folder, config, progress)
     pruned = prune(
         dense,
