@@ -224,6 +224,31 @@ def write_model(model: nn.Module, images: Images, figures: Evaluation, folder: P
         )
 
 
+def check_compress(
+    host: nn.Module, images: Images, budget: dict[str, str | int], config: CompressConfig, weights: bool = True
+) -> tuple[SearchConfig | None, PhaseConfig]:
+    """Refuse a compression that cannot work before anything is trained; return its search, if any, and fine-tuning.
+
+    Args:
+        host: the dense model.
+        images: training and validation images.
+        budget: `{"macs": "50%"}` or `{"params": ...}`.
+        config: settings.
+        weights: whether to look at the teachers' weights too.
+    """
+    if config.initialise not in ("search", "host"):
+        raise RunFolderError(f"initialise is {config.initialise!r}, expected search or host")
+    if config.train_epochs is not None and config.train_epochs < 0:
+        raise RunFolderError(f"train_epochs is {config.train_epochs}, expected 0 or more")
+    parsed = parse_budget(**budget)
+    parsed.target(search_record(make_searchable(host)).costs[parsed.metric])
+    searching, finetuning = config.search, config.finetune
+    if config.train_epochs is not None:
+        searching, finetuning = None, replace(finetuning, epochs=config.train_epochs)
+    check_phases([config.dense, *([] if searching is None else [searching]), finetuning], images, weights)
+    return searching, finetuning
+
+
 def run_compress(
     host: nn.Module,
     images: Images,
@@ -242,16 +267,7 @@ def run_compress(
         config: settings.
         console: where to show progress; None is silent.
     """
-    if config.initialise not in ("search", "host"):
-        raise RunFolderError(f"initialise is {config.initialise!r}, expected search or host")
-    if config.train_epochs is not None and config.train_epochs < 0:
-        raise RunFolderError(f"train_epochs is {config.train_epochs}, expected 0 or more")
-    # An impossible budget must be refused before anything is trained.
-    parsed = parse_budget(**budget)
-    parsed.target(search_record(make_searchable(host)).costs[parsed.metric])
-    searches = config.train_epochs is None
-    finetuning = config.finetune if searches else replace(config.finetune, epochs=config.train_epochs or 0)
-    check_phases([config.dense, *([config.search] if searches else []), finetuning], images)
+    searching, finetuning = check_compress(host, images, budget, config)
     folder.mkdir(parents=True, exist_ok=True)
     progress = PhaseProgress(console)
     dense = copy.deepcopy(host)
@@ -262,8 +278,8 @@ def run_compress(
         dense_figures = figures_of(dense, images, config)
         progress.note(f"dense model: accuracy {dense_figures.accuracy:.2%}")
     net = None
-    if searches:
-        net, architecture = search(dense, images, budget, folder, config, config.search, progress, config.multiple)
+    if searching is not None:
+        net, architecture = search(dense, images, budget, folder, config, searching, progress, config.multiple)
     else:
         architecture = decide_from_scores(dense, images, budget, folder, config, progress)
     pruned = prune(

@@ -95,13 +95,19 @@ def open_teacher(name: str, images: Images, weights: bool = True) -> Teacher:
     return Teacher(opened.model, opened.preprocessing, images.preprocessing, size).eval()
 
 
-def check_phases(phases: Sequence[PhaseConfig], images: Images) -> None:
-    """Refuse settings out of range and bad teachers of all phases, before the first one trains anything."""
+def check_phases(phases: Sequence[PhaseConfig], images: Images, weights: bool = True) -> None:
+    """Refuse settings out of range and bad teachers of all phases, before the first one trains anything.
+
+    Args:
+        phases: settings of the phases to come.
+        images: what they train on.
+        weights: whether the teachers' weights are looked at too.
+    """
     for phase in phases:
         check_settings(phase)
     for name in dict.fromkeys(phase.teacher for phase in phases if phase.epochs > 0):
         if name is not None:
-            open_teacher(name, images)
+            open_teacher(name, images, weights)
 
 
 def _input(model: Any) -> tuple[int, tuple[int, int] | None]:
