@@ -1,0 +1,168 @@
+"""What `spvit compress --dry-run` prints: the run that a recipe stands for, and what it will take on this machine."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from spvit.architecture import Architecture
+from spvit.checkpoint import Preprocessing
+from spvit.config import CompressCommand
+from spvit.cost import BudgetError, NetworkCost, count_params, human, parse_budget
+from spvit.decide import decide
+from spvit.hosts import family_of
+from spvit.hosts.base import network_costs
+from spvit.inputs import check_trained, model_and_images
+from spvit.surgery import gated_layers, make_searchable, prune
+from spvit.train.data import ImageConfig, Images, images_of, load_images
+from spvit.train.loop import Phase, make_accelerator, prepared_loader
+from spvit.train.losses import BudgetLoss
+from spvit.train.optimizers import gate_learning_rate
+from spvit.train.pipeline import RunFolderError, check_compress, check_folder
+from spvit.train.rehearsal import Rehearsal, rehearse
+from spvit.train.settings import PhaseConfig, SearchConfig
+from spvit.train.teacher import open_teacher
+
+IMAGENET = "imagenet"
+IMAGENET_TRAIN, IMAGENET_VALIDATION, IMAGENET_CLASSES = 1_281_167, 50_000, 1000
+STAND_IN_SIZE = (375, 500)  # rows and columns that many of its images have
+
+
+@dataclass(frozen=True)
+class PlannedPhase:
+    """One phase of the plan with what a few steps of it took."""
+
+    name: str
+    config: PhaseConfig
+    steps: int
+    """Steps an epoch, on each device."""
+    measured: Rehearsal
+
+
+class StandIn(Sequence[tuple[Any, int]]):
+    """Pictures of noise in place of so many images that are not there."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.picture = np.random.default_rng(0).integers(0, 256, (*STAND_IN_SIZE, 3), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.picture, index % IMAGENET_CLASSES
+
+
+def print_plan(options: CompressCommand, console: Console) -> None:
+    """Print phases, steps, learning rates, costs, memory and time of a run; read what it would read, write nothing.
+
+    Raises:
+        RunFolderError: the output folder is in use, or the plan of a run to resume is asked for.
+        DataError, ModelError, BudgetError, ...: what the run itself would be refused for.
+    """
+    if options.resume:
+        raise RunFolderError("--dry-run plans a new run from its start; leave out --resume")
+    check_folder(options.output, resume=False)
+    set_seed(options.seed)
+    opened, images = model_and_images(options, options.data, options.images, weights=False, load=_images_or_stand_in)
+    check_trained(opened, options.model, images, options.dense.epochs > 0)
+    host, budget = opened.model, options.limits()
+    searching, finetuning = check_compress(host, images, budget, options, weights=False)
+    accelerator = make_accelerator(options)
+    steps = len(prepared_loader(images, accelerator))
+    architecture = example_architecture(host, budget, options.multiple)
+
+    def planned(phase: Phase) -> PlannedPhase:
+        console.print(f"measuring a few steps of {phase.name}", highlight=False)
+        return PlannedPhase(phase.name, phase.config, steps, rehearse(_taught(phase, images), images, options))
+
+    phases = []
+    if options.dense.epochs > 0:
+        phases.append(planned(Phase("dense", copy.deepcopy(host), options.dense)))
+    if searching is not None and searching.epochs > 0:
+        net = make_searchable(host, temperature=searching.temperature, gate_logit=searching.gate_logit)
+        loss = BudgetLoss(net, weight=searching.budget_weight, **budget)
+        phases.append(planned(Phase("search", net, searching, loss, _own_teacher(host, searching))))
+    if finetuning.epochs > 0:
+        pruned = prune(host, architecture)
+        phases.append(planned(Phase("finetune", pruned, finetuning, teacher=_own_teacher(host, finetuning))))
+    _print_header(options, host, images, architecture, accelerator, console)
+    if phases:
+        console.print(_table(phases, images, accelerator.num_processes))
+    _print_footer(options, phases, images, accelerator, console)
+
+
+def _images_or_stand_in(source: str, config: ImageConfig, size: tuple[int, int, int], own: Preprocessing) -> Images:
+    """Return the images of a name; ImageNet's number of made-up ones for an imagenet folder that does not exist."""
+    if not _stands_in(source):
+        return load_images(source, config, size, own)
+    classes = tuple(str(index) for index in range(IMAGENET_CLASSES))
+    return images_of(StandIn(IMAGENET_TRAIN), StandIn(IMAGENET_VALIDATION), classes, config, size, own)
+
+
+def _stands_in(source: str) -> bool:
+    return Path(source).name.lower() == IMAGENET and not Path(source).exists()
+
+
+def _own_teacher(host: nn.Module, config: PhaseConfig) -> nn.Module | None:
+    return host if config.distillation > 0 and config.teacher is None else None
+
+
+def _taught(phase: Phase, images: Images) -> Phase:
+    """Return the phase with its teacher built, but without the teacher's weights, which would be downloaded."""
+    if phase.config.teacher is None:
+        return phase
+    teacher = open_teacher(phase.config.teacher, images, weights=False)
+    return replace(phase, config=replace(phase.config, teacher=None), teacher=teacher)
+
+
+@torch.no_grad()
+def example_architecture(host: nn.Module, budget: dict[str, str | int], multiple: int | None) -> Architecture:
+    """Return an architecture of the budget to measure with before any search: FFNs narrowed evenly.
+
+    Where narrowing alone does not reach the budget, attention goes too, from the first block on.
+    """
+    net = make_searchable(host)
+    for attention, _ in gated_layers(net):
+        try:
+            return decide(net, multiple=multiple, macs=budget.get("macs"), params=budget.get("params"))
+        except BudgetError:
+            attention.gate_logits.fill_(-1.0)
+    return decide(net, multiple=multiple, macs=budget.get("macs"), params=budget.get("params"))
+
+
+def _print_header(
+    options: CompressCommand,
+    host: nn.Module,
+    images: Images,
+    architecture: Architecture,
+    accelerator: Accelerator,
+    console: Console,
+) -> None:
+    costs = network_costs(family_of(host), host)
+    metric = parse_budget(**options.limits()).metric
+    target = parse_budget(**options.limits()).target(costs[metric])
+    config = images.config
+    train, validation = len(images.train), len(images.validation)  # type: ignore[arg-type]
+    stand_in = f" ({options.data} is not there; pictures of noise stand for it)" if _stands_in(options.data) else ""
+    devices = accelerator.num_processes
+    lines = [
+        f"plan of spvit compress to {options.output}; nothing is written",
+        f"model: {options.model}, {human(costs['params'].dense)} params, {human(costs['macs'].dense)} macs, "
+        f"{len(images.classes)} classes",
+        f"budget: {_share(target, costs[metric])}; expected after pruning: {_share(costs['macs'].of(architecture), costs['macs'])}",
+        f"images: {train:,} to train on, {validation:,} to validate on{stand_in}",
+        f"batch: {config.batch_size} per device x {devices} = {config.batch_size * devices} a step, {options.precision}",
+    ]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
