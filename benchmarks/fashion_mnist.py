@@ -2,9 +2,10 @@
 
 python benchmarks/fashion_mnist.py [--budgets 50% 25%] [--epochs 1] [--quick] [--json FILE]
 
-One small ViT is trained once and kept under --cache. At each budget every method gets the same fine-tuning: epochs,
-augmentation, optimizer. The images are those of Debian's package dataset-fashion-mnist, or downloaded by torchvision.
-Torch-Pruning comes with: pip install 'spvit[bench]'.
+One small ViT (or Swin: --host swin) is trained once and kept under --cache. At each budget every method gets the same
+fine-tuning: epochs, augmentation, optimizer; rows of "own settings" fine-tune with the defaults of `spvit compress`.
+The images are those of Debian's package dataset-fashion-mnist, or downloaded by torchvision. Torch-Pruning comes with:
+pip install 'spvit[bench]'.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gzip
+import itertools
 import random
 import tempfile
 import time
@@ -28,28 +30,30 @@ from torch import nn
 from torch.utils.data import Subset
 
 import spvit
+from peers import random_architecture, taylor_gradients, torch_pruned_to, torch_pruned_widths
 from reporting import check_free, machine, write_results
-from spvit.architecture import FFN, KINDS, Architecture, Attention, Block
 from spvit.checkpoint import Preprocessing, describe, replace_atomically
 from spvit.cost import NetworkCost, count_macs, count_params, human, parse_budget
-from spvit.decide import DEFAULT_MULTIPLE, TOLERANCE
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
+from spvit.repair import repair
 from spvit.train.data import ImageConfig, Images, load_images, training_loader
 from spvit.train.loop import Phase, run_phase
 from spvit.train.losses import BUDGET_WEIGHT
-from spvit.train.pipeline import deployed, figures_of, search, train_dense
+from spvit.train.pipeline import CompressConfig, calibration, deployed, figures_of, search, train_dense
 from spvit.train.progress import PhaseProgress
 from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
-SIZE = (1, 28, 28)
+SIZES = {"vit": (1, 28, 28), "swin": (1, 32, 32)}
 QUICK = {"images": 12_000, "dense_epochs": 4, "search_epochs": 1, "epochs": 1, "random": 2}
 DENSE_LEARNING_RATE = 1e-3
 TAYLOR_BATCHES = 10
-BISECTIONS = 14
-TORCH_PRUNING_TOLERANCE = 0.01
+METHODS = ("dense", "spvit", "searched", "random", "torch-pruning")
+STARTS = ("search repaired", "search", "host repaired", "host")
+MEAN_ALONE = 1e9
+"""A ridge under which nothing but the mean is repaired."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Bench:
         self.finetuning = PhaseConfig(epochs=options.epochs, learning_rate=options.learning_rate)
         self.images = open_images(options)
         self.dense, self.dense_accuracy, self.dense_seconds = self._dense()
+        self.images = replace(self.images, train=_first(self.images.train, options.images))
         self.cost: NetworkCost = network_costs(family_of(self.dense), self.dense)["macs"]
         self.rows: list[Row] = []
         self.notes: list[str] = []
@@ -91,11 +96,12 @@ class Bench:
         """Return the dense model, its accuracy and the seconds that training took, now or when it was kept."""
         options = self.options
         count = len(cast(Any, self.images.train))
-        name = f"fashion-mnist-dense-{options.dense_epochs}-epochs-{count}-images-{options.held_out}-held-out"
+        host = "dense" if options.host == "vit" else options.host
+        name = f"fashion-mnist-{host}-{options.dense_epochs}-epochs-{count}-images-{options.held_out}-held-out"
         folder = Path(options.cache) / f"{name}-seed-{options.seed}"
         if not folder.exists():
             torch.manual_seed(options.seed)
-            model = make_dense()
+            model = make_dense(options.host)
             phase = PhaseConfig(epochs=options.dense_epochs, learning_rate=DENSE_LEARNING_RATE, warmup_epochs=1.0)
             started = time.perf_counter()
             with tempfile.TemporaryDirectory() as temporary:
@@ -114,7 +120,7 @@ class Bench:
 
     def macs(self, model: nn.Module) -> int:
         """Return the MACs of one image."""
-        return count_macs(model, lambda twin: twin(torch.zeros(1, *SIZE, device="meta")))
+        return count_macs(model, lambda twin: twin(torch.zeros(1, *SIZES[self.options.host], device="meta")))
 
     def finish(
         self, budget: str, method: str, started: float, model: nn.Module, config: PhaseConfig | None = None
@@ -123,9 +129,11 @@ class Bench:
         config = config or self.finetuning
         before = figures_of(model, self.images, self.loop)
         teacher = self.dense if config.distillation > 0 else None
-        with tempfile.TemporaryDirectory() as temporary:
-            phase = Phase("finetune", model, config, teacher=teacher)
-            after = run_phase(phase, self.images, Path(temporary), self.loop, self.progress)
+        after = before
+        if config.epochs > 0:
+            with tempfile.TemporaryDirectory() as temporary:
+                phase = Phase("finetune", model, config, teacher=teacher)
+                after = run_phase(phase, self.images, Path(temporary), self.loop, self.progress)
         seconds = time.perf_counter() - started
         model = deployed(model)
         macs = self.macs(model)
@@ -137,17 +145,51 @@ class Bench:
 
     def run(self) -> None:
         """Run every method at every budget."""
-        self.finish("100%", "dense, fine-tuned", time.perf_counter(), copy.deepcopy(self.dense))
+        methods = {
+            "dense": self.finetuned_dense,
+            "spvit": self.repaired,
+            "searched": self.searched,
+            "random": self.random,
+            "torch-pruning": self.torch_pruning,
+        }
+        left_out = ("torch-pruning",) if self.options.host == "swin" else ()
+        chosen = [method for name, method in methods.items() if name in set(self.options.methods) - set(left_out)]
         for budget in self.options.budgets:
-            for method in (self.searched, self.random, self.torch_pruning):
+            for method in chosen:
                 try:
                     method(budget)
                 except spvit.BudgetError as error:
                     self.notes.append(f"{budget} {method.__name__}: {error}")
                     self.note(self.notes[-1])
 
+    def finetuned_dense(self, budget: str) -> None:
+        """Fine-tune the dense model as long as the others, once."""
+        if budget == self.options.budgets[0]:
+            self.finish("100%", "dense, fine-tuned", time.perf_counter(), copy.deepcopy(self.dense))
+
+    def repaired(self, budget: str) -> None:
+        """Decide from calibration images without a search, repair, and fine-tune or leave it at that."""
+        started = time.perf_counter()
+        config = CompressConfig(seed=self.options.seed)
+        images = calibration(self.images, config)
+        architecture = spvit.decide(self.dense, macs=budget, calibration=images)
+        self.note(str(architecture))
+        model = spvit.prune(self.dense, architecture, repair=images)
+        spent = time.perf_counter() - started
+        shifted = spvit.prune(self.dense, architecture)
+        repair(shifted, self.dense, family_of(self.dense), architecture, images, ridge=MEAN_ALONE)
+        self.finish(budget, "spvit, mean shift only, no training", started, shifted, replace(self.finetuning, epochs=0))
+        rows = {
+            "spvit, no training": replace(self.finetuning, epochs=0),
+            "spvit": self.finetuning,
+            "spvit, distilled, own settings": replace(config.finetune, epochs=self.options.epochs),
+        }
+        for method, settings in rows.items():
+            # Every row needs the one decision and repair, so they count in each.
+            self.finish(budget, method, time.perf_counter() - spent, copy.deepcopy(model), settings)
+
     def searched(self, budget: str) -> None:
-        """Search once, and fine-tune what was found without and with distillation from the dense model."""
+        """Search gates once; fine-tune what was found from the search's weights repaired, and as published."""
         options, started = self.options, time.perf_counter()
         shared = {**vars(self.finetuning), "epochs": options.search_epochs}
         config = SearchConfig(
@@ -157,14 +199,15 @@ class Bench:
             net, architecture = search(
                 self.dense, self.images, {"macs": budget}, Path(temporary), self.loop, config, self.progress
             )
-        searching = time.perf_counter() - started
         self.note(str(architecture))
-        weights = net if options.initialise == "search" else None
-        for method, distillation in (("spvit", 0.0), ("spvit, distilled", 0.5)):
-            # Both rows need the one search, so it counts in both.
+        images = calibration(self.images, CompressConfig(seed=options.seed))
+        searching = time.perf_counter() - started
+        for name in options.initialise:
             begun = time.perf_counter() - searching
-            model = spvit.prune(self.dense, architecture, weights=weights)
-            self.finish(budget, method, begun, model, replace(self.finetuning, distillation=distillation))
+            weights = net if name.startswith("search") else None
+            fixed = images if name.endswith("repaired") else None
+            model = spvit.prune(self.dense, architecture, weights=weights, repair=fixed)
+            self.finish(budget, f"gates, {name}", begun, model)
 
     def random(self, budget: str) -> None:
         """Fine-tune architectures drawn at random, and record their mean too."""
@@ -181,110 +224,26 @@ class Bench:
             self.rows.append(replace(averages, macs=round(averages.macs), params=round(averages.params)))
 
     def torch_pruning(self, budget: str) -> None:
-        """Fine-tune what Torch-Pruning leaves, its ratio bisected until the MACs are those of the budget."""
+        """Fine-tune what Torch-Pruning leaves at the budget."""
         started = time.perf_counter()
+        torch.manual_seed(self.options.seed)
+        batches = itertools.islice(training_loader(self.images), TAYLOR_BATCHES)
+        gradients = taylor_gradients(self.dense, batches)
         target = parse_budget(macs=budget).target(self.cost)
-        gradients = self._taylor_gradients()
-        low, high, models = 0.0, 1.0, []
-        for _ in range(BISECTIONS):
-            ratio = (low + high) / 2
-            model = torch_pruned(self.dense, gradients, ratio)
-            macs = self.macs(model)
-            models.append((abs(macs - target), ratio, model))
-            low, high = (ratio, high) if macs > target else (low, ratio)
-        distance, ratio, model = min(models, key=lambda item: item[0])
-        if distance > TORCH_PRUNING_TOLERANCE * target:
-            raise spvit.BudgetError(f"the nearest that Torch-Pruning comes is {distance / target:.1%} away")
-        self.note(f"{budget} Torch-Pruning: ratio {ratio:.4f}, {torch_pruned_widths(model)}")
+        model = torch_pruned_to(self.dense, gradients, torch.zeros(1, *SIZES["vit"]), self.macs, target)
+        self.note(f"{budget} Torch-Pruning: {torch_pruned_widths(model)}")
         self.finish(budget, "Torch-Pruning", started, model)
 
-    def _taylor_gradients(self) -> dict[str, torch.Tensor]:
-        """Return the dense model's gradients by parameter, summed over some training batches."""
-        torch.manual_seed(self.options.seed)
-        model = copy.deepcopy(self.dense).eval()
-        for _, (images, targets) in zip(range(TAYLOR_BATCHES), training_loader(self.images)):
-            nn.functional.cross_entropy(model(images), targets).backward()
-        return {name: cast(torch.Tensor, parameter.grad) for name, parameter in model.named_parameters()}
 
-
-def make_dense() -> nn.Module:
-    """Return the untrained dense ViT."""
+def make_dense(host: str) -> nn.Module:
+    """Return the untrained dense model: the ViT, or a Swin of three stages."""
+    if host == "swin":
+        shape: dict[str, Any] = {"embed_dim": 48, "depths": (2, 2, 2), "num_heads": (2, 4, 8)}
+        small: dict[str, Any] = {"img_size": 32, "patch_size": 2, "window_size": 4, "in_chans": 1, "num_classes": 10}
+        return cast(nn.Module, timm.create_model("swin_tiny_patch4_window7_224", **small, **shape))
     width: dict[str, int] = {"embed_dim": 96, "depth": 6, "num_heads": 3}
     model = timm.create_model("vit_tiny_patch16_224", img_size=28, patch_size=4, in_chans=1, num_classes=10, **width)
     return cast(nn.Module, model)
-
-
-def random_architecture(cost: NetworkCost, target: int, generator: random.Random) -> Architecture:
-    """Return an architecture within tolerance of a target: random attention kinds, FFN widths and units."""
-    for _ in range(1000):
-        kinds = generator.choices(KINDS, k=len(cost.blocks))
-        shares = [1 - generator.random() for _ in kinds]
-        spent = cost.fixed + sum(block.attention(kind) for block, kind in zip(cost.blocks, kinds))
-        widths = _scaled_widths(cost, target - spent, shares)
-        total = spent + sum(block.unit * width for block, width in zip(cost.blocks, widths))
-        if abs(total - target) <= TOLERANCE * target:
-            kept = [sorted(generator.sample(range(b.units), width)) for b, width in zip(cost.blocks, widths)]
-            ffns = [FFN(block.units, tuple(units)) for block, units in zip(cost.blocks, kept)]
-            return Architecture(tuple(Block(Attention(kind), ffn) for kind, ffn in zip(kinds, ffns)))
-    raise spvit.BudgetError(f"none of 1,000 random draws came within {TOLERANCE:.1%} of {target:,} macs")
-
-
-def _scaled_widths(cost: NetworkCost, macs: int, shares: list[float]) -> list[int]:
-    """Return FFN widths in proportion to the shares, in whole multiples, whose cost is as near as can be."""
-
-    def widths(scale: float) -> list[int]:
-        wished = [DEFAULT_MULTIPLE * round(scale * s * b.units / DEFAULT_MULTIPLE) for s, b in zip(shares, cost.blocks)]
-        return [min(block.units, max(DEFAULT_MULTIPLE, width)) for width, block in zip(wished, cost.blocks)]
-
-    def excess(scale: float) -> int:
-        return sum(block.unit * width for block, width in zip(cost.blocks, widths(scale))) - macs
-
-    low, high = 0.0, 1 / min(shares)
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if excess(middle) < 0 else (low, middle)
-    return widths(min(low, high, key=lambda scale: abs(excess(scale))))
-
-
-def torch_pruned(dense: nn.Module, gradients: dict[str, torch.Tensor], ratio: float) -> nn.Module:
-    """Return a copy that Torch-Pruning has pruned inside attention and FFN; the embedding keeps its width."""
-    import torch_pruning
-
-    model: Any = copy.deepcopy(dense).eval()
-    for name, parameter in model.named_parameters():
-        parameter.grad = gradients[name].clone()
-    pruner = torch_pruning.pruner.BasePruner(
-        model,
-        torch.zeros(1, *SIZE),
-        importance=torch_pruning.importance.GroupTaylorImportance(),
-        global_pruning=True,
-        isomorphic=True,
-        pruning_ratio=ratio,
-        num_heads={block.attn.qkv: block.attn.num_heads for block in model.blocks},
-        prune_num_heads=False,
-        prune_head_dims=True,
-        # All that writes to the residual stream is one group with the patch embedding: ignoring that keeps its width.
-        ignored_layers=[model.patch_embed.proj, model.head],
-        # Documented as a dictionary, but read as pairs of parameter and axis.
-        unwrapped_parameters=[(model.cls_token, 2), (model.pos_embed, 2)],
-        # Their defaults are shared by all pruners of the process, which would add up the heads of every copy.
-        in_channel_groups={},
-        out_channel_groups={},
-    )
-    pruner.step()
-    for block in model.blocks:
-        attention = block.attn
-        attention.attn_dim = attention.proj.in_features
-        attention.head_dim = attention.attn_dim // attention.num_heads
-        attention.scale = attention.head_dim**-0.5
-    model.zero_grad()
-    return cast(nn.Module, model)
-
-
-def torch_pruned_widths(model: Any) -> str:
-    """Return the head and FFN widths of every block in one line."""
-    heads = " ".join(str(block.attn.head_dim) for block in model.blocks)
-    return f"head widths {heads}, FFN units {' '.join(str(block.mlp.fc1.out_features) for block in model.blocks)}"
 
 
 def unpack(source: Path, cache: Path) -> None:
@@ -310,7 +269,7 @@ def open_images(options: argparse.Namespace) -> Images:
         crop_ratio=(0.9, 1.1),
         flip=0.5,
     )
-    images = load_images("FashionMNIST", config, SIZE, Preprocessing((0.286,), (0.353,), crop=1.0))
+    images = load_images("FashionMNIST", config, SIZES[options.host], Preprocessing((0.286,), (0.353,), crop=1.0))
     train_count = options.limit or (QUICK["images"] if options.quick else None)
     return replace(images, train=_first(images.train, train_count), validation=_first(images.validation, options.limit))
 
@@ -342,16 +301,25 @@ def parse_options() -> argparse.Namespace:
     """Return the command's options; --quick fills in what is not given."""
     defaults = {"dense_epochs": 14, "search_epochs": 2, "epochs": 1, "random": 5}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", choices=SIZES, default="vit", help="swin leaves Torch-Pruning out")
     parser.add_argument("--budgets", nargs="+", default=["50%", "25%"], help="MACs (default: half and a quarter)")
     parser.add_argument("--dense-epochs", type=int, help="of the dense model (default: 14; quick: 4)")
     parser.add_argument("--search-epochs", type=int, help="of the search (default: 2; quick: 1)")
     parser.add_argument("--epochs", type=int, help="of fine-tuning, for every method (default: 1)")
     parser.add_argument("--random", type=int, help="random architectures a budget (default: 5; quick: 2)")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="of search and fine-tuning (%(default)s)")
-    parser.add_argument("--initialise", choices=("search", "host"), default="search", help="weights of spvit's rows")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="what to run (default: all)")
+    parser.add_argument(
+        "--initialise",
+        nargs="+",
+        choices=STARTS,
+        default=["search repaired", "host"],
+        help="weights that a searched network is fine-tuned from (default: %(default)s; `host` is as published)",
+    )
     parser.add_argument("--gate-learning-rate", type=float, help="of the search (default: the library's)")
     parser.add_argument("--budget-weight", type=float, default=BUDGET_WEIGHT, help="of the search (%(default)s)")
     parser.add_argument("--held-out", type=int, default=0, help="training images to validate on, not the test images")
+    parser.add_argument("--images", type=int, help="training images for all that follows the dense model's training")
     parser.add_argument("--data", default=str(DEBIAN_FOLDER) if DEBIAN_FOLDER.is_dir() else None, help="the .gz files")
     parser.add_argument("--cache", default=str(Path.home() / ".cache" / "spvit"), help="images and dense models")
     parser.add_argument("--seed", type=int, default=0)

@@ -237,3 +237,74 @@ def expected_cost(
         c1, c2, c3 = b1, b1 * b2, b1 * b2 * b3  # multiplied as in section 2, but nothing is detached: golden agrees
         total = total + c1 * conv1 + c2 * (conv3 - conv1) + c3 * (msa - conv3) + unit * expected_gate(units).sum()
     return total
+
+
+# Closed-form repair from whole matrices of activations, in float64. Shapes: n tokens, x inputs, y outputs.
+
+
+def flat(*tensors: Tensor) -> list[Tensor]:
+    """Return [n, width] float64 matrices."""
+    return [tensor.detach().double().reshape(-1, tensor.shape[-1]) for tensor in tensors]
+
+
+def penalty(x: Tensor, ridge: float, centred: bool = True) -> float:
+    """Return what the ridge adds to the diagonal: relative to the mean variance (or second moment) of the inputs."""
+    x = x - x.mean(0) if centred else x
+    return ridge * float((x * x).mean())
+
+
+def ridge_fit(x: Tensor, y: Tensor, ridge: float, biased: bool = True) -> tuple[Tensor, Tensor]:
+    """Return weight [y, x] and bias [y] of the ridge regression of y on x; the bias is not penalised."""
+    mean_x, mean_y = (x.mean(0), y.mean(0)) if biased else (x.new_zeros(x.shape[1]), y.new_zeros(y.shape[1]))
+    xc, yc = x - mean_x, y - mean_y
+    level = penalty(x, ridge, biased)
+    covariance = xc.T @ xc / len(x) + (level if level > 0 else 1.0) * torch.eye(x.shape[1], dtype=x.dtype)
+    weight = torch.linalg.solve(covariance, xc.T @ yc / len(x)).T
+    return weight, mean_y - weight @ mean_x
+
+
+def ridge_loss(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, level: float, prior: Tensor | float = 0.0) -> float:
+    """Return the mean squared error plus the penalty on the weight's distance from a prior."""
+    return float((x @ weight.T + bias - y).square().sum() / len(x) + level * (weight - prior).square().sum())
+
+
+def low_rank_ridge_fit(x: Tensor, y: Tensor, ridge: float, rank: int) -> tuple[Tensor, Tensor]:
+    """Return weight [y, x] of a rank and bias [y]: reduced-rank regression on the data with the ridge's rows added."""
+    xc, yc = x - x.mean(0), y - y.mean(0)
+    rows = torch.eye(x.shape[1], dtype=x.dtype) * (len(x) * penalty(x, ridge)) ** 0.5
+    xa, ya = torch.cat([xc, rows]), torch.cat([yc, yc.new_zeros(x.shape[1], y.shape[1])])
+    full = torch.linalg.lstsq(xa, ya).solution  # [x, y]
+    right = torch.linalg.svd(xa @ full, full_matrices=False).Vh[:rank]
+    weight = (full @ right.T @ right).T
+    return weight, y.mean(0) - weight @ x.mean(0)
+
+
+def im2col(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return [B, G, 9 d] from grid tokens [B, G, d]: a channel's nine neighbours, row by row, zero outside."""
+    height, width = grid
+    columns = tokens.new_zeros(*tokens.shape, 9)
+    for row in range(height):
+        for column in range(width):
+            for place in range(9):
+                r, c = row + place // 3 - 1, column + place % 3 - 1
+                if 0 <= r < height and 0 <= c < width:
+                    columns[:, row * width + column, :, place] = tokens[:, r * width + c]
+    return columns.flatten(2)
+
+
+def heads_out(x: Tensor, layer: Any, mask: Tensor | None = None) -> Tensor:
+    """Return the outputs of narrow attention's heads [B, N, H, V], from weights by head, a head at a time.
+
+    layer: query_weight, key_weight [H, R, d], value_weight [H, V, d], biases or None, and scale.
+    """
+    outputs = []
+    for head in range(len(layer.query_weight)):
+        parts = []
+        for name in ("query", "key", "value"):
+            weight, bias = getattr(layer, f"{name}_weight"), getattr(layer, f"{name}_bias")
+            part = x @ weight[head].T
+            parts.append(part if bias is None else part + bias[head])
+        query, key, value = parts
+        scores = layer.scale * query @ key.transpose(1, 2)
+        outputs.append(torch.softmax(scores if mask is None else scores + mask, dim=-1) @ value)
+    return torch.stack(outputs, dim=2)

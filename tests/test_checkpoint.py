@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import spvit
+from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.checkpoint import (
     DESCRIPTION,
     WEIGHTS,
@@ -26,7 +27,9 @@ from spvit.checkpoint import (
     read_weights,
     write_text,
 )
+from spvit.hosts import family_of
 from spvit.hosts.base import UnsupportedHostError
+from spvit.pruned import NarrowAttention
 from spvit.surgery import pruned_record
 from test_surgery import EVERYTHING
 from tiny import HOSTS, assert_close, images, logits, make_host, make_net, randomise
@@ -53,6 +56,26 @@ def test_saved_models_load_bit_identically(name: str, stage: str, dtype: torch.d
     again = spvit.save(loaded, tmp_path / "again")
     for file in (WEIGHTS, DESCRIPTION):
         assert (again / file).read_bytes() == (folder / file).read_bytes()
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("repaired", [False, True])
+@pytest.mark.parametrize("name", ["registers", "no_biases", "huggingface_options"])
+def test_narrow_attention_and_its_rules_load_as_they_were(
+    name: str, repaired: bool, folded: bool, tmp_path: Path
+) -> None:
+    host = make_host(name)
+    kept = (Attention("msa", (0, 2), 3, 5), Attention("conv1"), Attention("skip"), Attention("msa", value_rank=2))
+    blocks = tuple(Block(attention, FFN(72, tuple(range(0, 72, 2)))) for attention in kept)
+    architecture = Architecture(blocks, "linear", "mean")
+    model = spvit.prune(host, architecture, repair=images(host, 16) if repaired else None)
+    randomise(model, seed=3)  # so that no weight is one that building it again would give
+    model = spvit.fold(model) if folded else model
+    loaded = spvit.load(spvit.save(model, tmp_path))
+    assert torch.equal(logits(loaded, images(host)), logits(model, images(host)))
+    assert pruned_record(loaded) == pruned_record(model)
+    assert describe(tmp_path).architecture == architecture
+    assert type(loaded.get_submodule(family_of(host).blocks(host)[0].attention.path)) is NarrowAttention
 
 
 @pytest.mark.parametrize("name", HOSTS)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 import yaml
 
 import spvit
+from spvit.benchmark import measure_latencies
 from spvit.cli import main
 from spvit.models import ModelConfig, open_model
 from training import MODEL, MODEL_ARGS, image_folder, micro_host, states_equal
@@ -45,6 +47,12 @@ def trained(tmp_path: Path) -> str:
     """Return a weights file that fits the micro model."""
     torch.save(micro_host().state_dict(), tmp_path / "trained.pth")
     return str(tmp_path / "trained.pth")
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure latencies in passing only; no test looks at them."""
+    monkeypatch.setattr("spvit.commands.measure_latencies", partial(measure_latencies, seconds=0.0))
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -99,6 +107,85 @@ def test_train_search_and_finetune_chain(capsys, recipe, tmp_path: Path) -> None
     assert run(capsys, "finetune", *again)[0] == 0
     both = spvit.surgery.pruned_record(spvit.load(tmp_path / "from_dense"))
     assert both == spvit.surgery.pruned_record(spvit.load(tuned))
+
+
+def _phases(folder: Path) -> set[str]:
+    return {json.loads(line)["phase"] for line in (folder / "metrics.jsonl").read_text().splitlines()}
+
+
+@pytest.mark.usefixtures("brief")
+def test_compress_without_a_search_decides_repairs_and_continues(capsys, recipe, trained, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = recipe(checkpoint=trained, finetune={"warmup_epochs": 0.0}, calibration_images=300)
+    words = ["compress", "--recipe", settings, "--output", str(out), "--macs", "70%", "--train-epochs", "1"]
+    code, text, problems = run(capsys, *words)
+    assert (code, problems) == (0, "")
+    assert "finetune epoch 1/1" in text
+    assert "after pruning and repair: accuracy" in text
+    assert {path.name for path in out.iterdir()} == {
+        "architecture.json", "config.yaml", "metrics.jsonl", "model.json", "model.safetensors", "state", "summary.json",
+    }  # fmt: skip
+    assert _phases(out) == {"finetune"}
+    before = (out / "architecture.json").read_text()
+    architecture = spvit.Architecture.from_json(before)
+    assert (architecture.prefix_rule, architecture.skip_rule) == ("linear", "mean")
+    model = spvit.load(out)
+    record = spvit.surgery.pruned_record(model)
+    assert record.folded
+    assert record.architecture == architecture
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary.keys() == {"dense", "after_pruning", "pruned"}
+
+    for name in ("model.safetensors", "model.json", "summary.json"):  # as a kill at the end would leave it
+        (out / name).unlink()
+    assert run(capsys, "compress", "--output", str(out), "--resume")[0] == 0
+    assert states_equal(spvit.load(out), model)
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert run(capsys, "compress", "--output", str(out), "--resume", "--train-epochs", "2")[0] == 0
+    epochs = [json.loads(line)["epoch"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert max(epochs) == 2
+    assert (out / "architecture.json").read_text() == before
+    assert not states_equal(spvit.load(out), model)
+    for option, value, found in (("calibration_images", "299", "300"), ("repair", "false", "True")):
+        asked = [f"--{option}", value]
+        refused(capsys, f"holds a run with --{option} {found}", "compress", "--output", str(out), "--resume", *asked)
+    refused(
+        capsys,
+        "holds a run that decides by scores",
+        "compress",
+        "--output",
+        str(out),
+        "--resume",
+        "--train_epochs",
+        "null",
+    )
+
+
+@pytest.mark.usefixtures("brief")
+@pytest.mark.parametrize("words", [["--no-train"], ["--train-epochs", "0", "--repair", "false"]])
+def test_compress_without_training_leaves_what_pruning_gave(capsys, recipe, trained, tmp_path: Path, words) -> None:
+    out = tmp_path / "run"
+    settings = recipe(checkpoint=trained, calibration_images=200)
+    arguments = ["compress", "--recipe", settings, "--output", str(out), "--params", "80%"]
+    code, text, problems = run(capsys, *arguments, *words)
+    assert (code, problems) == (0, "")
+    assert "epoch" not in text
+    repaired = words == ["--no-train"]
+    assert ("after pruning and repair: accuracy" in text) == repaired
+    assert {path.name for path in out.iterdir()} == {
+        "architecture.json", "config.yaml", "model.json", "model.safetensors", "summary.json",
+    }  # fmt: skip
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["pruned"] == summary["after_pruning"]
+    assert summary["pruned"]["loss"] != summary["dense"]["loss"]
+    model, host = spvit.load(out), micro_host()
+    architecture = spvit.surgery.pruned_record(model).architecture
+    plain = spvit.fold(spvit.prune(host, architecture))
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(x), plain.eval()(x)) != repaired
+    if not repaired:  # what is drawn at pruning is drawn alike
+        assert run(capsys, "compress", "--output", str(out), "--resume")[0] == 0
+        assert states_equal(spvit.load(out), model)
 
 
 def test_hugging_face_model_is_compressed_and_loaded(capsys, tmp_path: Path) -> None:
@@ -200,6 +287,17 @@ def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_pat
         ("is not a folder that exists", "train --recipe RECIPE --output OUT --data nowhere"),
         ("precision is 'fp8'", "train --recipe RECIPE --output OUT --precision fp8"),
         ("expected 0 or more", "train --recipe RECIPE --output OUT --dense.epochs -1"),
+        ("train_epochs is -1, expected 0 or more", "compress --recipe TRAINED --output OUT --train-epochs -1"),
+        ("--train_epochs: ", "compress --recipe TRAINED --output OUT --train-epochs few"),
+        (
+            "calibration_images is 0, expected 1 or more",
+            "compress --recipe TRAINED --output OUT --calibration-images 0",
+        ),
+        ("calibration_images is -3", "compress --recipe RECIPE --output OUT --dense.epochs 1 --calibration_images=-3"),
+        ("too few to fit and measure", "compress --recipe TRAINED --output OUT --no-train --calibration-images 1"),
+        ("calibration tokens are too few", "compress --recipe TRAINED --output OUT --no-train --calibration-images 4"),
+        ("multiples of 1: the smallest reachable", "compress --recipe TRAINED --output OUT --no-train --macs 1%"),
+        ("initialise is 'dense'", "compress --recipe TRAINED --output OUT --initialise dense"),
         ("is a dense model", "finetune --recipe TRAINED --output OUT"),
         ("architecture file nowhere.json", "finetune --recipe TRAINED --output OUT --architecture nowhere.json"),
         (

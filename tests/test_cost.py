@@ -11,7 +11,7 @@ from torch import nn
 
 import reference
 import spvit
-from spvit.architecture import FFN, KINDS, Architecture, Attention, Block
+from spvit.architecture import FFN, KINDS, PREFIX_RULES, SKIP_RULES, Architecture, Attention, Block
 from spvit.cost import (
     BlockCost,
     Budget,
@@ -25,7 +25,7 @@ from spvit.cost import (
 from spvit.gates import expected
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
-from tiny import HOSTS, MIXED, assert_close, ffn_widths, images, make_host
+from tiny import ALIKE, HOSTS, MIXED, assert_close, ffn_widths, images, make_host
 
 COST = NetworkCost("macs", 1000, (BlockCost(400, 300, 60, 2, 50), BlockCost(500, 310, 70, 3, 40)))
 NESTED_GATES = {"msa": (1, 1, 1), "conv3": (1, 1, 0), "conv1": (1, 0, 0), "skip": (0, 0, 0)}
@@ -61,6 +61,51 @@ def test_predicted_params_hold_under_the_published_skip_rule() -> None:
     architecture = replace(_architecture(MIXED, tuple(UNITS.values())), skip_rule="normalised_input")
     small = spvit.fold(spvit.prune(host, architecture))
     assert network_costs(family_of(host), host)["params"].of(architecture) == count_params(small)
+
+
+NARROW = {
+    "narrow": (
+        Attention(heads=(1,)),
+        Attention(query_key_rank=3, value_rank=5),
+        Attention(query_key_rank=7),
+        Attention(heads=(0, 2), query_key_rank=1, value_rank=8),
+    ),
+    "mixed": (Attention(value_rank=2), Attention("conv3"), Attention("msa", (0, 2), 4, 4), Attention("skip")),
+}
+
+
+@pytest.mark.parametrize("kept", NARROW)
+@pytest.mark.parametrize("name", [name for name in ALIKE if name != "options"])
+def test_predicted_costs_of_narrow_attention_equal_measured_ones(name: str, kept: str) -> None:
+    host = make_host(name, torch.float32)
+    units = tuple(UNITS.values())
+    blocks = tuple(Block(attention, FFN(72, own)) for attention, own in zip(NARROW[kept], units))
+    architecture = Architecture(blocks, "linear", "mean")
+    small = spvit.fold(spvit.prune(host, architecture))
+    costs, x = network_costs(family_of(host), host), images(host, batch=1)
+    assert costs["macs"].of(architecture) == count_macs(small, lambda twin: twin(x.to("meta")))
+    assert costs["params"].of(architecture) == count_params(small)
+    assert costs["macs"].of(architecture) < costs["macs"].dense
+
+
+@pytest.mark.parametrize("prefix_rule", PREFIX_RULES)
+@pytest.mark.parametrize("skip_rule", SKIP_RULES)
+@pytest.mark.parametrize("name", ["registers", "average_pooling", "residual_post_norm"])
+def test_predicted_costs_hold_under_every_rule(name: str, skip_rule: str, prefix_rule: str) -> None:
+    host = make_host(name, torch.float32)
+    kinds = ("skip", "conv1", "conv3", "skip")
+    architecture = replace(_architecture(kinds, tuple(UNITS.values())), prefix_rule=prefix_rule, skip_rule=skip_rule)
+    small = spvit.fold(spvit.prune(host, architecture))
+    costs, x = network_costs(family_of(host), host), images(host, batch=1)
+    assert costs["macs"].of(architecture) == count_macs(small, lambda twin: twin(x.to("meta")))
+    assert costs["params"].of(architecture) == count_params(small)
+
+
+def test_all_heads_and_dimensions_cost_as_much_as_the_whole_layer() -> None:
+    host = make_host("huggingface_options", torch.float32)
+    for cost in network_costs(family_of(host), host).values():
+        for kept in (Attention(heads=(0, 1, 2)), Attention(query_key_rank=16, value_rank=16), Attention()):
+            assert cost.blocks[0].attention_kept(kept, "linear", "mean") == cost.blocks[0].msa
 
 
 def test_costs_are_the_formulas_of_the_method() -> None:

@@ -87,6 +87,8 @@ HOSTS: dict[str, Callable[[], nn.Module]] = {
     "huggingface_options": _huggingface(image_size=(64, 96), qkv_bias=False, head_dim=16),
 }
 _FAMILIES = {"huggingface": "huggingface", "swin": "timm_swin"}
+# All but Swin: their blocks are alike, and their attention can be narrowed (tests/test_swin.py has the others' repair).
+ALIKE = [name for name in HOSTS if not name.startswith("swin")]
 FAMILY_OF = {name: _FAMILIES.get(name.split("_")[0], "timm") for name in HOSTS}
 
 

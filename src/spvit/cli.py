@@ -155,6 +155,12 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
                 f"output {output} holds a run with --{field} {getattr(before, field)}, not "
                 f"{getattr(options, field)}; continue it with its own, or name another folder"
             )
+    if hasattr(options, "train_epochs") and (options.train_epochs is None) != (before.train_epochs is None):
+        how = "a search" if before.train_epochs is None else "scores, without a search"
+        raise RunFolderError(
+            f"output {output} holds a run that decides by {how}; continue it "
+            f"{'without' if before.train_epochs is None else 'with'} --train-epochs, or name another folder"
+        )
     return name, options
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -96,14 +97,26 @@ def _decide_by_scores(
     target = budget.target(cost)
     multiples = _multiples(multiple)
     scores = score(host, family, images, multiples[0], report)
-    for candidate in multiples:
-        chosen = choose(scores, cost, target, candidate)
+    # The best that is affordable is within tolerance nearly always; where all are below, the rest is spent, in the
+    # finest steps, which harm least.
+    nearly = math.ceil((1 - TOLERANCE) * target)
+    for candidate, wanted in [*((step, 0) for step in multiples), *((step, nearly) for step in reversed(multiples))]:
+        chosen = choose(scores, cost, target, candidate, wanted)
         if chosen is not None and abs(cost.of(chosen) - target) <= TOLERANCE * target:
             return chosen
+    smallest = cost.fixed + sum(min(spent for spent, _ in site) for _, site in _sites(scores, cost, multiples[-1]))
+    if target < smallest:
+        raise BudgetError(
+            f"a budget of {human(target)} {budget.metric} ({target / cost.dense:.1%}) cannot be reached with FFN "
+            f"widths that are multiples of {multiples[-1]}: the smallest reachable is {human(smallest)} "
+            f"({smallest / cost.dense:.1%}, {smallest:,} {budget.metric})"
+        )
     raise _too_coarse(multiples[-1], budget, cost)
 
 
-def choose(scores: Sequence[BlockScores], cost: NetworkCost, target: int, multiple: int) -> Architecture | None:
+def choose(
+    scores: Sequence[BlockScores], cost: NetworkCost, target: int, multiple: int, wanted: int = 0
+) -> Architecture | None:
     """Return the architecture with the least sum of scores that costs at most the target, or None if none does.
 
     Dynamic programming over the sites, on costs in 1/8192 of the target, rounded up so that the target holds.
@@ -113,19 +126,13 @@ def choose(scores: Sequence[BlockScores], cost: NetworkCost, target: int, multip
         cost: the host's, in the target's metric.
         target: MACs or parameters.
         multiple: FFN widths are multiples of it, or all units.
+        wanted: the cost is to be at least this where there is such a choice.
     """
-    sites: list[list[tuple[int, float]]] = []
-    options: list[list[Any]] = []
-    for block, own in zip(scores, cost.blocks):
-        options.append([kept for kept, _ in block.attention])
-        sites.append([(own.attention_kept(kept, PREFIX_RULE, SKIP_RULE), score) for kept, score in block.attention])
-        widths = sorted({*range(multiple, own.units, multiple), own.units})
-        options.append(widths)
-        sites.append([(own.unit * width, block.ffn[width]) for width in widths])
-    picks = _least_sum(sites, target - cost.fixed)
+    sites = _sites(scores, cost, multiple)
+    picks = _least_sum([site for _, site in sites], target - cost.fixed, wanted - cost.fixed)
     if picks is None:
         return None
-    kept = [choices[pick] for choices, pick in zip(options, picks)]
+    kept = [choices[pick] for (choices, _), pick in zip(sites, picks)]
     blocks = [
         Block(attention, FFN(own.units, tuple(sorted(block.ranking.units[:width]))))
         for attention, width, own, block in zip(kept[::2], kept[1::2], cost.blocks, scores)
@@ -133,13 +140,34 @@ def choose(scores: Sequence[BlockScores], cost: NetworkCost, target: int, multip
     return Architecture(tuple(blocks), PREFIX_RULE, SKIP_RULE)
 
 
-def _least_sum(sites: Sequence[Sequence[tuple[int, float]]], limit: int) -> list[int] | None:
-    """Return which (cost, score) of every site to take for the least sum of scores at a sum of costs up to a limit."""
-    if limit < sum(min(cost for cost, _ in site) for site in sites):
+def _sites(
+    scores: Sequence[BlockScores], cost: NetworkCost, multiple: int
+) -> list[tuple[list[Any], list[tuple[int, float]]]]:
+    """Return, for every attention and FFN in turn, what it may keep and the (cost, score) of that."""
+    sites: list[tuple[list[Any], list[tuple[int, float]]]] = []
+    for block, own in zip(scores, cost.blocks):
+        attention = [(own.attention_kept(kept, PREFIX_RULE, SKIP_RULE), score) for kept, score in block.attention]
+        sites.append(([kept for kept, _ in block.attention], attention))
+        widths = sorted({*range(multiple, own.units, multiple), own.units})
+        sites.append((list(widths), [(own.unit * width, block.ffn[width]) for width in widths]))
+    return sites
+
+
+def _least_sum(sites: Sequence[Sequence[tuple[int, float]]], limit: int, wanted: int) -> list[int] | None:
+    """Return which (cost, score) of every site to take for the least sum of scores at a sum of costs up to a limit.
+
+    The costs are to be at least `wanted` where there is such a choice. None when all choices are beyond the limit.
+    """
+    cheapest = [min(range(len(site)), key=lambda pick: site[pick]) for site in sites]
+    if limit < sum(site[pick][0] for site, pick in zip(sites, cheapest)):
         return None
+    best_picks = [min(range(len(site)), key=lambda pick: site[pick][::-1]) for site in sites]
+    if wanted <= sum(site[pick][0] for site, pick in zip(sites, best_picks)) <= limit:
+        return best_picks
     unit = max(1, limit // COST_STEPS)
     room = limit // unit
-    best = torch.zeros(room + 1, dtype=torch.float64)
+    best = torch.full((room + 1,), torch.inf, dtype=torch.float64)  # by the exact sum of the rounded costs
+    best[0] = 0
     taken = []
     for site in sites:
         table = torch.full((len(site), room + 1), torch.inf, dtype=torch.float64)
@@ -149,8 +177,15 @@ def _least_sum(sites: Sequence[Sequence[tuple[int, float]]], limit: int) -> list
                 row[steps:] = best[: room + 1 - steps] + loss
         best, choice = table.min(dim=0)
         taken.append(choice)
-    if not best[room].isfinite():
-        return None
+    # Rounded up, costs seem larger than they are.
+    low = max(0, -(-wanted // unit))
+    slack = min(len(sites), (room - low) // 2) if unit > 1 else 0
+    for start in (low + slack, low, 0):
+        if best[start:].isfinite().any():
+            room = start + int(best[start:].argmin())
+            break
+    else:
+        return cheapest  # which fit, but for the rounding
     picks: list[int] = []
     for site, choice in zip(reversed(sites), reversed(taken)):
         pick = int(choice[room])

@@ -12,6 +12,8 @@ RIDGE = 1e-4
 WANTED_TOKENS = 4
 """Tokens for every input, below which the ridge grows: moments from fewer are noise in their smallest directions."""
 
+NOT_FINITE = "the activations of the calibration images are not finite; check the model's weights and the images"
+
 
 class CalibrationError(ValueError):
     """Calibration images cannot be used: too few, of another size, or leading to activations that are not finite."""
@@ -41,9 +43,7 @@ class Moments:
             total += part.double()
         self.count += len(x)
         if not (self._sums[2].isfinite().all() and self._sums[3].isfinite().all()):
-            raise CalibrationError(
-                "the activations of the calibration images are not finite; check the model's weights and the images"
-            )
+            raise CalibrationError(NOT_FINITE)
 
     @property
     def inputs(self) -> int:
@@ -94,8 +94,8 @@ def _shapes(x: Tensor, y: Tensor) -> list[tuple[int, ...]]:
     return [(inputs,), (outputs,), (inputs, inputs), (inputs, outputs)]
 
 
-def ridge_for(moments: Moments, inputs: int | None = None) -> float:
-    """Return the ridge for a number of inputs, relative to their mean variance: larger when tokens are few.
+def ridge_for(moments: Moments, inputs: int | None = None, ridge: float = RIDGE) -> float:
+    """Return the ridge for a number of inputs, relative to their mean variance: more than asked when tokens are few.
 
     Raises:
         CalibrationError: there are fewer tokens than a quarter of the inputs, which says nothing about most of them.
@@ -107,7 +107,7 @@ def ridge_for(moments: Moments, inputs: int | None = None) -> float:
             f"{-(-inputs // 4)} are needed, {WANTED_TOKENS * inputs} or more are wanted; give more calibration images"
         )
     missing = max(0.0, WANTED_TOKENS * inputs / moments.count - 1)
-    return RIDGE + 0.01 * missing
+    return ridge + 0.01 * missing
 
 
 def damped(covariance: Tensor, ridge: float) -> Tensor:
@@ -118,6 +118,15 @@ def damped(covariance: Tensor, ridge: float) -> Tensor:
     return covariance + level * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
 
 
+def cholesky(covariance: Tensor, ridge: float) -> Tensor:
+    """Return the Cholesky factor of a damped covariance, more damped where rounding has left it indefinite."""
+    for step in range(7):
+        factor, failed = torch.linalg.cholesky_ex(damped(covariance, ridge * 10**step))
+        if covariance.is_meta or not failed:
+            return factor
+    raise CalibrationError("a covariance of activations cannot be factorised; check the model's weights and the images")
+
+
 def regression(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:
     """Return the map [X, Y] that predicts outputs from inputs with the least squared error plus the ridge's penalty.
 
@@ -126,7 +135,7 @@ def regression(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:
         cross: [X, Y].
         ridge: relative to the mean variance of the inputs.
     """
-    return torch.cholesky_solve(cross, torch.linalg.cholesky(damped(covariance, ridge)))
+    return torch.cholesky_solve(cross, cholesky(covariance, ridge))
 
 
 def low_rank_regression(covariance: Tensor, cross: Tensor, ridge: float, rank: int) -> tuple[Tensor, Tensor]:
@@ -134,7 +143,7 @@ def low_rank_regression(covariance: Tensor, cross: Tensor, ridge: float, rank: i
 
     The optimum is the full ridge solution projected on the leading directions of what it predicts.
     """
-    factor = torch.linalg.cholesky(damped(covariance, ridge))
+    factor = cholesky(covariance, ridge)
     full = torch.cholesky_solve(cross, factor)  # [X, Y]
     predicted = factor.T @ full
     directions = torch.linalg.eigh(predicted.T @ predicted).eigenvectors.flip(1)[:, :rank]  # [Y, rank]

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from spvit.architecture import Attention
 from spvit.kernels import NarrowWeights, Projections
-from spvit.moments import damped, regression
+from spvit.moments import cholesky, regression
 
 JITTER = 1e-7
+LONGEST = 10.0
+"""Length of a kept direction of the values at most, so that one in which a head hardly varies does not become noise."""
 
 
 def _augmented(weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -28,7 +30,7 @@ def _augmented(weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _root(moment: Tensor) -> Tensor:
     """Return the Cholesky factor of a second moment, which may be singular."""
-    return torch.linalg.cholesky(damped(moment, JITTER))
+    return cholesky(moment, JITTER)
 
 
 def low_rank_logits(query_moment: Tensor, key_moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -73,7 +75,7 @@ def value_directions(covariance: Tensor, out_weight: Tensor, rank: int) -> Tenso
     """Return the directions [V, E] of a head's output from which its contribution is best predicted.
 
     With C = L L^T and the right singular vectors V of P L: V_R^T L^-1, which makes the kept directions uncorrelated;
-    they are scaled so that their variance is the mean variance of the head's output.
+    they are scaled so that their variance is the mean variance of the head's output, or to length 10 if that is less.
 
     Args:
         covariance: C, of the head's output, [E, E].
@@ -86,7 +88,8 @@ def value_directions(covariance: Tensor, out_weight: Tensor, rank: int) -> Tenso
         right = torch.linalg.qr(torch.cat([right.T, torch.eye(len(root), dtype=root.dtype, device=root.device)], 1)).Q
         right = right.T[:rank]
     level = covariance.diagonal().mean().clamp(min=1e-12).sqrt()
-    return level * torch.linalg.solve_triangular(root, right, upper=False, left=False)
+    directions = level * torch.linalg.solve_triangular(root, right, upper=False, left=False)
+    return directions * (LONGEST / directions.norm(dim=1, keepdim=True)).clamp(max=1)
 
 
 def natural_out_weight(covariance: Tensor, out_weight: Tensor, directions: Tensor) -> Tensor:
@@ -136,7 +139,8 @@ def narrow_values(weights: NarrowWeights, rank: int, covariances: Tensor) -> tup
     for head, covariance in enumerate(covariances.double()):
         out_weight = weights.out_weight[:, head]
         directions.append(value_directions(covariance, out_weight, rank))
-        out_weights.append(natural_out_weight(covariance, out_weight, directions[-1]))
+        root = _root(covariance)  # makes a definite one of it, whatever rounding has done
+        out_weights.append(natural_out_weight(root @ root.T, out_weight, directions[-1]))
     rotation = torch.stack(directions)  # [H, V, E]
     bias = weights.value_bias
     narrow = replace(

@@ -166,7 +166,10 @@ def _prefix_layer(rule: str, tokens: int, width: int, dim: int, like: dict[str, 
     if rule == "mean":
         return Constant(tokens, dim, like)
     if rule == "linear":
-        return nn.Sequential(nn.Linear(dim, width, **like), nn.Linear(width, dim, **like))
+        second = nn.Linear(width, dim, **like)
+        for parameter in second.parameters():
+            nn.init.zeros_(parameter)  # adds nothing until it is repaired or trained, as the mean does
+        return nn.Sequential(nn.Linear(dim, width, **like), second)
     return nn.Identity()
 
 
@@ -232,7 +235,7 @@ class NarrowAttention(nn.Module):
         if weights.out_bias is not None:
             self.proj.bias.copy_(weights.out_bias)
 
-    def heads_out(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def heads_out(self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Return the outputs of all heads side by side, [B, N, H V], which the output projection takes."""
         sizes = [self.heads * self.query_key_rank] * 2 + [self.heads * self.value_rank]
         query, key, value = (
@@ -240,13 +243,19 @@ class NarrowAttention(nn.Module):
         )  # [B, H, N, R], twice, and [B, H, N, V]
         query, key = self.query_norm(query), self.key_norm(key)
         out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, scale=self.scale
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=is_causal,
+            scale=self.scale,
         )
         return self.out_norm(out.transpose(1, 2).flatten(2))
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **kwargs: Any) -> Any:
         """x: [B, N, D]. Returns [B, N, D]."""
-        out = self.out_drop(self.proj(self.heads_out(x, attn_mask)))
+        out = self.out_drop(self.proj(self.heads_out(x, attn_mask, is_causal)))
         return (out, None) if self.returns_tuple else out
 
     def extra_repr(self) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spvit.moments import damped
+from spvit.moments import cholesky
 
 STEPS = 64
 
@@ -38,7 +38,7 @@ def rank_units(covariance: Tensor, out_weight: Tensor, ridge: float) -> Ranking:
         ridge: relative to the mean variance.
     """
     units = len(covariance)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(covariance.double(), ridge)))
+    inverse = torch.cholesky_inverse(cholesky(covariance.double(), ridge))
     weight = out_weight.detach().double()
     left = torch.arange(units, device=covariance.device)
     size = max(1, units // STEPS)

@@ -21,7 +21,15 @@ from torch.nn import functional as F
 from spvit.architecture import Architecture, Attention, Block
 from spvit.hosts.base import BlockSites, Family
 from spvit.kernels import NarrowWeights
-from spvit.moments import CalibrationError, Moments, low_rank_regression, regression, ridge_for
+from spvit.moments import (
+    NOT_FINITE,
+    RIDGE,
+    CalibrationError,
+    Moments,
+    low_rank_regression,
+    regression,
+    ridge_for,
+)
 from spvit.narrowing import narrow_heads, narrow_values
 from spvit.pruned import BottleneckConv, Constant, Grid, NarrowAttention, Skip, as_map
 
@@ -63,8 +71,9 @@ def calibration_batches(images: Tensor | Iterable[Any], family: Family, host: nn
             )
         if not tensor.isfinite().all():
             raise CalibrationError("calibration images hold values that are not finite; check how they are read")
-        prepared.append(tensor.to(parameter))
-    if not any(len(batch) for batch in prepared):
+        if len(tensor):
+            prepared.append(tensor.to(parameter))
+    if not prepared:
         raise CalibrationError("there are no calibration images; give a few hundred or more")
     return prepared
 
@@ -131,6 +140,7 @@ class Layer:
     """How the dense block's attention gets the patch grid."""
     inputs: list[Tensor]
     dense_inputs: list[Tensor]
+    ridge: float = RIDGE
 
     def arriving(self, path: str) -> Iterator[Tensor]:
         """Yield what arrives at a module of the pruned block."""
@@ -144,7 +154,12 @@ class Layer:
 
 
 def repair(
-    model: nn.Module, host: nn.Module, family: Family, architecture: Architecture, images: Tensor | Iterable[Any]
+    model: nn.Module,
+    host: nn.Module,
+    family: Family,
+    architecture: Architecture,
+    images: Tensor | Iterable[Any],
+    ridge: float = RIDGE,
 ) -> None:
     """Set the weights of a pruned model in place so that it does on these images what the host does.
 
@@ -156,6 +171,7 @@ def repair(
         family: the host's.
         architecture: what the model keeps.
         images: as in `calibration_batches`.
+        ridge: penalty relative to the mean variance of a layer's inputs; a huge one leaves the shift of the mean alone.
 
     Raises:
         CalibrationError: the images do not fit the host, are too few, or lead to activations that are not finite.
@@ -167,7 +183,7 @@ def repair(
         inputs = list(dense_inputs)
         for index, (sites, kept) in enumerate(zip(blocks, architecture.blocks)):
             grid = family.own_grid(host, index)
-            repair_block(Layer(model, host, family, sites, grid, inputs, dense_inputs), kept)
+            repair_block(Layer(model, host, family, sites, grid, inputs, dense_inputs, ridge), kept)
             following = blocks[index + 1] if index + 1 < len(blocks) else None
             if following is None:
                 return
@@ -192,24 +208,24 @@ def repair_block(layer: Layer, kept: Block) -> None:
         _repair_convolution(layer, replacement)
     elif isinstance(replacement, Skip) and replacement.mean is not None:
         _repair_constant(layer, replacement.mean)
-    if 0 < len(kept.ffn.units) < kept.ffn.width:
+    if len(kept.ffn.units) < kept.ffn.width:
         _repair_linear(layer, layer.sites.ffn.second)
 
 
-def correction(moments: Moments, biased: bool) -> tuple[Tensor, Tensor | None]:
+def correction(moments: Moments, biased: bool, ridge: float = RIDGE) -> tuple[Tensor, Tensor | None]:
     """Return what to add to a linear layer, weight [Y, X] and bias [Y], given moments of its inputs x and errors y.
 
     Without a bias to correct, the moments about zero count, as nothing else can take up a mean.
     """
-    ridge = ridge_for(moments)
+    ridge = ridge_for(moments, ridge=ridge)
     if not biased:
         return regression(moments.second_x, moments.second_cross, ridge).T, None
     weight = regression(moments.covariance, moments.cross, ridge).T
     return weight, moments.mean_y - weight @ moments.mean_x
 
 
-def _add(linear: nn.Linear, moments: Moments) -> None:
-    weight, bias = correction(moments, linear.bias is not None)
+def _add(linear: nn.Linear, moments: Moments, ridge: float) -> None:
+    weight, bias = correction(moments, linear.bias is not None, ridge)
     linear.weight.add_(weight.to(linear.weight))
     if bias is not None:
         linear.bias.add_(bias.to(linear.bias))
@@ -227,7 +243,7 @@ def _repair_linear(layer: Layer, path: str) -> None:
     moments = Moments()
     for x, wanted in zip(layer.arriving(path), layer.wanted(path)):
         moments.add(x, wanted - linear(x))
-    _add(linear, moments)
+    _add(linear, moments, layer.ridge)
 
 
 def _repair_narrow(layer: Layer, replacement: NarrowAttention, kept: Attention) -> None:
@@ -251,10 +267,10 @@ def _repair_narrow(layer: Layer, replacement: NarrowAttention, kept: Attention) 
         own = torch.stack([by_head[head, :, head] for head in range(heads)])
         narrow, by_head = narrow_values(weights, kept.value_rank, own)
         rotation = torch.block_diag(*by_head)
-    replacement.load(_fitted(narrow, rotation, moments, biased))
+    replacement.load(_fitted(narrow, rotation, moments, biased, layer.ridge))
 
 
-def _fitted(narrow: NarrowWeights, rotation: Tensor, moments: Moments, biased: bool) -> NarrowWeights:
+def _fitted(narrow: NarrowWeights, rotation: Tensor, moments: Moments, biased: bool, ridge: float) -> NarrowWeights:
     """Return narrow weights whose output projection is the ridge solution from their heads' outputs.
 
     Args:
@@ -262,13 +278,14 @@ def _fitted(narrow: NarrowWeights, rotation: Tensor, moments: Moments, biased: b
         rotation: from the outputs of the whole heads to those of the narrow ones, [H V, H E].
         moments: of the outputs of the whole heads, [H E], and of the dense layer's output, [D].
         biased: whether the layer has an output bias.
+        ridge: relative to the mean variance of the narrow heads' outputs.
     """
     prior = narrow.out_weight.flatten(1).double()  # [D, H V]
     covariance = moments.covariance if biased else moments.second_x
     cross = moments.cross if biased else moments.second_cross
     inner = rotation @ covariance @ rotation.T
     error = rotation @ cross - inner @ prior.T
-    out = prior + regression(inner, error, ridge_for(moments, len(rotation))).T
+    out = prior + regression(inner, error, ridge_for(moments, len(rotation), ridge)).T
     bias = (moments.mean_y - out @ rotation @ moments.mean_x).to(prior) if biased else None
     return replace(narrow, out_weight=out.view(narrow.out_weight.shape), out_bias=bias)
 
@@ -291,7 +308,9 @@ def _repair_convolution(layer: Layer, replacement: BottleneckConv) -> None:
         if prefix:
             on_prefix.add(x[:, :prefix], wanted[:, :prefix])
     rank = len(replacement.conv_in.weight)
-    inward, outward = low_rank_regression(on_grid.covariance, on_grid.cross, ridge_for(on_grid), rank)
+    inward, outward = low_rank_regression(
+        on_grid.covariance, on_grid.cross, ridge_for(on_grid, ridge=layer.ridge), rank
+    )
     mean = inward.T @ on_grid.mean_x
     variance = ((on_grid.covariance @ inward) * inward).sum(0)
     replacement.set_linear(inward.T, mean, variance, outward.T, on_grid.mean_y, LINEAR_SIDE)
@@ -299,7 +318,9 @@ def _repair_convolution(layer: Layer, replacement: BottleneckConv) -> None:
         replacement.prefix.bias.copy_(constants.by_token()[:prefix])
     elif isinstance(replacement.prefix, nn.Sequential):
         first, second = cast(nn.Linear, replacement.prefix[0]), cast(nn.Linear, replacement.prefix[1])
-        inward, outward = low_rank_regression(on_prefix.covariance, on_prefix.cross, ridge_for(on_prefix), rank)
+        inward, outward = low_rank_regression(
+            on_prefix.covariance, on_prefix.cross, ridge_for(on_prefix, ridge=layer.ridge), rank
+        )
         first.weight.copy_(inward.T)
         first.bias.copy_(-inward.T @ on_prefix.mean_x)
         second.weight.copy_(outward.T)
@@ -324,6 +345,8 @@ class _Means:
     def by_token(self) -> Tensor:
         """[P + 1, D]."""
         assert isinstance(self._sum, Tensor)
+        if not self._sum.isfinite().all():
+            raise CalibrationError(NOT_FINITE)
         return self._sum / self._count
 
 

@@ -7,6 +7,7 @@ from the dense ones is taken on images that the repair has not seen. Candidates 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -142,7 +143,15 @@ def score(
 def _halves(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     if sum(len(batch) for batch in batches) < 2:
         raise CalibrationError("one calibration image is too few to fit and measure; give a few hundred or more")
-    return [batch[::2] for batch in batches], [batch[1::2] for batch in batches if len(batch) > 1]
+    halves: tuple[list[Tensor], list[Tensor]] = ([], [])
+    seen = 0
+    for batch in batches:
+        # Every other image of them all, so that batches of one image serve too.
+        for half, start in zip(halves, (seen % 2, 1 - seen % 2)):
+            if len(batch[start::2]):
+                half.append(batch[start::2])
+        seen += len(batch)
+    return halves
 
 
 def _score_block(
@@ -234,9 +243,14 @@ def _interpolated_widths(points: list[tuple[int, float]], errors: Sequence[float
     """
     levels = [math.log(max(error, FLOOR)) for error in errors]
     known = sorted({levels[width]: math.log(divergence) for width, divergence in points}.items())
-    xs, ys = [x for x, _ in known], [y for _, y in known]
+    # More error is never better; where the images say so it is noise, and prolonged it would grow without bounds.
+    xs, ys = [x for x, _ in known], list(itertools.accumulate((y for _, y in known), max))
     scores = [math.exp(_on_lines(level, xs, ys)) if error > 0 else 0.0 for level, error in zip(levels, errors)]
-    return (*scores[:-1], 0.0)
+    scores[-1] = 0.0
+    for width in reversed(range(len(scores) - 1)):
+        # Nor is it as good to be narrower, so that what a budget leaves is spent on units.
+        scores[width] = max(scores[width], scores[width + 1]) + FLOOR / len(scores)
+    return tuple(scores)
 
 
 def _on_lines(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:

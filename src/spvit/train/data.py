@@ -22,6 +22,8 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff
 DIGITS = "digits"
 DIGITS_HELD_OUT = 360
 
+Items = Sequence[tuple[Any, int]]
+
 logger = logging.getLogger("spvit")
 
 
@@ -153,13 +155,29 @@ def load_images(source: str, config: ImageConfig, size: tuple[int, int, int], pr
     Raises:
         DataError: nothing is found, a class is missing or empty, or an option is out of range.
     """
-    _check(config)
     if source == DIGITS:
         train, validation, classes = _digits()
     elif Path(source).is_dir():
         train, validation, classes = _folder(Path(source))
     else:
         train, validation, classes = _torchvision(source, config)
+    return images_of(train, validation, classes, config, size, preprocessing)
+
+
+def images_of(
+    train: Items,
+    validation: Items,
+    classes: tuple[str, ...],
+    config: ImageConfig,
+    size: tuple[int, int, int],
+    preprocessing: Preprocessing,
+) -> Images:
+    """Return images from (path, array or PIL image, class) pairs; the rest is as for `load_images`.
+
+    Raises:
+        DataError: an option is out of range.
+    """
+    _check(config)
     preprocessing = Preprocessing(
         config.mean or preprocessing.mean,
         config.std or preprocessing.std,
@@ -301,9 +319,6 @@ def _loading(config: ImageConfig) -> dict[str, Any]:
         "collate_fn": _collate,
         "pin_memory": torch.cuda.is_available(),
     }
-
-
-Items = Sequence[tuple[Any, int]]
 
 
 def _digits() -> tuple[Items, Items, tuple[str, ...]]:

@@ -48,7 +48,11 @@ class CompressConfig(LoopConfig):
     """Training of the dense model beforehand, for a model that is not trained on these images yet."""
     search: SearchConfig = field(default_factory=SearchConfig)
     """The search for what to keep."""
-    finetune: PhaseConfig = field(default_factory=PhaseConfig)
+    finetune: PhaseConfig = field(
+        # Gentler than a phase's own defaults, which take a repaired network back below where it started
+        # (docs/benchmarks.md, "Fine-tuning a repaired network").
+        default_factory=lambda: PhaseConfig(learning_rate=2e-4, warmup_epochs=0.2, distillation=0.5)
+    )
     """Training of the pruned model."""
     train_epochs: int | None = None
     """Decide from calibration images in place of a search, then fine-tune for so many epochs; 0 trains nothing."""
@@ -129,10 +133,8 @@ def calibration(images: Images, config: CompressConfig) -> list[Tensor]:
     """Return the first training images of the run's seed as batches [B, channels, height, width].
 
     Raises:
-        DataError: an image cannot be read, or fewer than one is asked for.
+        DataError: an image cannot be read.
     """
-    if config.calibration_images < 1:
-        raise DataError(f"calibration_images is {config.calibration_images}, expected 1 or more")
     set_seed(config.seed)
     batches: list[Tensor] = []
     missing = config.calibration_images
@@ -240,9 +242,12 @@ def check_compress(
         raise RunFolderError(f"initialise is {config.initialise!r}, expected search or host")
     if config.train_epochs is not None and config.train_epochs < 0:
         raise RunFolderError(f"train_epochs is {config.train_epochs}, expected 0 or more")
+    if config.calibration_images < 1:
+        raise DataError(f"calibration_images is {config.calibration_images}, expected 1 or more")
     parsed = parse_budget(**budget)
     parsed.target(search_record(make_searchable(host)).costs[parsed.metric])
-    searching, finetuning = config.search, config.finetune
+    searching: SearchConfig | None = config.search
+    finetuning = config.finetune
     if config.train_epochs is not None:
         searching, finetuning = None, replace(finetuning, epochs=config.train_epochs)
     check_phases([config.dense, *([] if searching is None else [searching]), finetuning], images, weights)
@@ -282,6 +287,7 @@ def run_compress(
         net, architecture = search(dense, images, budget, folder, config, searching, progress, config.multiple)
     else:
         architecture = decide_from_scores(dense, images, budget, folder, config, progress)
+    set_seed(config.seed)  # a continued run starts from the same weights where they are drawn
     pruned = prune(
         dense,
         architecture,

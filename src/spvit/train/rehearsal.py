@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from spvit.hosts.base import logits_of
 from spvit.train.data import Images, training_loader
 from spvit.train.loop import Loop, Phase
+from spvit.train.progress import PhaseProgress
 from spvit.train.settings import LoopConfig
 
 BATCH_ON_CPU = 8
@@ -117,7 +118,7 @@ def rehearse(phase: Phase, images: Images, config: LoopConfig) -> Rehearsal:
     batch = min(whole, BATCH_ON_CPU) if on_cpu else whole
     # One process reads, so that the time of reading is that of one.
     small = replace(images, config=replace(images.config, batch_size=batch, workers=0))
-    loop = Loop(phase, small, Path(os.devnull), config)
+    loop = Loop(phase, small, Path(os.devnull), config, PhaseProgress(None))
     device = loop.accelerator.device
     loader = iter(training_loader(small))
     drawn, reading = [], []
@@ -129,7 +130,7 @@ def rehearse(phase: Phase, images: Images, config: LoopConfig) -> Rehearsal:
 
     def step(size: int = batch) -> None:
         pictures, targets = next(batches)
-        loop.step(pictures[:size], targets[:size], 0, 0, 0.0)
+        loop.step(pictures[:size].clone(), targets[:size], 0, 0, 0.0)
 
     batches = cycle(drawn)
     half = max(1, batch // 2)

@@ -1,0 +1,193 @@
+"""Scores of candidates: what is measured is what pruning to that candidate alone does; the rest is interpolated."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import spvit
+from spvit.architecture import FFN, Architecture, Attention, Block, dense
+from spvit.hosts import family_of
+from spvit.moments import CalibrationError
+from spvit.scores import (
+    FLOOR,
+    MEASURED_RANKS,
+    MEASURED_SHARES,
+    PREFIX_RULE,
+    SKIP_RULE,
+    BlockScores,
+    Head,
+    _halves,
+    _interpolated_ranks,
+    _interpolated_widths,
+    _on_lines,
+    score,
+)
+from tiny import ALIKE, assert_close, images, logits, make_host
+
+WIDTH = 72
+CONVOLUTIONS = [Attention("conv3"), Attention("conv1"), Attention("skip")]
+
+
+def scored(host: nn.Module, multiple: int = 4, count: int = 24) -> tuple[BlockScores, ...]:
+    return score(host, family_of(host), images(host, count), multiple)
+
+
+def divergence(host: nn.Module, index: int, kept: Block, x: Tensor) -> float:
+    """Prune a host to one candidate alone, repaired on every other image, and compare outputs on the rest."""
+    blocks = list(dense([WIDTH] * 4).blocks)
+    blocks[index] = kept
+    model = spvit.prune(host, Architecture(tuple(blocks), PREFIX_RULE, SKIP_RULE), repair=x[::2])
+    wanted, found = (F.softmax(logits(net, x[1::2]), dim=1) for net in (host, model))
+    return float((wanted * (wanted / found).log()).sum() / len(wanted))
+
+
+@pytest.mark.parametrize("name", ["huggingface_options", "average_pooling"])
+def test_measured_scores_are_what_pruning_to_one_candidate_does(name: str) -> None:
+    host = make_host(name)
+    x = images(host, 24)
+    head_width = family_of(host).blocks(host)[0].attention.head_width
+    measured = [Attention("msa", query_key_rank=r, value_rank=r) for r in (head_width // 4, head_width // 2)]
+    for index, found in enumerate(scored(host, multiple=head_width // 4)):
+        candidates = dict(found.attention)
+        for kept in (*CONVOLUTIONS, *measured):
+            block = Block(kept, FFN(WIDTH, tuple(range(WIDTH))))
+            assert candidates[kept] == pytest.approx(divergence(host, index, block, x), rel=1e-5)
+        expected = 0.0
+        for share in reversed(MEASURED_SHARES):
+            units = tuple(sorted(found.ranking.units[: round(WIDTH * share)]))
+            # Fewer units are never taken to be better, which chance may say of so few images.
+            expected = max(expected, divergence(host, index, Block(Attention(), FFN(WIDTH, units)), x))
+            assert found.ffn[len(units)] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_every_host_is_scored(name: str) -> None:
+    host = make_host(name, torch.float32)
+    x = images(host, 16)
+    expected = logits(host, x)
+    for found in scored(host, count=16):
+        kept = [candidate for candidate, _ in found.attention]
+        width = family_of(host).blocks(host)[0].attention.head_width
+        ranks = [] if name == "options" else list(range(4, width, 4))
+        narrow = [Attention("msa", query_key_rank=rank, value_rank=rank) for rank in ranks]
+        assert kept == [Attention(), *narrow, *CONVOLUTIONS]
+        values = [value for _, value in found.attention]
+        assert values[0] == found.ffn[-1] == 0
+        assert min(values[1:]) >= FLOOR
+        assert len(found.ffn) == WIDTH + 1
+        assert all(a > b for a, b in itertools.pairwise(found.ffn))
+        assert sorted(found.ranking.units) == list(range(WIDTH))
+    assert torch.equal(logits(host, x), expected)
+
+
+def test_scores_do_not_depend_on_flags_or_batches_and_leave_the_host_alone() -> None:
+    host = make_host("class_token")
+    expected = scored(host)
+    before = copy.deepcopy(host.state_dict())
+    host.train()
+    host.blocks[1].eval()
+    for module in host.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    steps: list[tuple[int, int]] = []
+    batches = images(host, 24).split(1)
+    found = score(host, family_of(host), batches, 4, lambda done, blocks: steps.append((done, blocks)))
+    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    for own, other in zip(found, expected):
+        assert own.ranking.units == other.ranking.units
+        assert own.ffn == pytest.approx(other.ffn, rel=1e-6)
+        assert [value for _, value in own.attention] == pytest.approx([value for _, value in other.attention], rel=1e-6)
+    assert [module.training for module in host.blocks] == [True, False, True, True]
+    assert all(torch.equal(host.state_dict()[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_the_head_is_the_host_behind_its_last_block(name: str) -> None:
+    host = make_host(name)
+    x = images(host, 3)
+    blocks = family_of(host).blocks(host)
+    outputs: list[Tensor] = []
+    handle = host.get_submodule(blocks[-1].path).register_forward_hook(
+        lambda module, args, out: outputs.append(out[0] if isinstance(out, tuple) else out)
+    )
+    expected = logits(host, x)
+    handle.remove()
+    with torch.no_grad():
+        assert_close(Head(host, blocks, images(host, 1, seed=4))(outputs[0]), expected)
+
+
+@pytest.mark.parametrize("sizes", [(7,), (1,) * 7, (2, 3, 2), (3, 1, 1, 2)])
+def test_halves_take_every_other_image(sizes: tuple[int, ...]) -> None:
+    x = torch.arange(7)[:, None]
+    fitting, measuring = _halves(list(x.split(list(sizes))))
+    assert torch.cat(fitting).flatten().tolist() == [0, 2, 4, 6]
+    assert torch.cat(measuring).flatten().tolist() == [1, 3, 5]
+    assert all(len(batch) for batch in (*fitting, *measuring))
+
+
+def test_scores_that_cannot_be_had_are_refused() -> None:
+    host = make_host("class_token").train()
+    with pytest.raises(CalibrationError, match="one calibration image is too few to fit and measure; give a few hund"):
+        scored(host, count=1)
+    with pytest.raises(CalibrationError, match="16 calibration tokens are too few for a layer of 216 inputs"):
+        scored(host, count=2)
+    with pytest.raises(CalibrationError, match=r"calibration images are \[3, 64, 32\], expected"):
+        score(host, family_of(host), images(host, 4)[..., :32], 4)
+    broken = copy.deepcopy(host)
+    broken.head.weight.data[0, 0] = float("nan")
+    with pytest.raises(CalibrationError, match="the model's outputs are not finite with a candidate of block 0; check"):
+        scored(broken)
+    assert host.training
+
+
+def test_a_better_candidate_scores_better() -> None:
+    host = make_host("class_token")
+    with torch.no_grad():
+        host.blocks[2].attn.proj.weight.mul_(1e-3)  # this layer adds next to nothing that varies
+        host.blocks[1].mlp.fc2.weight[:, 40:].zero_()  # these units are not used
+    found = scored(host)
+    skips = [dict(block.attention)[Attention("skip")] for block in found]
+    assert min(skips) == skips[2]
+    assert skips[2] < 1e-3 * min(skips[:2])
+    assert set(found[1].ranking.units[:40]) == set(range(40))
+    assert found[1].ffn[40] < 10 * FLOOR
+    assert found[1].ffn[39] > 1e3 * FLOOR
+
+
+@pytest.mark.parametrize(
+    ("x", "expected"), [(1.0, 10.0), (2.0, 20.0), (4.0, 0.0), (1.5, 15.0), (3.0, 10.0), (0.0, 0.0), (5.0, -10.0)]
+)
+def test_lines_pass_through_their_points_and_go_on(x: float, expected: float) -> None:
+    assert _on_lines(x, [1.0, 2.0, 4.0], [10.0, 20.0, 0.0]) == pytest.approx(expected)
+    assert _on_lines(x, [7.0], [3.0]) == 3.0
+
+
+def test_ranks_between_are_on_lines_of_the_logarithm() -> None:
+    measured = [(Attention("msa", query_key_rank=r, value_rank=r), s) for r, s in ((8, 1e-2), (24, 1e-4))]
+    found = dict(_interpolated_ranks([*measured, (Attention("skip"), 0.5)], 32, 8))
+    assert found.pop(Attention("skip")) == 0.5
+    assert [kept.query_key_rank for kept in found] == [kept.value_rank for kept in found] == [8, 16, 24]
+    assert list(found.values()) == pytest.approx([1e-2, 1e-3, 1e-4])
+    assert _interpolated_ranks([(Attention("skip"), 0.5)], 32, 8) == [(Attention("skip"), 0.5)]
+    assert max(MEASURED_RANKS) < 1
+
+
+def test_widths_between_follow_the_error_after_repair() -> None:
+    errors = (8.0, 4.0, 2.0, 1.0, 0.5, 0.0)
+    found = _interpolated_widths([(1, 0.4), (3, 0.1)], errors)
+    assert found[:5] == pytest.approx((0.8, 0.4, 0.2, 0.1, 0.05))
+    assert found[5] == 0
+    found = _interpolated_widths([(1, 0.1), (3, 0.4)], errors)  # noise says that fewer units are better
+    assert all(a > b for a, b in itertools.pairwise(found))
+    assert found[:5] == pytest.approx((0.4,) * 5)
+    dead = _interpolated_widths([(1, 0.1)], (1.0, 0.5, 0.0, 0.0))
+    assert dead[1] == pytest.approx(0.1)
+    assert 0 < dead[2] < 2 * FLOOR
+    assert math.isclose(dead[3], 0)
