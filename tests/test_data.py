@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from spvit.checkpoint import Preprocessing
 from spvit.train.data import (
@@ -95,6 +96,22 @@ def test_repeated_augmentation_puts_the_repeats_of_an_image_into_the_same_step(t
     assert not torch.equal(*different)
     with pytest.raises(DataError, match=r"fewer than images.batch_size 30 times 60 processes"):
         repeated_loader(images, 60, 0)
+
+
+@pytest.mark.parametrize("name", ["rand-m10-n1", "rand-m10-n1-inc1", "augmix-m10", "original", "v0"])
+def test_automatic_augmentation_never_keeps_no_bits(tmp_path: Path, name: str) -> None:
+    """At magnitude 10 timm's posterizing keeps 0 bits, which Pillow 13 refuses."""
+    images = load(image_folder(tmp_path), auto_augment=name)
+    (augmentation,) = [
+        part for part in images.train.transform.transforms if hasattr(part, "ops") or hasattr(part, "policy")
+    ]
+    groups = [getattr(augmentation, "ops", []), *getattr(augmentation, "policy", [])]
+    found = [operation for group in groups for operation in group if operation.name.startswith("Posterize")]
+    picture = Image.new("RGB", (4, 4), (200, 100, 50))
+    for operation in found:
+        operation.prob = 1.0
+        assert operation(picture).getpixel((0, 0))[0] >= 128
+    assert found
 
 
 def test_mixup_makes_soft_targets() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -243,8 +244,7 @@ def _print_footer(
 
 
 def duration(seconds: float) -> str:
-    """Return a time in the unit in which it reads best: 8 s, 12 min, 4.1 h, 3.2 days."""
-    for unit, length, below in (("s", 1, 90), ("min", 60, 5400), ("h", 3600, 172_800)):
-        if seconds < below:
-            return f"{seconds / length:.2g} {unit}" if seconds < 10 * length else f"{seconds / length:.0f} {unit}"
-    return f"{seconds / 86_400:,.3g} days"
+    """Return a time in the unit in which it reads best: 8.0 s, 12 min, 4.1 h, 1,465 days."""
+    units = (("s", 1, 90), ("min", 60, 5400), ("h", 3600, 172_800), ("days", 86_400, math.inf))
+    unit, length = next((unit, length) for unit, length, below in units if seconds < below)
+    return f"{seconds / length:,.{1 if seconds < 10 * length else 0}f} {unit}"

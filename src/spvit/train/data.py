@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from spvit.checkpoint import Preprocessing
+from spvit.train.augmentation import keep_a_bit
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 DIGITS = "digits"
@@ -240,7 +241,7 @@ def transforms(
         re_mode="pixel",
         **shared,
     )
-    return training, create_transform(is_training=False, crop_pct=preprocessing.crop, **shared)
+    return keep_a_bit(training), create_transform(is_training=False, crop_pct=preprocessing.crop, **shared)
 
 
 def mixup_of(config: ImageConfig, classes: int, smoothing: float) -> Callable[[Tensor, Tensor], Any] | None:
