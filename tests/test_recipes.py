@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def expected(name: str) -> dict[str, Any]:
     return yaml.safe_load("\n".join(kept))
 
 
+@cache
 def options_of(name: str, *more: str) -> Any:
     return parse(["compress", "--recipe", str(FOLDER / f"{name}.yaml"), *more])[1]
 
@@ -169,6 +170,7 @@ def tiny(name: str, pictures: str, folder: Path) -> list[str]:
 @pytest.mark.parametrize("name", [path.stem for path in RECIPES])
 def test_recipe_is_stepped_twice(capsys, monkeypatch, tmp_path: Path, pictures: str, name: str) -> None:
     monkeypatch.setattr("spvit.commands.measure_latencies", partial(measure_latencies, seconds=0.0))
+    monkeypatch.setattr("spvit.commands.BATCHES", (1,))
     words = tiny(name, pictures, tmp_path)
     code = main(["compress", "--recipe", str(FOLDER / f"{name}.yaml"), *words])
     assert (code, capsys.readouterr().err) == (0, "")

@@ -80,6 +80,8 @@ def print_plan(options: CompressCommand, console: Console) -> None:
     host, budget = opened.model, options.limits()
     searching, finetuning = check_compress(host, images, budget, options, weights=False)
     accelerator = make_accelerator(options)
+    if not accelerator.is_main_process:
+        console = Console(quiet=True)
     steps = len(prepared_loader(images, accelerator))
     architecture = example_architecture(host, budget, options.multiple)
 
