@@ -10,9 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from spvit.checkpoint import Preprocessing
-from spvit.train.data import DataError, ImageConfig, load_images, mixup_of, training_loader, validation_loader
+from spvit.train.data import (
+    DataError,
+    ImageConfig,
+    load_images,
+    mixup_of,
+    repeated_loader,
+    training_loader,
+    validation_loader,
+)
 from training import GREY, digits, image_folder
 
 SIZE = (3, 8, 8)
@@ -66,6 +75,43 @@ def test_held_out_images_leave_the_training_set(tmp_path: Path) -> None:
     assert images.validation[3][1] == whole.train[index][1]
     with pytest.raises(DataError, match=r"held_out is 1437, but there are only 1437"):
         digits(held_out=1437)
+
+
+def test_repeated_augmentation_puts_the_repeats_of_an_image_into_the_same_step(tmp_path: Path) -> None:
+    images = digits(batch_size=30, repeated_augmentation=3)
+    loaders = [repeated_loader(images, 3, process) for process in range(3)]
+    for epoch in range(2):
+        for loader in loaders:
+            loader.sampler.set_epoch(epoch)
+        drawn = torch.tensor([list(loader.sampler) for loader in loaders])
+        assert torch.equal(drawn[0], drawn[1])
+        assert torch.equal(drawn[0], drawn[2])
+        assert len(set(drawn[0].tolist())) == len(drawn[0]) == 479  # a third of 1,437
+    assert [len(loader) for loader in loaders] == [15, 15, 15]
+    (alone,) = [repeated_loader(images, 1, 0)]
+    assert len(alone) == len(training_loader(images)) == 47
+    drawn = list(alone.sampler)
+    assert drawn[0::3] == drawn[1::3] == drawn[2::3]
+    different = images.train[drawn[0]][0], images.train[drawn[1]][0]
+    assert not torch.equal(*different)
+    with pytest.raises(DataError, match=r"fewer than images.batch_size 30 times 60 processes"):
+        repeated_loader(images, 60, 0)
+
+
+@pytest.mark.parametrize("name", ["rand-m10-n1", "rand-m10-n1-inc1", "augmix-m10", "original", "v0"])
+def test_automatic_augmentation_never_keeps_no_bits(tmp_path: Path, name: str) -> None:
+    """At magnitude 10 timm's posterizing keeps 0 bits, which Pillow 13 refuses."""
+    images = load(image_folder(tmp_path), auto_augment=name)
+    (augmentation,) = [
+        part for part in images.train.transform.transforms if hasattr(part, "ops") or hasattr(part, "policy")
+    ]
+    groups = [getattr(augmentation, "ops", []), *getattr(augmentation, "policy", [])]
+    found = [operation for group in groups for operation in group if operation.name.startswith("Posterize")]
+    picture = Image.new("RGB", (4, 4), (200, 100, 50))
+    for operation in found:
+        operation.prob = 1.0
+        assert operation(picture).getpixel((0, 0))[0] >= 128
+    assert found
 
 
 def test_mixup_makes_soft_targets() -> None:
@@ -140,6 +186,7 @@ def test_batch_without_a_readable_image_is_refused(tmp_path: Path) -> None:
     [
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": 3, "mixup": 0.5}, "need an even one"),
+        ({"repeated_augmentation": -1}, "repeated_augmentation is -1, expected 0 or more"),
         ({"mean": (0.5,)}, "images.mean has 1 values, but the model takes 3 channels"),
     ],
 )

@@ -39,6 +39,8 @@ FLOORS = [
     "tables",
     "report",
     "config",
+    "inputs",
+    "plan",
     "demo",
     "commands",
     "cli",

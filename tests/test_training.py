@@ -51,9 +51,9 @@ def kill_at(phase: Phase, step: int) -> None:
     phase.budget = Fatal()
 
 
-@pytest.mark.parametrize("kind", ["dense", "search"])
-def test_continued_run_equals_uninterrupted_run_exactly(tmp_path: Path, kind: str) -> None:
-    images = digits(mixup=0.2, random_erasing=0.2, color_jitter=0.2)
+@pytest.mark.parametrize(("kind", "repeats"), [("dense", 0), ("search", 0), ("dense", 3)])
+def test_continued_run_equals_uninterrupted_run_exactly(tmp_path: Path, kind: str, repeats: int) -> None:
+    images = digits(mixup=0.2, random_erasing=0.2, color_jitter=0.2, repeated_augmentation=repeats)
 
     def phase(epochs: int = 3) -> Phase:
         return search_phase(epochs) if kind == "search" else Phase("dense", micro_host(drop_path_rate=0.2), short(3))

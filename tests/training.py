@@ -59,3 +59,18 @@ def image_folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), count: i
                 shade = (40 + 80 * label, 20 * index, 99)
                 Image.new("RGB", (size, size), shade).save(folder / f"{index}.png")
     return root
+
+
+def photographs(root: Path, count: int = 4, side: int = 64) -> Path:
+    """Write crops of scikit-learn's two photographs as `train/` and `val/`, a folder a photograph."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    for label, (name, picture) in enumerate(zip(("china", "flower"), load_sample_images().images)):
+        for split, held in (("train", 0), ("val", 1)):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                top, left = side * (2 * held + index % 2), (side + 8) * index
+                crop = picture[top : top + side, left : left + side]
+                Image.fromarray(crop).save(root / split / name / f"{label}{index}.jpg")
+    return root

@@ -183,7 +183,7 @@ def _parse(arguments: list[str]) -> tuple[str, Any]:
         child.add_argument("--recipe", action="config", help="YAML file with any of these settings.")
         child.add_class_arguments(command.options, None, as_positional=command.positional)
         subcommands.add_subcommand(name, child, help=summary)
-    values = parser.instantiate(parser.parse_args(_resume_alone(_model_first(arguments))))
+    values = parser.instantiate(parser.parse_args(_flags_alone(_model_first(arguments))))
     chosen = values[values.command]
     options = commands()[values.command].options
     return values.command, options(**{field.name: chosen[field.name] for field in dataclasses.fields(options)})
@@ -200,11 +200,11 @@ def _spelled_out(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def _resume_alone(arguments: list[str]) -> list[str]:
-    """Let `--resume` before another option stand for `--resume true`."""
+def _flags_alone(arguments: list[str]) -> list[str]:
+    """Let `--resume` and `--dry-run` before another option stand for `--resume true` and `--dry-run true`."""
     following = [*arguments[1:], "--"]
     return [
-        "--resume=true" if word == "--resume" and after.startswith("--") else word
+        f"{word}=true" if word in ("--resume", "--dry_run") and after.startswith("--") else word
         for word, after in zip(arguments, following)
     ]
 
@@ -249,7 +249,8 @@ def _complain(problems: Console, error: Exception, code: int) -> int:
 
 def _guarded(run: Callable[[Any, Console], None], options: Any, console: Console) -> None:
     """Run a command; when its input turns out to be bad before a state is saved, leave no run folder behind."""
-    output = Path(options.output) if isinstance(options, (RunCommand, DemoCommand)) else None
+    writes = isinstance(options, (RunCommand, DemoCommand)) and not getattr(options, "dry_run", False)
+    output = Path(options.output) if writes else None
     fresh = output is not None and not holds_files(output)
     try:
         run(options, console)

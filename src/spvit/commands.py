@@ -29,7 +29,9 @@ from spvit.cost import count_macs, count_params, human
 from spvit.demo import demo_settings
 from spvit.hosts import family_of
 from spvit.hosts.base import example_images, network_costs
-from spvit.models import ModelConfig, ModelError, OpenedModel, number_of_classes, open_model
+from spvit.inputs import check_trained, model_and_images
+from spvit.models import ModelConfig, ModelError, OpenedModel, open_model
+from spvit.plan import print_plan
 from spvit.published import (
     Published,
     architecture_name,
@@ -41,7 +43,7 @@ from spvit.published import (
 )
 from spvit.surgery import prune, pruned_record
 from spvit.tables import block_table, comparison_table, kinds_text
-from spvit.train.data import DataError, ImageConfig, Images, load_images
+from spvit.train.data import Images
 from spvit.train.pipeline import (
     ARCHITECTURE,
     Compressed,
@@ -61,6 +63,7 @@ from spvit.train.settings import LoopConfig
 from spvit.zoo import unfolded_params
 
 SETTINGS = "config.yaml"
+NOT_SETTINGS = ("resume", "dry_run")
 BATCHES = (1, 64)
 
 
@@ -73,14 +76,10 @@ def _open(name: str, options: RunCommand, trains_head: bool, console: Console) -
     """Return the model and images of a run, and its folder with the settings written; refuse what does not fit."""
     folder = check_folder(options.output, options.resume)
     set_seed(options.seed)
-    opened, images = _model_and_images(options, options.data, options.images)
-    if not opened.trained and not trains_head:
-        raise ModelError(
-            f"{options.model} has no trained weights for these {len(images.classes)} classes; train it first "
-            "(spvit train, or --dense.epochs), or name trained weights with --checkpoint"
-        )
+    opened, images = model_and_images(options, options.data, options.images)
+    check_trained(opened, options.model, images, trains_head)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {key: value for key, value in dataclasses.asdict(options).items() if key != "resume"}
+    settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in NOT_SETTINGS}
     write_text(folder / SETTINGS, f"{heading(name)}\n{yaml.safe_dump(_plain(settings), sort_keys=False)}")
     cost = f"{human(count_params(opened.model))} params, {human(_macs(opened.model))} macs"
     console.print(f"{options.model}: {cost}; {len(images.classes)} classes", highlight=False, soft_wrap=True)
@@ -91,23 +90,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _model_and_images(model: ModelConfig, data: str, config: ImageConfig) -> tuple[OpenedModel, Images]:
-    # The images' class count decides the head, and the model's input decides the images: the head is fitted second.
-    first = open_model(model)
-    size = family_of(first.model).input_size(first.model)
-    images = load_images(data, config, size, first.preprocessing)
-    classes = number_of_classes(first.model)
-    if classes == len(images.classes):
-        return first, images
-    opened = open_model(model, len(images.classes))
-    if number_of_classes(opened.model) != len(images.classes):
-        raise DataError(
-            f"{data} has {len(images.classes)} classes, but {model.model} was made for {classes}; use a model of these "
-            "classes"
-        )
-    return opened, images
 
 
 def _macs(model: nn.Module) -> int:
@@ -157,9 +139,10 @@ def finetune_command(options: FinetuneCommand, console: Console) -> None:
         teacher, model = model, _pruned_to(model, architecture, str(options.architecture))
     elif pruned_record(model) is None:
         raise ModelError(f"{options.model} is a dense model; name what to keep with --architecture, or see spvit train")
-    elif options.finetune.distillation > 0:
+    elif options.finetune.distillation > 0 and options.finetune.teacher is None:
         raise ModelError(
-            "distillation needs the dense model; name it with --model and what to keep with --architecture"
+            "distillation needs a teacher; name one with --finetune.teacher, or the dense model with --model and what "
+            "to keep with --architecture"
         )
     figures = finetune(model, images, folder, _shared(options), options.finetune, PhaseProgress(console), teacher)
     write_model(deployed(model), images, figures, folder)
@@ -167,7 +150,10 @@ def finetune_command(options: FinetuneCommand, console: Console) -> None:
 
 
 def compress_command(options: CompressCommand, console: Console) -> None:
-    """Train if asked, search, prune, fine-tune, fold and write."""
+    """Train if asked, search, prune, fine-tune, fold and write; or print what that would take."""
+    if options.dry_run:
+        print_plan(options, console)
+        return
     opened, images, folder = _open("compress", options, trains_head=options.dense.epochs > 0, console=console)
     result = run_compress(opened.model, images, options.limits(), folder, options, console)
     _show_compressed(result, folder, console)
@@ -180,7 +166,7 @@ def demo_command(options: DemoCommand, console: Console) -> None:
 
 def evaluate_command(options: EvaluateCommand, console: Console) -> None:
     """Print a model's figures on the validation images."""
-    opened, images = _model_and_images(options, options.data, options.images)
+    opened, images = model_and_images(options, options.data, options.images)
     if not opened.trained:
         raise ModelError(f"{options.model} has no trained weights for these {len(images.classes)} classes")
     figures = figures_of(opened.model, images, LoopConfig(precision=options.precision))

@@ -68,6 +68,10 @@ class SearchCommand(BudgetOptions, RunCommand):
 class CompressCommand(BudgetOptions, CompressConfig, RunCommand):
     """Compress a model to a budget."""
 
+    dry_run: bool = False
+    """Print the plan of the run, with time and memory from a few steps on this machine, and write nothing. Pre-trained
+    weights are not loaded; an imagenet folder that does not exist is stood in for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneCommand(RunCommand):

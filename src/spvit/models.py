@@ -46,13 +46,17 @@ class OpenedModel:
     trained: bool
 
 
-def open_model(config: ModelConfig, classes: int | None = None) -> OpenedModel:
+def open_model(
+    config: ModelConfig, classes: int | None = None, *, any_family: bool = False, weights: bool = True
+) -> OpenedModel:
     """Return the model that a configuration names.
 
     Args:
         config: which model.
         classes: how many classes its head must have; a head of another size is replaced by an untrained one, in timm
             and Hugging Face models. None keeps the head.
+        any_family: take models of families that cannot be pruned, too.
+        weights: whether to load pre-trained weights; without them the model is one to count and measure.
 
     Raises:
         ModelError: the name is unknown, or its weights cannot be had.
@@ -62,10 +66,11 @@ def open_model(config: ModelConfig, classes: int | None = None) -> OpenedModel:
     if (Path(config.model) / DESCRIPTION).is_file():
         opened = _open_folder(config)
     elif config.model.startswith(HUGGING_FACE):
-        opened = _open_hugging_face(config, classes)
+        opened = _open_hugging_face(config, classes, weights)
     else:
-        opened = _open_timm(config, classes)
-    family_of(opened.model)
+        opened = _open_timm(config, classes, any_family, weights)
+    if not any_family:
+        family_of(opened.model)
     if config.checkpoint is not None:
         state = timm_state(opened.model, read_weights(config.checkpoint), config.checkpoint)
         fit_state(opened.model, state, config.checkpoint)
@@ -82,7 +87,7 @@ def _open_folder(config: ModelConfig) -> OpenedModel:
     )
 
 
-def _open_timm(config: ModelConfig, classes: int | None) -> OpenedModel:
+def _open_timm(config: ModelConfig, classes: int | None, any_family: bool, weights: bool) -> OpenedModel:
     import timm
     from timm.data import resolve_data_config
 
@@ -100,16 +105,16 @@ def _open_timm(config: ModelConfig, classes: int | None) -> OpenedModel:
     if classes is not None:
         arguments.setdefault("num_classes", classes)
     pretrained = config.pretrained and config.checkpoint is None
-    if pretrained:
+    if pretrained and weights:
         _spare_retries()
     try:
-        model = timm.create_model(config.model, pretrained=pretrained, **arguments)
+        model = timm.create_model(config.model, pretrained=pretrained and weights, **arguments)
     except (OSError, RuntimeError) as error:
         raise ModelError(_not_had(config.model, "timm", error)) from error
     except TypeError as error:
         raise ModelError(f"model_args do not fit {config.model}: {error}") from error
     data = resolve_data_config({}, model=model)
-    channels = family_of(model).input_size(model)[0]
+    channels = len(data["mean"]) if any_family else family_of(model).input_size(model)[0]
     preprocessing = Preprocessing(
         _by_channel(data["mean"], channels), _by_channel(data["std"], channels), data["interpolation"], data["crop_pct"]
     )
@@ -139,7 +144,7 @@ def _by_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
-def _open_hugging_face(config: ModelConfig, classes: int | None) -> OpenedModel:
+def _open_hugging_face(config: ModelConfig, classes: int | None, weights: bool) -> OpenedModel:
     try:
         from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
         from transformers.utils import logging
@@ -156,7 +161,11 @@ def _open_hugging_face(config: ModelConfig, classes: int | None) -> OpenedModel:
         resize: dict[str, Any] = {}
         if classes is not None and classes != head:
             resize = {"num_labels": classes, "ignore_mismatched_sizes": True}
-        model = AutoModelForImageClassification.from_pretrained(name, **resize)
+        if weights:
+            model = AutoModelForImageClassification.from_pretrained(name, **resize)
+        else:
+            own_or_resized = own if not resize else AutoConfig.from_pretrained(name, num_labels=classes)
+            model = AutoModelForImageClassification.from_config(own_or_resized)
     except (OSError, ValueError) as error:
         raise ModelError(_not_had(name, "Hugging Face", error)) from error
     try:
@@ -172,8 +181,8 @@ def _open_hugging_face(config: ModelConfig, classes: int | None) -> OpenedModel:
 def _not_had(name: str, library: str, error: Exception) -> str:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return (
-        f"the weights of {name} could not be had from {library} ({reason}); without a connection, name a weights file "
-        "with --checkpoint, or a folder"
+        f"the weights of {name} could not be had from {library} ({reason}); without a connection, name a folder, or a "
+        "weights file with --checkpoint if it is the model to compress"
     )
 
 

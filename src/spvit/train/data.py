@@ -17,10 +17,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from spvit.checkpoint import Preprocessing
+from spvit.train.augmentation import keep_a_bit
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 DIGITS = "digits"
 DIGITS_HELD_OUT = 360
+
+Items = Sequence[tuple[Any, int]]
 
 logger = logging.getLogger("spvit")
 
@@ -67,6 +70,9 @@ class ImageConfig:
     """Alpha of mixup, 0 for none (DeiT: 0.8)."""
     cutmix: float = 0.0
     """Alpha of cutmix, 0 for none (DeiT: 1.0)."""
+    repeated_augmentation: int = 0
+    """Times that an image stands in a step, augmented differently, over all devices; an epoch keeps its number of
+    steps, with so many times fewer images (DeiT: 3). 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -150,13 +156,29 @@ def load_images(source: str, config: ImageConfig, size: tuple[int, int, int], pr
     Raises:
         DataError: nothing is found, a class is missing or empty, or an option is out of range.
     """
-    _check(config)
     if source == DIGITS:
         train, validation, classes = _digits()
     elif Path(source).is_dir():
         train, validation, classes = _folder(Path(source))
     else:
         train, validation, classes = _torchvision(source, config)
+    return images_of(train, validation, classes, config, size, preprocessing)
+
+
+def images_of(
+    train: Items,
+    validation: Items,
+    classes: tuple[str, ...],
+    config: ImageConfig,
+    size: tuple[int, int, int],
+    preprocessing: Preprocessing,
+) -> Images:
+    """Return images from (path, array or PIL image, class) pairs; the rest is as for `load_images`.
+
+    Raises:
+        DataError: an option is out of range.
+    """
+    _check(config)
     preprocessing = Preprocessing(
         config.mean or preprocessing.mean,
         config.std or preprocessing.std,
@@ -183,6 +205,8 @@ def _check(config: ImageConfig) -> None:
         raise DataError(f"images.batch_size is {config.batch_size}, expected 1 or more")
     if (config.mixup > 0 or config.cutmix > 0) and config.batch_size % 2:
         raise DataError(f"images.batch_size is {config.batch_size}; mixup and cutmix need an even one")
+    if config.repeated_augmentation < 0:
+        raise DataError(f"images.repeated_augmentation is {config.repeated_augmentation}, expected 0 or more")
 
 
 def _check_channels(preprocessing: Preprocessing, channels: int) -> None:
@@ -217,7 +241,7 @@ def transforms(
         re_mode="pixel",
         **shared,
     )
-    return training, create_transform(is_training=False, crop_pct=preprocessing.crop, **shared)
+    return keep_a_bit(training), create_transform(is_training=False, crop_pct=preprocessing.crop, **shared)
 
 
 def mixup_of(config: ImageConfig, classes: int, smoothing: float) -> Callable[[Tensor, Tensor], Any] | None:
@@ -241,16 +265,47 @@ def _collate(items: Sequence[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor
 
 
 def training_loader(images: Images) -> DataLoader[Any]:
-    """Return the loader of the training images: shuffled, whole batches.
+    """Return the loader of the training images: shuffled, whole batches, each image once.
 
     Raises:
         DataError: there are fewer training images than one batch holds.
     """
-    batch_size = images.config.batch_size
-    count = len(images.train)  # type: ignore[arg-type]
-    if count < batch_size:
-        raise DataError(f"there are {count} training images, fewer than images.batch_size {batch_size}")
+    _check_enough(images)
     return DataLoader(images.train, shuffle=True, drop_last=True, **_loading(images.config))
+
+
+def repeated_loader(images: Images, processes: int, process: int) -> DataLoader[Any]:
+    """Return the loader of one process's share of the training images with repeated augmentation: whole batches.
+
+    The repeats of an image go to different processes as far as there are any, in the same step. Each epoch its order
+    comes from the sampler's `set_epoch`.
+
+    Args:
+        images: what to load, with its settings.
+        processes: how many processes share the images.
+        process: which of them this is.
+
+    Raises:
+        DataError: there are fewer training images than one batch of every process holds.
+    """
+    from timm.data.distributed_sampler import RepeatAugSampler
+
+    _check_enough(images, processes)
+    repeats = images.config.repeated_augmentation
+    sampler = RepeatAugSampler(
+        images.train, num_replicas=processes, rank=process, num_repeats=repeats, selected_round=0
+    )
+    return DataLoader(images.train, sampler=sampler, drop_last=True, **_loading(images.config))
+
+
+def _check_enough(images: Images, processes: int = 1) -> None:
+    needed = images.config.batch_size * processes
+    count = len(images.train)  # type: ignore[arg-type]
+    if count < needed:
+        each = "" if processes == 1 else f" times {processes} processes"
+        raise DataError(
+            f"there are {count} training images, fewer than images.batch_size {images.config.batch_size}{each}"
+        )
 
 
 def validation_loader(images: Images) -> DataLoader[Any]:
@@ -265,9 +320,6 @@ def _loading(config: ImageConfig) -> dict[str, Any]:
         "collate_fn": _collate,
         "pin_memory": torch.cuda.is_available(),
     }
-
-
-Items = Sequence[tuple[Any, int]]
 
 
 def _digits() -> tuple[Items, Items, tuple[str, ...]]:

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
@@ -25,15 +26,15 @@ from spvit.checkpoint import write_text
 from spvit.hosts.base import logits_of
 from spvit.surgery import gate_parameters
 from spvit.train.best import BestWeights
-from spvit.train.data import DataError, Images, mixup_of, training_loader, validation_loader
-from spvit.train.losses import BudgetLoss, distillation_loss, task_loss
+from spvit.train.data import DataError, Images, mixup_of, repeated_loader, training_loader, validation_loader
+from spvit.train.losses import BudgetLoss, distillation_loss, hard_distillation_loss, task_loss
+from spvit.train.optimizers import optimizers
 from spvit.train.progress import PhaseProgress
 from spvit.train.settings import LoopConfig, PhaseConfig, check_settings
+from spvit.train.teacher import open_teacher
 
 METRICS = "metrics.jsonl"
 STATE = "state"
-PUBLISHED_GATE_TRAVEL = 12.5  # learning rate 1e-3 over 10 epochs of 1,250 steps (paper section 4)
-LARGEST_GATE_LEARNING_RATE = 0.05
 
 
 class RunError(RuntimeError):
@@ -49,6 +50,7 @@ class Phase:
     config: PhaseConfig
     budget: BudgetLoss | None = None
     teacher: nn.Module | None = None
+    """Who teaches when the settings name nobody."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,15 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
     return Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
 
 
+def prepared_loader(images: Images, accelerator: Accelerator) -> Any:
+    """Return the loader of this process's training images on its device. Its length is the steps of an epoch."""
+    if images.config.repeated_augmentation <= 1:
+        return accelerator.prepare(training_loader(images))
+    # The sampler shares out the images itself: the repeats of one go to different processes.
+    loader = repeated_loader(images, accelerator.num_processes, accelerator.process_index)
+    return prepare_data_loader(loader, accelerator.device, 1, 0, put_on_device=True)
+
+
 def run_phase(
     phase: Phase, images: Images, folder: Path, config: LoopConfig, progress: PhaseProgress | None = None
 ) -> Evaluation:
@@ -108,23 +119,25 @@ def run_phase(
         RunError: the loss is not finite; the last saved state stays.
         DataError: an image cannot be read.
     """
-    return _Loop(phase, images, folder, config, progress or PhaseProgress(None)).run()
+    return Loop(phase, images, folder, config, progress or PhaseProgress(None)).run()
 
 
-class _Loop:
+class Loop:
+    """A phase under way: its parts on their devices, and one step after another."""
+
     def __init__(self, phase: Phase, images: Images, folder: Path, config: LoopConfig, progress: PhaseProgress) -> None:
         check_settings(phase.config)
         self.phase, self.settings, self.config, self.progress = phase, phase.config, config, progress
         self.folder = folder
         self.accelerator = make_accelerator(config)
         self.mixup = mixup_of(images.config, len(images.classes), phase.config.label_smoothing)
-        train, validation = training_loader(images), validation_loader(images)
-        self.total = max(1, phase.config.epochs * len(train))
-        weights, gates = _optimizers(phase, self.total)
-        parts = [phase.model, train, validation, weights] + ([gates] if gates is not None else [])
-        self.model, self.train, self.validation, self.weights, *rest = self.accelerator.prepare(*parts)
+        self.train = prepared_loader(images, self.accelerator)
+        self.total = max(1, phase.config.epochs * len(self.train))
+        weights, gates = optimizers(phase.model, phase.config, phase.budget is not None, self.total)
+        parts = [phase.model, validation_loader(images), weights] + ([gates] if gates is not None else [])
+        self.model, self.validation, self.weights, *rest = self.accelerator.prepare(*parts)
         self.gates = rest[0] if rest else None
-        self.teacher = phase.teacher.to(self.accelerator.device).eval() if phase.teacher is not None else None
+        self.teacher = self._teacher(images)
         self.batch = images.config.batch_size * self.accelerator.num_processes
         reference = phase.config.reference_batch
         self.scale = self.batch / reference if reference else 1.0
@@ -133,7 +146,13 @@ class _Loop:
 
     @property
     def states(self) -> Path:
+        """Folder of the phase's saved states."""
         return self.folder / STATE / self.phase.name
+
+    def _teacher(self, images: Images) -> nn.Module | None:
+        name = self.settings.teacher
+        teacher = open_teacher(name, images) if name is not None else self.phase.teacher
+        return teacher.to(self.accelerator.device).eval() if teacher is not None else None
 
     def _averaged(self) -> Any:
         """Return timm's running average of the weights, which is saved and restored with the rest of the state."""
@@ -150,6 +169,7 @@ class _Loop:
         return cast(nn.Module, self.average.module) if self.average is not None else self.model
 
     def run(self) -> Evaluation:
+        """Train from the last saved state to the end and return the final figures."""
         done, figures = self._resume()
         epochs = self.settings.epochs
         if done == 0 and self.best is not None:
@@ -192,6 +212,7 @@ class _Loop:
         # The order of images comes from a seed that all processes share; what follows differs by process.
         seed = _epoch_seed(self.config.seed, self.phase.name, epoch)
         set_seed(seed)
+        self.train.set_epoch(seed)
         batches = iter(self.train)
         set_seed(seed + 1 + self.accelerator.process_index)
         self.model.train()
@@ -199,7 +220,7 @@ class _Loop:
         for index, (images, targets) in enumerate(batches):
             step = epoch * len(self.train) + index
             learning_rate = self._set_learning_rates(step)
-            values = self._step(images, targets, epoch, step, learning_rate)
+            values = self.step(images, targets, epoch, step, learning_rate)
             self.progress.advance(values["loss"], values)
             if (step + 1) % self.config.log_every == 0 or index + 1 == len(self.train):
                 seconds = time.perf_counter() - started
@@ -209,16 +230,15 @@ class _Loop:
                 self._record({"event": "step", "epoch": epoch + 1, "step": step + 1, **values, **standing,
                               "learning_rate": learning_rate, "images_per_s": round(rate, 2)})  # fmt: skip
 
-    def _step(self, images: Tensor, targets: Tensor, epoch: int, step: int, learning_rate: float) -> dict[str, float]:
+    def step(self, images: Tensor, targets: Tensor, epoch: int, step: int, learning_rate: float) -> dict[str, float]:
+        """Take one optimizer step on images [B, channels, height, width] and targets [B]; return its losses by name."""
         labels = targets
         if self.mixup is not None and len(images) % 2 == 0:
             images, labels = self.mixup(images, targets)
         logits = logits_of(self.model(images))
         loss = task_loss(logits, labels, self.settings.label_smoothing)
         if self.teacher is not None:
-            with torch.no_grad():
-                guidance = logits_of(self.teacher(images)).float()
-            agreement = distillation_loss(logits, guidance, self.settings.distillation_temperature)
+            agreement = self._agreement(logits, images)
             loss = (1 - self.settings.distillation) * loss + self.settings.distillation * agreement
         values = {"task_loss": loss.detach()}
         if self.phase.budget is not None:
@@ -241,6 +261,15 @@ class _Loop:
         if self.average is not None:
             self.average.update(self.accelerator.unwrap_model(self.model), step=step)
         return figures
+
+    def _agreement(self, logits: Tensor, images: Tensor) -> Tensor:
+        """Return how far the student's logits are from what the teacher makes of the same images, a scalar."""
+        assert self.teacher is not None
+        with torch.no_grad(), self.accelerator.autocast():
+            guidance = logits_of(self.teacher(images)).float()
+        if self.settings.distillation_kind == "hard":
+            return hard_distillation_loss(logits, guidance)
+        return distillation_loss(logits, guidance, self.settings.distillation_temperature)
 
     def _set_learning_rates(self, step: int) -> float:
         settings = self.settings
@@ -341,29 +370,3 @@ def learning_rate_at(step: int, total: int, warmup: int, peak: float, minimum: f
 
 def _epoch_seed(seed: int, phase: str, epoch: int) -> int:
     return (seed * 1_000_003 + sum(ord(letter) for letter in phase) * 10_007 + epoch * 101) % 2**31
-
-
-def _optimizers(phase: Phase, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer | None]:
-    """Return AdamW for the weights, and a second one for the gate logits of a search."""
-    gates = gate_parameters(phase.model) if phase.budget is not None else []
-    own = {id(parameter) for parameter in gates}
-    exempt: set[str] = getattr(phase.model, "no_weight_decay", set)()
-    names = {"position_embeddings", "cls_token", "mask_token"} | {name.split(".")[-1] for name in exempt}
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in phase.model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in own:
-            groups[parameter.dim() > 1 and name.split(".")[-1] not in names].append(parameter)
-    settings = phase.config
-    weights = torch.optim.AdamW(
-        [
-            {"params": groups[True], "weight_decay": settings.weight_decay},
-            {"params": groups[False], "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-    )
-    if not gates:
-        return weights, None
-    rate = getattr(settings, "gate_learning_rate", None)
-    if rate is None:
-        rate = min(PUBLISHED_GATE_TRAVEL / steps, LARGEST_GATE_LEARNING_RATE)
-    return weights, torch.optim.AdamW(gates, lr=rate, weight_decay=0.0)

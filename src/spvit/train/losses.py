@@ -70,3 +70,8 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
     student = F.log_softmax(logits / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits / temperature, dim=1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def hard_distillation_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Return the cross entropy of the student with the teacher's first guess, as DeiT distils. Both [B, classes]."""
+    return F.cross_entropy(logits, teacher_logits.argmax(dim=1))

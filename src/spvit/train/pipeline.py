@@ -32,6 +32,7 @@ from spvit.train.loop import (
 from spvit.train.losses import BudgetLoss
 from spvit.train.progress import PhaseProgress
 from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
+from spvit.train.teacher import check_phases
 
 ARCHITECTURE = "architecture.json"
 
@@ -239,6 +240,34 @@ def write_model(model: nn.Module, images: Images, figures: Evaluation, folder: P
         )
 
 
+def check_compress(
+    host: nn.Module, images: Images, budget: dict[str, str | int], config: CompressConfig, weights: bool = True
+) -> tuple[SearchConfig | None, PhaseConfig]:
+    """Refuse a compression that cannot work before anything is trained; return its search, if any, and fine-tuning.
+
+    Args:
+        host: the dense model.
+        images: training and validation images.
+        budget: `{"macs": "50%"}` or `{"params": ...}`.
+        config: settings.
+        weights: whether to look at the teachers' weights too.
+    """
+    if config.initialise not in ("search", "host"):
+        raise RunFolderError(f"initialise is {config.initialise!r}, expected search or host")
+    if config.train_epochs is not None and config.train_epochs < 0:
+        raise RunFolderError(f"train_epochs is {config.train_epochs}, expected 0 or more")
+    if config.calibration_images < 1:
+        raise DataError(f"calibration_images is {config.calibration_images}, expected 1 or more")
+    parsed = parse_budget(**budget)
+    parsed.target(search_record(make_searchable(host)).costs[parsed.metric])
+    searching: SearchConfig | None = config.search
+    finetuning = config.finetune
+    if config.train_epochs is not None:
+        searching, finetuning = None, replace(finetuning, epochs=config.train_epochs)
+    check_phases([config.dense, *([] if searching is None else [searching]), finetuning], images, weights)
+    return searching, finetuning
+
+
 def run_compress(
     host: nn.Module,
     images: Images,
@@ -257,15 +286,7 @@ def run_compress(
         config: settings.
         console: where to show progress; None is silent.
     """
-    if config.initialise not in ("search", "host"):
-        raise RunFolderError(f"initialise is {config.initialise!r}, expected search or host")
-    if config.train_epochs is not None and config.train_epochs < 0:
-        raise RunFolderError(f"train_epochs is {config.train_epochs}, expected 0 or more")
-    if config.calibration_images < 1:
-        raise DataError(f"calibration_images is {config.calibration_images}, expected 1 or more")
-    # An impossible budget must be refused before anything is trained.
-    parsed = parse_budget(**budget)
-    parsed.target(search_record(make_searchable(host)).costs[parsed.metric])
+    searching, finetuning = check_compress(host, images, budget, config)
     folder.mkdir(parents=True, exist_ok=True)
     progress = PhaseProgress(console)
     dense = copy.deepcopy(host)
@@ -275,12 +296,11 @@ def run_compress(
     else:
         dense_figures = figures_of(dense, images, config)
         progress.note(f"dense model: accuracy {dense_figures.accuracy:.2%}")
-    net, finetuning = None, config.finetune
-    if config.train_epochs is None:
-        net, architecture = search(dense, images, budget, folder, config, config.search, progress, config.multiple)
+    net = None
+    if searching is not None:
+        net, architecture = search(dense, images, budget, folder, config, searching, progress, config.multiple)
         calibrating = calibration(images, config) if config.repair else None
     else:
-        finetuning = replace(finetuning, epochs=config.train_epochs)
         calibrating = calibration(images, config)
         architecture = decide_from_scores(dense, calibrating, budget, folder, config.multiple, progress)
     set_seed(config.seed)  # a continued run starts from the same weights where they are drawn

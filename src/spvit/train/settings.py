@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from spvit.train.data import DataError
 from spvit.train.losses import BUDGET_WEIGHT
 
+KINDS_OF_DISTILLATION = ("soft", "hard")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
@@ -40,9 +42,14 @@ class PhaseConfig:
     clip_gradient: float = 1.0
     """Largest gradient norm of the weights, 0 for no clipping."""
     distillation: float = 0.0
-    """Share of the loss, 0 to 1, that is agreement with the dense model's outputs."""
+    """Share of the loss, 0 to 1, that is agreement with the teacher's outputs (DeiT: 0.5)."""
+    distillation_kind: str = "soft"
+    """`soft`, the divergence from the teacher's outputs, or `hard`, the cross entropy with its first guess."""
     distillation_temperature: float = 1.0
-    """Temperature of that agreement."""
+    """Temperature of soft distillation."""
+    teacher: str | None = None
+    """Who teaches: any timm model, hf:NAME or a folder that spvit wrote, of the same classes. It gets the images
+    normalised as its own, and resized when its input size is fixed. When absent, the dense model teaches."""
     weight_averaging: float = 0.0
     """Decay a step of a running average of the weights, which takes their place in the end; 0 for no average."""
     keep_best: bool = False
@@ -78,3 +85,9 @@ def check_settings(settings: PhaseConfig) -> None:
         value = getattr(settings, name)
         if not low <= value <= high:
             raise DataError(f"{name} is {value}, expected {low} or more" + (f", at most {high}" if high == 1 else ""))
+    if settings.distillation_kind not in KINDS_OF_DISTILLATION:
+        raise DataError(f"distillation_kind is {settings.distillation_kind!r}, expected soft or hard")
+    if settings.teacher is not None and settings.distillation == 0:
+        raise DataError(
+            f"the teacher is {settings.teacher}, but distillation is 0; give its share of the loss, such as 0.5"
+        )
