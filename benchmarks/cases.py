@@ -80,8 +80,9 @@ def open_case(options: argparse.Namespace, seed: int, console: Console) -> Case:
     size = (1, 8, 8)
     own = load_images(DIGITS, settings.images, size, Preprocessing())
     images = load_images(DIGITS, replace(settings.images, held_out=DIGITS_HELD_OUT), size, Preprocessing())
-    # Both parts that training leaves out, for twice as many images to tell the choices apart.
-    unseen: ConcatDataset[Any] = ConcatDataset([images.validation, own.validation])
+    # Both parts that training leaves out, for twice as many images to tell the choices apart; read once, as every epoch
+    # looks at them.
+    unseen: Any = list(ConcatDataset([images.validation, own.validation]))
     images = replace(images, validation=unseen)
     loop, progress = LoopConfig(seed=seed), PhaseProgress(None)
     folder = Path(options.cache) / f"digits-dense-{DIGITS_HELD_OUT}-held-out-seed-{seed}"

@@ -1,16 +1,18 @@
 """What predicts accuracy after training: architectures of equal MACs, repaired, fine-tuned, and compared.
 
-python benchmarks/trained_choices.py --seeds 0 1 --budgets 50% 25% 15% --lengths 1 5 20 [--json FILE]
+python benchmarks/trained_choices.py --seeds 0 1 --budgets 25% 12% --lengths 1 10 [--json FILE]
 python benchmarks/trained_choices.py --data-set fashion-mnist --held-out 5000 --dense-epochs 5 --images 12000 \
     --budgets 25% 10% --lengths 1 [--json FILE]
 
-At every budget: what decide chooses, from all candidates or without some kind; with its scores multiplied by noise; and
-architectures that do not look at scores. Everything after pruning is measured on images that nothing was trained on.
+At every budget: what decide chooses, from all candidates, without some kind, or with convolutions in some blocks; with
+its scores multiplied by noise; and architectures that do not look at scores. Everything after pruning is measured on
+images that nothing was trained on.
 Other options are those of fashion_mnist.py.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections import defaultdict
@@ -20,7 +22,6 @@ from statistics import mean
 
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 import spvit
 from cases import Case, case_options, divergence, log_probabilities, open_case
@@ -38,13 +39,14 @@ CONVOLUTIONS = ("conv3", "conv1")
 ALLOWED: dict[str, Callable[[Attention], bool]] = {
     "decide": lambda kept: True,
     "no convolutions": lambda kept: kept.kind not in CONVOLUTIONS,
-    "no narrow attention": lambda kept: not kept.narrowed(),
     "no skip": lambda kept: kept.kind != "skip",
     "attention alone": lambda kept: kept.kind == "msa",
+    "no narrow attention": lambda kept: not kept.narrowed(),
+    "no attention": lambda kept: kept.kind != "msa",
 }
 NOISE = {"weak": 0.5, "strong": 1.5}
 """Standard deviations of the logarithm of what scores are multiplied by."""
-DRAWS = 3
+DRAWS = 2
 PREDICTORS = ("sum_of_scores", "joint_divergence", "repaired_loss", "repaired_error", "convolutions", "skips", "ffn")
 """What is known before training; less should be better."""
 
@@ -101,6 +103,8 @@ class Comparison:
         found = {}
         for name, allowed in ALLOWED.items():
             found[name] = self._chosen(restricted(self.scores, allowed), target)
+        for count in sorted({len(self.scores) // 3, 2 * len(self.scores) // 3}):
+            found[f"{count} convolutions"] = self._chosen(with_convolutions(self.scores, count), target)
         for strength, sigma in NOISE.items():
             for draw in range(DRAWS):
                 generator = random.Random(f"{case.loop.seed} {strength} {draw}")
@@ -140,10 +144,7 @@ class Comparison:
         half = spvit.prune(case.dense, architecture, repair=self.fitting)
         repaired = spvit.prune(case.dense, architecture, repair=self.calibrating)
         before = case.figures(repaired)
-        after = {
-            epochs: case.train(spvit.prune(case.dense, architecture, repair=self.calibrating), own_settings(epochs))
-            for epochs in lengths
-        }
+        after = {epochs: case.train(copy.deepcopy(repaired), own_settings(epochs)) for epochs in lengths}
         kinds = architecture.kinds()
         ffn = sum(own.unit * len(block.ffn.units) for own, block in zip(case.cost.blocks, architecture.blocks))
         return Row(
@@ -182,6 +183,13 @@ def restricted(scores: tuple[BlockScores, ...], allowed: Callable[[Attention], b
         replace(block, attention=tuple((kept, loss) for kept, loss in block.attention if allowed(kept)))
         for block in scores
     )
+
+
+def with_convolutions(scores: tuple[BlockScores, ...], count: int) -> tuple[BlockScores, ...]:
+    """Return scores in which so many blocks may become convolutions only: those where that has the best scores."""
+    only = restricted(scores, lambda kept: kept.kind in CONVOLUTIONS)
+    best = sorted(range(len(scores)), key=lambda index: min(loss for _, loss in only[index].attention))[:count]
+    return tuple(only[index] if index in best else block for index, block in enumerate(scores))
 
 
 def perturbed(scores: tuple[BlockScores, ...], sigma: float, generator: random.Random) -> tuple[BlockScores, ...]:
@@ -287,7 +295,7 @@ def table_of(rows: list[Row], lengths: list[int]) -> Table:
 
 def main() -> None:
     """Measure every architecture, print the tables, and write the rows."""
-    options = case_options(__doc__, [1, 5, 20])
+    options = case_options(__doc__, [1, 10])
     check_free(options.json)
     console, rows = Console(width=200), []
     for seed in options.seeds:
