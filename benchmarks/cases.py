@@ -13,9 +13,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import ConcatDataset
 
-from fashion_mnist import Bench, kept_dense, make_parser, parse_options
+from fashion_mnist import Bench, kept_dense, make_parser
 from spvit.checkpoint import Preprocessing
 from spvit.cost import NetworkCost
 from spvit.demo import demo_settings
@@ -61,13 +60,13 @@ class Case:
             return run_phase(phase, self.images, Path(temporary), self.loop, self.progress)
 
 
-def case_options(description: str | None, lengths: list[int]) -> argparse.Namespace:
-    """Return the options of a script on cases: those of fashion_mnist.py, the data set, and epochs of fine-tuning."""
+def make_case_parser(description: str | None, lengths: list[int]) -> argparse.ArgumentParser:
+    """Return a parser of fashion_mnist.py's options, the data set, the seeds, and lengths of fine-tuning."""
     parser = make_parser(description)
     parser.add_argument("--data-set", choices=MULTIPLES, default=DIGITS, help="and its dense model (%(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of everything, one after the other")
     parser.add_argument("--lengths", nargs="+", type=int, default=lengths, help="epochs of fine-tuning (%(default)s)")
-    return parse_options(parser)
+    return parser
 
 
 def open_case(options: argparse.Namespace, seed: int, console: Console) -> Case:
@@ -82,7 +81,8 @@ def open_case(options: argparse.Namespace, seed: int, console: Console) -> Case:
     images = load_images(DIGITS, replace(settings.images, held_out=DIGITS_HELD_OUT), size, Preprocessing())
     # Both parts that training leaves out, for twice as many images to tell the choices apart; read once, as every epoch
     # looks at them.
-    unseen: Any = list(ConcatDataset([images.validation, own.validation]))
+    parts: list[Any] = [images.validation, own.validation]
+    unseen: Any = [part[index] for part in parts for index in range(len(part))]
     images = replace(images, validation=unseen)
     loop, progress = LoopConfig(seed=seed), PhaseProgress(None)
     folder = Path(options.cache) / f"digits-dense-{DIGITS_HELD_OUT}-held-out-seed-{seed}"

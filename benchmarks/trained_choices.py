@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 import spvit
-from cases import Case, case_options, divergence, log_probabilities, open_case
+from cases import Case, divergence, log_probabilities, make_case_parser, open_case
+from fashion_mnist import parse_options
 from peers import random_architecture
 from reporting import check_free, rank_correlation, write_results
 from spvit.architecture import FFN, Architecture, Attention, Block
@@ -295,7 +296,7 @@ def table_of(rows: list[Row], lengths: list[int]) -> Table:
 
 def main() -> None:
     """Measure every architecture, print the tables, and write the rows."""
-    options = case_options(__doc__, [1, 10])
+    options = parse_options(make_case_parser(__doc__, [1, 10]))
     check_free(options.json)
     console, rows = Console(width=200), []
     for seed in options.seeds:
