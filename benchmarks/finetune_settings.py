@@ -20,14 +20,14 @@ from rich.table import Table
 from torch.utils.data import Subset
 
 import spvit
-from cases import Case, make_case_parser, open_case
+from cases import Case, make_case_parser, open_case, own_settings
 from fashion_mnist import parse_options
 from reporting import check_free, write_results
 from spvit.train.loop import Evaluation
 from spvit.train.pipeline import CompressConfig, calibration
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "default": {},
+    "last": {},
     "rate 5e-4": {"learning_rate": 5e-4},
     "rate 1e-4": {"learning_rate": 1e-4},
     "rate 5e-5": {"learning_rate": 5e-5},
@@ -35,8 +35,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "average 0.99": {"weight_averaging": 0.99},
     "average 0.999": {"weight_averaging": 0.999},
     "best": {"keep_best": True},
+    "rate 1e-4, best": {"learning_rate": 1e-4, "keep_best": True},
 }
-"""What differs from the fine-tuning settings of `spvit compress`."""
+"""What differs from the fine-tuning settings of `spvit compress` and ending with the last weights."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def compare(case: Case, budget: str, names: list[str], lengths: list[int]) -> li
     for name in names:
         for epochs in lengths:
             model = copy.deepcopy(repaired)
-            choosing.train(model, replace(CompressConfig().finetune, epochs=epochs, **SETTINGS[name]))
+            choosing.train(model, replace(own_settings(epochs), **SETTINGS[name]))
             rows.append(Row(case.name, case.loop.seed, budget, name, epochs, before, reporting.figures(model)))
             print(name, epochs, rows[-1].trained, flush=True)
     return rows

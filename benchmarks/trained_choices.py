@@ -12,19 +12,22 @@ Other options are those of fashion_mnist.py.
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 import math
 import random
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import mean
 
 from rich.console import Console
 from rich.table import Table
 
 import spvit
-from cases import Case, divergence, log_probabilities, make_case_parser, open_case
+from cases import Case, divergence, log_probabilities, make_case_parser, open_case, own_settings
 from fashion_mnist import parse_options
 from peers import random_architecture
 from reporting import check_free, rank_correlation, write_results
@@ -43,7 +46,6 @@ ALLOWED: dict[str, Callable[[Attention], bool]] = {
     "no skip": lambda kept: kept.kind != "skip",
     "attention alone": lambda kept: kept.kind == "msa",
     "no narrow attention": lambda kept: not kept.narrowed(),
-    "no attention": lambda kept: kept.kind != "msa",
 }
 NOISE = {"weak": 0.5, "strong": 1.5}
 """Standard deviations of the logarithm of what scores are multiplied by."""
@@ -79,6 +81,11 @@ class Row:
     trained_error: dict[int, float]
     """The same by epochs of fine-tuning."""
     trained_loss: dict[int, float]
+
+    @property
+    def mixes(self) -> bool:
+        """Whether some block keeps attention; else a class token learns nothing of the image, trained or not."""
+        return self.convolutions + self.skips < len(self.summary.split())
 
     @property
     def sum_of_scores(self) -> float | None:
@@ -139,13 +146,13 @@ class Comparison:
                     options.append((abs(math.log(shares[0] / shares[1])), rank, width, option))
         return min(options)[-1] if options else None
 
-    def measure(self, budget: str, name: str, architecture: Architecture, lengths: list[int]) -> Row:
-        """Return an architecture's figures before and after fine-tuning of several lengths."""
+    def measure(self, budget: str, name: str, architecture: Architecture, settings: dict[int, PhaseConfig]) -> Row:
+        """Return an architecture's figures before and after fine-tuning, by epochs."""
         case = self.case
         half = spvit.prune(case.dense, architecture, repair=self.fitting)
         repaired = spvit.prune(case.dense, architecture, repair=self.calibrating)
         before = case.figures(repaired)
-        after = {epochs: case.train(copy.deepcopy(repaired), own_settings(epochs)) for epochs in lengths}
+        after = {epochs: case.train(copy.deepcopy(repaired), config) for epochs, config in settings.items()}
         kinds = architecture.kinds()
         ffn = sum(own.unit * len(block.ffn.units) for own, block in zip(case.cost.blocks, architecture.blocks))
         return Row(
@@ -171,11 +178,6 @@ class Comparison:
         for scores, block in zip(self.scores, architecture.blocks):
             found += [dict(scores.attention)[block.attention], scores.ffn[len(block.ffn.units)]]
         return tuple(found)
-
-
-def own_settings(epochs: int) -> PhaseConfig:
-    """Return the fine-tuning settings of `spvit compress --train-epochs`."""
-    return replace(CompressConfig().finetune, epochs=epochs)
 
 
 def restricted(scores: tuple[BlockScores, ...], allowed: Callable[[Attention], bool]) -> tuple[BlockScores, ...]:
@@ -222,10 +224,10 @@ Group = tuple[str, int, str]
 
 
 def grouped(rows: list[Row]) -> dict[Group, list[Row]]:
-    """Return the rows that may be compared: of one dense model and one budget."""
+    """Return the scored rows that may be compared, of one dense model and one budget."""
     groups: defaultdict[Group, list[Row]] = defaultdict(list)
     for row in rows:
-        if row.scores is not None:
+        if row.scores is not None and row.mixes:
             groups[row.case, row.seed, row.budget].append(row)
     return dict(groups)
 
@@ -294,20 +296,50 @@ def table_of(rows: list[Row], lengths: list[int]) -> Table:
     return table
 
 
-def main() -> None:
-    """Measure every architecture, print the tables, and write the rows."""
-    options = parse_options(make_case_parser(__doc__, [1, 10]))
-    check_free(options.json)
-    console, rows = Console(width=200), []
+def measured(options: argparse.Namespace, console: Console) -> list[Row]:
+    """Return the rows of all seeds and budgets."""
+    settings = {epochs: own_settings(epochs) for epochs in options.lengths}
+    if options.finetune_rate is not None:
+        settings = {n: replace(config, learning_rate=options.finetune_rate) for n, config in settings.items()}
+    rows = []
     for seed in options.seeds:
         case = open_case(options, seed, console)
         comparison = Comparison(case)
         console.print(f"{case.name}, seed {seed}: dense {case.figures(case.dense)}", highlight=False, soft_wrap=True)
         for budget in options.budgets:
             for name, architecture in comparison.architectures(budget).items():
-                rows.append(comparison.measure(budget, name, architecture, options.lengths))
+                if options.only and name not in options.only:
+                    continue
+                rows.append(comparison.measure(budget, name, architecture, settings))
                 console.print(rows[-1].budget, name, rows[-1].summary, rows[-1].trained_loss, highlight=False)
-    for table in (table_of(rows, options.lengths), correlations(rows, options.lengths), regrets(rows, options.lengths)):
+    return rows
+
+
+def written(path: str) -> list[Row]:
+    """Return the rows of a file that --json wrote."""
+    rows = []
+    for values in json.loads(Path(path).read_text(encoding="utf-8"))["rows"]:
+        for name in ("trained_error", "trained_loss"):
+            values[name] = {int(epochs): value for epochs, value in values[name].items()}
+        rows.append(Row(**values))
+    return rows
+
+
+def main() -> None:
+    """Measure every architecture, or read what was measured; print the tables, and write the rows."""
+    parser = make_case_parser(__doc__, [1, 10])
+    parser.add_argument("--only", nargs="+", help="architectures by name (default: all)")
+    parser.add_argument("--finetune-rate", type=float, help="learning rate (default: that of spvit compress)")
+    parser.add_argument("--tables-of", nargs="+", help="measure nothing: files that --json wrote, read together")
+    options = parse_options(parser)
+    check_free(options.json)
+    console = Console(width=200)
+    if options.tables_of:
+        rows = [row for path in options.tables_of for row in written(path)]
+        lengths = sorted(rows[0].trained_loss)
+    else:
+        rows, lengths = measured(options, console), options.lengths
+    for table in (table_of(rows, lengths), correlations(rows, lengths), regrets(rows, lengths)):
         console.print(table)
     settings = {name: value for name, value in vars(options).items() if name not in ("cache", "data", "json")}
     write_results(options.json, "trained_choices", [vars(row) for row in rows], settings=settings)
