@@ -18,7 +18,7 @@ import itertools
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -42,7 +42,15 @@ from spvit.repair import repair
 from spvit.train.data import ImageConfig, Images, load_images, training_loader
 from spvit.train.loop import Phase, run_phase
 from spvit.train.losses import BUDGET_WEIGHT
-from spvit.train.pipeline import CompressConfig, calibration, deployed, figures_of, search, train_dense
+from spvit.train.pipeline import (
+    CALIBRATION_IMAGES,
+    CompressConfig,
+    calibration,
+    deployed,
+    figures_of,
+    search,
+    train_dense,
+)
 from spvit.train.progress import PhaseProgress
 from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
 
@@ -52,7 +60,7 @@ SIZES = {"vit": (1, 28, 28), "swin": (1, 32, 32)}
 QUICK = {"images": 12_000, "dense_epochs": 4, "search_epochs": 1, "epochs": 1, "random": 2}
 DENSE_LEARNING_RATE = 1e-3
 TAYLOR_BATCHES = 10
-METHODS = ("dense", "spvit", "searched", "random", "torch-pruning")
+METHODS = ("dense", "spvit", "searched", "calibrated", "random", "torch-pruning")
 STARTS = ("search repaired", "search", "host repaired", "host")
 MEAN_ALONE = 1e9
 """A ridge under which nothing but biases is fitted; narrow attention is rotated by the images all the same."""
@@ -143,6 +151,7 @@ class Bench:
             "dense": self.finetuned_dense,
             "spvit": self.repaired,
             "searched": self.searched,
+            "calibrated": self.calibrated,
             "random": self.random,
             "torch-pruning": self.torch_pruning,
         }
@@ -164,8 +173,8 @@ class Bench:
     def repaired(self, budget: str) -> None:
         """Decide from calibration images without a search, repair, and fine-tune or leave it at that."""
         started = time.perf_counter()
-        config = CompressConfig(seed=self.options.seed)
-        images = calibration(self.images, config)
+        config = CompressConfig()
+        images = calibration(self.images, self.options.seed, config.calibration_images)
         architecture = spvit.decide(self.dense, macs=budget, calibration=images)
         self.note(str(architecture))
         model = spvit.prune(self.dense, architecture, repair=images)
@@ -184,25 +193,35 @@ class Bench:
             self.finish(budget, method, time.perf_counter() - spent, copy.deepcopy(model), settings)
 
     def searched(self, budget: str) -> None:
-        """Search gates once; fine-tune what was found from the search's weights repaired, and as published."""
+        """Search gates as published; fine-tune what was found from the weights that the options name."""
+        self._searched(budget, "gates", False, self.options.initialise)
+
+    def calibrated(self, budget: str) -> None:
+        """Search among repaired candidates; fine-tune from the search's weights, and from the host repaired anew."""
+        self._searched(budget, "calibrated gates", True, ("search", "host repaired"))
+
+    def _searched(self, budget: str, method: str, calibrated: bool, starts: Sequence[str]) -> None:
         options, started = self.options, time.perf_counter()
-        shared = {**vars(self.finetuning), "epochs": options.search_epochs}
+        shared = {**vars(self.finetuning), "epochs": options.search_epochs, "calibrated": calibrated}
+        if options.search_learning_rate is not None:
+            shared["learning_rate"] = options.search_learning_rate
         config = SearchConfig(
             **shared, gate_learning_rate=options.gate_learning_rate, budget_weight=options.budget_weight
         )
+        images = calibration(self.images, options.seed, CALIBRATION_IMAGES)
+        limits: dict[str, str | int] = {"macs": budget}
         with tempfile.TemporaryDirectory() as temporary:
             net, architecture = search(
-                self.dense, self.images, {"macs": budget}, Path(temporary), self.loop, config, self.progress
+                self.dense, self.images, limits, Path(temporary), self.loop, config, self.progress, calibrating=images
             )
         self.note(str(architecture))
-        images = calibration(self.images, CompressConfig(seed=options.seed))
         searching = time.perf_counter() - started
-        for name in options.initialise:
+        for name in starts:
             begun = time.perf_counter() - searching
             weights = net if name.startswith("search") else None
             fixed = images if name.endswith("repaired") else None
             model = spvit.prune(self.dense, architecture, weights=weights, repair=fixed)
-            self.finish(budget, f"gates, {name}", begun, model)
+            self.finish(budget, f"{method}, {name}", begun, model)
 
     def random(self, budget: str) -> None:
         """Fine-tune architectures drawn at random, and record their mean too."""
@@ -330,6 +349,7 @@ def make_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
         default=["search repaired", "host"],
         help="weights that a searched network is fine-tuned from (default: %(default)s; `host` is as published)",
     )
+    parser.add_argument("--search-learning-rate", type=float, help="of the search, if it is to be another")
     parser.add_argument("--gate-learning-rate", type=float, help="of the search (default: the library's)")
     parser.add_argument("--budget-weight", type=float, default=BUDGET_WEIGHT, help="of the search (%(default)s)")
     parser.add_argument("--held-out", type=int, default=0, help="training images to validate on, not the test images")

@@ -24,7 +24,7 @@ from cases import Case, make_case_parser, open_case, own_settings
 from fashion_mnist import parse_options
 from reporting import check_free, write_results
 from spvit.train.loop import Evaluation
-from spvit.train.pipeline import CompressConfig, calibration
+from spvit.train.pipeline import CALIBRATION_IMAGES, calibration
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "last": {},
@@ -60,7 +60,7 @@ def compare(case: Case, budget: str, names: list[str], lengths: list[int]) -> li
         replace(case, images=replace(case.images, validation=Subset(unseen, range(start, len(unseen), 2))))
         for start in (0, 1)
     )
-    images = calibration(case.images, CompressConfig(seed=case.loop.seed))
+    images = calibration(case.images, case.loop.seed, CALIBRATION_IMAGES)
     architecture = spvit.decide(case.dense, macs=budget, calibration=images, multiple=case.multiple)
     repaired = spvit.prune(case.dense, architecture, repair=images)
     before, rows = reporting.figures(repaired), []

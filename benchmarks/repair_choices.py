@@ -30,7 +30,7 @@ from spvit.moments import RIDGE, Moments
 from spvit.repair import reached, repair
 from spvit.scores import BlockScores, score
 from spvit.train.data import validation_loader
-from spvit.train.pipeline import CompressConfig, calibration
+from spvit.train.pipeline import CALIBRATION_IMAGES, calibration
 
 DRAWS = 20
 
@@ -51,7 +51,7 @@ class Comparison:
 
     def __init__(self, bench: Bench, console: Console) -> None:
         self.bench, self.console = bench, console
-        self.images = calibration(bench.images, CompressConfig(seed=bench.options.seed))
+        self.images = calibration(bench.images, bench.options.seed, CALIBRATION_IMAGES)
         batches = list(validation_loader(bench.images))
         self.validation = [images for images, _ in batches]
         self.targets = torch.cat([targets for _, targets in batches])

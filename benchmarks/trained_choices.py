@@ -35,8 +35,9 @@ from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.cost import parse_budget
 from spvit.decide import TOLERANCE, choose
 from spvit.hosts import family_of
-from spvit.scores import PREFIX_RULE, SKIP_RULE, BlockScores, score
-from spvit.train.pipeline import CompressConfig, calibration
+from spvit.repair import PREFIX_RULE, SKIP_RULE
+from spvit.scores import BlockScores, score
+from spvit.train.pipeline import CALIBRATION_IMAGES, calibration
 from spvit.train.settings import PhaseConfig
 
 CONVOLUTIONS = ("conv3", "conv1")
@@ -98,7 +99,7 @@ class Comparison:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.calibrating = calibration(case.images, CompressConfig(seed=case.loop.seed))
+        self.calibrating = calibration(case.images, case.loop.seed, CALIBRATION_IMAGES)
         self.fitting = [batch[::2] for batch in self.calibrating]
         self.measuring = [batch[1::2] for batch in self.calibrating]
         self.dense = log_probabilities(case.dense, self.measuring)

@@ -149,16 +149,14 @@ def test_compress_without_a_search_decides_repairs_and_continues(capsys, recipe,
     for option, value, found in (("calibration_images", "299", "300"), ("repair", "false", "True")):
         asked = [f"--{option}", value]
         refused(capsys, f"holds a run with --{option} {found}", "compress", "--output", str(out), "--resume", *asked)
-    refused(
-        capsys,
-        "holds a run that decides by scores",
-        "compress",
-        "--output",
-        str(out),
-        "--resume",
-        "--train_epochs",
-        "null",
-    )
+    searching = ["--search.epochs", "1"]
+    for words, found in (
+        (searching, "a calibrated search"),
+        ([*searching, "--search.calibrated", "false"], "the published"),
+    ):
+        refused(
+            capsys, f"scores, without a search, not by {found}", "compress", "--output", str(out), "--resume", *words
+        )
 
 
 @pytest.mark.usefixtures("brief")
@@ -198,6 +196,7 @@ def test_hugging_face_model_is_compressed_and_loaded(capsys, tmp_path: Path) -> 
     capsys.readouterr()  # what transformers says when it saves
     images, out = image_folder(tmp_path / "pictures"), tmp_path / "run"
     settings = ["--images.batch_size", "4", "--search.epochs", "1", "--finetune.epochs", "1", "--precision", "bf16"]
+    settings += ["--search.calibrated", "false"]
     words = ["compress", "--model", f"hf:{tmp_path / 'hf'}", "--data", str(images), "--output", str(out), *settings]
     code, text, problems = run(capsys, *words, "--macs", "80%")
     assert (code, problems) == (0, "")

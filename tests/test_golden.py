@@ -13,11 +13,12 @@ import reference
 import spvit
 from spvit import kernels
 from spvit.cost import NetworkCost
+from spvit.gated_linear import GatedLinear
 from spvit.hosts import family_of_library
 from spvit.hosts.timm_swin import WindowedGrid
 from spvit.kernels import AttentionWeights
 from spvit.pruned import BottleneckConv, Grid, Skip
-from spvit.searchable import GatedLinear, SearchableAttention
+from spvit.searchable import SearchableAttention
 from tiny import assert_close
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 import reference
 import spvit
 from spvit.architecture import KINDS
+from spvit.gated_linear import GatedLinear
 from spvit.hosts import family_of_library
 from spvit.pruned import Grid
-from spvit.searchable import GatedLinear, SearchableAttention, candidate_mixture, gate_sensitivity
+from spvit.searchable import SearchableAttention, candidate_mixture, gate_sensitivity
 from spvit.surgery import gated_layers
 from tiny import (
     MIXED,

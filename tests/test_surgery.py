@@ -17,9 +17,10 @@ from torch import nn
 import spvit
 from spvit.architecture import FFN, Architecture, ArchitectureError, Attention, Block, dense
 from spvit.cost import BudgetError, NetworkCost
+from spvit.gated_linear import GatedLinear
 from spvit.hosts.base import UnsupportedHostError
 from spvit.pruned import BottleneckConv
-from spvit.searchable import GatedLinear, SearchableAttention
+from spvit.searchable import SearchableAttention
 from spvit.surgery import NotSearchableError, gated_layers, pruned_record, search_record
 from tiny import (
     FAMILY_OF,

@@ -15,7 +15,7 @@ import spvit
 from spvit.architecture import Architecture
 from spvit.surgery import gated_layers, make_searchable
 from spvit.train.data import DataError
-from spvit.train.loop import Phase, RunError, learning_rate_at, run_phase
+from spvit.train.loop import Evaluation, Loop, Phase, RunError, learning_rate_at, run_phase
 from spvit.train.losses import BudgetLoss
 from spvit.train.pipeline import CompressConfig, RunFolderError, check_folder, compress, run_compress
 from spvit.train.settings import LoopConfig
@@ -176,11 +176,14 @@ def test_settings_out_of_range_are_refused(tmp_path: Path) -> None:
         run_phase(Phase("dense", micro_host(), short(1)), digits(), tmp_path, LoopConfig(precision="fp16"))
 
 
-@pytest.mark.parametrize("initialise", ["search", "host"])
-def test_compress_writes_a_run_folder_and_continues_it(tmp_path: Path, initialise: str) -> None:
+@pytest.mark.parametrize(("initialise", "calibrated"), [("search", False), ("search", True), ("host", True)])
+def test_compress_writes_a_run_folder_and_continues_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, initialise: str, calibrated: bool
+) -> None:
     host, images = micro_host(), digits()
     before = copy.deepcopy(host)
-    config = CompressConfig(dense=short(1), search=short_search(1), finetune=short(2), initialise=initialise)
+    searching = short_search(2, calibrated=calibrated)
+    config = CompressConfig(dense=short(1), search=searching, finetune=short(2), initialise=initialise)
     whole = run_compress(host, images, {"macs": "60%"}, tmp_path / "whole", config)
     assert states_equal(host, before)
     loaded = spvit.load(tmp_path / "whole")
@@ -190,8 +193,18 @@ def test_compress_writes_a_run_folder_and_continues_it(tmp_path: Path, initialis
     assert summary["pruned"]["accuracy"] == whole.pruned.accuracy
     costs = spvit.surgery.search_record(make_searchable(host)).costs["macs"]
     assert costs.of(whole.architecture) == pytest.approx(0.6 * costs.dense, rel=0.005)
-    first = CompressConfig(dense=short(1), search=short_search(1), finetune=short(0), initialise=initialise)
-    run_compress(host, images, {"macs": "60%"}, tmp_path / "cut", first)
+    save = Loop._save
+
+    def save_and_die(loop: Loop, epoch: int, figures: Evaluation) -> None:
+        save(loop, epoch, figures)
+        if (loop.phase.name, epoch) == ("search", 1):
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Loop, "_save", save_and_die)
+        with pytest.raises(Killed):
+            run_compress(host, images, {"macs": "60%"}, tmp_path / "cut", config)
+    run_compress(host, images, {"macs": "60%"}, tmp_path / "cut", replace(config, finetune=short(0)))
     continued = run_compress(host, images, {"macs": "60%"}, tmp_path / "cut", config)
     assert states_equal(continued.model, whole.model)
 
@@ -210,6 +223,9 @@ def test_compress_refuses_before_it_trains(tmp_path: Path) -> None:
         compress(host, images, "0.01%", output=tmp_path / "run")
     with pytest.raises(RunFolderError, match="initialise is 'luck', expected search or host"):
         compress(host, images, "50%", output=tmp_path / "run", config=CompressConfig(initialise="luck"))
+    config = CompressConfig(train_epochs=0, search=short_search(1))
+    with pytest.raises(RunFolderError, match="nothing is to be trained, but search.epochs is 1; leave one of the two"):
+        compress(host, images, "50%", output=tmp_path / "run", config=config)
     assert not (tmp_path / "run").exists()
 
 

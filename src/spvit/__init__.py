@@ -13,6 +13,7 @@ from spvit.checkpoint import CheckpointError, load, save
 from spvit.cost import BudgetError
 from spvit.decide import decide
 from spvit.hosts.base import UnsupportedHostError
+from spvit.initial_gates import initialise_gates
 from spvit.moments import CalibrationError
 from spvit.surgery import NotSearchableError, fold, gate_parameters, make_searchable, prune
 from spvit.train.losses import BudgetLoss
@@ -35,6 +36,7 @@ __all__ = [
     "decide",
     "fold",
     "gate_parameters",
+    "initialise_gates",
     "load",
     "make_searchable",
     "prune",

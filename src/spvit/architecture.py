@@ -12,6 +12,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+DEFAULT_MULTIPLE = 8
+"""Widths and ranks are multiples of it unless said otherwise: what hardware computes well."""
+
 KINDS = ("msa", "conv3", "conv1", "skip")
 NARROWINGS = ("heads", "query_key_rank", "value_rank")
 PREFIX_RULES = ("identity", "mean", "linear")
@@ -90,6 +93,11 @@ class FFN:
         if isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 1:
             raise ArchitectureError(f"FFN width: found {self.width!r}, expected a whole number of units, 1 or more")
         _check_indices("FFN units", self.units, self.width)
+
+    @classmethod
+    def whole(cls, width: int) -> FFN:
+        """Return an FFN that keeps all of its units."""
+        return cls(width, tuple(range(width)))
 
 
 @dataclass(frozen=True)
@@ -177,7 +185,7 @@ class Architecture:
 
 def dense(widths: Sequence[int]) -> Architecture:
     """Return the architecture that keeps everything of a host whose blocks have FFNs of these widths."""
-    return Architecture(tuple(Block(Attention(), FFN(width, tuple(range(width)))) for width in widths))
+    return Architecture(tuple(Block(Attention(), FFN.whole(width)) for width in widths))
 
 
 def check_same_shape(architecture: Architecture, widths: Sequence[int], host: str) -> None:

@@ -155,13 +155,23 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
                 f"output {output} holds a run with --{field} {getattr(before, field)}, not "
                 f"{getattr(options, field)}; continue it with its own, or name another folder"
             )
-    if hasattr(options, "train_epochs") and (options.train_epochs is None) != (before.train_epochs is None):
-        how = "a search" if before.train_epochs is None else "scores, without a search"
+    ways = [_way_to_decide(settings) for settings in (before, options)]
+    if ways[0] != ways[1]:
         raise RunFolderError(
-            f"output {output} holds a run that decides by {how}; continue it "
-            f"{'without' if before.train_epochs is None else 'with'} --train-epochs, or name another folder"
+            f"output {output} holds a run that decides by {ways[0]}, not by {ways[1]}; continue it with its own "
+            "search.epochs and search.calibrated, or name another folder"
         )
     return name, options
+
+
+def _way_to_decide(options: Any) -> str | None:
+    """Return how a command decides what to keep; None when it does not."""
+    searching = getattr(options, "search", None)
+    if searching is None:
+        return None
+    if searching.epochs == 0:
+        return "scores, without a search"
+    return "a calibrated search" if searching.calibrated else "the published search"
 
 
 def _folder_to_resume(arguments: list[str]) -> str | None:

@@ -48,6 +48,7 @@ from spvit.train.pipeline import (
     ARCHITECTURE,
     Compressed,
     RunFolderError,
+    calibration,
     check_folder,
     deployed,
     figures_of,
@@ -113,6 +114,7 @@ def search_command(options: SearchCommand, console: Console) -> None:
     """Search, and write the architecture and the pruned model as the search left it."""
     opened, images, folder = _open("search", options, trains_head=False, console=console)
     shared = _shared(options)
+    calibrated = options.search.calibrated
     net, architecture = search(
         opened.model,
         images,
@@ -122,6 +124,7 @@ def search_command(options: SearchCommand, console: Console) -> None:
         options.search,
         PhaseProgress(console),
         options.multiple,
+        calibration(images, options.seed, options.calibration_images) if calibrated else None,
     )
     console.print(block_table(architecture, network_costs(family_of(opened.model), opened.model), "architecture"))
     pruned = prune(opened.model, architecture, weights=net)

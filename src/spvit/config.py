@@ -9,7 +9,7 @@ from typing import Any
 
 from spvit.models import ModelConfig
 from spvit.train.data import ImageConfig
-from spvit.train.pipeline import CompressConfig
+from spvit.train.pipeline import CALIBRATION_IMAGES, CompressConfig
 from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
 
 
@@ -60,6 +60,8 @@ class SearchCommand(BudgetOptions, RunCommand):
 
     search: SearchConfig = field(default_factory=SearchConfig)
     """The search."""
+    calibration_images: int = CALIBRATION_IMAGES
+    """Training images for scores and repair in a calibrated search; their labels are not used."""
     multiple: int | None = None
     """FFN widths are rounded to a multiple of it; when absent 8, or less for very small models."""
 

@@ -7,6 +7,7 @@ or parameters, of the deployed network (batch norms folded).
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -85,18 +86,40 @@ class NetworkCost:
         rules = (architecture.prefix_rule, architecture.skip_rule)
         return self.fixed + sum(cost.kept(block, *rules) for cost, block in zip(self.blocks, architecture.blocks))
 
-    def expected(self, attention: Tensor, units: Sequence[Tensor]) -> Tensor:
+    def expected(
+        self,
+        attention: Tensor,
+        units: Sequence[Tensor],
+        ranks: Sequence[tuple[Sequence[int], Tensor] | None] | None = None,
+        prefix_rule: str = "identity",
+        skip_rule: str = "zero",
+    ) -> Tensor:
         """Return the cost of gates given in expectation, differentiable.
 
         Args:
             attention: nested expected gates, [blocks, 3].
             units: for each block, the sum of its expected FFN gates, a scalar.
+            ranks: for each block whose attention may be narrower, the ranks that may stay, ascending, and the nested
+                expected gates of all but the smallest, [ranks - 1].
+            prefix_rule: of the convolutions.
+            skip_rule: of the layers with all gates closed.
         """
-        steps = attention.new_tensor(
-            [[block.conv1, block.conv3 - block.conv1, block.msa - block.conv3] for block in self.blocks]
-        )
+        steps, closed = [], 0
+        for index, block in enumerate(self.blocks):
+            narrow = ranks[index] if ranks is not None else None
+            smallest = Attention() if narrow is None else _ranked(narrow[0][0])
+            kinds = (Attention("skip"), Attention("conv1"), Attention("conv3"), smallest)
+            spent = [block.attention_kept(kept, prefix_rule, skip_rule) for kept in kinds]
+            closed += spent[0]
+            steps.append([high - low for low, high in itertools.pairwise(spent)])
         unit = attention.new_tensor([block.unit for block in self.blocks])
-        return self.fixed + (steps * attention).sum() + (unit * torch.stack(list(units))).sum()
+        total = self.fixed + closed + (attention.new_tensor(steps) * attention).sum()
+        for block, nested, narrow in zip(self.blocks, attention, ranks or ()):
+            if narrow is not None:
+                spent = [block.attention_kept(_ranked(rank)) for rank in narrow[0]]
+                wider = attention.new_tensor([high - low for low, high in itertools.pairwise(spent)])
+                total = total + nested[-1] * (wider * narrow[1]).sum()
+        return total + (unit * torch.stack(list(units))).sum()
 
     @property
     def smallest(self) -> int:
@@ -107,6 +130,10 @@ class NetworkCost:
     def dense(self) -> int:
         """The cost of keeping everything."""
         return self.fixed + sum(block.msa + block.unit * block.units for block in self.blocks)
+
+
+def _ranked(rank: int) -> Attention:
+    return Attention("msa", query_key_rank=rank, value_rank=rank)
 
 
 def count_macs(model: nn.Module, run: Callable[[nn.Module], object]) -> int:

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spvit.architecture import FFN, Architecture, Attention, Block
+from spvit.architecture import DEFAULT_MULTIPLE, FFN, Architecture, Attention, Block
 from spvit.cost import Budget, BudgetError, NetworkCost, human, parse_budget
 from spvit.gates import is_open
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
-from spvit.scores import PREFIX_RULE, SKIP_RULE, BlockScores, score
-from spvit.surgery import gated_layers, search_record
+from spvit.repair import PREFIX_RULE, SKIP_RULE
+from spvit.scores import BlockScores, score
+from spvit.surgery import SearchRecord, gated_layers, search_record
 
 TOLERANCE = 0.005
-DEFAULT_MULTIPLE = 8
 COST_STEPS = 8192
 
 
@@ -58,19 +58,21 @@ def decide(
         raise BudgetError(f"multiple is {multiple}, expected 1 or more units")
     if calibration is not None:
         return _decide_by_scores(net, parse_budget(macs, params), multiple, calibration, report)
-    layers = gated_layers(net)
-    kinds = [attention.decided() for attention, _ in layers]
+    layers, record = gated_layers(net), search_record(net)
+    kept = [attention.kept() for attention, _ in layers]
     logits = [ffn.gate_logits.detach().float().cpu() for _, ffn in layers]
     if macs is None and params is None:
         widths = [_rounded(int(is_open(item).sum()), len(item), multiple or 1) for item in logits]
-        return _architecture(kinds, logits, widths)
+        return _architecture(record, kept, logits, widths)
     budget = parse_budget(macs, params)
-    cost = search_record(net).costs[budget.metric]
+    cost = record.costs[budget.metric]
+    rules = (record.prefix_rule, record.skip_rule)
+    attention = sum(block.attention_kept(item, *rules) for block, item in zip(cost.blocks, kept))
     multiples = _multiples(multiple)
     for candidate in multiples:
-        found = _widths_at_budget(cost, budget, kinds, logits, candidate)
+        found = _widths_at_budget(cost, budget, attention, logits, candidate)
         if found is not None:
-            return _architecture(kinds, logits, found)
+            return _architecture(record, kept, logits, found)
     raise _too_coarse(multiples[-1], budget, cost)
 
 
@@ -195,16 +197,18 @@ def _least_sum(sites: Sequence[Sequence[tuple[int, float]]], limit: int, wanted:
 
 
 def _widths_at_budget(
-    cost: NetworkCost, budget: Budget, kinds: Sequence[str], logits: Sequence[Tensor], multiple: int
+    cost: NetworkCost, budget: Budget, attention: int, logits: Sequence[Tensor], multiple: int
 ) -> list[int] | None:
     """Return FFN widths for which the cost is within tolerance of the budget, or None when steps are too coarse.
+
+    What the attention layers cost is given.
 
     All blocks share one threshold on the gate logits. Lowering it opens groups of `multiple` units, each at the logit
     of the unit in its middle, which is rounding to the nearest multiple; ties go evenly over the blocks.
     """
     target = budget.target(cost)
     widths = [min(multiple, len(item)) for item in logits]
-    spent = cost.fixed + sum(block.attention(kind) for block, kind in zip(cost.blocks, kinds))
+    spent = cost.fixed + attention
     smallest = spent + sum(block.unit * width for block, width in zip(cost.blocks, widths))
     largest = spent + sum(block.unit * block.units for block in cost.blocks)
     slack = TOLERANCE * target
@@ -241,9 +245,11 @@ def _rounded(count: int, width: int, multiple: int) -> int:
     return min(width, max(min(multiple, width), round(count / multiple) * multiple)) if multiple > 1 else count
 
 
-def _architecture(kinds: Sequence[str], logits: Sequence[Tensor], widths: Sequence[int]) -> Architecture:
+def _architecture(
+    record: SearchRecord, kept: Sequence[Attention], logits: Sequence[Tensor], widths: Sequence[int]
+) -> Architecture:
     blocks = []
-    for kind, item, width in zip(kinds, logits, widths):
+    for attention, item, width in zip(kept, logits, widths):
         best = item.sort(descending=True, stable=True).indices[:width]
-        blocks.append(Block(Attention(kind), FFN(len(item), tuple(sorted(best.tolist())))))
-    return Architecture(tuple(blocks))
+        blocks.append(Block(attention, FFN(len(item), tuple(sorted(best.tolist())))))
+    return Architecture(tuple(blocks), record.prefix_rule, record.skip_rule)

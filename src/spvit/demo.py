@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spvit.config import CompressCommand
 from spvit.train.data import DIGITS, ImageConfig
-from spvit.train.settings import PhaseConfig, SearchConfig
+from spvit.train.settings import PhaseConfig
 
 
 def demo_settings(output: str, macs: str, seed: int) -> CompressCommand:
@@ -29,6 +29,4 @@ def demo_settings(output: str, macs: str, seed: int) -> CompressCommand:
             batch_size=32, mean=(0.5,), std=(0.5,), crop=1.0, crop_scale=(0.85, 1.0), crop_ratio=(0.9, 1.1), flip=0.0
         ),
         dense=PhaseConfig(epochs=25, learning_rate=2e-3, warmup_epochs=1),
-        search=SearchConfig(epochs=10, learning_rate=5e-4, warmup_epochs=1),
-        finetune=PhaseConfig(epochs=20, learning_rate=1e-3, warmup_epochs=1),
     )

@@ -56,6 +56,10 @@ class Projections:
     out_norm: nn.Module | None = None
     """Norm over all heads' outputs, which forbids to change heads and values."""
 
+    def plain(self) -> bool:
+        """Return whether nothing but the projections acts on a head's dimensions, so that they can be rotated."""
+        return self.query_norm is None and self.key_norm is None and self.out_norm is None
+
 
 @dataclass(frozen=True)
 class BottleneckWeights:

@@ -29,13 +29,15 @@ from spvit.train.data import ImageConfig, Images, images_of, load_images
 from spvit.train.loop import Phase, make_accelerator, prepared_loader
 from spvit.train.losses import BudgetLoss
 from spvit.train.optimizers import gate_learning_rate
-from spvit.train.pipeline import RunFolderError, check_compress, check_folder
+from spvit.train.pipeline import RunFolderError, calibration, check_compress, check_folder
 from spvit.train.rehearsal import Rehearsal, rehearse
 from spvit.train.settings import PhaseConfig, SearchConfig
 from spvit.train.teacher import open_teacher
 
 IMAGENET = "imagenet"
 IMAGENET_TRAIN, IMAGENET_VALIDATION, IMAGENET_CLASSES = 1_281_167, 50_000, 1000
+CALIBRATING = 256
+"""Calibration images at most, since steps take as long however good the weights are."""
 STAND_IN_SIZE = (375, 500)  # rows and columns that many of its images have
 
 
@@ -93,7 +95,13 @@ def print_plan(options: CompressCommand, console: Console) -> None:
     if options.dense.epochs > 0:
         phases.append(planned(Phase("dense", copy.deepcopy(host), options.dense)))
     if searching is not None and searching.epochs > 0:
-        net = make_searchable(host, temperature=searching.temperature, gate_logit=searching.gate_logit)
+        few = min(options.calibration_images, CALIBRATING)
+        net = make_searchable(
+            host,
+            temperature=searching.temperature,
+            gate_logit=searching.gate_logit,
+            calibration=calibration(images, options.seed, few) if searching.calibrated else None,
+        )
         loss = BudgetLoss(net, weight=searching.budget_weight, **budget)
         phases.append(planned(Phase("search", net, searching, loss, _own_teacher(host, searching))))
     if finetuning.epochs > 0:
@@ -238,7 +246,8 @@ def _print_footer(
             "(gradients, activations, images), measured at two batch sizes and carried on to the whole batch; what the "
             "allocator and the libraries take comes on top",
         ]
-    left_out = ["scoring"] if options.train_epochs is not None else []
+    scored = options.search.epochs == 0 or options.search.calibrated
+    left_out = ["scoring"] if scored else []
     left_out += [f"repair from {options.calibration_images:,} images"] if options.repair else []
     left_out += ["the evaluations between phases"]
     lines.append(f"not in the time: {', '.join(left_out)}; fine-tuning is measured with FFNs narrowed evenly")

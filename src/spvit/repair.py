@@ -34,6 +34,8 @@ from spvit.narrowing import narrow_heads, narrow_values
 from spvit.pruned import BottleneckConv, Constant, NarrowAttention, Skip, as_map
 
 BATCH = 64
+PREFIX_RULE = "linear"
+SKIP_RULE = "mean"
 LINEAR_SIDE = 4.0
 """Standard deviations by which a repaired convolution's activations are moved to where ReLU is linear."""
 

@@ -16,15 +16,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spvit.architecture import FFN, Architecture, Attention, Block
+from spvit.architecture import FFN, Attention, Block
 from spvit.hosts.base import BlockSites, Family, logits_of
 from spvit.moments import CalibrationError, Moments, ridge_for
 from spvit.ranking import Ranking, rank_units
 from spvit.repair import Layer, advance, block_inputs, calibration_batches, evaluating, reached, repair_block
-from spvit.surgery import narrow_ffn, replace_attention
+from spvit.surgery import install
 
-PREFIX_RULE = "linear"
-SKIP_RULE = "mean"
 MEASURED_SHARES = (1 / 8, 1 / 4, 1 / 2)
 """Shares of an FFN's units at which the divergence is measured."""
 MEASURED_RANKS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
@@ -160,12 +158,12 @@ def _score_block(
     sites = bench.blocks[index]
     layer = Layer(bench.model, bench.host, bench.family, sites, fitting, fitting)
     units = sites.ffn.units
-    whole = FFN(units, tuple(range(units)))
+    whole = FFN.whole(units)
 
     def measured(kept: Block) -> float:
         """Install, repair and measure what a block may keep, and put the copy's block back."""
         before = copy.deepcopy(bench.model.get_submodule(sites.path))
-        _install(bench.model, bench.family, index, sites, kept)
+        install(bench.model, bench.family, index, sites, kept)
         repair_block(layer, kept)
         divergence = bench.divergence(index, measuring)
         bench.model.set_submodule(sites.path, before)
@@ -184,18 +182,10 @@ def _score_block(
     )
 
 
-def _install(model: nn.Module, family: Family, index: int, sites: BlockSites, kept: Block) -> None:
-    rules = Architecture((kept,), PREFIX_RULE, SKIP_RULE)
-    replaced = [index] if kept.attention.kind != "msa" else []
-    grid = family.track_grids(model, replaced, whole=True).get(index)
-    replace_attention(model, family, sites, kept.attention, rules, None, grid)
-    narrow_ffn(model, sites, kept.ffn)
-
-
 def _candidates(bench: _Bench, sites: BlockSites, multiple: int) -> list[Attention]:
     candidates = [Attention("conv3"), Attention("conv1"), Attention("skip")]
     layer = bench.family.access.read_projections(bench.host.get_submodule(sites.attention.path))
-    if layer is None or layer.query_norm is not None or layer.out_norm is not None:
+    if layer is None or not layer.plain():
         return candidates
     ranks = _ranks(sites.attention.head_width, multiple)
     wished = [share * sites.attention.head_width for share in MEASURED_RANKS] if ranks else []

@@ -1,4 +1,4 @@
-"""The gated attention layer and the gated second linear layer of an FFN, as they stand while searching.
+"""The gated attention layer as it stands while searching.
 
 The original layer lives on inside and computes its own branch. Exactly one candidate carries gradients to weights in a
 forward pass; the others are needed in value only, for the gradient of the gates, so they are computed without one.
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spvit import kernels
-from spvit.architecture import KINDS
-from spvit.gates import INITIAL_LOGIT, GateDraws, is_open, nest, opened, straight_through
+from spvit.architecture import KINDS, Attention
+from spvit.gated_linear import RankGatedLinear
+from spvit.gates import INITIAL_LOGIT, GateDraws, nest, opened, straight_through
 from spvit.kernels import CENTRE, POSITIONS, AttentionWeights, Projections
 from spvit.pruned import Grid, as_map, as_tokens
 
@@ -108,11 +109,60 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
-class SearchableAttention(nn.Module):
+class GatedAttention(nn.Module):
+    """What stands in a searchable network where an attention layer was: three nested gates choose what it becomes.
+
+    Attributes: `gate_logits` [3]; `draws`. Call it as the original layer is called; it answers in the same form.
+    """
+
+    gate_logits: nn.Parameter
+    draws: GateDraws
+    access: AttentionAccess
+
+    def decided(self) -> str:
+        """Return the kind that the gates choose in evaluation: `msa`, `conv3`, `conv1` or `skip`."""
+        return _kind(self.draws.decided_bits(self))
+
+    def kept(self) -> Attention:
+        """Return what the gates choose in evaluation."""
+        return Attention(self.decided())
+
+    def rank_gates(self) -> RankGatedLinear | None:
+        """Return the layer with gates on the ranks of attention, if it has any."""
+        return None
+
+    def _answer(self, out: Tensor) -> Any:
+        return (out, None) if self.access.returns_tuple else out
+
+    def _chosen(self, chosen: Tensor, gates: Tensor, outputs: dict[str, Tensor], silent: Sequence[Tensor]) -> Tensor:
+        """Return the chosen output [B, N, D], which then gives the gates their gradients.
+
+        Args:
+            chosen: what the kind that was drawn gives.
+            gates: sampled, [3].
+            outputs: [B, N, D] of the candidates whose values are needed, less that of skip.
+            silent: tensors that receive a gradient of zero.
+        """
+        differences, rows = _differences(self._sensitivity(gates), outputs)
+        return _Choose.apply(chosen, gates, rows, len(differences), *differences, *silent)
+
+    def _sensitivity(self, gates: Tensor) -> list[list[float]]:
+        bits = self.draws.sampled_bits(self)
+        gates_learn = torch.is_grad_enabled() and gates.requires_grad
+        return gate_sensitivity(bits) if gates_learn else [[0.0] * len(CANDIDATES)] * len(bits)
+
+    def _draw(self) -> tuple[Tensor, str, set[str]]:
+        """Return the sampled gates [3], the kind that they choose, and the candidates whose values are needed."""
+        gates = straight_through(self.gate_logits, self.draws.noise(self))
+        kind = _kind(self.draws.sampled_bits(self))
+        sensitivity = self._sensitivity(gates)
+        return gates, kind, {name for column, name in enumerate(CANDIDATES) if any(row[column] for row in sensitivity)}
+
+
+class SearchableAttention(GatedAttention):
     """An attention layer that may become a 3 x 3 or 1 x 1 convolution of its own weights, or nothing.
 
     Attributes: `attention`, the original layer; `gate_logits` [3]; `head_logits` M [H, 9]; `bn1`, `bn3`.
-    Call it as the original layer is called; it answers in the same form.
     """
 
     def __init__(
@@ -142,10 +192,6 @@ class SearchableAttention(nn.Module):
         self.draws.join(self, read_bits=True)
         self.train(attention.training)
 
-    def decided(self) -> str:
-        """Return the kind that the gates choose in evaluation: `msa`, `conv3`, `conv1` or `skip`."""
-        return _kind(self.draws.decided_bits(self))
-
     def head_mix(self) -> Tensor:
         """Return S [H, K]."""
         return kernels.head_mix(self.head_logits, self.temperature)
@@ -158,9 +204,6 @@ class SearchableAttention(nn.Module):
                 return self.attention(x, *args, **kwargs)
             return self._answer(self._convolve(x, kind) if kind != "skip" else torch.zeros_like(x))
         return self._answer(self._search(x, args, kwargs))
-
-    def _answer(self, out: Tensor) -> Any:
-        return (out, None) if self.access.returns_tuple else out
 
     def _convolve(self, x: Tensor, kind: str) -> Tensor:
         """Return one convolution candidate by its kernels, as the pruned network computes it: [B, N, D]."""
@@ -184,23 +227,15 @@ class SearchableAttention(nn.Module):
         return torch.cat([x[:, : self.prefix_tokens].to(out.dtype), out], dim=1)
 
     def _search(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-        noise = self.draws.noise(self)
-        bits = self.draws.sampled_bits(self)
-        gates = straight_through(self.gate_logits, noise)  # [3]
-        kind = _kind(bits)
-        gates_learn = torch.is_grad_enabled() and gates.requires_grad
-        sensitivity = gate_sensitivity(bits) if gates_learn else [[0.0] * len(CANDIDATES)] * len(bits)
-        needed = {name for column, name in enumerate(CANDIDATES) if any(row[column] for row in sensitivity)} | {kind}
-
+        gates, kind, needed = self._draw()
+        needed |= {kind}
         outputs: dict[str, Tensor] = {"skip": torch.zeros_like(x)} if kind == "skip" else {}
         values = None
         if "msa" in needed:
-            with _gradients_if(kind == "msa"):
+            with gradients_if(kind == "msa"):
                 outputs["msa"], values = self._attend(x, args, kwargs)
         outputs.update(self._convolve_values(x, kind, needed, values))
-
-        differences, rows = _differences(sensitivity, outputs)
-        return _Choose.apply(outputs[kind], gates, rows, len(differences), *differences, *self._silent(kind, x))
+        return self._chosen(outputs[kind], gates, outputs, self._silent(kind, x))
 
     def _attend(self, x: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return the original layer's output [B, N, D] and the values it computed, bias included, [B, N, H E]."""
@@ -223,7 +258,7 @@ class SearchableAttention(nn.Module):
         heads, width = weights.value_weight.shape[:2]
         size = (self.grid.height, self.grid.width)
         outputs = {}
-        with _gradients_if(kind == "conv3"):
+        with gradients_if(kind == "conv3"):
             mix = self.head_mix()
             bias = kernels.mixed_value_bias(mix, weights)  # [K, E]
             if kind == "conv3" or values is None:
@@ -263,35 +298,12 @@ class SearchableAttention(nn.Module):
         return silent
 
 
-class GatedLinear(nn.Module):
-    """The second linear layer of an FFN with a gate on every hidden unit, that is on every column of its weight.
-
-    `W2 (b * h) = (W2 * b) h`, so no pass over the activations is needed. Attributes: `linear`, the original layer;
-    `gate_logits` [units].
-    """
-
-    def __init__(self, linear: nn.Linear, draws: GateDraws | None = None) -> None:
-        super().__init__()
-        self.linear = linear
-        self.gate_logits = nn.Parameter(linear.weight.new_full((linear.in_features,), INITIAL_LOGIT))
-        self.draws = draws if draws is not None else GateDraws()
-        self.draws.join(self, read_bits=False)
-        self.train(linear.training)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden: [..., units]. Returns [..., D]."""
-        if self.training:
-            gates = straight_through(self.gate_logits, self.draws.noise(self))
-        else:
-            gates = is_open(self.gate_logits)
-        return F.linear(hidden, self.linear.weight * gates, self.linear.bias)
-
-
 def _kind(bits: Sequence[bool]) -> str:
     return KINDS[len(KINDS) - 1 - opened(bits)]
 
 
-def _gradients_if(condition: bool) -> torch.autograd.grad_mode.set_grad_enabled:
+def gradients_if(condition: bool) -> torch.autograd.grad_mode.set_grad_enabled:
+    """Return a context that tracks gradients if the condition holds and they are tracked already."""
     return torch.set_grad_enabled(torch.is_grad_enabled() and condition)
 
 

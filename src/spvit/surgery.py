@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from spvit.architecture import FFN, Architecture, ArchitectureError, Attention, check_same_shape
+from spvit.architecture import (
+    DEFAULT_MULTIPLE,
+    FFN,
+    Architecture,
+    ArchitectureError,
+    Attention,
+    Block,
+    check_same_shape,
+)
+from spvit.calibrated import CalibratedAttention
 from spvit.cost import NetworkCost
+from spvit.gated_linear import GatedLinear
 from spvit.gates import INITIAL_LOGIT, GateDraws
 from spvit.hosts import Family, family_of
 from spvit.hosts.base import BlockSites, UnsupportedHostError, network_costs
 from spvit.kernels import POSITIONS, conv1_weights, conv3_weights, head_mix
 from spvit.narrowing import narrow_blindly
 from spvit.pruned import BottleneckConv, Constant, Grid, NarrowAttention, Skip, narrow_linear
+from spvit.repair import (
+    PREFIX_RULE,
+    SKIP_RULE,
+    Layer,
+    advance,
+    block_inputs,
+    calibration_batches,
+    evaluating,
+    repair_block,
+)
 from spvit.repair import repair as repair_in_place
-from spvit.searchable import GatedLinear, SearchableAttention
+from spvit.searchable import GatedAttention, SearchableAttention
 
 _RECORD = "spvit_record"
 
@@ -32,9 +52,14 @@ class NotSearchableError(ValueError):
 
 @dataclass(frozen=True)
 class SearchRecord:
-    """What a searchable network knows of its host: the costs by metric (`macs`, `params`)."""
+    """What a searchable network knows of itself."""
 
     costs: dict[str, NetworkCost]
+    """What its host costs, by metric (`macs`, `params`)."""
+    prefix_rule: str = "identity"
+    skip_rule: str = "zero"
+    calibrated: bool = False
+    """Whether its candidates were repaired from calibration images."""
 
 
 @dataclass(frozen=True)
@@ -62,60 +87,107 @@ def pruned_record(model: nn.Module) -> PrunedRecord | None:
     return record if isinstance(record, PrunedRecord) else None
 
 
-def gated_layers(net: nn.Module) -> list[tuple[SearchableAttention, GatedLinear]]:
+def gated_layers(net: nn.Module) -> list[tuple[GatedAttention, GatedLinear]]:
     """Return the gated attention and the gated linear layer of every block. Raises NotSearchableError."""
     search_record(net)
-    attentions = [module for module in net.modules() if isinstance(module, SearchableAttention)]
+    attentions = [module for module in net.modules() if isinstance(module, GatedAttention)]
     ffns = [module for module in net.modules() if isinstance(module, GatedLinear)]
     return list(zip(attentions, ffns, strict=True))
 
 
 def gate_parameters(net: nn.Module) -> list[nn.Parameter]:
     """Return the gate logits of a searchable network, which want an optimizer of their own (no weight decay)."""
-    return [layer.gate_logits for pair in gated_layers(net) for layer in pair]
+    layers = [layer for attention, ffn in gated_layers(net) for layer in (attention, attention.rank_gates(), ffn)]
+    return [layer.gate_logits for layer in layers if layer is not None]
 
 
 def make_searchable(
-    host: Model, *, temperature: float | None = None, gate_logit: float = INITIAL_LOGIT, inplace: bool = False
+    host: Model,
+    *,
+    temperature: float | None = None,
+    gate_logit: float = INITIAL_LOGIT,
+    calibration: Tensor | Iterable[Any] | None = None,
+    multiple: int = DEFAULT_MULTIPLE,
+    inplace: bool = False,
 ) -> Model:
     """Return the host with gates on every attention layer and FFN; it is called and trained like the host.
 
+    With calibration images the candidates of every attention layer have weights of their own, fitted in closed form to
+    what attention gives (`prune`'s repair), and attention itself may become narrower: its dimensions are rotated into
+    the order of their use and have nested gates. Without, convolutions share the attention's weights as published.
+
     Args:
         host: a model of a supported family, on any device.
-        temperature: alpha of the head mix; the family's default when None (0.01 for ViT).
+        temperature: alpha of the published head mix; the family's default when None (0.01 for ViT).
         gate_logit: theta, where every gate starts; a gate is open with probability sigmoid(theta).
+        calibration: images as in `prune`; None makes the published network.
+        multiple: with calibration images, what the ranks of narrow attention are multiples of.
         inplace: change the host itself instead of a copy.
 
     Raises:
         UnsupportedHostError: the host's family, or a part of it, is not known.
+        CalibrationError: the calibration images do not fit the host, are too few, or give values that are not finite.
     """
     if getattr(host, _RECORD, None) is not None:
         raise NotSearchableError("this model is already searchable or pruned by spvit; start from the dense host")
     family = family_of(host)
     blocks = family.blocks(host)
-    record = SearchRecord(network_costs(family, host))
+    costs = network_costs(family, host)
+    record = SearchRecord(costs)
+    repaired = None
+    if calibration is not None:
+        record = SearchRecord(costs, PREFIX_RULE, SKIP_RULE, calibrated=True)
+        repaired = _repaired_candidates(host, family, blocks, calibration)
     net = host if inplace else copy.deepcopy(host)
     grids = family.track_grids(net, range(len(blocks)), whole=False)
     draws = GateDraws()
     for index, block in enumerate(blocks):
-        attention = SearchableAttention(
-            net.get_submodule(block.attention.path),
-            family.access,
-            prefix_tokens=block.attention.prefix_tokens,
-            grid=grids[index],
-            temperature=family.temperature if temperature is None else temperature,
-            draws=draws,
-        )
-        net.set_submodule(block.attention.path, attention)
+        site = block.attention
+        where: dict[str, Any] = {"prefix_tokens": site.prefix_tokens, "grid": grids[index], "draws": draws}
+        attention: GatedAttention
+        if repaired is None:
+            alpha = family.temperature if temperature is None else temperature
+            attention = SearchableAttention(net.get_submodule(site.path), family.access, temperature=alpha, **where)
+        else:
+            ranks = (*range(multiple, site.head_width, multiple), site.head_width)
+            attention = CalibratedAttention(repaired[index], family.access, ranks=ranks, **where)
+        net.set_submodule(site.path, attention.train(net.get_submodule(site.path).training))
         second = net.get_submodule(block.ffn.second)
         assert isinstance(second, nn.Linear)
-        gated = GatedLinear(second, draws)
-        net.set_submodule(block.ffn.second, gated)
-        with torch.no_grad():
-            attention.gate_logits.fill_(gate_logit)
-            gated.gate_logits.fill_(gate_logit)
+        net.set_submodule(block.ffn.second, GatedLinear(second, draws))
     setattr(net, _RECORD, record)
+    with torch.no_grad():
+        for logits in gate_parameters(net):
+            logits.fill_(gate_logit)
     return net
+
+
+def _repaired_candidates(
+    host: nn.Module, family: Family, blocks: Sequence[BlockSites], images: Tensor | Iterable[Any]
+) -> list[dict[str, nn.Module]]:
+    """Return for every block what could stand where attention is in an otherwise dense network, by kind."""
+    model, found = copy.deepcopy(host), []
+    with evaluating(host, model):
+        inputs = block_inputs(host, blocks[0], calibration_batches(images, family, host))
+        for index, sites in enumerate(blocks):
+            site = sites.attention
+            projections = family.access.read_projections(host.get_submodule(site.path))
+            whole = Attention("msa")
+            if projections is not None and projections.plain():
+                whole = Attention("msa", query_key_rank=site.head_width, value_rank=site.head_width)
+            candidates = {}
+            for attention in (whole, Attention("conv3"), Attention("conv1"), Attention("skip")):
+                kept = Block(attention, FFN.whole(sites.ffn.units))
+                before = copy.deepcopy(model.get_submodule(sites.path))
+                install(model, family, index, sites, kept)
+                repair_block(Layer(model, host, family, sites, inputs, inputs), kept)
+                candidates[attention.kind] = model.get_submodule(site.path)
+                model.set_submodule(sites.path, before)
+            found.append(candidates)
+            following = blocks[index + 1] if index + 1 < len(blocks) else None
+            if following is not None:
+                inputs = [advance(host, sites, following, x) for x in inputs]
+    return found
 
 
 def prune(
@@ -157,6 +229,8 @@ def prune(
     searched = None
     if weights is not None:
         searched = [attention for attention, _ in gated_layers(weights)]
+        if search_record(weights).calibrated:
+            _check_candidates(architecture, weights, repair is not None)
         _load_dense_weights(model, weights)
     # What the repair aims at: the model before it loses anything, with the weights that it has by now.
     dense = copy.deepcopy(model) if repair is not None else None
@@ -164,7 +238,11 @@ def prune(
     grids = family.track_grids(model, replaced, whole=True)
     for index, (sites, kept_block) in enumerate(zip(blocks, architecture.blocks)):
         layer = searched[index] if searched is not None else None
-        replace_attention(model, family, sites, kept_block.attention, architecture, layer, grids.get(index))
+        if isinstance(layer, CalibratedAttention):
+            _put_candidate(model, sites, kept_block.attention, layer, grids.get(index))
+        else:
+            assert layer is None or isinstance(layer, SearchableAttention)
+            replace_attention(model, family, sites, kept_block.attention, architecture, layer, grids.get(index))
         narrow_ffn(model, sites, kept_block.ffn)
     if dense is not None and repair is not None:
         repair_in_place(model, dense, family, architecture, repair)
@@ -172,10 +250,37 @@ def prune(
     return model
 
 
+def _check_candidates(architecture: Architecture, net: nn.Module, repair: bool) -> None:
+    """Refuse what the candidates of a calibrated search cannot become."""
+    if repair:
+        raise NotSearchableError(
+            "the candidates of a calibrated search are repaired and trained; leave out repair=, or leave out weights= "
+            "to repair the host anew"
+        )
+    record = search_record(net)
+    rules = (record.prefix_rule, record.skip_rule)
+    if (architecture.prefix_rule, architecture.skip_rule) != rules:
+        raise ArchitectureError(
+            f"the architecture has prefix rule {architecture.prefix_rule} and skip rule {architecture.skip_rule}, but "
+            f"the search was made with {rules[0]} and {rules[1]}; use what spvit.decide(net) returns"
+        )
+    for index, (block, (layer, _)) in enumerate(zip(architecture.blocks, gated_layers(net))):
+        kept = block.attention
+        rotated = isinstance(layer, CalibratedAttention) and isinstance(layer.msa, NarrowAttention)
+        ordered = kept.heads is None and kept.value_rank is not None and kept.query_key_rank == kept.value_rank
+        if kept.kind == "msa" and not (ordered if rotated else not kept.narrowed()):
+            wanted = "one rank for queries, keys and values, and all heads" if rotated else "it whole"
+            raise ArchitectureError(
+                f"block {index}: a calibrated search keeps of this attention {wanted}; use what spvit.decide(net) "
+                "returns"
+            )
+
+
 def _load_dense_weights(model: nn.Module, net: nn.Module) -> None:
     """Copy what a searchable network trained into a model of the host's own structure."""
     state = {}
-    inner = {SearchableAttention: "attention", GatedLinear: "linear"}
+    # The candidates of a calibrated layer are put in its place as they are; it holds nothing of the host's own form.
+    inner = {SearchableAttention: "attention", GatedLinear: "linear", CalibratedAttention: ""}
     gated = {name: inner[type(module)] for name, module in net.named_modules() if type(module) in inner}
     root = next(name for name, module in net.named_modules() if hasattr(module, _RECORD))
     for key, value in net.state_dict().items():
@@ -186,6 +291,8 @@ def _load_dense_weights(model: nn.Module, net: nn.Module) -> None:
                 continue
             key = f"{owner}.{rest}"
         state[key[len(root) + 1 :] if root else key] = value
+    own = tuple(f"{name.removeprefix(root + '.')}." for name, part in gated.items() if not part)
+    state.update({key: value for key, value in model.state_dict().items() if key.startswith(own)})
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -259,8 +366,8 @@ def replace_attention(
             returns_tuple,
             Constant(site.prefix_tokens + 1, site.dim, like) if architecture.skip_rule == "mean" else None,
         )
-        if site.norm is not None and architecture.skip_rule != "normalised_input":
-            model.set_submodule(site.norm, nn.Identity().train(attention.training))
+        if architecture.skip_rule != "normalised_input":
+            _drop_norm(model, sites)
     else:
         fresh = shared.value_weight.new_ones(shared.value_weight.shape[0], POSITIONS)
         with torch.no_grad():
@@ -276,6 +383,37 @@ def replace_attention(
         )
     replacement.requires_grad_(shared.value_weight.requires_grad)
     model.set_submodule(site.path, replacement.train(attention.training))
+
+
+def _put_candidate(
+    model: nn.Module, sites: BlockSites, kept: Attention, searched: CalibratedAttention, grid: Grid | None
+) -> None:
+    """Put a candidate of a calibrated search where attention was, in a model, in place."""
+    site = sites.attention
+    attention = model.get_submodule(site.path)
+    replacement = searched.replacement(kept).to(next(attention.parameters()))
+    if isinstance(replacement, BottleneckConv):
+        assert grid is not None
+        replacement.grid = grid
+    if kept.kind == "skip":
+        _drop_norm(model, sites)
+    model.set_submodule(site.path, replacement.train(attention.training))
+
+
+def _drop_norm(model: nn.Module, sites: BlockSites) -> None:
+    """Leave out a norm that only a skipped attention layer read, in a model, in place."""
+    site = sites.attention
+    if site.norm is not None:
+        model.set_submodule(site.norm, nn.Identity().train(model.get_submodule(site.path).training))
+
+
+def install(model: nn.Module, family: Family, index: int, sites: BlockSites, kept: Block) -> None:
+    """Put what a block may keep in its place, by the rules that a repair serves best, in a dense model, in place."""
+    rules = Architecture((kept,), PREFIX_RULE, SKIP_RULE)
+    replaced = [index] if kept.attention.kind != "msa" else []
+    grid = family.track_grids(model, replaced, whole=True).get(index)
+    replace_attention(model, family, sites, kept.attention, rules, None, grid)
+    narrow_ffn(model, sites, kept.ffn)
 
 
 def narrow_ffn(model: nn.Module, sites: BlockSites, ffn: FFN) -> None:

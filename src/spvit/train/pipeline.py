@@ -6,7 +6,8 @@ A run folder holds everything: metrics.jsonl, architecture.json, state/ (resumab
 import copy
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,14 +16,16 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from torch import Tensor, nn
 
-from spvit.architecture import Architecture
+from spvit.architecture import DEFAULT_MULTIPLE, Architecture
 from spvit.checkpoint import Preprocessing, save, write_text
 from spvit.cost import parse_budget
 from spvit.decide import decide
 from spvit.hosts import family_of
+from spvit.initial_gates import initialise_gates
 from spvit.surgery import fold, make_searchable, prune, pruned_record, search_record
 from spvit.train.data import DataError, ImageConfig, Images, load_images, training_loader, validation_loader
 from spvit.train.loop import (
+    STATE,
     Evaluation,
     Phase,
     evaluate,
@@ -35,6 +38,7 @@ from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
 from spvit.train.teacher import check_phases
 
 ARCHITECTURE = "architecture.json"
+CALIBRATION_IMAGES = 1024
 
 
 class RunFolderError(ValueError):
@@ -47,8 +51,8 @@ class CompressConfig(LoopConfig):
 
     dense: PhaseConfig = field(default_factory=lambda: PhaseConfig(epochs=0))
     """Training of the dense model beforehand, for a model that is not trained on these images yet."""
-    search: SearchConfig = field(default_factory=SearchConfig)
-    """The search for what to keep."""
+    search: SearchConfig = field(default_factory=lambda: SearchConfig(epochs=0))
+    """The search for what to keep; with 0 epochs scores of the candidates decide, without training."""
     finetune: PhaseConfig = field(
         # Gentler than a phase's own defaults, which take a repaired network back below where it started
         # (docs/benchmarks.md, "Fine-tuning a repaired network"); where that happens still, the start is kept.
@@ -56,10 +60,10 @@ class CompressConfig(LoopConfig):
     )
     """Training of the pruned model."""
     train_epochs: int | None = None
-    """Decide from calibration images in place of a search, then fine-tune for so many epochs; 0 trains nothing."""
+    """Epochs of fine-tuning, in place of those of `finetune`; 0 trains nothing, and so allows no search."""
     repair: bool = True
     """Whether what pruning broke is repaired in closed form, from calibration images."""
-    calibration_images: int = 1024
+    calibration_images: int = CALIBRATION_IMAGES
     """Training images for scores and repair; their labels are not used."""
     initialise: str = "search"
     """Weights of the pruned model after a search: those of the `search`, or of the `host` as published."""
@@ -117,15 +121,33 @@ def search(
     phase: SearchConfig,
     progress: PhaseProgress,
     multiple: int | None = None,
+    calibrating: Sequence[Tensor] | None = None,
 ) -> tuple[nn.Module, Architecture]:
     """Search a host for what to keep; write architecture.json; return the searched network and the architecture.
 
     Args:
         host: the dense model; it stays as it is.
+        images: training and validation images.
         budget: `{"macs": "50%"}` or `{"params": ...}`.
+        folder: the run folder.
+        config: settings of the run.
+        phase: settings of the search.
+        progress: where to show progress.
         multiple: FFN widths are rounded to a multiple of it.
+        calibrating: calibration images, which a calibrated search needs.
     """
-    net = make_searchable(host, temperature=phase.temperature, gate_logit=phase.gate_logit)
+    set_seed(config.seed)  # what candidates draw is drawn alike in a continued run
+    ranks = DEFAULT_MULTIPLE if multiple is None else multiple
+    net = make_searchable(
+        host,
+        temperature=phase.temperature,
+        gate_logit=phase.gate_logit,
+        calibration=calibrating if phase.calibrated else None,
+        multiple=ranks,
+    )
+    if phase.calibrated and calibrating is not None and not holds_files(folder / STATE / "search"):
+        with _scoring(host, progress) as report:
+            initialise_gates(net, host, calibration=calibrating, report=report, **budget)
     loss = BudgetLoss(net, weight=phase.budget_weight, **budget)
     teacher = host if phase.distillation > 0 else None
     run_phase(Phase("search", net, phase, loss, teacher), images, folder, config, progress)
@@ -135,15 +157,22 @@ def search(
     return net, architecture
 
 
-def calibration(images: Images, config: CompressConfig) -> list[Tensor]:
-    """Return the first training images of the run's seed as batches [B, channels, height, width].
+def check_calibration_images(count: int) -> None:
+    """Raise DataError unless there is a calibration image."""
+    if count < 1:
+        raise DataError(f"calibration_images is {count}, expected 1 or more")
+
+
+def calibration(images: Images, seed: int, count: int) -> list[Tensor]:
+    """Return the first so many training images of a run's seed as batches [B, channels, height, width].
 
     Raises:
-        DataError: an image cannot be read.
+        DataError: an image cannot be read, or no image is asked for.
     """
-    set_seed(config.seed)
+    check_calibration_images(count)
+    set_seed(seed)
     batches: list[Tensor] = []
-    missing = config.calibration_images
+    missing = count
     for batch, _ in training_loader(images):
         batches.append(batch[:missing])
         missing -= len(batches[-1])
@@ -175,21 +204,28 @@ def decide_from_scores(
     path = folder / ARCHITECTURE
     if path.is_file():
         return Architecture.load(path)
-    progress.start("scores", len(family_of(host).blocks(host)), 0)
-    try:
+    with _scoring(host, progress) as report:
         architecture = decide(
             host,
             macs=budget.get("macs"),
             params=budget.get("params"),
             multiple=multiple,
             calibration=images,
-            report=lambda done, blocks: progress.step(""),
+            report=report,
         )
-    finally:
-        progress.stop()
     if PartialState().is_main_process:
         write_text(path, architecture.to_json())
     return architecture
+
+
+@contextmanager
+def _scoring(host: nn.Module, progress: PhaseProgress) -> Iterator[Callable[[int, int], object]]:
+    """Show a bar while candidates are scored; it moves with what is given as the report."""
+    progress.start("scores", len(family_of(host).blocks(host)), 0)
+    try:
+        yield lambda done, blocks: progress.step("")
+    finally:
+        progress.stop()
 
 
 def finetune(
@@ -256,14 +292,17 @@ def check_compress(
         raise RunFolderError(f"initialise is {config.initialise!r}, expected search or host")
     if config.train_epochs is not None and config.train_epochs < 0:
         raise RunFolderError(f"train_epochs is {config.train_epochs}, expected 0 or more")
-    if config.calibration_images < 1:
-        raise DataError(f"calibration_images is {config.calibration_images}, expected 1 or more")
+    check_calibration_images(config.calibration_images)
     parsed = parse_budget(**budget)
     parsed.target(search_record(make_searchable(host)).costs[parsed.metric])
-    searching: SearchConfig | None = config.search
+    searching = config.search if config.search.epochs > 0 else None
     finetuning = config.finetune
     if config.train_epochs is not None:
-        searching, finetuning = None, replace(finetuning, epochs=config.train_epochs)
+        finetuning = replace(finetuning, epochs=config.train_epochs)
+    if config.train_epochs == 0 and searching is not None:
+        raise RunFolderError(
+            f"nothing is to be trained, but search.epochs is {searching.epochs}; leave one of the two out"
+        )
     check_phases([config.dense, *([] if searching is None else [searching]), finetuning], images, weights)
     return searching, finetuning
 
@@ -296,22 +335,26 @@ def run_compress(
     else:
         dense_figures = figures_of(dense, images, config)
         progress.note(f"dense model: accuracy {dense_figures.accuracy:.2%}")
-    net = None
+    needed = config.repair or searching is None or searching.calibrated
+    calibrating = calibration(images, config.seed, config.calibration_images) if needed else None
+    net, repairing = None, calibrating if config.repair else None
     if searching is not None:
-        net, architecture = search(dense, images, budget, folder, config, searching, progress, config.multiple)
-        calibrating = calibration(images, config) if config.repair else None
+        net, architecture = search(
+            dense, images, budget, folder, config, searching, progress, config.multiple, calibrating
+        )
     else:
-        calibrating = calibration(images, config)
+        assert calibrating is not None
         architecture = decide_from_scores(dense, calibrating, budget, folder, config.multiple, progress)
+    if config.initialise != "search":
+        net = None
+    if net is not None and search_record(net).calibrated:
+        repairing = None  # its candidates are repaired already, and trained since
     set_seed(config.seed)  # a continued run starts from the same weights where they are drawn
-    pruned = prune(
-        dense,
-        architecture,
-        weights=net if config.initialise == "search" else None,
-        repair=calibrating if config.repair else None,
-    )
+    pruned = prune(dense, architecture, weights=net, repair=repairing)
     after_pruning = figures_of(pruned, images, config)
-    progress.note(f"after pruning{' and repair' if config.repair else ''}: accuracy {after_pruning.accuracy:.2%}")
+    progress.note(
+        f"after pruning{' and repair' if repairing is not None else ''}: accuracy {after_pruning.accuracy:.2%}"
+    )
     if finetuning.epochs > 0:
         figures = finetune(pruned, images, folder, config, finetuning, progress, teacher=dense)
     else:

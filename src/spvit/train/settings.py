@@ -65,10 +65,13 @@ class SearchConfig(PhaseConfig):
     steps is 12.5 as in the published DeiT search, but at most 0.05."""
     budget_weight: float = BUDGET_WEIGHT
     """Weight of the budget loss against the relative cost (lambda)."""
+    calibrated: bool = True
+    """Whether to search among candidates that are repaired from calibration images, narrow attention among them, from
+    where their scores put the gates; otherwise, as published, among convolutions of the attention's own weights."""
     gate_logit: float = 1.5
-    """Where the gate logits start (theta)."""
+    """Where the gate logits start (theta) in a search that is not calibrated."""
     temperature: float | None = None
-    """Temperature of the head mix (alpha); the family's own when absent."""
+    """Temperature of the published head mix (alpha); the family's own when absent."""
 
 
 def check_settings(settings: PhaseConfig) -> None:
