@@ -56,6 +56,20 @@ def test_streamed_moments_are_those_of_all_tokens(sizes: tuple[int, ...]) -> Non
     assert_close(moments.second_cross, x.T @ y / 90)
 
 
+@pytest.mark.parametrize("kept", [(1, 4, 5), (0,)])
+def test_what_is_left_out_is_as_if_gathered(kept: tuple[int, ...]) -> None:
+    x, _ = data()
+    weight = data(5)[0]  # [5, 6]
+    others = [unit for unit in range(6) if unit not in kept]
+    found = gathered(x, sizes=(45, 45)).left_out(kept, weight)
+    expected = gathered(x[:, list(kept)], x[:, others] @ weight[:, others].T)
+    assert (found.count, found.inputs) == (90, len(kept))
+    for centred in (True, False):
+        for own, other in zip(found.products(centred), expected.products(centred)):
+            assert_close(own, other)
+    assert_close(found.mean_y, expected.mean_y)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_means_cost_no_digits(dtype: torch.dtype) -> None:
     x = data()[0]

@@ -5,6 +5,8 @@ Shapes: n tokens, X inputs, Y outputs of a linear map. Everything is solved in f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,18 @@ class Moments:
         self.count += len(x)
         if not (self._sums[2].isfinite().all() and self._sums[3].isfinite().all()):
             raise CalibrationError(NOT_FINITE)
+
+    def left_out(self, kept: Sequence[int], weight: Tensor) -> Moments:
+        """Return the moments of some inputs and, as outputs, of what all others add through a linear map [Y, X]."""
+        assert self._origin_x is not None
+        kept, others = list(kept), sorted(set(range(self.inputs)) - set(kept))
+        outward = weight[:, others].T.double()
+        sum_x, _, second, _ = self._sums
+        part = Moments()
+        part.count = self.count
+        part._origin_x, part._origin_y = self._origin_x[kept], self._origin_x[others].double() @ outward
+        part._sums = [sum_x[kept], sum_x[others] @ outward, second[kept][:, kept], second[kept][:, others] @ outward]
+        return part
 
     @property
     def inputs(self) -> int:
