@@ -8,6 +8,7 @@ from torch import Tensor
 
 import reference
 from spvit.moments import (
+    GRAM_COLUMNS,
     RIDGE,
     WANTED_TOKENS,
     CalibrationError,
@@ -54,6 +55,13 @@ def test_streamed_moments_are_those_of_all_tokens(sizes: tuple[int, ...]) -> Non
     assert_close(moments.cross, joint[:6, 6:])
     assert_close(moments.second_x, x.T @ x / 90)
     assert_close(moments.second_cross, x.T @ y / 90)
+
+
+def test_moments_of_wide_inputs_are_whole() -> None:
+    x, y = data(tokens=50, inputs=2 * GRAM_COLUMNS + 7)
+    moments = gathered(x, y)
+    assert_close(moments.covariance, torch.cov(x.T, correction=0))
+    assert_close(moments.cross, x.sub(x.mean(0)).T @ y / 50)
 
 
 @pytest.mark.parametrize("kept", [(1, 4, 5), (0,)])
