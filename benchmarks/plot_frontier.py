@@ -67,7 +67,6 @@ def draw(axes: Axes, runs: Sequence[dict[str, Any]]) -> None:
     axes.set(xlabel="share of the dense model's MACs", ylabel="accuracy")
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.legend(fontsize=8, loc="lower right")
 
 
 def main() -> None:
@@ -78,9 +77,10 @@ def main() -> None:
     options = parser.parse_args()
     runs = read_runs(options.files)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+        figure, axes = plt.subplots(figsize=(6.4, 5.0), layout="constrained")
         draw(axes, runs)
         figure.suptitle(runs[0]["title"].split(",")[0])
+        figure.legend(fontsize=8, loc="outside lower center", ncols=2)
         figure.savefig(options.output, metadata={"Date": None})
 
 
