@@ -21,7 +21,17 @@ from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.hosts.base import BlockSites, Family, logits_of
 from spvit.moments import CalibrationError, Moments, ridge_for
 from spvit.ranking import Ranking, rank_units
-from spvit.repair import Layer, advance, block_inputs, calibration_batches, correct, evaluating, reached, repair_block
+from spvit.repair import (
+    BATCH,
+    Layer,
+    advance,
+    block_inputs,
+    calibration_batches,
+    correct,
+    evaluating,
+    reached,
+    repair_block,
+)
 from spvit.surgery import narrow_ffn, replace_attention
 
 PREFIX_RULE = "linear"
@@ -168,10 +178,10 @@ def _spread(count: int, marked: int) -> Tensor:
 
 
 def _taken(batches: list[Tensor], images: Tensor) -> list[Tensor]:
-    """Return what batches hold of some images, by their ascending numbers among all; no empty batches."""
+    """Return some images, by their ascending numbers among those of all batches, in full batches again."""
     starts = itertools.accumulate((len(batch) for batch in batches), initial=0)
     own = [images[(images >= start) & (images < start + len(batch))] - start for start, batch in zip(starts, batches)]
-    return [batch[index.to(batch.device)] for index, batch in zip(own, batches) if len(index)]
+    return list(torch.cat([batch[index.to(batch.device)] for index, batch in zip(own, batches)]).split(BATCH))
 
 
 def _score_block(
