@@ -40,7 +40,7 @@ MEASURED_SHARES = (1 / 8, 1 / 4, 1 / 2)
 """Shares of an FFN's units at which the divergence is measured."""
 MEASURED_RANKS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Shares of the head width at which narrow attention is measured, to the nearest rank that may be kept."""
-MEASURING_IMAGES = 128
+MEASURING_IMAGES = 96
 """Images at most on which divergence is measured: each passes through most of the network for every candidate."""
 FITTING_IMAGES = 256
 """Images at most that the repair of candidates is fitted to; the repair at pruning takes all."""
@@ -129,7 +129,7 @@ def score(
     Args:
         host: the dense model.
         family: the host's.
-        images: as in `repair.calibration_batches`; up to 256 of them fit the repairs, up to 128 others measure.
+        images: as in `repair.calibration_batches`; up to 256 of them fit the repairs, up to 96 others measure.
         multiple: ranks of narrow attention are multiples of it.
         report: called with (blocks scored, blocks) after each.
 
