@@ -130,10 +130,10 @@ def test_every_other_of_few_images_measures(sizes: tuple[int, ...]) -> None:
     fitting, measuring = _parts(list(x.split(list(sizes))))
     assert torch.cat(fitting).flatten().tolist() == [0, 1, 3, 5]
     assert torch.cat(measuring).flatten().tolist() == [2, 4, 6]
-    assert all(len(batch) for batch in (*fitting, *measuring))
+    assert len(fitting) == len(measuring) == 1  # nothing is left of small batches
 
 
-@pytest.mark.parametrize(("count", "fits"), [(300, 172), (10 * FITTING_IMAGES, FITTING_IMAGES)])
+@pytest.mark.parametrize(("count", "fits"), [(300, 204), (10 * FITTING_IMAGES, FITTING_IMAGES)])
 def test_of_many_images_some_measure_and_others_fit_from_all_over_them(count: int, fits: int) -> None:
     fitting, measuring = (torch.cat(part) for part in _parts(list(torch.arange(count).split(64))))
     assert len(fitting) == fits

@@ -21,14 +21,24 @@ from spvit.architecture import FFN, Attention, Block
 from spvit.hosts.base import BlockSites, Family, logits_of
 from spvit.moments import CalibrationError, Moments, ridge_for
 from spvit.ranking import Ranking, rank_units
-from spvit.repair import Layer, advance, block_inputs, calibration_batches, correct, evaluating, reached, repair_block
+from spvit.repair import (
+    BATCH,
+    Layer,
+    advance,
+    block_inputs,
+    calibration_batches,
+    correct,
+    evaluating,
+    reached,
+    repair_block,
+)
 from spvit.surgery import install
 
 MEASURED_SHARES = (1 / 8, 1 / 4, 1 / 2)
 """Shares of an FFN's units at which the divergence is measured."""
 MEASURED_RANKS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Shares of the head width at which narrow attention is measured, to the nearest rank that may be kept."""
-MEASURING_IMAGES = 128
+MEASURING_IMAGES = 96
 """Images at most on which divergence is measured: each passes through most of the network for every candidate."""
 FITTING_IMAGES = 256
 """Images at most that the repair of candidates is fitted to; the repair at pruning takes all."""
@@ -117,7 +127,7 @@ def score(
     Args:
         host: the dense model.
         family: the host's.
-        images: as in `repair.calibration_batches`; up to 256 of them fit the repairs, up to 128 others measure.
+        images: as in `repair.calibration_batches`; up to 256 of them fit the repairs, up to 96 others measure.
         multiple: ranks of narrow attention are multiples of it.
         report: called with (blocks scored, blocks) after each.
 
@@ -166,10 +176,10 @@ def _spread(count: int, marked: int) -> Tensor:
 
 
 def _taken(batches: list[Tensor], images: Tensor) -> list[Tensor]:
-    """Return what batches hold of some images, by their ascending numbers among all; no empty batches."""
+    """Return some images, by their ascending numbers among those of all batches, in full batches again."""
     starts = itertools.accumulate((len(batch) for batch in batches), initial=0)
     own = [images[(images >= start) & (images < start + len(batch))] - start for start, batch in zip(starts, batches)]
-    return [batch[index.to(batch.device)] for index, batch in zip(own, batches) if len(index)]
+    return list(torch.cat([batch[index.to(batch.device)] for index, batch in zip(own, batches)]).split(BATCH))
 
 
 def _score_block(
