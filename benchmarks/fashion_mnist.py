@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import gzip
 import itertools
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -108,18 +109,10 @@ class Bench:
         host = "dense" if options.host == "vit" else options.host
         name = f"fashion-mnist-{host}-{options.dense_epochs}-epochs-{count}-images-{options.held_out}-held-out"
         folder = Path(options.cache) / f"{name}-seed-{options.seed}"
-        if not folder.exists():
-            torch.manual_seed(options.seed)
-            model = make_dense(options.host)
-            phase = PhaseConfig(epochs=options.dense_epochs, learning_rate=DENSE_LEARNING_RATE, warmup_epochs=1.0)
-            started = time.perf_counter()
-            with tempfile.TemporaryDirectory() as temporary:
-                train_dense(model, self.images, Path(temporary), self.loop, phase, self.progress)
-            metrics = {"seconds": time.perf_counter() - started}
-            spvit.save(model, folder, preprocessing=self.images.preprocessing, metrics=metrics)
-        dense = spvit.load(folder)
+        phase = PhaseConfig(epochs=options.dense_epochs, learning_rate=DENSE_LEARNING_RATE, warmup_epochs=1.0)
+        make = functools.partial(make_dense, options.host)
+        dense, seconds = kept_dense(folder, make, self.images, self.loop, phase, self.progress)
         accuracy = figures_of(dense, self.images, self.loop).accuracy
-        seconds = describe(folder).metrics["seconds"]
         self.note(f"dense model of {folder}: accuracy {accuracy:.2%}, trained in {seconds:.0f} s")
         return dense, accuracy, seconds
 
@@ -192,7 +185,8 @@ class Bench:
         rows = {
             "spvit, no training": replace(self.finetuning, epochs=0),
             "spvit": self.finetuning,
-            "spvit, distilled, own settings": replace(config.finetune, epochs=self.options.epochs),
+            # The best weights would be chosen by the images that the figures are of.
+            "spvit, distilled, own settings": replace(config.finetune, epochs=self.options.epochs, keep_best=False),
         }
         for method, settings in rows.items():
             # Every row needs the one decision and repair, so they count in each.
@@ -253,6 +247,26 @@ class Bench:
         model = torch_pruned_to(self.dense, gradients, torch.zeros(1, *SIZES["vit"]), self.macs, target)
         self.note(f"{budget} Torch-Pruning: {torch_pruned_widths(model)}")
         self.finish(budget, "Torch-Pruning", started, model)
+
+
+def kept_dense(
+    folder: Path,
+    make: Callable[[], nn.Module],
+    images: Images,
+    loop: LoopConfig,
+    phase: PhaseConfig,
+    progress: PhaseProgress,
+) -> tuple[nn.Module, float]:
+    """Return a dense model and the seconds that its training took: of a folder, or trained now and kept there."""
+    if not folder.exists():
+        torch.manual_seed(loop.seed)
+        model = make()
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as temporary:
+            train_dense(model, images, Path(temporary), loop, phase, progress)
+        metrics = {"seconds": time.perf_counter() - started}
+        spvit.save(model, folder, preprocessing=images.preprocessing, metrics=metrics)
+    return spvit.load(folder), describe(folder).metrics["seconds"]
 
 
 def make_dense(host: str) -> nn.Module:
@@ -317,10 +331,9 @@ def table_of(rows: list[Row], title: str) -> Table:
     return table
 
 
-def parse_options() -> argparse.Namespace:
-    """Return the command's options; --quick fills in what is not given."""
-    defaults = {"dense_epochs": 14, "search_epochs": 2, "epochs": 1, "random": 5}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
+    """Return the parser of the command's options, which scripts on the same images share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", choices=SIZES, default="vit", help="swin leaves Torch-Pruning out")
     parser.add_argument("--budgets", nargs="+", default=["50%", "25%"], help="MACs (default: half and a quarter)")
     parser.add_argument("--dense-epochs", type=int, help="of the dense model (default: 14; quick: 4)")
@@ -347,7 +360,13 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=f"a rough run on {QUICK['images']:,} training images")
     parser.add_argument("--limit", type=int, help="training and validation images, to see the script work")
     parser.add_argument("--json", help="file to write the rows to")
-    options = parser.parse_args()
+    return parser
+
+
+def parse_options(parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """Return the command's options; --quick fills in what is not given."""
+    options = (parser or make_parser()).parse_args()
+    defaults = {"dense_epochs": 14, "search_epochs": 2, "epochs": 1, "random": 5}
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, QUICK[name] if options.quick else value)

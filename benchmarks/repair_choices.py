@@ -18,12 +18,12 @@ from typing import cast
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 import spvit
+from cases import divergence, log_probabilities
 from fashion_mnist import MEAN_ALONE, Bench, parse_options
-from reporting import check_free, write_results
+from reporting import check_free, rank_correlation, write_results
 from spvit.architecture import FFN, PREFIX_RULES, Architecture, Attention, Block, dense
 from spvit.cost import parse_budget
 from spvit.decide import DEFAULT_MULTIPLE, choose
@@ -57,23 +57,17 @@ class Comparison:
         batches = list(validation_loader(bench.images))
         self.validation = [images for images, _ in batches]
         self.targets = torch.cat([targets for _, targets in batches])
-        self.dense = self.log_probabilities(bench.dense)
+        self.dense = log_probabilities(bench.dense, self.validation)
         self.scores = score(bench.dense, family_of(bench.dense), self.images, DEFAULT_MULTIPLE)
         self.rows: list[Measured] = []
 
-    @torch.no_grad()
-    def log_probabilities(self, model: nn.Module) -> Tensor:
-        """Return log probabilities of the validation images, [images, classes]."""
-        model.eval()
-        return F.log_softmax(torch.cat([model(batch) for batch in self.validation]).double(), dim=1)
-
     def measure(self, group: str, variant: str, model: nn.Module) -> float:
         """Record a model's figures and return its divergence."""
-        found = self.log_probabilities(model)
+        found = log_probabilities(model, self.validation)
         accuracy = float((found.argmax(1) == self.targets).double().mean())
-        divergence = float(F.kl_div(found, self.dense, reduction="batchmean", log_target=True))
-        self.rows.append(Measured(group, variant, accuracy, divergence))
-        return divergence
+        diverged = divergence(found, self.dense)
+        self.rows.append(Measured(group, variant, accuracy, diverged))
+        return diverged
 
     def pruned(self, architecture: Architecture, ridge: float | None) -> nn.Module:
         """Return the dense model pruned, and repaired with a ridge unless that is None."""
@@ -136,8 +130,7 @@ class Comparison:
             predicted.append(total)
             architecture = Architecture(tuple(blocks), "linear", "mean")
             found.append(self.measure("random candidates", f"draw {index + 1}", self.pruned(architecture, RIDGE)))
-        ranks = [torch.tensor(values).argsort().argsort().double() for values in (predicted, found)]
-        return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+        return rank_correlation(predicted, found)
 
 
 def random_candidate(scores: BlockScores, generator: random.Random) -> tuple[Block, float]:

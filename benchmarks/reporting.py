@@ -57,6 +57,16 @@ def figures_of_process(arguments: Sequence[str], environment: Mapping[str, str])
     return figures
 
 
+def rank_correlation(predicted: Sequence[float], found: Sequence[float]) -> float:
+    """Return Spearman's rank correlation; equals share their mean rank. 0 where one side does not vary."""
+    ranks = []
+    for values in (predicted, found):
+        column = torch.tensor(values, dtype=torch.float64)
+        below, equal = column[:, None] > column, column[:, None] == column
+        ranks.append(below.sum(1) + equal.sum(1) / 2)
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1].nan_to_num())
+
+
 def check_free(path: str | None) -> None:
     """Exit when the file that results are to go to exists already: before a long measurement, not after."""
     if path is not None and Path(path).exists():

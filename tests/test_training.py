@@ -254,6 +254,17 @@ def test_a_phase_that_only_harms_ends_with_the_weights_from_before(tmp_path: Pat
     assert not states_equal(harmed, start)
 
 
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_compress_ends_with_the_repaired_network_where_fine_tuning_only_harms(tmp_path: Path, keep_best: bool) -> None:
+    defaults = CompressConfig().finetune
+    assert defaults.keep_best
+    harmful = replace(defaults, learning_rate=0.5, clip_gradient=0.0, keep_best=keep_best)
+    config = CompressConfig(dense=short(4), train_epochs=1, finetune=harmful, calibration_images=128)
+    found = run_compress(micro_host(), digits(), {"macs": "80%"}, tmp_path, config)
+    assert (found.pruned == found.after_pruning) == keep_best
+    assert (found.pruned.accuracy < found.after_pruning.accuracy) != keep_best
+
+
 @pytest.mark.parametrize("settings", [{"weight_averaging": 0.9}, {"weight_averaging": 0.9, "keep_best": True}])
 def test_averaged_and_best_weights_survive_a_kill(tmp_path: Path, settings: dict[str, object]) -> None:
     images, names = digits(), ("plain", "whole", "cut")

@@ -55,8 +55,8 @@ class CompressConfig(LoopConfig):
     """The search for what to keep; with 0 epochs scores of the candidates decide, without training."""
     finetune: PhaseConfig = field(
         # Gentler than a phase's own defaults, which take a repaired network back below where it started
-        # (docs/benchmarks.md, "Fine-tuning a repaired network").
-        default_factory=lambda: PhaseConfig(learning_rate=2e-4, warmup_epochs=0.2, distillation=0.5)
+        # (docs/benchmarks.md, "Fine-tuning a repaired network"); where that happens still, the start is kept.
+        default_factory=lambda: PhaseConfig(learning_rate=2e-4, warmup_epochs=0.2, distillation=0.5, keep_best=True)
     )
     """Training of the pruned model."""
     train_epochs: int | None = None
