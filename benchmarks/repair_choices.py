@@ -9,8 +9,10 @@ hold some training images out when choosing by what this prints.
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from dataclasses import dataclass, replace
+from statistics import mean
 from typing import cast
 
 import torch
@@ -99,15 +101,21 @@ class Comparison:
         return replace(architecture, blocks=tuple(blocks))
 
     def rules_for_prefix_tokens(self) -> None:
-        """Replace the attention of one block after the other by a convolution, under every rule for prefix tokens."""
+        """Replace the attention of one block after the other by a convolution, under every rule for prefix tokens.
+
+        Over each rule's blocks the means are recorded too.
+        """
         whole = dense([block.units for block in self.bench.cost.blocks])
-        for index in range(len(whole.blocks)):
-            for kind in ("conv3", "conv1"):
+        for kind, rule in itertools.product(("conv3", "conv1"), PREFIX_RULES):
+            variant = f"prefix tokens: {rule}"
+            for index in range(len(whole.blocks)):
                 blocks = list(whole.blocks)
                 blocks[index] = replace(blocks[index], attention=Attention(kind))
-                for rule in PREFIX_RULES:
-                    architecture = Architecture(tuple(blocks), rule)
-                    self.measure(f"block {index} {kind}", f"prefix tokens: {rule}", self.pruned(architecture, RIDGE))
+                architecture = Architecture(tuple(blocks), rule)
+                self.measure(f"block {index} {kind}", variant, self.pruned(architecture, RIDGE))
+            rows = self.rows[-len(whole.blocks) :]
+            means = (mean(getattr(row, name) for row in rows) for name in ("accuracy", "divergence"))
+            self.rows.append(Measured(f"{kind}, mean over blocks", variant, *means))
 
     def how_scores_rank(self) -> float:
         """Return the rank correlation of the sum of scores with the divergence measured, over random candidates."""

@@ -1,11 +1,14 @@
-"""What all benchmarks share: the machine, medians with spreads, and the JSON file of a run."""
+"""What all benchmarks share: the machine, medians with spreads, processes of their own, the JSON file of a run."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
+import resource
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from statistics import median, quantiles
@@ -39,6 +42,19 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
         return median(values), 0.0
     low, _, high = quantiles(values, n=4, method="inclusive")
     return median(values), high - low
+
+
+def peak_bytes() -> int:
+    """Return the largest resident size that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def figures_of_process(arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return the figures that a Python script prints as JSON on its last line, run in a process of its own."""
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def rank_correlation(predicted: Sequence[float], found: Sequence[float]) -> float:

@@ -13,10 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -24,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from reporting import check_free, machine, spread, write_results
+from reporting import check_free, figures_of_process, machine, peak_bytes, spread, write_results
 
 SIDES = ("dense", "fresh", "half")
 MEMORY_STEPS = 3
@@ -51,7 +47,7 @@ def run_side(side: str, model: str, batch: int, steps: int) -> dict[str, float]:
 
     torch.manual_seed(0)
     images, targets = torch.randn(batch, 3, 224, 224), torch.randint(0, 1000, (batch,))
-    before = _peak_bytes()
+    before = peak_bytes()
     net = timm.create_model(model)
     budget = None
     gates: list[torch.nn.Parameter] = []
@@ -78,25 +74,15 @@ def run_side(side: str, model: str, batch: int, steps: int) -> dict[str, float]:
             optimizer.step()
             optimizer.zero_grad()
         seconds.append(time.perf_counter() - started)
-    return {"seconds": spread(seconds[2:])[0], "bytes": _peak_bytes() - before}
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": spread(seconds[2:])[0], "bytes": peak_bytes() - before}
 
 
 def measure(side: str, model: str, batch: int, steps: int) -> dict[str, float]:
     """Return the seconds and bytes of `run_side` from a process of its own, and `needed_bytes` from a second one."""
-    command = [sys.executable, __file__, "--side", side, "--models", model, "--batch", str(batch), "--steps"]
-    figures = _run([*command, str(steps)], {})
-    needed = _run([*command, str(MEMORY_STEPS)], {"MALLOC_MMAP_THRESHOLD_": "262144"})
+    arguments = [__file__, "--side", side, "--models", model, "--batch", str(batch), "--steps"]
+    figures = figures_of_process([*arguments, str(steps)], {})
+    needed = figures_of_process([*arguments, str(MEMORY_STEPS)], {"MALLOC_MMAP_THRESHOLD_": "262144"})
     return {**figures, "needed_bytes": needed["bytes"]}
-
-
-def _run(command: list[str], environment: dict[str, str]) -> dict[str, float]:
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **environment})
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
 
 
 def main() -> None:

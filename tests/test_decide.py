@@ -15,12 +15,13 @@ import torch
 import spvit
 from spvit.architecture import Architecture, Attention, dense
 from spvit.cost import BlockCost, BudgetError, NetworkCost, parse_budget
-from spvit.decide import COST_STEPS, TOLERANCE, _least_sum, choose
+from spvit.decide import STEPS_PER_SITE, TOLERANCE, _least_sum, choose
 from spvit.hosts import family_of
 from spvit.hosts.base import UnsupportedHostError, network_costs
 from spvit.moments import CalibrationError
 from spvit.ranking import Ranking
-from spvit.scores import PREFIX_RULE, SKIP_RULE, BlockScores, score
+from spvit.repair import PREFIX_RULE, SKIP_RULE
+from spvit.scores import BlockScores, score
 from test_surgery import BOTH
 from tiny import HOSTS, images, logits, make_host
 
@@ -72,7 +73,7 @@ def test_rounded_costs_never_break_the_limit_and_lose_little(seed: int) -> None:
         picks = _least_sum(sites, limit, 0)
         chosen = [site[pick] for site, pick in zip(sites, picks)]
         assert sum(cost for cost, _ in chosen) <= limit
-        tighter = brute_force(everything, limit - len(sites) * (limit // COST_STEPS + 1), 0)
+        tighter = brute_force(everything, limit - (limit // STEPS_PER_SITE + len(sites)), 0)
         if tighter is not None:
             assert sum(score for _, score in chosen) <= tighter + 1e-12
     assert _least_sum(sites, smallest - 1, 0) is None
@@ -126,6 +127,23 @@ def test_the_choice_is_that_of_brute_force(seed: int, multiple: int) -> None:
             assert set(block.ffn.units) == set(own.ranking.units[: len(block.ffn.units)])
             assert len(block.ffn.units) in widths
     assert choose(scores, cost, cost.dense, multiple).widths() == (6, 6)
+
+
+def test_rounding_does_not_keep_many_sites_from_their_budget() -> None:
+    generator = random.Random(0)
+    scores, costs = [], []
+    for _ in range(64):
+        kinds = (Attention(), Attention("conv1"), Attention("skip"))
+        falling = (*sorted((generator.random() for _ in range(64)), reverse=True), 0.0)
+        scores.append(BlockScores(tuple(zip(kinds, (0.0, 1.0, 2.0))), Ranking(tuple(range(64)), falling), falling))
+        costs.append(
+            BlockCost(99_991, 80, 20_011, generator.randrange(2_000, 3_000), 64, 2, 4, 5, 5, {PREFIX_RULE: 3}, {})
+        )
+    cost = NetworkCost("macs", 1000, tuple(costs))
+    for share in (0.3, 0.5, 0.9):
+        target = round(share * cost.dense)
+        architecture = choose(scores, cost, target, 8)
+        assert (1 - TOLERANCE) * target <= cost.of(architecture) <= target
 
 
 @pytest.mark.parametrize("metric", ["macs", "params"])

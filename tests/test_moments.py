@@ -8,6 +8,7 @@ from torch import Tensor
 
 import reference
 from spvit.moments import (
+    GRAM_COLUMNS,
     RIDGE,
     WANTED_TOKENS,
     CalibrationError,
@@ -54,6 +55,27 @@ def test_streamed_moments_are_those_of_all_tokens(sizes: tuple[int, ...]) -> Non
     assert_close(moments.cross, joint[:6, 6:])
     assert_close(moments.second_x, x.T @ x / 90)
     assert_close(moments.second_cross, x.T @ y / 90)
+
+
+def test_moments_of_wide_inputs_are_whole() -> None:
+    x, y = data(tokens=50, inputs=2 * GRAM_COLUMNS + 7)
+    moments = gathered(x, y)
+    assert_close(moments.covariance, torch.cov(x.T, correction=0))
+    assert_close(moments.cross, x.sub(x.mean(0)).T @ y / 50)
+
+
+@pytest.mark.parametrize("kept", [(1, 4, 5), (0,)])
+def test_what_is_left_out_is_as_if_gathered(kept: tuple[int, ...]) -> None:
+    x, _ = data()
+    weight = data(5)[0]  # [5, 6]
+    others = [unit for unit in range(6) if unit not in kept]
+    found = gathered(x, sizes=(45, 45)).left_out(kept, weight)
+    expected = gathered(x[:, list(kept)], x[:, others] @ weight[:, others].T)
+    assert (found.count, found.inputs) == (90, len(kept))
+    for centred in (True, False):
+        for own, other in zip(found.products(centred), expected.products(centred)):
+            assert_close(own, other)
+    assert_close(found.mean_y, expected.mean_y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

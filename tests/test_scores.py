@@ -15,18 +15,19 @@ import spvit
 from spvit.architecture import FFN, Architecture, Attention, Block, dense
 from spvit.hosts import family_of
 from spvit.moments import CalibrationError
+from spvit.repair import PREFIX_RULE, SKIP_RULE
 from spvit.scores import (
+    FITTING_IMAGES,
     FLOOR,
     MEASURED_RANKS,
     MEASURED_SHARES,
-    PREFIX_RULE,
-    SKIP_RULE,
+    MEASURING_IMAGES,
     BlockScores,
     Head,
-    _halves,
     _interpolated_ranks,
     _interpolated_widths,
     _on_lines,
+    _parts,
     score,
 )
 from tiny import ALIKE, assert_close, images, logits, make_host
@@ -124,12 +125,24 @@ def test_the_head_is_the_host_behind_its_last_block(name: str) -> None:
 
 
 @pytest.mark.parametrize("sizes", [(7,), (1,) * 7, (2, 3, 2), (3, 1, 1, 2)])
-def test_halves_take_every_other_image(sizes: tuple[int, ...]) -> None:
+def test_every_other_of_few_images_measures(sizes: tuple[int, ...]) -> None:
     x = torch.arange(7)[:, None]
-    fitting, measuring = _halves(list(x.split(list(sizes))))
-    assert torch.cat(fitting).flatten().tolist() == [0, 2, 4, 6]
-    assert torch.cat(measuring).flatten().tolist() == [1, 3, 5]
-    assert all(len(batch) for batch in (*fitting, *measuring))
+    fitting, measuring = _parts(list(x.split(list(sizes))))
+    assert torch.cat(fitting).flatten().tolist() == [0, 1, 3, 5]
+    assert torch.cat(measuring).flatten().tolist() == [2, 4, 6]
+    assert len(fitting) == len(measuring) == 1  # nothing is left of small batches
+
+
+@pytest.mark.parametrize(("count", "fits"), [(300, 204), (10 * FITTING_IMAGES, FITTING_IMAGES)])
+def test_of_many_images_some_measure_and_others_fit_from_all_over_them(count: int, fits: int) -> None:
+    fitting, measuring = (torch.cat(part) for part in _parts(list(torch.arange(count).split(64))))
+    assert len(fitting) == fits
+    assert len(measuring) == MEASURING_IMAGES
+    assert not set(fitting.tolist()) & set(measuring.tolist())
+    for part in (fitting, measuring):
+        gaps = part.diff(prepend=torch.tensor([0]), append=torch.tensor([count]))
+        assert gaps[1:-1].min() > 0
+        assert gaps.max() <= 2 * count / len(part)
 
 
 def test_scores_that_cannot_be_had_are_refused() -> None:
@@ -191,3 +204,6 @@ def test_widths_between_follow_the_error_after_repair() -> None:
     assert dead[1] == pytest.approx(0.1)
     assert 0 < dead[2] < 2 * FLOOR
     assert math.isclose(dead[3], 0)
+    single = _interpolated_widths([], (1.0, 0.0))  # a single unit: no width in between to measure
+    assert len(single) == 2
+    assert single[0] > single[1] == 0

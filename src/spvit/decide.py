@@ -20,7 +20,8 @@ from spvit.scores import BlockScores, score
 from spvit.surgery import SearchRecord, gated_layers, search_record
 
 TOLERANCE = 0.005
-COST_STEPS = 8192
+STEPS_PER_SITE = 512
+"""Steps in which costs are counted, for every site, so that rounding takes no more than 1/512 of what may be spent."""
 
 
 def decide(
@@ -48,6 +49,7 @@ def decide(
         multiple: FFN widths are rounded to a multiple of it. Default: with a budget 8, or the largest of 4, 2, 1 that
             lands within 0.5 % where 8 is too coarse (very small hosts); without a budget 1.
         calibration: unlabelled images, a few hundred or more: a tensor [images, channels, height, width], or batches.
+            Up to 352, taken evenly from all of them, are used.
         report: with calibration images, called with (blocks scored, blocks) after each.
 
     Raises:
@@ -121,7 +123,8 @@ def choose(
 ) -> Architecture | None:
     """Return the architecture with the least sum of scores that costs at most the target, or None if none does.
 
-    Dynamic programming over the sites, on costs in 1/8192 of the target, rounded up so that the target holds.
+    Dynamic programming over the sites, on costs in whole steps of 1/512 of the target for all sites together, rounded
+    up so that the target holds.
 
     Args:
         scores: of every block.
@@ -166,18 +169,20 @@ def _least_sum(sites: Sequence[Sequence[tuple[int, float]]], limit: int, wanted:
     best_picks = [min(range(len(site)), key=lambda pick: site[pick][::-1]) for site in sites]
     if wanted <= sum(site[pick][0] for site, pick in zip(sites, best_picks)) <= limit:
         return best_picks
-    unit = max(1, limit // COST_STEPS)
+    unit = max(1, limit // (STEPS_PER_SITE * len(sites)))
     room = limit // unit
     best = torch.full((room + 1,), torch.inf, dtype=torch.float64)  # by the exact sum of the rounded costs
     best[0] = 0
     taken = []
     for site in sites:
-        table = torch.full((len(site), room + 1), torch.inf, dtype=torch.float64)
-        for row, (cost, loss) in zip(table, site):
+        better, choice = torch.full_like(best, torch.inf), torch.zeros(room + 1, dtype=torch.int32)
+        for pick, (cost, loss) in enumerate(site):
             steps = -(-cost // unit)
             if steps <= room:
-                row[steps:] = best[: room + 1 - steps] + loss
-        best, choice = table.min(dim=0)
+                reached, own = better[steps:], best[: room + 1 - steps] + loss
+                choice[steps:][own < reached] = pick
+                torch.minimum(reached, own, out=reached)
+        best = better
         taken.append(choice)
     # Rounded up, costs seem larger than they are.
     low = max(0, -(-wanted // unit))

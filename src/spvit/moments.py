@@ -5,12 +5,16 @@ Shapes: n tokens, X inputs, Y outputs of a linear map. Everything is solved in f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 RIDGE = 1e-4
 WANTED_TOKENS = 4
 """Tokens for every input, below which the ridge grows: moments from fewer are noise in their smallest directions."""
+GRAM_COLUMNS = 256
+"""Columns whose products with all later ones are taken at once: narrow ones waste time on small products."""
 
 NOT_FINITE = "the activations of the calibration images are not finite; check the model's weights and the images"
 
@@ -39,11 +43,23 @@ class Moments:
             self._origin_x, self._origin_y = x.mean(0), y.mean(0)
             self._sums = [torch.zeros(shape, dtype=torch.float64, device=x.device) for shape in _shapes(x, y)]
         x, y = x - self._origin_x, y - self._origin_y
-        for total, part in zip(self._sums, (x.sum(0), y.sum(0), x.T @ x, x.T @ y)):
+        for total, part in zip(self._sums, (x.sum(0), y.sum(0), _gram(x), x.T @ y)):
             total += part.double()
         self.count += len(x)
         if not (self._sums[2].isfinite().all() and self._sums[3].isfinite().all()):
             raise CalibrationError(NOT_FINITE)
+
+    def left_out(self, kept: Sequence[int], weight: Tensor) -> Moments:
+        """Return the moments of some inputs and, as outputs, of what all others add through a linear map [Y, X]."""
+        assert self._origin_x is not None
+        kept, others = list(kept), sorted(set(range(self.inputs)) - set(kept))
+        outward = weight[:, others].T.double()
+        sum_x, _, second, _ = self._sums
+        part = Moments()
+        part.count = self.count
+        part._origin_x, part._origin_y = self._origin_x[kept], self._origin_x[others].double() @ outward
+        part._sums = [sum_x[kept], sum_x[others] @ outward, second[kept][:, kept], second[kept][:, others] @ outward]
+        return part
 
     @property
     def inputs(self) -> int:
@@ -91,6 +107,14 @@ class Moments:
 def _flat(tensor: Tensor) -> Tensor:
     """Return vectors [n, width] of at least single precision."""
     return tensor.detach().flatten(0, -2).to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _gram(x: Tensor) -> Tensor:
+    """Return x^T x [X, X] from x: [n, X]; what is below the diagonal is copied, which saves a third in wide layers."""
+    products = x.new_zeros(x.shape[1], x.shape[1])
+    for start in range(0, x.shape[1], GRAM_COLUMNS):
+        products[start : start + GRAM_COLUMNS, start:] = x[:, start : start + GRAM_COLUMNS].T @ x[:, start:]
+    return products.triu() + products.triu(1).T
 
 
 def _shapes(x: Tensor, y: Tensor) -> list[tuple[int, ...]]:

@@ -9,9 +9,9 @@ Shapes: B batch, N tokens = P prefix tokens + G grid tokens, D width, E head wid
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -141,6 +141,8 @@ class Layer:
     inputs: list[Tensor]
     dense_inputs: list[Tensor]
     ridge: float = RIDGE
+    known: Mapping[str, list[Tensor]] = field(default_factory=dict)
+    """What modules of the dense block give, by path, for those that need not run again."""
 
     def arriving(self, path: str) -> Iterator[Tensor]:
         """Yield what arrives at a module of the pruned block."""
@@ -149,6 +151,8 @@ class Layer:
 
     def wanted(self, path: str) -> Iterator[Tensor]:
         """Yield what a module of the dense block gives."""
+        if path in self.known:
+            return iter(self.known[path])
         block, module = self.host.get_submodule(self.sites.path), self.host.get_submodule(path)
         return (reached(block, x, module, output=True) for x in self.dense_inputs)
 
@@ -232,7 +236,12 @@ def _repair_linear(layer: Layer, path: str) -> None:
     moments = Moments()
     for x, wanted in zip(layer.arriving(path), layer.wanted(path)):
         moments.add(x, wanted - linear(x))
-    weight, bias = correction(moments, linear.bias is not None, layer.ridge)
+    correct(linear, moments, layer.ridge)
+
+
+def correct(linear: nn.Linear, moments: Moments, ridge: float = RIDGE) -> None:
+    """Correct a linear layer in place, given moments of its inputs x and errors y."""
+    weight, bias = correction(moments, linear.bias is not None, ridge)
     linear.weight.add_(weight.to(linear.weight))
     if bias is not None:
         linear.bias.add_(bias.to(linear.bias))

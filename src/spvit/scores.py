@@ -10,9 +10,10 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,13 +21,27 @@ from spvit.architecture import FFN, Attention, Block
 from spvit.hosts.base import BlockSites, Family, logits_of
 from spvit.moments import CalibrationError, Moments, ridge_for
 from spvit.ranking import Ranking, rank_units
-from spvit.repair import Layer, advance, block_inputs, calibration_batches, evaluating, reached, repair_block
+from spvit.repair import (
+    BATCH,
+    Layer,
+    advance,
+    block_inputs,
+    calibration_batches,
+    correct,
+    evaluating,
+    reached,
+    repair_block,
+)
 from spvit.surgery import install
 
 MEASURED_SHARES = (1 / 8, 1 / 4, 1 / 2)
 """Shares of an FFN's units at which the divergence is measured."""
 MEASURED_RANKS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Shares of the head width at which narrow attention is measured, to the nearest rank that may be kept."""
+MEASURING_IMAGES = 96
+"""Images at most on which divergence is measured: each passes through most of the network for every candidate."""
+FITTING_IMAGES = 256
+"""Images at most that the repair of candidates is fitted to; the repair at pruning takes all."""
 FLOOR = 1e-12
 
 
@@ -112,7 +127,7 @@ def score(
     Args:
         host: the dense model.
         family: the host's.
-        images: as in `repair.calibration_batches`; half of them fit the repairs, the others measure.
+        images: as in `repair.calibration_batches`; up to 256 of them fit the repairs, up to 96 others measure.
         multiple: ranks of narrow attention are multiples of it.
         report: called with (blocks scored, blocks) after each.
 
@@ -121,9 +136,9 @@ def score(
     """
     blocks = family.blocks(host)
     with evaluating(host):
-        batches = _halves(calibration_batches(images, family, host))
+        batches = _parts(calibration_batches(images, family, host))
         model = copy.deepcopy(host)
-        fitting, measuring = (block_inputs(host, blocks[0], half) for half in batches)
+        fitting, measuring = (block_inputs(host, blocks[0], part) for part in batches)
         head = Head(host, blocks, batches[0][0])
         dense = [F.log_softmax(logits_of(host(batch)).double(), dim=1) for batch in batches[1]]
         bench = _Bench(host, model, family, blocks, head, dense)
@@ -138,18 +153,33 @@ def score(
     return tuple(scores)
 
 
-def _halves(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    if sum(len(batch) for batch in batches) < 2:
+def _parts(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return batches of the images to fit and of those to measure, each taken evenly from all: every other one of few.
+
+    Raises:
+        CalibrationError: there is but one image.
+    """
+    count = sum(len(batch) for batch in batches)
+    if count < 2:
         raise CalibrationError("one calibration image is too few to fit and measure; give a few hundred or more")
-    halves: tuple[list[Tensor], list[Tensor]] = ([], [])
-    seen = 0
-    for batch in batches:
-        # Every other image of them all, so that batches of one image serve too.
-        for half, start in zip(halves, (seen % 2, 1 - seen % 2)):
-            if len(batch[start::2]):
-                half.append(batch[start::2])
-        seen += len(batch)
-    return halves
+    images = torch.arange(count)
+    measures = _spread(count, min(MEASURING_IMAGES, count // 2))
+    others = images[~measures]
+    fitting = others[_spread(len(others), min(FITTING_IMAGES, len(others)))]
+    return _taken(batches, fitting), _taken(batches, images[measures])
+
+
+def _spread(count: int, marked: int) -> Tensor:
+    """Return a mask [count] in which so many entries are marked, evenly."""
+    passed = torch.arange(count + 1) * marked // count
+    return passed[1:] > passed[:-1]
+
+
+def _taken(batches: list[Tensor], images: Tensor) -> list[Tensor]:
+    """Return some images, by their ascending numbers among those of all batches, in full batches again."""
+    starts = itertools.accumulate((len(batch) for batch in batches), initial=0)
+    own = [images[(images >= start) & (images < start + len(batch))] - start for start, batch in zip(starts, batches)]
+    return list(torch.cat([batch[index.to(batch.device)] for index, batch in zip(own, batches)]).split(BATCH))
 
 
 def _score_block(
@@ -157,23 +187,40 @@ def _score_block(
 ) -> BlockScores:
     sites = bench.blocks[index]
     layer = Layer(bench.model, bench.host, bench.family, sites, fitting, fitting)
+    # All candidates of the attention are fitted to the same outputs.
+    layer = replace(layer, known={sites.attention.path: list(layer.wanted(sites.attention.path))})
     units = sites.ffn.units
-    whole = FFN.whole(units)
 
-    def measured(kept: Block) -> float:
+    def measured(kept: Block, fit: Callable[[Block], object]) -> float:
         """Install, repair and measure what a block may keep, and put the copy's block back."""
         before = copy.deepcopy(bench.model.get_submodule(sites.path))
         install(bench.model, bench.family, index, sites, kept)
-        repair_block(layer, kept)
+        fit(kept)
         divergence = bench.divergence(index, measuring)
         bench.model.set_submodule(sites.path, before)
         return divergence
 
-    attention = [(candidate, measured(Block(candidate, whole))) for candidate in _candidates(bench, sites, multiple)]
-    ranking = _ranking(layer)
+    def fit_attention(kept: Block) -> None:
+        repair_block(layer, kept)
+
+    whole = FFN.whole(units)
+    attention = [
+        (candidate, measured(Block(candidate, whole), fit_attention))
+        for candidate in _candidates(bench, sites, multiple)
+    ]
+    second, moments = _into_second(layer)
+    ranking = rank_units(moments.covariance, second.weight, ridge_for(moments))
+
+    def fit_ffn(kept: Block) -> None:
+        narrowed = bench.model.get_submodule(sites.ffn.second)
+        assert isinstance(narrowed, nn.Linear)
+        # Whole attention leaves the FFN the dense one's inputs, so all that its repair needs is in the moments.
+        correct(narrowed, moments.left_out(kept.ffn.units, second.weight))
+
     widths = sorted({max(1, round(units * share)) for share in MEASURED_SHARES} - {units})
     points = [
-        (width, measured(Block(Attention(), FFN(units, tuple(sorted(ranking.units[:width])))))) for width in widths
+        (width, measured(Block(Attention(), FFN(units, tuple(sorted(ranking.units[:width])))), fit_ffn))
+        for width in widths
     ]
     return BlockScores(
         ((Attention(), 0.0), *_interpolated_ranks(attention, sites.attention.head_width, multiple)),
@@ -198,14 +245,15 @@ def _ranks(head_width: int, multiple: int) -> list[int]:
     return list(range(multiple, head_width, multiple))
 
 
-def _ranking(layer: Layer) -> Ranking:
+def _into_second(layer: Layer) -> tuple[nn.Linear, Moments]:
+    """Return the second linear layer of the dense block's FFN, and the moments of what it takes."""
     second = layer.host.get_submodule(layer.sites.ffn.second)
     assert isinstance(second, nn.Linear)
     moments = Moments()
     block = layer.host.get_submodule(layer.sites.path)
     for x in layer.dense_inputs:
         moments.add(reached(block, x, second, output=False))
-    return rank_units(moments.covariance, second.weight, ridge_for(moments))
+    return second, moments
 
 
 def _interpolated_ranks(
@@ -230,6 +278,9 @@ def _interpolated_widths(points: list[tuple[int, float]], errors: Sequence[float
     The error after repair is known for every width from the moments, the divergence at some; the smaller the error the
     nearer the divergence is to proportional.
     """
+    if not points:
+        # A single unit: there is nothing between keeping it and having no FFN, which no decision takes.
+        return (*[math.inf] * (len(errors) - 1), 0.0)
     levels = [math.log(max(error, FLOOR)) for error in errors]
     known = sorted({levels[width]: math.log(divergence) for width, divergence in points}.items())
     # More error is never better; where the images say so it is noise, and prolonged it would grow without bounds.

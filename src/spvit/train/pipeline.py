@@ -65,8 +65,9 @@ class CompressConfig(LoopConfig):
     """Whether what pruning broke is repaired in closed form, from calibration images."""
     calibration_images: int = CALIBRATION_IMAGES
     """Training images for scores and repair; their labels are not used."""
-    initialise: str = "search"
-    """Weights of the pruned model after a search: those of the `search`, or of the `host` as published."""
+    initialise: str = "host"
+    """Weights of the pruned model after a search: those of the `host`, as published (and then repaired), or of the
+    `search`."""
     multiple: int | None = None
     """FFN widths are rounded to a multiple of it; when absent 8, or less for very small models."""
 
