@@ -17,11 +17,11 @@ from spvit.hosts import family_of
 from spvit.moments import CalibrationError
 from spvit.repair import PREFIX_RULE, SKIP_RULE
 from spvit.scores import (
-    FITTING_IMAGES,
+    FITTING,
     FLOOR,
     MEASURED_RANKS,
     MEASURED_SHARES,
-    MEASURING_IMAGES,
+    MEASURING,
     BlockScores,
     Head,
     _interpolated_ranks,
@@ -127,17 +127,27 @@ def test_the_head_is_the_host_behind_its_last_block(name: str) -> None:
 @pytest.mark.parametrize("sizes", [(7,), (1,) * 7, (2, 3, 2), (3, 1, 1, 2)])
 def test_every_other_of_few_images_measures(sizes: tuple[int, ...]) -> None:
     x = torch.arange(7)[:, None]
-    fitting, measuring = _parts(list(x.split(list(sizes))))
+    fitting, measuring = _parts(list(x.split(list(sizes))), 17)
     assert torch.cat(fitting).flatten().tolist() == [0, 1, 3, 5]
     assert torch.cat(measuring).flatten().tolist() == [2, 4, 6]
     assert len(fitting) == len(measuring) == 1  # nothing is left of small batches
 
 
-@pytest.mark.parametrize(("count", "fits"), [(300, 204), (10 * FITTING_IMAGES, FITTING_IMAGES)])
-def test_of_many_images_some_measure_and_others_fit_from_all_over_them(count: int, fits: int) -> None:
-    fitting, measuring = (torch.cat(part) for part in _parts(list(torch.arange(count).split(64))))
-    assert len(fitting) == fits
-    assert len(measuring) == MEASURING_IMAGES
+@pytest.mark.parametrize(
+    ("count", "tokens", "measure", "fit"),
+    [
+        (300, 3136, MEASURING[0], 300 - MEASURING[0]),
+        (10 * FITTING[0], 3136, MEASURING[0], FITTING[0]),
+        (5000, 50, MEASURING[1] // 50, FITTING[1] // 50),  # small images are cheap, so more of them count
+        (600, 50, 300, 300),
+    ],
+)
+def test_of_many_images_some_measure_and_others_fit_from_all_over_them(
+    count: int, tokens: int, measure: int, fit: int
+) -> None:
+    fitting, measuring = (torch.cat(part) for part in _parts(list(torch.arange(count).split(64)), tokens))
+    assert len(fitting) == fit
+    assert len(measuring) == measure
     assert not set(fitting.tolist()) & set(measuring.tolist())
     for part in (fitting, measuring):
         gaps = part.diff(prepend=torch.tensor([0]), append=torch.tensor([count]))

@@ -38,10 +38,11 @@ MEASURED_SHARES = (1 / 8, 1 / 4, 1 / 2)
 """Shares of an FFN's units at which the divergence is measured."""
 MEASURED_RANKS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Shares of the head width at which narrow attention is measured, to the nearest rank that may be kept."""
-MEASURING_IMAGES = 96
-"""Images at most on which divergence is measured: each passes through most of the network for every candidate."""
-FITTING_IMAGES = 256
-"""Images at most that the repair of candidates is fitted to; the repair at pruning takes all."""
+MEASURING = (96, 20_000)
+"""Images, or tokens of the first block if these are more images, on which divergence is measured at most: they pass
+through most of the network for every candidate."""
+FITTING = (256, 50_000)
+"""The same for what the repair of candidates is fitted to; the repair at pruning takes all images."""
 FLOOR = 1e-12
 
 
@@ -127,7 +128,7 @@ def score(
     Args:
         host: the dense model.
         family: the host's.
-        images: as in `repair.calibration_batches`; up to 256 of them fit the repairs, up to 96 others measure.
+        images: as in `repair.calibration_batches`; some of them fit the repairs, some others measure.
         multiple: ranks of narrow attention are multiples of it.
         report: called with (blocks scored, blocks) after each.
 
@@ -136,7 +137,8 @@ def score(
     """
     blocks = family.blocks(host)
     with evaluating(host):
-        batches = _parts(calibration_batches(images, family, host))
+        site = blocks[0].attention
+        batches = _parts(calibration_batches(images, family, host), site.prefix_tokens + math.prod(site.grid))
         model = copy.deepcopy(host)
         fitting, measuring = (block_inputs(host, blocks[0], part) for part in batches)
         head = Head(host, blocks, batches[0][0])
@@ -153,8 +155,12 @@ def score(
     return tuple(scores)
 
 
-def _parts(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _parts(batches: list[Tensor], tokens: int) -> tuple[list[Tensor], list[Tensor]]:
     """Return batches of the images to fit and of those to measure, each taken evenly from all: every other one of few.
+
+    Args:
+        batches: all images.
+        tokens: of one image.
 
     Raises:
         CalibrationError: there is but one image.
@@ -163,9 +169,10 @@ def _parts(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     if count < 2:
         raise CalibrationError("one calibration image is too few to fit and measure; give a few hundred or more")
     images = torch.arange(count)
-    measures = _spread(count, min(MEASURING_IMAGES, count // 2))
+    measured, fitted = (max(least, limit // tokens) for least, limit in (MEASURING, FITTING))
+    measures = _spread(count, min(measured, count // 2))
     others = images[~measures]
-    fitting = others[_spread(len(others), min(FITTING_IMAGES, len(others)))]
+    fitting = others[_spread(len(others), min(fitted, len(others)))]
     return _taken(batches, fitting), _taken(batches, images[measures])
 
 
