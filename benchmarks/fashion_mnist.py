@@ -179,11 +179,13 @@ class Bench:
         self.note(str(architecture))
         model = spvit.prune(self.dense, architecture, repair=images)
         spent = time.perf_counter() - started
-        shifted = spvit.prune(self.dense, architecture)
+        untouched, untrained = spvit.prune(self.dense, architecture), replace(self.finetuning, epochs=0)
+        shifted = copy.deepcopy(untouched)
         repair(shifted, self.dense, family_of(self.dense), architecture, images, ridge=MEAN_ALONE)
-        self.finish(budget, "spvit, mean shift only, no training", started, shifted, replace(self.finetuning, epochs=0))
+        for method, other in (("not repaired", untouched), ("mean shift only", shifted)):
+            self.finish(budget, f"spvit, {method}, no training", started, other, untrained)
         rows = {
-            "spvit, no training": replace(self.finetuning, epochs=0),
+            "spvit, no training": untrained,
             "spvit": self.finetuning,
             # The best weights would be chosen by the images that the figures are of.
             "spvit, distilled, own settings": replace(config.finetune, epochs=self.options.epochs, keep_best=False),
