@@ -197,7 +197,8 @@ class Loop:
         if self.best is not None and (best := self.best.figures()) and best["accuracy"] > figures.accuracy:
             plain.load_state_dict(self.best.weights())
             figures = evaluate(plain, self.validation, self.accelerator)
-            self.progress.note(f"{self.phase.name}: epoch {best['epoch']} was the best, its weights are kept")
+            which = f"epoch {best['epoch']}" if best["epoch"] > 0 else "what it started from"
+            self.progress.note(f"{self.phase.name}: {which} was the best on the validation images and is kept")
         self.accelerator.free_memory()
         return figures
 
