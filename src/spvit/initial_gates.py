@@ -64,8 +64,9 @@ def initialise_gates(
     cost = record.costs[budget.metric]
     target = budget.target(cost)
     ranks = [() if gates is None else gates.ranks for gates in (attention.rank_gates() for attention, _ in layers)]
+    widest = max(own.head_width for own in cost.blocks)  # as a step it leaves no narrow attention to be scored
     steps = {low for chosen in ranks for low in chosen[:1]}
-    scores = score(host, family_of(host), calibration, min(steps, default=1), report)
+    scores = score(host, family_of(host), calibration, min(steps, default=max(widest, 1)), report)
     sites: list[Choices] = []
     for block, own, chosen in zip(scores, cost.blocks, ranks):
         sites.append(attention_choices(block, own, chosen))
