@@ -223,6 +223,11 @@ def test_compress_refuses_before_it_trains(tmp_path: Path) -> None:
         compress(host, images, "0.01%", output=tmp_path / "run")
     with pytest.raises(RunFolderError, match="initialise is 'luck', expected search or host"):
         compress(host, images, "50%", output=tmp_path / "run", config=CompressConfig(initialise="luck"))
+    with pytest.raises(DataError, match="multiple is 0, expected 1 or more units"):
+        compress(host, images, "50%", output=tmp_path / "run", config=CompressConfig(multiple=0))
+    config = CompressConfig(search=short_search(1, keep_best=True))
+    with pytest.raises(DataError, match="keep_best is on for the search"):
+        compress(host, images, "50%", output=tmp_path / "run", config=config)
     config = CompressConfig(train_epochs=0, search=short_search(1))
     with pytest.raises(RunFolderError, match="nothing is to be trained, but search.epochs is 1; leave one of the two"):
         compress(host, images, "50%", output=tmp_path / "run", config=config)

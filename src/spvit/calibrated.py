@@ -79,7 +79,8 @@ class CalibratedAttention(GatedAttention):
 
     def replacement(self, kept: Attention) -> nn.Module:
         """Return a copy of a candidate as it stands in the pruned network, attention at its rank."""
-        module = copy.deepcopy(getattr(self, kept.kind))
+        # The draws know every gated layer of the network, which are not to be copied too.
+        module = copy.deepcopy(getattr(self, kept.kind), {id(self.draws): GateDraws()})
         if isinstance(module, NarrowAttention):
             if isinstance(module.qkv, RankGatedLinear):
                 module.qkv = module.qkv.linear

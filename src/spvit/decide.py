@@ -49,7 +49,7 @@ def decide(
         multiple: FFN widths are rounded to a multiple of it. Default: with a budget 8, or the largest of 4, 2, 1 that
             lands within 0.5 % where 8 is too coarse (very small hosts); without a budget 1.
         calibration: unlabelled images, a few hundred or more: a tensor [images, channels, height, width], or batches.
-            Up to 352 are used, or more of small ones, taken evenly from all of them.
+            About 350 are used, or more of small ones, taken evenly from all of them.
         report: with calibration images, called with (blocks scored, blocks) after each.
 
     Raises:

@@ -47,6 +47,8 @@ class RankGatedLinear(nn.Module):
     [ranks - 1], since the smallest rank always stays.
     """
 
+    groups: Tensor
+
     def __init__(self, linear: nn.Linear, heads: int, ranks: Sequence[int], draws: GateDraws | None = None) -> None:
         """Wrap a layer.
 
@@ -62,6 +64,9 @@ class RankGatedLinear(nn.Module):
         self.gate_logits = nn.Parameter(linear.weight.new_full((len(self.ranks) - 1,), INITIAL_LOGIT))
         self.draws = draws if draws is not None else GateDraws()
         self.draws.join(self, read_bits=False)
+        steps = torch.tensor([high - low for low, high in zip((0, *self.ranks), self.ranks)])
+        groups = torch.arange(len(self.ranks)).repeat_interleave(steps).repeat(heads)
+        self.register_buffer("groups", groups.to(linear.weight.device), persistent=False)  # of every dimension, [H E]
         self.train(linear.training)
 
     def decided(self) -> int:
@@ -74,9 +79,7 @@ class RankGatedLinear(nn.Module):
             gates = nest(straight_through(self.gate_logits, self.draws.noise(self)))
         else:
             gates = is_open(self.gate_logits).to(self.gate_logits.dtype).cumprod(-1)
-        steps = [high - low for low, high in zip((0, *self.ranks), self.ranks)]
-        groups = torch.cat([gates.new_ones(1), gates])
-        kept = groups.repeat_interleave(torch.tensor(steps, device=gates.device)).repeat(self.heads)  # [H E]
+        kept = torch.cat([gates.new_ones(1), gates])[self.groups]  # [H E]
         rows = torch.cat([kept, torch.ones_like(kept), kept])
         bias = None if self.linear.bias is None else self.linear.bias * rows
         return F.linear(x, self.linear.weight * rows[:, None], bias)

@@ -138,7 +138,9 @@ def score(
     blocks = family.blocks(host)
     with evaluating(host):
         site = blocks[0].attention
-        batches = _parts(calibration_batches(images, family, host), site.prefix_tokens + math.prod(site.grid))
+        # Of a prefix token an image has but one, and its linear map has the host's width of inputs.
+        least = site.dim // 2 if site.prefix_tokens else 0
+        batches = _parts(calibration_batches(images, family, host), site.prefix_tokens + math.prod(site.grid), least)
         model = copy.deepcopy(host)
         fitting, measuring = (block_inputs(host, blocks[0], part) for part in batches)
         head = Head(host, blocks, batches[0][0])
@@ -155,12 +157,13 @@ def score(
     return tuple(scores)
 
 
-def _parts(batches: list[Tensor], tokens: int) -> tuple[list[Tensor], list[Tensor]]:
+def _parts(batches: list[Tensor], tokens: int, least: int = 0) -> tuple[list[Tensor], list[Tensor]]:
     """Return batches of the images to fit and of those to measure, each taken evenly from all: every other one of few.
 
     Args:
         batches: all images.
         tokens: of one image.
+        least: images to fit, if there are so many.
 
     Raises:
         CalibrationError: there is but one image.
@@ -169,7 +172,8 @@ def _parts(batches: list[Tensor], tokens: int) -> tuple[list[Tensor], list[Tenso
     if count < 2:
         raise CalibrationError("one calibration image is too few to fit and measure; give a few hundred or more")
     images = torch.arange(count)
-    measured, fitted = (max(least, limit // tokens) for least, limit in (MEASURING, FITTING))
+    measured, fitted = (max(some, limit // tokens) for some, limit in (MEASURING, FITTING))
+    fitted = max(fitted, least)
     measures = _spread(count, min(measured, count // 2))
     others = images[~measures]
     fitting = others[_spread(len(others), min(fitted, len(others)))]

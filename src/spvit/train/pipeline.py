@@ -146,7 +146,7 @@ def search(
         calibration=calibrating if phase.calibrated else None,
         multiple=ranks,
     )
-    if phase.calibrated and calibrating is not None and not holds_files(folder / STATE / "search"):
+    if phase.calibrated and calibrating is not None and not any((folder / STATE / "search").glob("epoch-*")):
         with _scoring(host, progress) as report:
             initialise_gates(net, host, calibration=calibrating, report=report, **budget)
     loss = BudgetLoss(net, weight=phase.budget_weight, **budget)
@@ -294,6 +294,8 @@ def check_compress(
     if config.train_epochs is not None and config.train_epochs < 0:
         raise RunFolderError(f"train_epochs is {config.train_epochs}, expected 0 or more")
     check_calibration_images(config.calibration_images)
+    if config.multiple is not None and config.multiple < 1:
+        raise DataError(f"multiple is {config.multiple}, expected 1 or more units")
     parsed = parse_budget(**budget)
     parsed.target(search_record(make_searchable(host)).costs[parsed.metric])
     searching = config.search if config.search.epochs > 0 else None
@@ -386,7 +388,7 @@ def compress(
     resume: bool = False,
     console: Console | None = None,
 ) -> nn.Module:
-    """Return the host compressed to a budget with spvit's own loop: searched, pruned, fine-tuned and folded.
+    """Return the host compressed to a budget with spvit's own loop: decided, pruned, repaired, fine-tuned, folded.
 
     Args:
         host: a trained model of a supported family; it stays as it is.

@@ -88,6 +88,8 @@ def check_settings(settings: PhaseConfig) -> None:
         value = getattr(settings, name)
         if not low <= value <= high:
             raise DataError(f"{name} is {value}, expected {low} or more" + (f", at most {high}" if high == 1 else ""))
+    if isinstance(settings, SearchConfig) and settings.keep_best:
+        raise DataError("keep_best is on for the search, whose most accurate weights are those with all gates open")
     if settings.distillation_kind not in KINDS_OF_DISTILLATION:
         raise DataError(f"distillation_kind is {settings.distillation_kind!r}, expected soft or hard")
     if settings.teacher is not None and settings.distillation == 0:
