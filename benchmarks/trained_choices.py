@@ -136,7 +136,7 @@ class Comparison:
         case, options = self.case, []
         for rank in range(case.multiple, case.cost.blocks[0].head_width, case.multiple):
             for width in range(case.multiple, case.cost.blocks[0].units + 1, case.multiple):
-                attention = Attention("msa", query_key_rank=rank, value_rank=rank)
+                attention = Attention.narrow(rank)
                 blocks = [
                     Block(attention, FFN(own.units, tuple(sorted(scores.ranking.units[:width]))))
                     for own, scores in zip(case.cost.blocks, self.scores)

@@ -67,6 +67,14 @@ class Attention:
             if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
                 raise ArchitectureError(f"attention {name}: found {rank!r}, expected a whole number, 1 or more")
 
+    @classmethod
+    def narrow(cls, rank: int) -> Attention:
+        """Return attention with so many dimensions in every head.
+
+        Equal ranks of queries, keys and values keep the fused attention of the CPU, which wants them so.
+        """
+        return cls("msa", query_key_rank=rank, value_rank=rank)
+
     def narrowed(self) -> bool:
         """Return whether the layer keeps some of its heads or dimensions only."""
         return any(getattr(self, name) is not None for name in NARROWINGS)
@@ -78,6 +86,11 @@ class Attention:
         if self.query_key_rank is not None or self.value_rank is not None:
             parts.append(f"{self.query_key_rank or 'all'}/{self.value_rank or 'all'}")
         return " ".join(parts)
+
+
+def narrow_ranks(head_width: int, multiple: int) -> range:
+    """Return the ranks that narrow attention may have: the multiples below the head width, ascending."""
+    return range(multiple, head_width, multiple)
 
 
 @dataclass(frozen=True)

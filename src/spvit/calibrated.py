@@ -75,7 +75,7 @@ class CalibratedAttention(GatedAttention):
             return Attention(kind)
         gates = self.rank_gates()
         rank = self.msa.value_rank if gates is None else gates.decided()
-        return Attention(kind, query_key_rank=rank, value_rank=rank)
+        return Attention.narrow(rank)
 
     def replacement(self, kept: Attention) -> nn.Module:
         """Return a copy of a candidate as it stands in the pruned network, attention at its rank."""

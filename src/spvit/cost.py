@@ -107,7 +107,7 @@ class NetworkCost:
         steps, closed = [], 0
         for index, block in enumerate(self.blocks):
             narrow = ranks[index] if ranks is not None else None
-            smallest = Attention() if narrow is None else _ranked(narrow[0][0])
+            smallest = Attention() if narrow is None else Attention.narrow(narrow[0][0])
             kinds = (Attention("skip"), Attention("conv1"), Attention("conv3"), smallest)
             spent = [block.attention_kept(kept, prefix_rule, skip_rule) for kept in kinds]
             closed += spent[0]
@@ -116,7 +116,7 @@ class NetworkCost:
         total = self.fixed + closed + (attention.new_tensor(steps) * attention).sum()
         for block, nested, narrow in zip(self.blocks, attention, ranks or ()):
             if narrow is not None:
-                spent = [block.attention_kept(_ranked(rank)) for rank in narrow[0]]
+                spent = [block.attention_kept(Attention.narrow(rank)) for rank in narrow[0]]
                 wider = attention.new_tensor([high - low for low, high in itertools.pairwise(spent)])
                 total = total + nested[-1] * (wider * narrow[1]).sum()
         return total + (unit * torch.stack(list(units))).sum()
@@ -130,10 +130,6 @@ class NetworkCost:
     def dense(self) -> int:
         """The cost of keeping everything."""
         return self.fixed + sum(block.msa + block.unit * block.units for block in self.blocks)
-
-
-def _ranked(rank: int) -> Attention:
-    return Attention("msa", query_key_rank=rank, value_rank=rank)
 
 
 def count_macs(model: nn.Module, run: Callable[[nn.Module], object]) -> int:

@@ -87,7 +87,7 @@ def attention_choices(scores: BlockScores, cost: BlockCost, ranks: Sequence[int]
     """Return (cost, score) of skip, conv1, conv3 and attention, which comes at ascending ranks if there are any."""
     known = dict(scores.attention)
     kept = [Attention("skip"), Attention("conv1"), Attention("conv3")]
-    kept += [Attention("msa", query_key_rank=rank, value_rank=rank) for rank in ranks[:-1]]
+    kept += [Attention.narrow(rank) for rank in ranks[:-1]]
     kept.append(Attention())
     return [(cost.attention_kept(item, PREFIX_RULE, SKIP_RULE), known[item]) for item in kept]
 

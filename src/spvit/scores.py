@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spvit.architecture import FFN, Attention, Block
+from spvit.architecture import FFN, Attention, Block, narrow_ranks
 from spvit.hosts.base import BlockSites, Family, logits_of
 from spvit.moments import CalibrationError, Moments, ridge_for
 from spvit.ranking import Ranking, rank_units
@@ -245,15 +245,10 @@ def _candidates(bench: _Bench, sites: BlockSites, multiple: int) -> list[Attenti
     layer = bench.family.access.read_projections(bench.host.get_submodule(sites.attention.path))
     if layer is None or not layer.plain():
         return candidates
-    ranks = _ranks(sites.attention.head_width, multiple)
+    ranks = narrow_ranks(sites.attention.head_width, multiple)
     wished = [share * sites.attention.head_width for share in MEASURED_RANKS] if ranks else []
     some = sorted({min(ranks, key=lambda rank: abs(rank - wish)) for wish in wished})
-    return [*(Attention("msa", query_key_rank=rank, value_rank=rank) for rank in some), *candidates]
-
-
-def _ranks(head_width: int, multiple: int) -> list[int]:
-    # Equal ranks of queries, keys and values keep the fused attention of the CPU, which wants them so.
-    return list(range(multiple, head_width, multiple))
+    return [*(Attention.narrow(rank) for rank in some), *candidates]
 
 
 def _into_second(layer: Layer) -> tuple[nn.Linear, Moments]:
@@ -277,8 +272,7 @@ def _interpolated_ranks(
         return others
     ranks, logs = [rank for rank, _ in points], [math.log(score) for _, score in points]
     narrow = [
-        (Attention("msa", query_key_rank=rank, value_rank=rank), math.exp(_on_lines(rank, ranks, logs)))
-        for rank in _ranks(head_width, multiple)
+        (Attention.narrow(rank), math.exp(_on_lines(rank, ranks, logs))) for rank in narrow_ranks(head_width, multiple)
     ]
     return narrow + others
 

@@ -18,6 +18,7 @@ from spvit.architecture import (
     Attention,
     Block,
     check_same_shape,
+    narrow_ranks,
 )
 from spvit.calibrated import CalibratedAttention
 from spvit.cost import NetworkCost
@@ -149,7 +150,7 @@ def make_searchable(
             alpha = family.temperature if temperature is None else temperature
             attention = SearchableAttention(net.get_submodule(site.path), family.access, temperature=alpha, **where)
         else:
-            ranks = (*range(multiple, site.head_width, multiple), site.head_width)
+            ranks = (*narrow_ranks(site.head_width, multiple), site.head_width)
             attention = CalibratedAttention(repaired[index], family.access, ranks=ranks, **where)
         net.set_submodule(site.path, attention.train(net.get_submodule(site.path).training))
         second = net.get_submodule(block.ffn.second)
@@ -174,7 +175,7 @@ def _repaired_candidates(
             projections = family.access.read_projections(host.get_submodule(site.path))
             whole = Attention("msa")
             if projections is not None and projections.plain():
-                whole = Attention("msa", query_key_rank=site.head_width, value_rank=site.head_width)
+                whole = Attention.narrow(site.head_width)
             candidates = {}
             for attention in (whole, Attention("conv3"), Attention("conv1"), Attention("skip")):
                 kept = Block(attention, FFN.whole(sites.ffn.units))
