@@ -13,7 +13,6 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from spvit.architecture import Attention
@@ -92,30 +91,24 @@ class CalibratedAttention(GatedAttention):
         """x: [B, N, D], normalised; further arguments go to attention. Returns [B, N, D] in the host's form."""
         if not self.training:
             return self._answer(self._run(self.decided(), x, args, kwargs))
-        gates, kind, needed = self._draw()
+        drawn = self._draw()
         outputs = {}
-        for name in sorted(needed | {kind}):
-            with gradients_if(name == kind):
+        for name in sorted(drawn.needed() | ({"skip"} if drawn.needs_skip() else set())):
+            with gradients_if(name == drawn.kind):
                 outputs[name] = self._run(name, x, args, kwargs)
-        others = [part for name, part in self.named_children() if name != kind]
+        others = [part for name, part in self.named_children() if name != drawn.kind]
         silent: list[Tensor] = [parameter for part in others for parameter in part.parameters()]
-        if kind == "skip":
+        if drawn.kind == "skip":
             silent.append(x)
-        return self._answer(self._chosen(outputs[kind], gates, self._beyond_skip(x, outputs), silent))
+        return self._answer(drawn.answer(outputs, silent, outputs.get("skip")))
 
     def _run(self, kind: str, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         """Return what a candidate makes of x: [B, N, D]."""
         module = getattr(self, kind)
-        if not isinstance(module, BottleneckConv):
-            out = module(x, *args, **kwargs)
-            return out[0] if isinstance(out, tuple) else out
-        module.grid.height, module.grid.width = self.grid.height, self.grid.width
-        out = module(x if self.prefix_tokens else self.grid.gather(x, 0))
+        on_grid = isinstance(module, BottleneckConv) and self.prefix_tokens == 0
+        if isinstance(module, BottleneckConv):
+            module.grid.height, module.grid.width = self.grid.height, self.grid.width
+            args, kwargs = (), {}
+        out = module(self.grid.gather(x, 0) if on_grid else x, *args, **kwargs)
         out = out[0] if isinstance(out, tuple) else out
-        return out if self.prefix_tokens else self.grid.scatter(out)
-
-    @torch.no_grad()
-    def _beyond_skip(self, x: Tensor, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return what each candidate adds to that of skip, which is not nothing here."""
-        base = outputs["skip"] if "skip" in outputs else self._run("skip", x, (), {})
-        return {name: out - base for name, out in outputs.items()}
+        return self.grid.scatter(out) if on_grid else out

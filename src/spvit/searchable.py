@@ -109,6 +109,38 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What one layer drew for a forward pass."""
+
+    gates: Tensor
+    """Sampled, [3]."""
+    kind: str
+    """What they choose."""
+    sensitivity: Sequence[Sequence[float]]
+    """How the mixture follows the gates, as `gate_sensitivity` says; empty where they do not learn."""
+
+    def needed(self) -> set[str]:
+        """Return the kind that was drawn, and the candidates whose values the gates' gradients need."""
+        columns = zip(CANDIDATES, zip(*self.sensitivity))
+        return {self.kind} | {name for name, column in columns if any(column)}
+
+    def answer(self, outputs: dict[str, Tensor], silent: Sequence[Tensor], skip: Tensor | None = None) -> Tensor:
+        """Return the chosen output [B, N, D], which then gives the gates their gradients.
+
+        Args:
+            outputs: [B, N, D] of what is needed, by kind.
+            silent: tensors that receive a gradient of zero.
+            skip: what all gates closed would give, [B, N, D]; None for zero.
+        """
+        differences, rows = _differences(self.sensitivity, outputs, skip)
+        return _Choose.apply(outputs[self.kind], self.gates, rows, len(differences), *differences, *silent)
+
+    def needs_skip(self) -> bool:
+        """Return whether some gate would change how much of the layer there is at all."""
+        return any(sum(row) != 0 for row in self.sensitivity)
+
+
 class GatedAttention(nn.Module):
     """What stands in a searchable network where an attention layer was: three nested gates choose what it becomes.
 
@@ -134,29 +166,12 @@ class GatedAttention(nn.Module):
     def _answer(self, out: Tensor) -> Any:
         return (out, None) if self.access.returns_tuple else out
 
-    def _chosen(self, chosen: Tensor, gates: Tensor, outputs: dict[str, Tensor], silent: Sequence[Tensor]) -> Tensor:
-        """Return the chosen output [B, N, D], which then gives the gates their gradients.
-
-        Args:
-            chosen: what the kind that was drawn gives.
-            gates: sampled, [3].
-            outputs: [B, N, D] of the candidates whose values are needed, less that of skip.
-            silent: tensors that receive a gradient of zero.
-        """
-        differences, rows = _differences(self._sensitivity(gates), outputs)
-        return _Choose.apply(chosen, gates, rows, len(differences), *differences, *silent)
-
-    def _sensitivity(self, gates: Tensor) -> list[list[float]]:
+    def _draw(self) -> Drawn:
+        """Return what is drawn for this forward pass."""
+        gates = straight_through(self.gate_logits, self.draws.noise(self))
         bits = self.draws.sampled_bits(self)
         gates_learn = torch.is_grad_enabled() and gates.requires_grad
-        return gate_sensitivity(bits) if gates_learn else [[0.0] * len(CANDIDATES)] * len(bits)
-
-    def _draw(self) -> tuple[Tensor, str, set[str]]:
-        """Return the sampled gates [3], the kind that they choose, and the candidates whose values are needed."""
-        gates = straight_through(self.gate_logits, self.draws.noise(self))
-        kind = _kind(self.draws.sampled_bits(self))
-        sensitivity = self._sensitivity(gates)
-        return gates, kind, {name for column, name in enumerate(CANDIDATES) if any(row[column] for row in sensitivity)}
+        return Drawn(gates, _kind(bits), gate_sensitivity(bits) if gates_learn else [])
 
 
 class SearchableAttention(GatedAttention):
@@ -227,15 +242,15 @@ class SearchableAttention(GatedAttention):
         return torch.cat([x[:, : self.prefix_tokens].to(out.dtype), out], dim=1)
 
     def _search(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-        gates, kind, needed = self._draw()
-        needed |= {kind}
+        drawn = self._draw()
+        kind, needed = drawn.kind, drawn.needed()
         outputs: dict[str, Tensor] = {"skip": torch.zeros_like(x)} if kind == "skip" else {}
         values = None
         if "msa" in needed:
             with gradients_if(kind == "msa"):
                 outputs["msa"], values = self._attend(x, args, kwargs)
         outputs.update(self._convolve_values(x, kind, needed, values))
-        return self._chosen(outputs[kind], gates, outputs, self._silent(kind, x))
+        return drawn.answer(outputs, self._silent(kind, x))
 
     def _attend(self, x: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return the original layer's output [B, N, D] and the values it computed, bias included, [B, N, H E]."""
@@ -309,7 +324,7 @@ def gradients_if(condition: bool) -> torch.autograd.grad_mode.set_grad_enabled:
 
 @torch.no_grad()
 def _differences(
-    sensitivity: Sequence[Sequence[float]], outputs: dict[str, Tensor]
+    sensitivity: Sequence[Sequence[float]], outputs: dict[str, Tensor], skip: Tensor | None
 ) -> tuple[list[Tensor], tuple[int, ...]]:
     """Return the distinct ways in which opening a gate would change the output, and which one each gate has (or -1)."""
     distinct: list[Sequence[float]] = []
@@ -327,5 +342,7 @@ def _differences(
         total = first[0] * first[1]
         for factor, output in rest:
             total = torch.add(total, output, alpha=factor)
+        if skip is not None and sum(row) != 0:
+            total = torch.sub(total, skip, alpha=sum(row))  # what candidates gain, skip loses
         differences.append(total)
     return differences, tuple(rows)
