@@ -28,6 +28,7 @@ FLOORS = [
     "calibrated",
     "hosts",
     "repair",
+    "install",
     "surgery",
     "scores",
     "decide",

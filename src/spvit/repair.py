@@ -144,6 +144,10 @@ class Layer:
     known: Mapping[str, list[Tensor]] = field(default_factory=dict)
     """What modules of the dense block give, by path, for those that need not run again."""
 
+    def knowing(self, path: str) -> Layer:
+        """Return the same layer that has run a module of the dense block once, for several fits to what it gives."""
+        return replace(self, known={path: list(self.wanted(path))})
+
     def arriving(self, path: str) -> Iterator[Tensor]:
         """Yield what arrives at a module of the pruned block."""
         block, module = self.model.get_submodule(self.sites.path), self.model.get_submodule(path)

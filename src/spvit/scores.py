@@ -10,7 +10,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from spvit.architecture import FFN, Attention, Block, narrow_ranks
 from spvit.hosts.base import BlockSites, Family, logits_of
+from spvit.install import installed
 from spvit.moments import CalibrationError, Moments, ridge_for
 from spvit.ranking import Ranking, rank_units
 from spvit.repair import (
@@ -32,7 +33,6 @@ from spvit.repair import (
     reached,
     repair_block,
 )
-from spvit.surgery import install
 
 MEASURED_SHARES = (1 / 8, 1 / 4, 1 / 2)
 """Shares of an FFN's units at which the divergence is measured."""
@@ -197,19 +197,14 @@ def _score_block(
     bench: _Bench, index: int, fitting: list[Tensor], measuring: list[Tensor], multiple: int
 ) -> BlockScores:
     sites = bench.blocks[index]
-    layer = Layer(bench.model, bench.host, bench.family, sites, fitting, fitting)
-    # All candidates of the attention are fitted to the same outputs.
-    layer = replace(layer, known={sites.attention.path: list(layer.wanted(sites.attention.path))})
+    layer = Layer(bench.model, bench.host, bench.family, sites, fitting, fitting).knowing(sites.attention.path)
     units = sites.ffn.units
 
     def measured(kept: Block, fit: Callable[[Block], object]) -> float:
         """Install, repair and measure what a block may keep, and put the copy's block back."""
-        before = copy.deepcopy(bench.model.get_submodule(sites.path))
-        install(bench.model, bench.family, index, sites, kept)
-        fit(kept)
-        divergence = bench.divergence(index, measuring)
-        bench.model.set_submodule(sites.path, before)
-        return divergence
+        with installed(bench.model, bench.family, index, sites, kept):
+            fit(kept)
+            return bench.divergence(index, measuring)
 
     def fit_attention(kept: Block) -> None:
         repair_block(layer, kept)

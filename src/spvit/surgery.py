@@ -26,9 +26,8 @@ from spvit.gated_linear import GatedLinear
 from spvit.gates import INITIAL_LOGIT, GateDraws
 from spvit.hosts import Family, family_of
 from spvit.hosts.base import BlockSites, UnsupportedHostError, network_costs
-from spvit.kernels import POSITIONS, conv1_weights, conv3_weights, head_mix
-from spvit.narrowing import narrow_blindly
-from spvit.pruned import BottleneckConv, Constant, Grid, NarrowAttention, Skip, narrow_linear
+from spvit.install import check_narrowing, installed, narrow_ffn, replace_attention
+from spvit.pruned import BottleneckConv, NarrowAttention
 from spvit.repair import (
     PREFIX_RULE,
     SKIP_RULE,
@@ -176,14 +175,13 @@ def _repaired_candidates(
             whole = Attention("msa")
             if projections is not None and projections.plain():
                 whole = Attention.narrow(site.head_width)
+            layer = Layer(model, host, family, sites, inputs, inputs).knowing(site.path)
             candidates = {}
             for attention in (whole, Attention("conv3"), Attention("conv1"), Attention("skip")):
                 kept = Block(attention, FFN.whole(sites.ffn.units))
-                before = copy.deepcopy(model.get_submodule(sites.path))
-                install(model, family, index, sites, kept)
-                repair_block(Layer(model, host, family, sites, inputs, inputs), kept)
-                candidates[attention.kind] = model.get_submodule(site.path)
-                model.set_submodule(sites.path, before)
+                with installed(model, family, index, sites, kept):
+                    repair_block(layer, kept)
+                    candidates[attention.kind] = model.get_submodule(site.path)
             found.append(candidates)
             following = blocks[index + 1] if index + 1 < len(blocks) else None
             if following is not None:
@@ -225,7 +223,7 @@ def prune(
     blocks = family.blocks(host)
     check_same_shape(architecture, [block.ffn.units for block in blocks], f"this {type(host).__name__}")
     for index, (sites, block) in enumerate(zip(blocks, architecture.blocks)):
-        _check_narrowing(host, family, sites, block.attention, f"block {index}")
+        check_narrowing(host, family, sites, block.attention, f"block {index}")
     model = host if inplace else copy.deepcopy(host)
     searched = None
     if weights is not None:
@@ -239,11 +237,7 @@ def prune(
     grids = family.track_grids(model, replaced, whole=True)
     for index, (sites, kept_block) in enumerate(zip(blocks, architecture.blocks)):
         layer = searched[index] if searched is not None else None
-        if isinstance(layer, CalibratedAttention):
-            _put_candidate(model, sites, kept_block.attention, layer, grids.get(index))
-        else:
-            assert layer is None or isinstance(layer, SearchableAttention)
-            replace_attention(model, family, sites, kept_block.attention, architecture, layer, grids.get(index))
+        replace_attention(model, family, sites, kept_block.attention, architecture, layer, grids.get(index))
         narrow_ffn(model, sites, kept_block.ffn)
     if dense is not None and repair is not None:
         repair_in_place(model, dense, family, architecture, repair)
@@ -299,133 +293,6 @@ def _load_dense_weights(model: nn.Module, net: nn.Module) -> None:
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise NotSearchableError(f"the searchable network was made from another host: {first}") from error
-
-
-def _check_narrowing(host: nn.Module, family: Family, sites: BlockSites, attention: Attention, where: str) -> None:
-    if not attention.narrowed():
-        return
-    site = sites.attention
-    layer = family.access.read_projections(host.get_submodule(site.path))
-    if layer is None:
-        raise ArchitectureError(f"{where}: the attention of {family.name} hosts cannot be narrowed; keep it whole")
-    if attention.heads is not None and attention.heads[-1] >= site.heads:
-        raise ArchitectureError(
-            f"{where}: head {attention.heads[-1]} is out of range, {family.name} has heads 0 to {site.heads - 1} there"
-        )
-    for name in ("query_key_rank", "value_rank"):
-        rank = getattr(attention, name)
-        if rank is not None and rank > site.head_width:
-            raise ArchitectureError(
-                f"{where}: {name} is {rank}, expected at most the head width of {family.name}, {site.head_width}"
-            )
-    if attention.query_key_rank is not None and layer.query_norm is not None:
-        raise ArchitectureError(
-            f"{where}: queries and keys are normalised over the whole head there, so they cannot be narrowed; "
-            "leave query_key_rank out"
-        )
-    if (attention.heads is not None or attention.value_rank is not None) and layer.out_norm is not None:
-        raise ArchitectureError(
-            f"{where}: the outputs of all heads are normalised together there, so heads and values cannot be narrowed; "
-            "leave heads and value_rank out"
-        )
-
-
-def replace_attention(
-    model: nn.Module,
-    family: Family,
-    sites: BlockSites,
-    kept: Attention,
-    architecture: Architecture,
-    searched: SearchableAttention | None,
-    grid: Grid | None,
-) -> None:
-    """Put what an architecture keeps of an attention layer in its place, in a model.
-
-    Args:
-        model: dense at this site; changed in place.
-        family: the model's.
-        sites: where the block's layers are.
-        kept: what stays of the attention.
-        architecture: its rules for prefix tokens and skipped layers.
-        searched: the site's layer in a searched network, for its head mix and batch norms; None for fresh ones.
-        grid: of the patches, for convolutions; None for other kinds.
-    """
-    if kept.kind == "msa" and not kept.narrowed():
-        return
-    site, returns_tuple = sites.attention, family.access.returns_tuple
-    attention = model.get_submodule(site.path)
-    shared = family.access.read(attention)
-    like = {"device": shared.value_weight.device, "dtype": shared.value_weight.dtype}
-    replacement: nn.Module
-    if kept.kind == "msa":
-        layer = family.access.read_projections(attention)
-        assert layer is not None
-        replacement = NarrowAttention(narrow_blindly(layer, kept), layer, returns_tuple)
-    elif kept.kind == "skip":
-        replacement = Skip(
-            architecture.skip_rule,
-            returns_tuple,
-            Constant(site.prefix_tokens + 1, site.dim, like) if architecture.skip_rule == "mean" else None,
-        )
-        if architecture.skip_rule != "normalised_input":
-            _drop_norm(model, sites)
-    else:
-        fresh = shared.value_weight.new_ones(shared.value_weight.shape[0], POSITIONS)
-        with torch.no_grad():
-            mix = head_mix(fresh, 1.0) if searched is None else searched.head_mix().to(shared.value_weight)
-            weights = (conv3_weights if kept.kind == "conv3" else conv1_weights)(mix, shared)
-        if searched is None:
-            batchnorm = nn.BatchNorm2d(site.head_width, device=mix.device, dtype=mix.dtype)
-        else:
-            batchnorm = copy.deepcopy(searched.bn3 if kept.kind == "conv3" else searched.bn1).to(mix)
-        assert grid is not None
-        replacement = BottleneckConv(
-            weights, batchnorm, site.prefix_tokens, grid, returns_tuple, architecture.prefix_rule
-        )
-    replacement.requires_grad_(shared.value_weight.requires_grad)
-    model.set_submodule(site.path, replacement.train(attention.training))
-
-
-def _put_candidate(
-    model: nn.Module, sites: BlockSites, kept: Attention, searched: CalibratedAttention, grid: Grid | None
-) -> None:
-    """Put a candidate of a calibrated search where attention was, in a model, in place."""
-    site = sites.attention
-    attention = model.get_submodule(site.path)
-    replacement = searched.replacement(kept).to(next(attention.parameters()))
-    if isinstance(replacement, BottleneckConv):
-        assert grid is not None
-        replacement.grid = grid
-    if kept.kind == "skip":
-        _drop_norm(model, sites)
-    model.set_submodule(site.path, replacement.train(attention.training))
-
-
-def _drop_norm(model: nn.Module, sites: BlockSites) -> None:
-    """Leave out a norm that only a skipped attention layer read, in a model, in place."""
-    site = sites.attention
-    if site.norm is not None:
-        model.set_submodule(site.norm, nn.Identity().train(model.get_submodule(site.path).training))
-
-
-def install(model: nn.Module, family: Family, index: int, sites: BlockSites, kept: Block) -> None:
-    """Put what a block may keep in its place, by the rules that a repair serves best, in a dense model, in place."""
-    rules = Architecture((kept,), PREFIX_RULE, SKIP_RULE)
-    replaced = [index] if kept.attention.kind != "msa" else []
-    grid = family.track_grids(model, replaced, whole=True).get(index)
-    replace_attention(model, family, sites, kept.attention, rules, None, grid)
-    narrow_ffn(model, sites, kept.ffn)
-
-
-def narrow_ffn(model: nn.Module, sites: BlockSites, ffn: FFN) -> None:
-    """Leave the kept units of an FFN only, in a model, in place."""
-    if len(ffn.units) == ffn.width:
-        return
-    for path, axis in ((sites.ffn.first, 0), (sites.ffn.second, 1)):
-        linear = model.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
-        units = torch.tensor(ffn.units, dtype=torch.long, device=linear.weight.device)
-        model.set_submodule(path, narrow_linear(linear, units, axis))
 
 
 def fold(model: Model, *, inplace: bool = False) -> Model:
