@@ -22,7 +22,7 @@ from spvit.hosts import family_of
 from spvit.hosts.base import logits_of, network_costs
 from spvit.train.data import DIGITS, Images, load_images
 from spvit.train.loop import Evaluation, Phase, run_phase
-from spvit.train.pipeline import CompressConfig, figures_of
+from spvit.train.pipeline import figures_of
 from spvit.train.progress import PhaseProgress
 from spvit.train.settings import LoopConfig, PhaseConfig
 
@@ -93,14 +93,6 @@ def open_case(options: argparse.Namespace, seed: int, console: Console) -> Case:
 
     dense, _ = kept_dense(folder, make, images, loop, settings.dense, progress)
     return Case(DIGITS, dense, images, network_costs(family_of(dense), dense)["macs"], loop, progress)
-
-
-def own_settings(epochs: int) -> PhaseConfig:
-    """Return the fine-tuning settings of `spvit compress`, but to end with the last weights.
-
-    The best would be chosen by images that the figures are of.
-    """
-    return replace(CompressConfig().finetune, epochs=epochs, keep_best=False)
 
 
 @torch.no_grad()

@@ -40,17 +40,10 @@ from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
 from spvit.repair import repair
 from spvit.train.data import ImageConfig, Images, load_images, training_loader
+from spvit.train.deciding import CALIBRATION_IMAGES, calibration, search
 from spvit.train.loop import Phase, run_phase
 from spvit.train.losses import BUDGET_WEIGHT
-from spvit.train.pipeline import (
-    CALIBRATION_IMAGES,
-    CompressConfig,
-    calibration,
-    deployed,
-    figures_of,
-    search,
-    train_dense,
-)
+from spvit.train.pipeline import CompressConfig, deployed, figures_of, train_dense
 from spvit.train.progress import PhaseProgress
 from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
 
@@ -173,8 +166,7 @@ class Bench:
     def repaired(self, budget: str) -> None:
         """Decide from calibration images without a search, repair, and fine-tune or leave it at that."""
         started = time.perf_counter()
-        config = CompressConfig()
-        images = calibration(self.images, self.options.seed, config.calibration_images)
+        images = calibration(self.images, self.options.seed, CALIBRATION_IMAGES)
         architecture = spvit.decide(self.dense, macs=budget, calibration=images)
         self.note(str(architecture))
         model = spvit.prune(self.dense, architecture, repair=images)
@@ -187,8 +179,7 @@ class Bench:
         rows = {
             "spvit, no training": untrained,
             "spvit": self.finetuning,
-            # The best weights would be chosen by the images that the figures are of.
-            "spvit, distilled, own settings": replace(config.finetune, epochs=self.options.epochs, keep_best=False),
+            "spvit, distilled, own settings": own_settings(self.options.epochs),
         }
         for method, settings in rows.items():
             # Every row needs the one decision and repair, so they count in each.
@@ -249,6 +240,14 @@ class Bench:
         model = torch_pruned_to(self.dense, gradients, torch.zeros(1, *SIZES["vit"]), self.macs, target)
         self.note(f"{budget} Torch-Pruning: {torch_pruned_widths(model)}")
         self.finish(budget, "Torch-Pruning", started, model)
+
+
+def own_settings(epochs: int) -> PhaseConfig:
+    """Return the fine-tuning settings of `spvit compress`, but to end with the last weights.
+
+    The best would be chosen by images that the figures are of.
+    """
+    return replace(CompressConfig().finetune, epochs=epochs, keep_best=False)
 
 
 def kept_dense(
@@ -375,6 +374,11 @@ def parse_options(parser: argparse.ArgumentParser | None = None) -> argparse.Nam
     return options
 
 
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that a result depends on, without places on this machine."""
+    return {name: value for name, value in vars(options).items() if name not in ("cache", "data", "json")}
+
+
 def main() -> None:
     """Run all methods, print one table, and write it."""
     options = parse_options()
@@ -391,10 +395,15 @@ def main() -> None:
     for note in bench.notes:
         bench.note(f"left out: {note}")
     dense = {"accuracy": bench.dense_accuracy, "macs": bench.cost.dense, "seconds": bench.dense_seconds}
-    settings = {name: value for name, value in vars(options).items() if name not in ("cache", "data", "json")}
     rows = [vars(row) for row in bench.rows]
     write_results(
-        options.json, "fashion_mnist", rows, title=title, settings=settings, dense=dense, left_out=bench.notes
+        options.json,
+        "fashion_mnist",
+        rows,
+        title=title,
+        settings=settings_of(options),
+        dense=dense,
+        left_out=bench.notes,
     )
 
 

@@ -20,11 +20,11 @@ from rich.table import Table
 from torch.utils.data import Subset
 
 import spvit
-from cases import Case, make_case_parser, open_case, own_settings
-from fashion_mnist import parse_options
+from cases import Case, make_case_parser, open_case
+from fashion_mnist import own_settings, parse_options, settings_of
 from reporting import check_free, write_results
+from spvit.train.deciding import CALIBRATION_IMAGES, calibration
 from spvit.train.loop import Evaluation
-from spvit.train.pipeline import CALIBRATION_IMAGES, calibration
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "last": {},
@@ -98,9 +98,8 @@ def main() -> None:
         for budget in options.budgets:
             rows += compare(case, budget, options.settings, options.lengths)
     console.print(table_of(rows, options.lengths))
-    settings = {name: value for name, value in vars(options).items() if name not in ("cache", "data", "json")}
     plain = [{**vars(row), "repaired": vars(row.repaired), "trained": vars(row.trained)} for row in rows]
-    write_results(options.json, "finetune_settings", plain, settings=settings)
+    write_results(options.json, "finetune_settings", plain, settings=settings_of(options))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from spvit.moments import RIDGE, Moments
 from spvit.repair import reached, repair
 from spvit.scores import BlockScores, score
 from spvit.train.data import validation_loader
-from spvit.train.pipeline import CALIBRATION_IMAGES, calibration
+from spvit.train.deciding import CALIBRATION_IMAGES, calibration
 
 DRAWS = 20
 

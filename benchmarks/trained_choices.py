@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 import spvit
-from cases import Case, divergence, log_probabilities, make_case_parser, open_case, own_settings
-from fashion_mnist import parse_options
+from cases import Case, divergence, log_probabilities, make_case_parser, open_case
+from fashion_mnist import own_settings, parse_options, settings_of
 from peers import random_architecture
 from reporting import check_free, rank_correlation, write_results
 from spvit.architecture import FFN, Architecture, Attention, Block
@@ -37,7 +37,7 @@ from spvit.decide import TOLERANCE, choose
 from spvit.hosts import family_of
 from spvit.repair import PREFIX_RULE, SKIP_RULE
 from spvit.scores import BlockScores, score
-from spvit.train.pipeline import CALIBRATION_IMAGES, calibration
+from spvit.train.deciding import CALIBRATION_IMAGES, calibration
 from spvit.train.settings import PhaseConfig
 
 CONVOLUTIONS = ("conv3", "conv1")
@@ -342,8 +342,7 @@ def main() -> None:
         rows, lengths = measured(options, console), options.lengths
     for table in (table_of(rows, lengths), correlations(rows, lengths), regrets(rows, lengths)):
         console.print(table)
-    settings = {name: value for name, value in vars(options).items() if name not in ("cache", "data", "json")}
-    write_results(options.json, "trained_choices", [vars(row) for row in rows], settings=settings)
+    write_results(options.json, "trained_choices", [vars(row) for row in rows], settings=settings_of(options))
 
 
 if __name__ == "__main__":

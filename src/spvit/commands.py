@@ -44,18 +44,16 @@ from spvit.published import (
 from spvit.surgery import prune, pruned_record
 from spvit.tables import block_table, comparison_table, kinds_text
 from spvit.train.data import Images
+from spvit.train.deciding import ARCHITECTURE, calibration, search
 from spvit.train.pipeline import (
-    ARCHITECTURE,
     Compressed,
     RunFolderError,
-    calibration,
     check_folder,
     deployed,
     figures_of,
     finetune,
     holds_files,
     run_compress,
-    search,
     train_dense,
     write_model,
 )
@@ -114,7 +112,6 @@ def search_command(options: SearchCommand, console: Console) -> None:
     """Search, and write the architecture and the pruned model as the search left it."""
     opened, images, folder = _open("search", options, trains_head=False, console=console)
     shared = _shared(options)
-    calibrated = options.search.calibrated
     net, architecture = search(
         opened.model,
         images,
@@ -124,7 +121,7 @@ def search_command(options: SearchCommand, console: Console) -> None:
         options.search,
         PhaseProgress(console),
         options.multiple,
-        calibration(images, options.seed, options.calibration_images) if calibrated else None,
+        calibration(images, options.seed, options.calibration_images) if options.search.calibrated else None,
     )
     console.print(block_table(architecture, network_costs(family_of(opened.model), opened.model), "architecture"))
     pruned = prune(opened.model, architecture, weights=net)

@@ -9,7 +9,8 @@ from typing import Any
 
 from spvit.models import ModelConfig
 from spvit.train.data import ImageConfig
-from spvit.train.pipeline import CALIBRATION_IMAGES, CompressConfig
+from spvit.train.deciding import CALIBRATION_IMAGES
+from spvit.train.pipeline import CompressConfig
 from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
 
 

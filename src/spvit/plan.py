@@ -26,10 +26,11 @@ from spvit.hosts.base import network_costs
 from spvit.inputs import check_trained, model_and_images
 from spvit.surgery import gated_layers, make_searchable, prune
 from spvit.train.data import ImageConfig, Images, images_of, load_images
+from spvit.train.deciding import calibration, searchable_for
 from spvit.train.loop import Phase, make_accelerator, prepared_loader
 from spvit.train.losses import BudgetLoss
 from spvit.train.optimizers import gate_learning_rate
-from spvit.train.pipeline import RunFolderError, calibration, check_compress, check_folder
+from spvit.train.pipeline import RunFolderError, check_compress, check_folder
 from spvit.train.rehearsal import Rehearsal, rehearse
 from spvit.train.settings import PhaseConfig, SearchConfig
 from spvit.train.teacher import open_teacher
@@ -94,14 +95,10 @@ def print_plan(options: CompressCommand, console: Console) -> None:
     phases = []
     if options.dense.epochs > 0:
         phases.append(planned(Phase("dense", copy.deepcopy(host), options.dense)))
-    if searching is not None and searching.epochs > 0:
+    if searching is not None:
         few = min(options.calibration_images, CALIBRATING)
-        net = make_searchable(
-            host,
-            temperature=searching.temperature,
-            gate_logit=searching.gate_logit,
-            calibration=calibration(images, options.seed, few) if searching.calibrated else None,
-        )
+        calibrating = calibration(images, options.seed, few) if searching.calibrated else None
+        net = searchable_for(host, searching, options.multiple, calibrating)
         loss = BudgetLoss(net, weight=searching.budget_weight, **budget)
         phases.append(planned(Phase("search", net, searching, loss, _own_teacher(host, searching))))
     if finetuning.epochs > 0:

@@ -1,0 +1,160 @@
+"""How a run decides what to keep: by a search, or by scores from calibration images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from spvit.architecture import DEFAULT_MULTIPLE, Architecture
+from spvit.checkpoint import write_text
+from spvit.decide import decide
+from spvit.hosts import family_of
+from spvit.initial_gates import initialise_gates
+from spvit.surgery import make_searchable
+from spvit.train.data import DataError, Images, training_loader
+from spvit.train.loop import STATE, Phase, run_phase
+from spvit.train.losses import BudgetLoss
+from spvit.train.progress import PhaseProgress
+from spvit.train.settings import LoopConfig, SearchConfig
+
+ARCHITECTURE = "architecture.json"
+CALIBRATION_IMAGES = 1024
+
+
+def searchable_for(
+    host: nn.Module, phase: SearchConfig, multiple: int | None, calibrating: Sequence[Tensor] | None
+) -> nn.Module:
+    """Return the searchable network that a search's settings ask for.
+
+    Args:
+        host: the dense model; it stays as it is.
+        phase: settings of the search.
+        multiple: of the ranks of narrow attention; None for the default.
+        calibrating: calibration images, which a calibrated search needs.
+
+    Raises:
+        DataError: a calibrated search has no calibration images.
+    """
+    if phase.calibrated and calibrating is None:
+        raise DataError("a calibrated search needs calibration images; give some, or set calibrated to false")
+    return make_searchable(
+        host,
+        temperature=phase.temperature,
+        gate_logit=phase.gate_logit,
+        calibration=calibrating if phase.calibrated else None,
+        multiple=DEFAULT_MULTIPLE if multiple is None else multiple,
+    )
+
+
+def search(
+    host: nn.Module,
+    images: Images,
+    budget: dict[str, str | int],
+    folder: Path,
+    config: LoopConfig,
+    phase: SearchConfig,
+    progress: PhaseProgress,
+    multiple: int | None = None,
+    calibrating: Sequence[Tensor] | None = None,
+) -> tuple[nn.Module, Architecture]:
+    """Search a host for what to keep; write architecture.json; return the searched network and the architecture.
+
+    Args:
+        host: the dense model; it stays as it is.
+        images: training and validation images.
+        budget: `{"macs": "50%"}` or `{"params": ...}`.
+        folder: the run folder.
+        config: settings of the run.
+        phase: settings of the search.
+        progress: where to show progress.
+        multiple: FFN widths are rounded to a multiple of it.
+        calibrating: calibration images, which a calibrated search needs.
+    """
+    set_seed(config.seed)  # what candidates draw is drawn alike in a continued run
+    net = searchable_for(host, phase, multiple, calibrating)
+    if phase.calibrated and calibrating is not None and not any((folder / STATE / "search").glob("epoch-*")):
+        with _scoring(host, progress) as report:
+            initialise_gates(net, host, calibration=calibrating, report=report, **budget)
+    loss = BudgetLoss(net, weight=phase.budget_weight, **budget)
+    teacher = host if phase.distillation > 0 else None
+    run_phase(Phase("search", net, phase, loss, teacher), images, folder, config, progress)
+    architecture = decide(net, multiple=multiple, macs=budget.get("macs"), params=budget.get("params"))
+    if PartialState().is_main_process:
+        write_text(folder / ARCHITECTURE, architecture.to_json())
+    return net, architecture
+
+
+def check_calibration_images(count: int) -> None:
+    """Raise DataError unless there is a calibration image."""
+    if count < 1:
+        raise DataError(f"calibration_images is {count}, expected 1 or more")
+
+
+def calibration(images: Images, seed: int, count: int) -> list[Tensor]:
+    """Return the first so many training images of a run's seed as batches [B, channels, height, width].
+
+    Raises:
+        DataError: an image cannot be read, or no image is asked for.
+    """
+    check_calibration_images(count)
+    set_seed(seed)
+    batches: list[Tensor] = []
+    missing = count
+    for batch, _ in training_loader(images):
+        batches.append(batch[:missing])
+        missing -= len(batches[-1])
+        if missing == 0:
+            break
+    return batches
+
+
+def decide_from_scores(
+    host: nn.Module,
+    images: Sequence[Tensor],
+    budget: dict[str, str | int],
+    folder: Path,
+    multiple: int | None,
+    progress: PhaseProgress,
+) -> Architecture:
+    """Return the architecture that calibration images choose, without a search; write architecture.json.
+
+    A run that is continued keeps the one that it has written.
+
+    Args:
+        host: the dense model.
+        images: calibration images, [B, channels, height, width] a batch.
+        budget: `{"macs": "50%"}` or `{"params": ...}`.
+        folder: the run folder.
+        multiple: FFN widths and ranks are multiples of it; None as in `decide`.
+        progress: where to show progress.
+    """
+    path = folder / ARCHITECTURE
+    if path.is_file():
+        return Architecture.load(path)
+    with _scoring(host, progress) as report:
+        architecture = decide(
+            host,
+            macs=budget.get("macs"),
+            params=budget.get("params"),
+            multiple=multiple,
+            calibration=images,
+            report=report,
+        )
+    if PartialState().is_main_process:
+        write_text(path, architecture.to_json())
+    return architecture
+
+
+@contextmanager
+def _scoring(host: nn.Module, progress: PhaseProgress) -> Iterator[Callable[[int, int], object]]:
+    """Show a bar while candidates are scored; it moves with what is given as the report."""
+    progress.start("scores", len(family_of(host).blocks(host)), 0)
+    try:
+        yield lambda done, blocks: progress.step("")
+    finally:
+        progress.stop()
