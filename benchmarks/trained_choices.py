@@ -211,12 +211,18 @@ def perturbed(scores: tuple[BlockScores, ...], sigma: float, generator: random.R
     return tuple(found)
 
 
+def attention_word(kept: Attention) -> str:
+    """Return m, its rank if it has one (of queries and keys, then of values, if they differ) and its heads, as in 2h."""
+    ranks = [str(rank or "") for rank in dict.fromkeys((kept.query_key_rank, kept.value_rank))]
+    return f"m{'/'.join(ranks)}" + (f",{len(kept.heads)}h" if kept.heads is not None else "")
+
+
 def summary(architecture: Architecture) -> str:
-    """Return a block a word: the rank or kind of its attention, and its FFN units."""
+    """Return a block a word: the ranks and heads, or the kind, of its attention, and its FFN units."""
     words = []
     for block in architecture.blocks:
         kept = block.attention
-        short = {"conv3": "c3", "conv1": "c1", "skip": "-"}.get(kept.kind) or f"m{kept.query_key_rank or ''}"
+        short = {"conv3": "c3", "conv1": "c1", "skip": "-"}.get(kept.kind) or attention_word(kept)
         words.append(f"{short}:{len(block.ffn.units)}")
     return " ".join(words)
 

@@ -95,14 +95,17 @@ def problem(seed: int) -> tuple[tuple[BlockScores, ...], NetworkCost]:
     return tuple(scores), NetworkCost("params", 1000, tuple(costs))
 
 
+@pytest.mark.parametrize("attends", [False, True])
 @pytest.mark.parametrize("multiple", [1, 2, 4, 8])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_choice_is_that_of_brute_force(seed: int, multiple: int) -> None:
+def test_the_choice_is_that_of_brute_force(seed: int, multiple: int, attends: bool) -> None:
     scores, cost = problem(seed)
     widths = [width for width in range(1, 7) if width % multiple == 0 or width == 6]
     everything = []
     for first, second in itertools.product(*(itertools.product(block.attention, widths) for block in scores)):
         total = cost.fixed
+        if attends and all(attention.kind != "msa" for (attention, _), _ in (first, second)):
+            continue
         for (attention, _), width, own in ((*first, cost.blocks[0]), (*second, cost.blocks[1])):
             narrow = 100 - 2 * 2 * (5 + 5)  # two heads lose two dimensions of both sorts
             total += {"msa": narrow if attention.narrowed() else 100, "conv1": 23, "skip": 2}[attention.kind]
@@ -112,7 +115,7 @@ def test_the_choice_is_that_of_brute_force(seed: int, multiple: int) -> None:
     for target in range(1000, cost.dense + 1, 29):
         wanted = target - 30 if target % 2 else 0
         expected = brute_force(everything, target, wanted)
-        found = choose(scores, cost, target, multiple, wanted)
+        found = choose(scores, cost, target, multiple, wanted, attends)
         if expected is None:
             assert found is None
             continue
@@ -232,6 +235,18 @@ def test_budgets_below_the_smallest_name_it_and_it_is_reached(metric: str) -> No
     assert cost.of(spvit.decide(host, calibration=x, **{metric: smallest})) == smallest
     with pytest.raises(BudgetError, match="cannot be reached"):
         spvit.decide(host, calibration=x, **{metric: smallest - 1})
+
+
+def test_a_class_token_keeps_some_attention_to_the_image() -> None:
+    for name, kept in (("class_token", 1), ("average_pooling", 0)):
+        host = make_host(name)
+        cost = network_costs(family_of(host), host)["macs"]
+        x = images(host, 24)
+        with pytest.raises(BudgetError, match="the smallest reachable is") as caught:
+            spvit.decide(host, macs=cost.smallest, calibration=x)
+        smallest = int(re.search(r"([\d,]+) macs\)", str(caught.value))[1].replace(",", ""))
+        architecture = spvit.decide(host, macs=smallest, calibration=x)
+        assert sum(block.attention.kind == "msa" for block in architecture.blocks) == kept
 
 
 def test_decisions_that_cannot_be_made_are_refused() -> None:

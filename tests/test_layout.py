@@ -28,6 +28,7 @@ FLOORS = [
     "calibrated",
     "hosts",
     "repair",
+    "attention_errors",
     "install",
     "surgery",
     "scores",

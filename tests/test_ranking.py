@@ -1,4 +1,4 @@
-"""The ranking of an FFN's units against brute force: each step removes the cheapest, errors are those after repair."""
+"""Rankings of units and of heads against brute force: each step removes the cheapest, errors are those after repair."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spvit.moments import damped
-from spvit.ranking import STEPS, rank_units
+from spvit.ranking import STEPS, rank_heads, rank_units
 from tiny import assert_close
 
 DOUBLE = torch.float64
@@ -102,3 +102,27 @@ def test_single_precision_covariances_of_few_directions_are_ranked() -> None:
     ranking = rank_units(covariance, weight, 1e-7)
     assert_close(weight, before)
     assert ranking.errors[4] < 1e-3 * ranking.errors[0]  # four units tell all
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_step_gives_up_the_head_that_is_cheapest_by_brute_force(seed: int) -> None:
+    covariance, weight = problem(12, seed=seed)
+    ranking = rank_heads(covariance, weight, 4, RIDGE)
+    assert sorted(ranking.units) == [0, 1, 2, 3]
+    assert ranking.errors[4] == 0
+
+    def error(heads: list[int]) -> float:
+        return repaired_error(covariance, weight, [3 * head + index for head in heads for index in range(3)])
+
+    for count in range(4):
+        before = sorted(ranking.units[: count + 1])
+        errors = {head: error([other for other in before if other != head]) for head in before}
+        assert min(errors, key=errors.__getitem__) == ranking.units[count]
+        assert ranking.errors[count] == pytest.approx(errors[ranking.units[count]], rel=1e-8)
+
+
+def test_heads_of_one_dimension_are_ranked_as_units_are() -> None:
+    covariance, weight = problem(7)
+    units, heads = rank_units(covariance, weight, RIDGE), rank_heads(covariance, weight, 7, RIDGE)
+    assert heads.units == units.units
+    assert heads.errors == pytest.approx(units.errors)

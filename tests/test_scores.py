@@ -13,21 +13,23 @@ from torch.nn import functional as F
 
 import spvit
 from spvit.architecture import FFN, Architecture, Attention, Block, dense
+from spvit.attention_errors import Missed
 from spvit.hosts import family_of
 from spvit.moments import CalibrationError
 from spvit.repair import PREFIX_RULE, SKIP_RULE
 from spvit.scores import (
     FITTING,
     FLOOR,
-    MEASURED_RANKS,
     MEASURED_SHARES,
     MEASURING,
     BlockScores,
     Head,
-    _interpolated_ranks,
+    _by_errors,
     _interpolated_widths,
+    _measured,
     _on_lines,
     _parts,
+    _with_all_ranks,
     score,
 )
 from tiny import ALIKE, assert_close, images, logits, make_host
@@ -54,10 +56,14 @@ def test_measured_scores_are_what_pruning_to_one_candidate_does(name: str) -> No
     host = make_host(name)
     x = images(host, 24)
     head_width = family_of(host).blocks(host)[0].attention.head_width
-    measured = [Attention("msa", query_key_rank=r, value_rank=r) for r in (head_width // 4, head_width // 2)]
+    ranks = (head_width // 4, head_width // 2)
+    measured = [Attention(**{name: rank}) for name in ("query_key_rank", "value_rank") for rank in ranks]
     for index, found in enumerate(scored(host, multiple=head_width // 4)):
         candidates = dict(found.attention)
-        for kept in (*CONVOLUTIONS, *measured):
+        fewer_heads = [kept for kept in candidates if kept == Attention(heads=kept.heads) and kept.narrowed()]
+        assert sorted(len(kept.heads or ()) for kept in fewer_heads) == [1, 2]
+        one = min(fewer_heads, key=lambda kept: len(kept.heads or ()))
+        for kept in (*CONVOLUTIONS, *measured, one):
             block = Block(kept, FFN(WIDTH, tuple(range(WIDTH))))
             assert candidates[kept] == pytest.approx(divergence(host, index, block, x), rel=1e-5)
         expected = 0.0
@@ -76,9 +82,14 @@ def test_every_host_is_scored(name: str) -> None:
     for found in scored(host, count=16):
         kept = [candidate for candidate, _ in found.attention]
         width = family_of(host).blocks(host)[0].attention.head_width
-        ranks = [] if name == "options" else list(range(4, width, 4))
-        narrow = [Attention("msa", query_key_rank=rank, value_rank=rank) for rank in ranks]
-        assert kept == [Attention(), *narrow, *CONVOLUTIONS]
+        ranks = (*range(4, width, 4), None)
+        # Norms over the queries and keys of a head forbid to change those, and one over all heads to change values.
+        pairs = itertools.product((None,) if name == "options" else ranks, (None,) if name == "options" else ranks)
+        shapes = [(heads, *pair) for pair in pairs for heads in ((3,) if name == "options" else (1, 2, 3))]
+        found_shapes = [(len(k.heads or range(3)), k.query_key_rank, k.value_rank) for k in kept if k.kind == "msa"]
+        assert kept[0] == Attention()
+        assert sorted(found_shapes, key=str) == sorted(shapes, key=str)
+        assert kept[-3:] == CONVOLUTIONS
         values = [value for _, value in found.attention]
         assert values[0] == found.ffn[-1] == 0
         assert min(values[1:]) >= FLOOR
@@ -189,17 +200,49 @@ def test_a_better_candidate_scores_better() -> None:
 )
 def test_lines_pass_through_their_points_and_go_on(x: float, expected: float) -> None:
     assert _on_lines(x, [1.0, 2.0, 4.0], [10.0, 20.0, 0.0]) == pytest.approx(expected)
-    assert _on_lines(x, [7.0], [3.0]) == 3.0
+    assert _on_lines(x, [7.0], [3.0]) == x - 4.0
 
 
 def test_ranks_between_are_on_lines_of_the_logarithm() -> None:
-    measured = [(Attention("msa", query_key_rank=r, value_rank=r), s) for r, s in ((8, 1e-2), (24, 1e-4))]
-    found = dict(_interpolated_ranks([*measured, (Attention("skip"), 0.5)], 32, 8))
-    assert found.pop(Attention("skip")) == 0.5
-    assert [kept.query_key_rank for kept in found] == [kept.value_rank for kept in found] == [8, 16, 24]
-    assert list(found.values()) == pytest.approx([1e-2, 1e-3, 1e-4])
-    assert _interpolated_ranks([(Attention("skip"), 0.5)], 32, 8) == [(Attention("skip"), 0.5)]
-    assert max(MEASURED_RANKS) < 1
+    known = {Attention.narrow(8): 1e-2, Attention(value_rank=8): 5e-3, Attention.narrow(24): 1e-4}
+    found = dict(_with_all_ranks(known, range(8, 32, 8)))
+    assert found.pop(Attention.narrow(16)) == pytest.approx(1e-3)
+    assert found == known
+    assert _with_all_ranks({}, range(8, 32, 8)) == []
+
+
+def test_errors_of_queries_and_of_values_tell_their_own_parts() -> None:
+    errors = {
+        Attention(query_key_rank=4): Missed(2.0, 0.0),
+        Attention(value_rank=4): Missed(0.0, 2.0),
+        Attention(value_rank=8): Missed(0.0, 1.0),
+        Attention(heads=(0,), query_key_rank=4): Missed(2.0, 4.0),
+        Attention.narrow(8): Missed(0.5, 1.0),
+    }
+    measured = {Attention(query_key_rank=4): 0.8, Attention(value_rank=4): 0.04, Attention(value_rank=8): 0.01}
+    found = _by_errors(measured, errors)
+    assert {kept: found[kept] for kept in measured} == pytest.approx(measured)
+    assert found[Attention(heads=(0,), query_key_rank=4)] == pytest.approx(0.8 + 0.16)
+    assert found[Attention.narrow(8)] == pytest.approx(0.2 + 0.01)
+    assert _by_errors({}, {}) == {}
+
+
+def test_what_is_measured_is_narrower_in_one_way_only() -> None:
+    ranks = (8, 16, 24, None)
+    heads = ((5,), (2, 5), (0, 2, 5), None)
+    errors = {
+        Attention("msa", kept, query, value): Missed(0.0, 0.0)
+        for kept, query, value in itertools.product(heads, ranks, ranks)
+    }
+    del errors[Attention()]
+    assert _measured(errors, 32) == [
+        Attention(query_key_rank=8),
+        Attention(query_key_rank=16),
+        Attention(value_rank=8),
+        Attention(value_rank=16),
+        Attention(heads=(2, 5)),
+    ]
+    assert _measured({}, 32) == []
 
 
 def test_widths_between_follow_the_error_after_repair() -> None:

@@ -69,10 +69,7 @@ class Attention:
 
     @classmethod
     def narrow(cls, rank: int) -> Attention:
-        """Return attention with so many dimensions in every head.
-
-        Equal ranks of queries, keys and values keep the fused attention of the CPU, which wants them so.
-        """
+        """Return attention with so many dimensions of queries, keys and values in every head."""
         return cls("msa", query_key_rank=rank, value_rank=rank)
 
     def narrowed(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -101,14 +101,20 @@ def _decide_by_scores(
     target = budget.target(cost)
     multiples = _multiples(multiple)
     scores = score(host, family, images, multiples[0], report)
+    # Nothing but attention brings the image to a class token.
+    attends = any(block.attention.prefix_tokens for block in family.blocks(host))
     # The best that is affordable is within tolerance nearly always; where all are below, the rest is spent, in the
     # finest steps, which harm least.
     nearly = math.ceil((1 - TOLERANCE) * target)
     for candidate, wanted in [*((step, 0) for step in multiples), *((step, nearly) for step in reversed(multiples))]:
-        chosen = choose(scores, cost, target, candidate, wanted)
+        chosen = choose(scores, cost, target, candidate, wanted, attends)
         if chosen is not None and abs(cost.of(chosen) - target) <= TOLERANCE * target:
             return chosen
-    smallest = cost.fixed + sum(min(spent for spent, _ in site) for _, site in _sites(scores, cost, multiples[-1]))
+    sites = _sites(scores, cost, multiples[-1])
+    smallest = cost.fixed + min(
+        sum(min(spent for spent, _ in site) for _, site in variant)
+        for variant in (_attending(sites) if attends else [sites])
+    )
     if target < smallest:
         raise BudgetError(
             f"a budget of {human(target)} {budget.metric} ({target / cost.dense:.1%}) cannot be reached with FFN "
@@ -119,7 +125,12 @@ def _decide_by_scores(
 
 
 def choose(
-    scores: Sequence[BlockScores], cost: NetworkCost, target: int, multiple: int, wanted: int = 0
+    scores: Sequence[BlockScores],
+    cost: NetworkCost,
+    target: int,
+    multiple: int,
+    wanted: int = 0,
+    attends: bool = False,
 ) -> Architecture | None:
     """Return the architecture with the least sum of scores that costs at most the target, or None if none does.
 
@@ -132,24 +143,49 @@ def choose(
         target: MACs or parameters.
         multiple: FFN widths are multiples of it, or all units.
         wanted: the cost is to be at least this where there is such a choice.
+        attends: at least one block is to keep attention.
     """
     sites = _sites(scores, cost, multiple)
-    picks = _least_sum([site for _, site in sites], target - cost.fixed, wanted - cost.fixed)
-    if picks is None:
+    limits = (target - cost.fixed, wanted - cost.fixed)
+    kept = _chosen(sites, *limits)
+    if kept is not None and attends and all(attention.kind != "msa" for attention in kept[0][::2]):
+        found = [choice for variant in _attending(sites) if (choice := _chosen(variant, *limits)) is not None]
+        kept = min(found, key=lambda choice: (choice[1] < limits[1], choice[2]), default=None)
+    if kept is None:
         return None
-    kept = [choices[pick] for (choices, _), pick in zip(sites, picks)]
     blocks = [
         Block(attention, FFN(own.units, tuple(sorted(block.ranking.units[:width]))))
-        for attention, width, own, block in zip(kept[::2], kept[1::2], cost.blocks, scores)
+        for attention, width, own, block in zip(kept[0][::2], kept[0][1::2], cost.blocks, scores)
     ]
     return Architecture(tuple(blocks), PREFIX_RULE, SKIP_RULE)
 
 
-def _sites(
-    scores: Sequence[BlockScores], cost: NetworkCost, multiple: int
-) -> list[tuple[list[Any], list[tuple[int, float]]]]:
+Site = tuple[list[Any], list[tuple[int, float]]]
+"""What an attention layer or an FFN may keep, and the (cost, score) of that."""
+
+
+def _chosen(sites: Sequence[Site], limit: int, wanted: int) -> tuple[list[Any], int, float] | None:
+    """Return what every site keeps for the least sum of scores, with the sums of costs and scores, or None."""
+    picks = _least_sum([site for _, site in sites], limit, wanted)
+    if picks is None:
+        return None
+    taken = [site[pick] for (_, site), pick in zip(sites, picks)]
+    kept = [choices[pick] for (choices, _), pick in zip(sites, picks)]
+    return kept, sum(cost for cost, _ in taken), sum(score for _, score in taken)
+
+
+def _attending(sites: Sequence[Site]) -> Iterator[list[Site]]:
+    """Yield the sites with one attention layer that may only keep attention, each in turn."""
+    for index in range(0, len(sites), 2):
+        choices, site = sites[index]
+        staying = [number for number, kept in enumerate(choices) if kept.kind == "msa"]
+        own = ([choices[number] for number in staying], [site[number] for number in staying])
+        yield [*sites[:index], own, *sites[index + 1 :]]
+
+
+def _sites(scores: Sequence[BlockScores], cost: NetworkCost, multiple: int) -> list[Site]:
     """Return, for every attention and FFN in turn, what it may keep and the (cost, score) of that."""
-    sites: list[tuple[list[Any], list[tuple[int, float]]]] = []
+    sites: list[Site] = []
     for block, own in zip(scores, cost.blocks):
         attention = [(own.attention_kept(kept, PREFIX_RULE, SKIP_RULE), score) for kept, score in block.attention]
         sites.append(([kept for kept, _ in block.attention], attention))

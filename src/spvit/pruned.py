@@ -257,6 +257,10 @@ class NarrowAttention(nn.Module):
             part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).split(sizes, dim=2)
         )  # [B, H, N, R], twice, and [B, H, N, V]
         query, key = self.query_norm(query), self.key_norm(key)
+        if x.device.type == "cpu" and self.query_key_rank != self.value_rank:
+            # The CPU's fused attention wants equal widths; what is filled up with zeros changes nothing.
+            width = max(self.query_key_rank, self.value_rank)
+            query, key, value = (F.pad(part, (0, width - part.shape[-1])) for part in (query, key, value))
         out = F.scaled_dot_product_attention(
             query,
             key,
@@ -266,7 +270,7 @@ class NarrowAttention(nn.Module):
             is_causal=is_causal,
             scale=self.scale,
         )
-        return self.out_norm(out.transpose(1, 2).flatten(2))
+        return self.out_norm(out[..., : self.value_rank].transpose(1, 2).flatten(2))
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **kwargs: Any) -> Any:
         """x: [B, N, D]. Returns [B, N, D]."""

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from spvit.architecture import Architecture, Attention, Block
 from spvit.hosts.base import BlockSites, Family
-from spvit.kernels import NarrowWeights
+from spvit.kernels import NarrowWeights, Projections
 from spvit.moments import (
     NOT_FINITE,
     RIDGE,
@@ -251,28 +251,55 @@ def correct(linear: nn.Linear, moments: Moments, ridge: float = RIDGE) -> None:
         linear.bias.add_(bias.to(linear.bias))
 
 
-def _repair_narrow(layer: Layer, replacement: NarrowAttention, kept: Attention) -> None:
-    """Rotate queries and keys, then values, by how they vary; fit the output projection to the dense layer's output."""
-    path = layer.sites.attention.path
-    projections = layer.family.access.read_projections(layer.host.get_submodule(path))
-    assert projections is not None
+def inputs_of_attention(layer: Layer) -> Tensor:
+    """Return the second moment about zero of what arrives at an attention layer with a one appended, [D + 1, D + 1]."""
     arriving = Moments()
-    for x in layer.arriving(path):
+    for x in layer.arriving(layer.sites.attention.path):
         arriving.add(torch.cat([x, torch.ones_like(x[..., :1])], dim=-1))
-    weights = narrow_heads(projections, kept, arriving.second_x)
+    return arriving.second_x
+
+
+def rotated_queries(
+    layer: Layer, projections: Projections, kept: Attention, second_moment: Tensor
+) -> tuple[NarrowWeights, Moments]:
+    """Return the kept heads with queries and keys at the kept rank, and the moments of what they and the host give.
+
+    Args:
+        layer: the block.
+        projections: of the host's attention layer.
+        kept: heads and query/key rank; values stay whole.
+        second_moment: as `inputs_of_attention` returns it.
+
+    Returns:
+        The weights, and moments of the heads' outputs side by side [H E] and of the dense layer's output [D].
+    """
+    path = layer.sites.attention.path
+    weights = narrow_heads(projections, kept, second_moment)
     whole = NarrowAttention(weights, projections, returns_tuple=False).eval()
-    moments, biased = Moments(), whole.proj.bias is not None
+    moments = Moments()
     for x, wanted in zip(layer.arriving(path), layer.wanted(path)):
         moments.add(whole.heads_out(x), wanted)
+    return weights, moments
+
+
+def _repair_narrow(layer: Layer, replacement: NarrowAttention, kept: Attention) -> None:
+    """Rotate queries and keys, then values, by how they vary; fit the output projection to the dense layer's output."""
+    projections = layer.family.access.read_projections(layer.host.get_submodule(layer.sites.attention.path))
+    assert projections is not None
+    weights, moments = rotated_queries(layer, projections, kept, inputs_of_attention(layer))
+    biased = replacement.proj.bias is not None
     if kept.value_rank is None:
         narrow, rotation = weights, torch.eye(moments.inputs, dtype=torch.float64, device=moments.mean_x.device)
     else:
-        heads, width = weights.value_weight.shape[:2]
-        by_head = moments.covariance.unflatten(0, (heads, width)).unflatten(2, (heads, width))  # [H, E, H, E]
-        own = torch.stack([by_head[head, :, head] for head in range(heads)])
-        narrow, by_head = narrow_values(weights, kept.value_rank, own)
+        narrow, by_head = narrow_values(weights, kept.value_rank, own_covariances(moments, len(weights.query_weight)))
         rotation = torch.block_diag(*by_head)
     replacement.load(_fitted(narrow, rotation, moments, biased, layer.ridge))
+
+
+def own_covariances(moments: Moments, heads: int) -> Tensor:
+    """Return the covariance of each head's outputs, [H, E, E], from moments of all side by side, [H E]."""
+    by_head = moments.covariance.unflatten(0, (heads, -1)).unflatten(2, (heads, -1))  # [H, E, H, E]
+    return by_head.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def _fitted(narrow: NarrowWeights, rotation: Tensor, moments: Moments, biased: bool, ridge: float) -> NarrowWeights:

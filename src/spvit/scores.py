@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spvit.architecture import FFN, Attention, Block, narrow_ranks
+from spvit.attention_errors import Missed, attention_errors, paired_ranks
 from spvit.hosts.base import BlockSites, Family, logits_of
 from spvit.install import installed
 from spvit.moments import CalibrationError, Moments, ridge_for
@@ -36,8 +37,8 @@ from spvit.repair import (
 
 MEASURED_SHARES = (1 / 8, 1 / 4, 1 / 2)
 """Shares of an FFN's units at which the divergence is measured."""
-MEASURED_RANKS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
-"""Shares of the head width at which narrow attention is measured, to the nearest rank that may be kept."""
+MEASURED_RANKS = (1 / 8, 1 / 2)
+"""Shares of the head width at which narrower queries and keys, and narrower values, are measured, or the nearest."""
 MEASURING = (96, 20_000)
 """Images, or tokens of the first block if these are more images, on which divergence is measured at most: they pass
 through most of the network for every candidate."""
@@ -206,14 +207,13 @@ def _score_block(
             fit(kept)
             return bench.divergence(index, measuring)
 
-    def fit_attention(kept: Block) -> None:
-        repair_block(layer, kept)
+    def score_of(candidate: Attention) -> float:
+        return measured(Block(candidate, FFN.whole(units)), lambda kept: repair_block(layer, kept))
 
-    whole = FFN.whole(units)
-    attention = [
-        (candidate, measured(Block(candidate, whole), fit_attention))
-        for candidate in _candidates(bench, sites, multiple)
-    ]
+    ranks = narrow_ranks(sites.attention.head_width, multiple)
+    errors = attention_errors(layer, paired_ranks(ranks))
+    narrow = _by_errors({kept: score_of(kept) for kept in _measured(errors, sites.attention.head_width)}, errors)
+    others = [(kept, score_of(kept)) for kept in (Attention("conv3"), Attention("conv1"), Attention("skip"))]
     second, moments = _into_second(layer)
     ranking = rank_units(moments.covariance, second.weight, ridge_for(moments))
 
@@ -228,22 +228,34 @@ def _score_block(
         (width, measured(Block(Attention(), FFN(units, tuple(sorted(ranking.units[:width])))), fit_ffn))
         for width in widths
     ]
-    return BlockScores(
-        ((Attention(), 0.0), *_interpolated_ranks(attention, sites.attention.head_width, multiple)),
-        ranking,
-        _interpolated_widths(points, ranking.errors),
+    attention = ((Attention(), 0.0), *_with_all_ranks(narrow, ranks), *others)
+    return BlockScores(attention, ranking, _interpolated_widths(points, ranking.errors))
+
+
+def _measured(errors: Mapping[Attention, Missed], head_width: int) -> list[Attention]:
+    """Return the narrower layers whose divergence is measured: one narrower in ranks of either kind, or in heads."""
+    chosen = []
+    for name in ("query_key_rank", "value_rank"):
+        alone = {rank: kept for kept in errors if (rank := getattr(kept, name)) and kept == Attention(**{name: rank})}
+        for wish in (share * head_width for share in MEASURED_RANKS if alone):
+            chosen.append(alone[min(alone, key=lambda rank: abs(rank - wish))])
+    heads = sorted(
+        (kept for kept in errors if kept == Attention(heads=kept.heads)), key=lambda kept: len(kept.heads or ())
     )
+    return [*dict.fromkeys(chosen), *heads[(len(heads) - 1) // 2 :][:1]]
 
 
-def _candidates(bench: _Bench, sites: BlockSites, multiple: int) -> list[Attention]:
-    candidates = [Attention("conv3"), Attention("conv1"), Attention("skip")]
-    layer = bench.family.access.read_projections(bench.host.get_submodule(sites.attention.path))
-    if layer is None or not layer.plain():
-        return candidates
-    ranks = narrow_ranks(sites.attention.head_width, multiple)
-    wished = [share * sites.attention.head_width for share in MEASURED_RANKS] if ranks else []
-    some = sorted({min(ranks, key=lambda rank: abs(rank - wish)) for wish in wished})
-    return [*(Attention.narrow(rank) for rank in some), *candidates]
+def _by_errors(measured: Mapping[Attention, float], errors: Mapping[Attention, Missed]) -> dict[Attention, float]:
+    """Return scores of all narrower layers, from those of some and what each misses of the dense layer's output.
+
+    What queries and keys miss and what values and heads miss add up, and each tells its own part of the divergence.
+    """
+    parts = []
+    for name in ("logits", "outputs"):
+        found = [getattr(errors[kept], name) for kept in errors]
+        points = [(getattr(errors[kept], name), score) for kept, score in measured.items()]
+        parts.append(_divergences(found, [(error, score) for error, score in points if error > 0]))
+    return {**{kept: max(sum(own), FLOOR) for kept, *own in zip(errors, *parts)}, **measured}
 
 
 def _into_second(layer: Layer) -> tuple[nn.Linear, Moments]:
@@ -257,35 +269,22 @@ def _into_second(layer: Layer) -> tuple[nn.Linear, Moments]:
     return second, moments
 
 
-def _interpolated_ranks(
-    measured: list[tuple[Attention, float]], head_width: int, multiple: int
-) -> list[tuple[Attention, float]]:
-    """Return the candidates with those ranks between the measured ones, on lines through rank and log score."""
-    points = sorted((kept.query_key_rank, score) for kept, score in measured if kept.query_key_rank is not None)
-    others = [(kept, score) for kept, score in measured if kept.query_key_rank is None]
-    if not points:
-        return others
-    ranks, logs = [rank for rank, _ in points], [math.log(score) for _, score in points]
-    narrow = [
-        (Attention.narrow(rank), math.exp(_on_lines(rank, ranks, logs))) for rank in narrow_ranks(head_width, multiple)
-    ]
-    return narrow + others
+def _with_all_ranks(narrow: Mapping[Attention, float], ranks: Sequence[int]) -> list[tuple[Attention, float]]:
+    """Return the candidates with those of equal ranks between, on lines through rank and log score."""
+    known = {rank: math.log(narrow[kept]) for rank in ranks if (kept := Attention.narrow(rank)) in narrow}
+    if not known:
+        return list(narrow.items())
+    between = [rank for rank in ranks if rank not in known]
+    scores = [math.exp(_on_lines(rank, list(known), list(known.values()))) for rank in between]
+    return [*zip(map(Attention.narrow, between), scores), *narrow.items()]
 
 
 def _interpolated_widths(points: list[tuple[int, float]], errors: Sequence[float]) -> tuple[float, ...]:
-    """Return scores by width on lines through the logarithms of the repaired error and of the measured divergence.
-
-    The error after repair is known for every width from the moments, the divergence at some; the smaller the error the
-    nearer the divergence is to proportional.
-    """
+    """Return scores by width, from some measured divergences and the error after repair, which is known for all."""
     if not points:
         # A single unit: there is nothing between keeping it and having no FFN, which no decision takes.
         return (*[math.inf] * (len(errors) - 1), 0.0)
-    levels = [math.log(max(error, FLOOR)) for error in errors]
-    known = sorted({levels[width]: math.log(divergence) for width, divergence in points}.items())
-    # More error is never better; where the images say so it is noise, and prolonged it would grow without bounds.
-    xs, ys = [x for x, _ in known], list(itertools.accumulate((y for _, y in known), max))
-    scores = [math.exp(_on_lines(level, xs, ys)) if error > 0 else 0.0 for level, error in zip(levels, errors)]
+    scores = _divergences(errors, [(errors[width], divergence) for width, divergence in points])
     scores[-1] = 0.0
     for width in reversed(range(len(scores) - 1)):
         # Nor is it as good to be narrower, so that what a budget leaves is spent on units.
@@ -293,10 +292,23 @@ def _interpolated_widths(points: list[tuple[int, float]], errors: Sequence[float
     return tuple(scores)
 
 
+def _divergences(errors: Sequence[float], measured: Sequence[tuple[float, float]]) -> list[float]:
+    """Return divergences of the network's outputs by the errors of a layer's, from some (error, divergence) measured.
+
+    On lines through their logarithms: the smaller the error the nearer the divergence is to proportional.
+    """
+    known = sorted((math.log(max(error, FLOOR)), math.log(divergence)) for error, divergence in measured)
+    if not known:
+        return [0.0] * len(errors)
+    # More error is never better; where the images say so it is noise, and prolonged it would grow without bounds.
+    xs, ys = [x for x, _ in known], list(itertools.accumulate((y for _, y in known), max))
+    return [math.exp(_on_lines(math.log(max(error, FLOOR)), xs, ys)) if error > 0 else 0.0 for error in errors]
+
+
 def _on_lines(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
     """Return the value at x of the lines through points with ascending xs, the outer ones prolonged."""
     if len(xs) == 1:
-        return ys[0]
+        return ys[0] + x - xs[0]  # proportional, if these are logarithms
     upper = next((index for index, known in enumerate(xs) if known >= x), len(xs) - 1)
     upper = max(1, upper)
     lower = upper - 1

@@ -1,0 +1,95 @@
+"""What narrower attention cannot give, for every choice of its heads and ranks: a pass of the images a query/key rank.
+
+The rest follows from moments. With S the covariance of the outputs of all heads, rotated so that fewer of their
+dimensions are the first ones, and B the ridge solution from them to the dense layer's output, what is left is
+tr(cov(y)) - 2 tr(B S_xy) + tr(B S B^T); heads then leave by backward elimination.
+
+Shapes: H heads, E head width, V value rank, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spvit.architecture import Attention
+from spvit.moments import Moments, regression, ridge_for
+from spvit.narrowing import narrow_values
+from spvit.ranking import rank_heads
+from spvit.repair import Layer, inputs_of_attention, own_covariances, rotated_queries
+
+MOST_RANKS = 7
+"""Ranks below the head width of which all pairs are considered: in finer steps neighbours hardly differ."""
+
+
+@dataclass(frozen=True)
+class Missed:
+    """Mean squared error over tokens, summed over outputs, of a narrower layer that is repaired."""
+
+    logits: float
+    """What the same layer misses with all of its heads and values: the part of queries and keys of a lower rank."""
+    outputs: float
+    """What it misses beyond that: the part of fewer values and heads."""
+
+
+def paired_ranks(ranks: Sequence[int]) -> list[int]:
+    """Return at most seven of some ascending ranks, evenly spread, the last among them."""
+    if len(ranks) <= MOST_RANKS:
+        return list(ranks)
+    return [ranks[-1 - index * len(ranks) // MOST_RANKS] for index in reversed(range(MOST_RANKS))]
+
+
+def attention_errors(layer: Layer, ranks: Sequence[int]) -> dict[Attention, Missed]:
+    """Return how much of a dense attention layer's output each narrower layer misses after its repair.
+
+    Norms over the dimensions of a head or over all outputs forbid some: then queries and keys keep all dimensions, or
+    values and heads do.
+
+    Args:
+        layer: a dense block, and the inputs that repairs are fitted to.
+        ranks: that queries and keys, and values, may have beside all dimensions, ascending.
+
+    Returns:
+        The error of each choice but the whole layer; empty when the family's attention cannot be narrowed.
+    """
+    path = layer.sites.attention.path
+    projections = layer.family.access.read_projections(layer.host.get_submodule(path))
+    if projections is None:
+        return {}
+    heads, width = layer.sites.attention.heads, layer.sites.attention.head_width
+    second_moment = inputs_of_attention(layer)
+    errors: dict[Attention, Missed] = {}
+    for query_key_rank in (*(ranks if projections.query_norm is None else ()), None):
+        weights, moments = rotated_queries(layer, projections, Attention(query_key_rank=query_key_rank), second_moment)
+        biased = weights.out_bias is not None
+        covariance, cross = moments.products(biased)
+        total = _spread(layer, moments, biased)
+        rotation = torch.block_diag(*narrow_values(weights, width, own_covariances(moments, heads))[1])
+        covariance, cross = rotation @ covariance @ rotation.T, rotation @ cross
+        logits: float | None = None
+        for value_rank in (None, *(ranks if projections.out_norm is None else ())):
+            first = torch.arange(len(covariance), device=covariance.device).view(heads, width)[:, :value_rank].flatten()
+            inner, outer = covariance[first][:, first], cross[first]
+            ridge = ridge_for(moments, len(first), layer.ridge)
+            out = regression(inner, outer, ridge)  # [H V, D]
+            left = total - 2 * float((out * outer).sum()) + float((out * (inner @ out)).sum())
+            if logits is None:
+                logits = max(left, 0.0) if query_key_rank is not None else 0.0
+            ranking = rank_heads(inner, out.T, heads, ridge)
+            for count in range(1 if projections.out_norm is None else heads, heads + 1):
+                kept = tuple(sorted(ranking.units[:count])) if count < heads else None
+                outputs = max(left - logits, 0.0) if value_rank is not None else 0.0
+                missed = Missed(logits, outputs + ranking.errors[count])
+                errors[Attention("msa", kept, query_key_rank, value_rank)] = missed
+    del errors[Attention()]
+    return errors
+
+
+def _spread(layer: Layer, moments: Moments, biased: bool) -> float:
+    """Return the variance of the dense layer's output, summed over its dimensions (without a bias: about zero)."""
+    centre = moments.mean_y if biased else torch.zeros_like(moments.mean_y)
+    outputs: list[Tensor] = list(layer.wanted(layer.sites.attention.path))
+    return float(sum((out - centre).double().square().sum() for out in outputs)) / moments.count

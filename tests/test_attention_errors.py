@@ -1,0 +1,125 @@
+"""Errors of narrower attention against repaired layers themselves: one is pruned, repaired and run for every choice."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spvit
+from spvit.architecture import FFN, Architecture, Attention, Block, dense
+from spvit.attention_errors import Missed, attention_errors, paired_ranks
+from spvit.hosts import family_of
+from spvit.install import installed
+from spvit.repair import Layer, block_inputs, evaluating, reached, repair_block
+from tiny import images, make_host
+
+UNITS = 72
+RANKS = (2, 5)
+
+
+def errors_of(host: nn.Module, x: Tensor, ridge: float) -> dict[Attention, Missed]:
+    """Return the errors of the second block's attention."""
+    family = family_of(host)
+    sites = family.blocks(host)[1]
+    with evaluating(host):
+        inputs = block_inputs(host, sites, [x])
+        return attention_errors(Layer(host, host, family, sites, inputs, inputs, ridge), RANKS)
+
+
+def repaired_error(host: nn.Module, x: Tensor, kept: Attention, ridge: float) -> float:
+    """Put one narrower layer in place, repair it, and compare its outputs with the dense layer's."""
+    family = family_of(host)
+    sites = family.blocks(host)[1]
+    with evaluating(host):
+        inputs = block_inputs(host, sites, [x])
+        block, model = host.get_submodule(sites.path), make_twin(host)
+        wanted = reached(block, inputs[0], host.get_submodule(sites.attention.path), output=True)
+        block_kept = Block(kept, FFN.whole(UNITS))
+        with installed(model, family, 1, sites, block_kept):
+            layer = Layer(model, host, family, sites, inputs, inputs, ridge)
+            repair_block(layer, block_kept)
+            own = model.get_submodule(sites.path)
+            found = reached(own, inputs[0], model.get_submodule(sites.attention.path), output=True)
+    return float((found - wanted).square().sum(-1).mean())
+
+
+def make_twin(host: nn.Module) -> nn.Module:
+    """Return the host pruned to itself: a copy."""
+    return spvit.prune(host, dense([UNITS] * 4)).eval()
+
+
+@pytest.mark.parametrize("name", ["class_token", "huggingface", "no_biases", "average_pooling"])
+def test_errors_are_those_of_repaired_layers(name: str) -> None:
+    host = make_host(name)
+    x, ridge = images(host, 24), 1e-9
+    errors = errors_of(host, x, ridge)
+    heads = family_of(host).blocks(host)[1].attention.heads
+    assert len(errors) == heads * (len(RANKS) + 1) ** 2 - 1
+    for kept, missed in errors.items():
+        expected = repaired_error(host, x, kept, ridge)
+        assert missed.logits + missed.outputs == pytest.approx(expected, rel=1e-3, abs=1e-7), kept
+
+
+def test_parts_are_of_what_is_narrower() -> None:
+    errors = errors_of(make_host("class_token"), images(make_host("class_token"), 24), 1e-6)
+    for kept, missed in errors.items():
+        alone = Attention(query_key_rank=kept.query_key_rank)
+        assert missed.logits == (errors[alone].logits if kept.query_key_rank is not None else 0)
+        assert (missed.outputs > 0) == (kept.value_rank is not None or kept.heads is not None)
+
+
+def test_the_head_given_up_is_the_one_that_the_others_repair_best() -> None:
+    host = make_host("class_token")
+    x, ridge = images(host, 24), 1e-9
+    two = next(kept for kept in errors_of(host, x, ridge) if kept.heads and len(kept.heads) == 2)
+    pairs = [Attention(heads=heads) for heads in ((0, 1), (0, 2), (1, 2))]
+    found = {kept: repaired_error(host, x, kept, ridge) for kept in pairs}
+    assert Attention(heads=two.heads) == min(pairs, key=found.__getitem__)
+
+
+def test_norms_forbid_what_they_are_over() -> None:
+    host = make_host("options")  # normalises queries and keys of a head, and the outputs of all
+    assert errors_of(host, images(host, 24), 1e-4) == {}
+    host.blocks[1].attn.norm = nn.Identity()
+    found = errors_of(host, images(host, 24), 1e-4)
+    assert {kept.query_key_rank for kept in found} == {None}
+    assert {kept.value_rank for kept in found} == {*RANKS, None}
+    host = make_host("options")
+    host.blocks[1].attn.q_norm = host.blocks[1].attn.k_norm = nn.Identity()
+    found = errors_of(host, images(host, 24), 1e-4)
+    assert [(kept.heads, kept.query_key_rank, kept.value_rank) for kept in found] == [(None, 2, None), (None, 5, None)]
+
+
+def test_attention_that_cannot_be_narrowed_has_no_errors() -> None:
+    host = make_host("swin")
+    assert errors_of(host, images(host, 8), 1e-4) == {}
+
+
+@pytest.mark.parametrize("name", ["class_token", "huggingface"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_unequal_ranks_attend_as_equal_ones_with_zeros(name: str, dtype: torch.dtype) -> None:
+    """The CPU's fused attention wants equal widths; the formula does not."""
+    host = make_host(name, dtype)
+    kept = Attention("msa", (0, 2), 3, 5)
+    blocks = [Block(kept, FFN.whole(UNITS))] * 4
+    model = spvit.prune(host, Architecture(tuple(blocks)), repair=images(host, 16)).eval()
+    layer: nn.Module = model.get_submodule(family_of(host).blocks(host)[0].attention.path)
+    x = torch.randn(2, 17, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():
+        projected = layer.qkv(x)
+        query, key, value = (part.unflatten(2, (2, -1)).transpose(1, 2) for part in projected.split([6, 6, 10], dim=2))
+        logits = query @ key.transpose(-2, -1) * layer.scale
+        expected = (logits.softmax(-1) @ value).transpose(1, 2).flatten(2)
+        found = layer.heads_out(x)
+    assert found.shape == (2, 17, 10)
+    assert math.isclose(float((found - expected).abs().max()), 0, abs_tol=1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def test_pairs_are_of_few_evenly_spread_ranks() -> None:
+    assert paired_ranks(range(8, 64, 8)) == [8, 16, 24, 32, 40, 48, 56]
+    assert paired_ranks(range(1, 64)) == [9, 18, 27, 36, 45, 54, 63]
+    assert paired_ranks(range(4, 40, 4)) == [8, 12, 16, 24, 28, 32, 36]
+    assert paired_ranks([]) == []
