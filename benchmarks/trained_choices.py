@@ -212,7 +212,7 @@ def perturbed(scores: tuple[BlockScores, ...], sigma: float, generator: random.R
 
 
 def attention_word(kept: Attention) -> str:
-    """Return m, its rank if it has one (of queries and keys, then of values, if they differ) and its heads, as in 2h."""
+    """Return m, its rank (of queries and keys, then of values, if they differ) and its heads, as in 2h, if fewer."""
     ranks = [str(rank or "") for rank in dict.fromkeys((kept.query_key_rank, kept.value_rank))]
     return f"m{'/'.join(ranks)}" + (f",{len(kept.heads)}h" if kept.heads is not None else "")
 

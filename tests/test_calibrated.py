@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import spvit
 from spvit.architecture import FFN, ArchitectureError, Attention, Block
 from spvit.calibrated import CalibratedAttention
+from spvit.cost import BudgetError
 from spvit.gated_linear import RankGatedLinear
 from spvit.hosts.base import logits_of
 from spvit.surgery import NotSearchableError, gated_layers, search_record
@@ -262,3 +263,9 @@ def test_rank_gates_say_what_they_keep() -> None:
     assert out[:, 0, :, 1:].eq(0).all()
     assert out[:, 2, :, 1:].eq(0).all()
     assert out[:, 1].ne(0).all()
+
+
+def test_a_multiple_of_nothing_is_refused() -> None:
+    host = make_host("class_token")
+    with pytest.raises(BudgetError, match="multiple is 0, expected 1 or more units"):
+        spvit.make_searchable(host, calibration=images(host, 64), multiple=0)

@@ -283,6 +283,8 @@ def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_pat
         ("found both", "search --recipe TRAINED --output OUT --macs 1M --params 1M"),
         ("smallest reachable", "compress --recipe TRAINED --output OUT --macs 0.1%"),
         ("above the dense model's", "search --recipe TRAINED --output OUT --macs 90G"),
+        ("multiple is 0, expected 1 or more", "search --recipe TRAINED --output OUT --multiple 0"),
+        ("clip_gradient is -1", "search --recipe TRAINED --output OUT --search.clip_gradient -1"),
         ("is not a folder that exists", "train --recipe RECIPE --output OUT --data nowhere"),
         ("precision is 'fp8'", "train --recipe RECIPE --output OUT --precision fp8"),
         ("expected 0 or more", "train --recipe RECIPE --output OUT --dense.epochs -1"),

@@ -529,3 +529,16 @@ def test_reached_gives_inputs_by_position_or_name_and_stops_there() -> None:
     assert torch.equal(reached(model, torch.zeros(1, 2), model.inner, output=True), model.inner(torch.ones(1, 2)))
     assert not model.inner._forward_hooks
     assert not model.inner._forward_pre_hooks
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator is at hand")
+def test_decision_and_repair_on_an_accelerator_are_those_of_the_cpu() -> None:
+    host = make_host("class_token", torch.float32)
+    x, device = images(host, 48), torch.accelerator.current_accelerator()
+    there = copy.deepcopy(host).to(device)
+    architecture = spvit.decide(host, macs="50%", calibration=x)
+    assert spvit.decide(there, macs="50%", calibration=x) == architecture
+    expected = spvit.prune(host, architecture, repair=x)
+    found = spvit.prune(there, architecture, repair=x)
+    assert {parameter.device.type for parameter in found.parameters()} == {device.type}
+    assert_close(logits(found.cpu(), x), logits(expected, x))

@@ -12,13 +12,15 @@ import pytest
 import torch
 
 import spvit
-from spvit.architecture import Architecture
+from spvit.architecture import FFN, Architecture, Attention, Block
+from spvit.cost import BudgetError
 from spvit.surgery import gated_layers, make_searchable
 from spvit.train.data import DataError
 from spvit.train.loop import Evaluation, Loop, Phase, RunError, learning_rate_at, run_phase
 from spvit.train.losses import BudgetLoss
+from spvit.train.optimizers import optimizers
 from spvit.train.pipeline import CompressConfig, RunFolderError, check_folder, compress, run_compress
-from spvit.train.settings import LoopConfig
+from spvit.train.settings import LoopConfig, PhaseConfig
 from training import digits, micro_host, short, short_search, states_equal
 
 
@@ -117,6 +119,20 @@ def test_gates_have_an_optimizer_of_their_own_at_a_constant_rate(tmp_path: Path)
     run_phase(phase, digits(), tmp_path, LoopConfig())
     for name, value in phase.model.named_parameters():
         assert torch.equal(value, before[name]) != name.endswith("gate_logits"), name
+
+
+def test_biases_norms_and_what_the_host_exempts_do_not_decay() -> None:
+    host = micro_host()
+    blocks = tuple(Block(Attention(kind), FFN.whole(96)) for kind in ("skip", "conv1"))
+    model = spvit.prune(host, Architecture(blocks, "mean", "mean"))  # constants there are vectors by token: biases too
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, exempt = optimizers(model, PhaseConfig(), False, 1)[0].param_groups
+    assert exempt["weight_decay"] == 0
+    found = {names[id(parameter)] for parameter in decayed["params"]}
+    assert {"blocks.0.mlp.fc1.weight", "blocks.1.attn.conv_in.weight"} <= found
+    assert all(name.endswith("weight") and ".norm" not in name and ".bn" not in name for name in found)
+    left = {names[id(parameter)] for parameter in exempt["params"]}
+    assert {"pos_embed", "cls_token", "blocks.0.attn.mean.bias", "blocks.1.attn.prefix.bias"} <= left
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -223,7 +239,7 @@ def test_compress_refuses_before_it_trains(tmp_path: Path) -> None:
         compress(host, images, "0.01%", output=tmp_path / "run")
     with pytest.raises(RunFolderError, match="initialise is 'luck', expected search or host"):
         compress(host, images, "50%", output=tmp_path / "run", config=CompressConfig(initialise="luck"))
-    with pytest.raises(DataError, match="multiple is 0, expected 1 or more units"):
+    with pytest.raises(BudgetError, match="multiple is 0, expected 1 or more units"):
         compress(host, images, "50%", output=tmp_path / "run", config=CompressConfig(multiple=0))
     config = CompressConfig(search=short_search(1, keep_best=True))
     with pytest.raises(DataError, match="keep_best is on for the search"):

@@ -44,7 +44,8 @@ from spvit.published import (
 from spvit.surgery import prune, pruned_record
 from spvit.tables import block_table, comparison_table, kinds_text
 from spvit.train.data import Images
-from spvit.train.deciding import ARCHITECTURE, calibration, search
+from spvit.train.deciding import ARCHITECTURE, calibration, check_decision, search
+from spvit.train.loop import make_accelerator
 from spvit.train.pipeline import (
     Compressed,
     RunFolderError,
@@ -59,6 +60,7 @@ from spvit.train.pipeline import (
 )
 from spvit.train.progress import PhaseProgress
 from spvit.train.settings import LoopConfig
+from spvit.train.teacher import check_phases
 from spvit.zoo import unfolded_params
 
 SETTINGS = "config.yaml"
@@ -111,11 +113,14 @@ def train_command(options: TrainCommand, console: Console) -> None:
 def search_command(options: SearchCommand, console: Console) -> None:
     """Search, and write the architecture and the pruned model as the search left it."""
     opened, images, folder = _open("search", options, trains_head=False, console=console)
-    shared = _shared(options)
+    shared, budget = _shared(options), options.limits()
+    check_decision(opened.model, budget, options.multiple, options.calibration_images)
+    check_phases([options.search], images)
+    opened.model.to(make_accelerator(shared).device)  # candidates are scored and repaired there
     net, architecture = search(
         opened.model,
         images,
-        options.limits(),
+        budget,
         folder,
         shared,
         options.search,

@@ -64,7 +64,7 @@ class SearchCommand(BudgetOptions, RunCommand):
     calibration_images: int = CALIBRATION_IMAGES
     """Training images for scores and repair in a calibrated search; their labels are not used."""
     multiple: int | None = None
-    """FFN widths are rounded to a multiple of it; when absent 8, or less for very small models."""
+    """FFN widths and ranks of attention are multiples of it; when absent 8, or less for very small models."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -153,6 +153,12 @@ def count_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def check_multiple(multiple: int | None) -> None:
+    """Raise BudgetError unless widths and ranks can be multiples of it; None is for a default."""
+    if multiple is not None and multiple < 1:
+        raise BudgetError(f"multiple is {multiple}, expected 1 or more units")
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much of a metric a network may cost: a fraction of the dense cost, or an amount."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spvit.architecture import DEFAULT_MULTIPLE, FFN, Architecture, Attention, Block
-from spvit.cost import Budget, BudgetError, NetworkCost, human, parse_budget
+from spvit.cost import Budget, BudgetError, NetworkCost, check_multiple, human, parse_budget
 from spvit.gates import is_open
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
@@ -46,8 +46,8 @@ def decide(
         net: what `make_searchable` returned, searched; or a dense host, with calibration images.
         macs: budget: `"50%"` of the host's cost, `"1.0G"` or a whole number.
         params: the same in parameters; give at most one of the two.
-        multiple: FFN widths are rounded to a multiple of it. Default: with a budget 8, or the largest of 4, 2, 1 that
-            lands within 0.5 % where 8 is too coarse (very small hosts); without a budget 1.
+        multiple: FFN widths, and ranks of attention, are multiples of it. Default: with a budget 8, or the largest of
+            4, 2, 1 that lands within 0.5 % where 8 is too coarse (very small hosts); without a budget 1.
         calibration: unlabelled images, a few hundred or more: a tensor [images, channels, height, width], or batches.
             About 350 are used, or more of small ones, taken evenly from all of them.
         report: with calibration images, called with (blocks scored, blocks) after each.
@@ -56,8 +56,7 @@ def decide(
         BudgetError: the budget is malformed, or cannot be reached; names the smallest or largest cost that can.
         CalibrationError: the calibration images do not fit the host, are too few, or give values that are not finite.
     """
-    if multiple is not None and multiple < 1:
-        raise BudgetError(f"multiple is {multiple}, expected 1 or more units")
+    check_multiple(multiple)
     if calibration is not None:
         return _decide_by_scores(net, parse_budget(macs, params), multiple, calibration, report)
     layers, record = gated_layers(net), search_record(net)

@@ -81,13 +81,27 @@ def calibration_batches(images: Tensor | Iterable[Any], family: Family, host: nn
 
 
 @contextmanager
+def where_float64_is(*models: nn.Module) -> Iterator[None]:
+    """Have models on the CPU meanwhile that are on a device without float64, which MPS is."""
+    some = [(model, next(model.parameters(), None)) for model in models]
+    away = [(model, weight.device) for model, weight in some if weight is not None and weight.device.type == "mps"]
+    for model, _ in away:
+        model.cpu()
+    try:
+        yield
+    finally:
+        for model, home in away:
+            model.to(home)
+
+
+@contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models in evaluation mode without gradients, and every module back as it was at the end."""
+    """Put models in evaluation mode without gradients where float64 is, and back as they were at the end."""
     flags = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), where_float64_is(*models):
             yield
     finally:
         for module, flag in flags:

@@ -21,7 +21,7 @@ from spvit.architecture import (
     narrow_ranks,
 )
 from spvit.calibrated import CalibratedAttention
-from spvit.cost import NetworkCost
+from spvit.cost import NetworkCost, check_multiple
 from spvit.gated_linear import GatedLinear
 from spvit.gates import INITIAL_LOGIT, GateDraws
 from spvit.hosts import Family, family_of
@@ -37,6 +37,7 @@ from spvit.repair import (
     calibration_batches,
     evaluating,
     repair_block,
+    where_float64_is,
 )
 from spvit.repair import repair as repair_in_place
 from spvit.searchable import GatedAttention, SearchableAttention
@@ -101,6 +102,12 @@ def gate_parameters(net: nn.Module) -> list[nn.Parameter]:
     return [layer.gate_logits for layer in layers if layer is not None]
 
 
+def check_dense(host: nn.Module) -> None:
+    """Raise NotSearchableError when a model is not a dense host any more."""
+    if getattr(host, _RECORD, None) is not None:
+        raise NotSearchableError("this model is already searchable or pruned by spvit; start from the dense host")
+
+
 def make_searchable(
     host: Model,
     *,
@@ -126,10 +133,11 @@ def make_searchable(
 
     Raises:
         UnsupportedHostError: the host's family, or a part of it, is not known.
+        BudgetError: `multiple` is less than 1.
         CalibrationError: the calibration images do not fit the host, are too few, or give values that are not finite.
     """
-    if getattr(host, _RECORD, None) is not None:
-        raise NotSearchableError("this model is already searchable or pruned by spvit; start from the dense host")
+    check_dense(host)
+    check_multiple(multiple)
     family = family_of(host)
     blocks = family.blocks(host)
     costs = network_costs(family, host)
@@ -151,7 +159,8 @@ def make_searchable(
         else:
             ranks = (*narrow_ranks(site.head_width, multiple), site.head_width)
             attention = CalibratedAttention(repaired[index], family.access, ranks=ranks, **where)
-        net.set_submodule(site.path, attention.train(net.get_submodule(site.path).training))
+        former = net.get_submodule(site.path)
+        net.set_submodule(site.path, attention.to(next(former.parameters()).device).train(former.training))
         second = net.get_submodule(block.ffn.second)
         assert isinstance(second, nn.Linear)
         net.set_submodule(block.ffn.second, GatedLinear(second, draws))
@@ -235,10 +244,11 @@ def prune(
     dense = copy.deepcopy(model) if repair is not None else None
     replaced = [index for index, kind in enumerate(architecture.kinds()) if kind != "msa"]
     grids = family.track_grids(model, replaced, whole=True)
-    for index, (sites, kept_block) in enumerate(zip(blocks, architecture.blocks)):
-        layer = searched[index] if searched is not None else None
-        replace_attention(model, family, sites, kept_block.attention, architecture, layer, grids.get(index))
-        narrow_ffn(model, sites, kept_block.ffn)
+    with where_float64_is(model):
+        for index, (sites, kept_block) in enumerate(zip(blocks, architecture.blocks)):
+            layer = searched[index] if searched is not None else None
+            replace_attention(model, family, sites, kept_block.attention, architecture, layer, grids.get(index))
+            narrow_ffn(model, sites, kept_block.ffn)
     if dense is not None and repair is not None:
         repair_in_place(model, dense, family, architecture, repair)
     setattr(model, _RECORD, PrunedRecord(architecture, folded=False))

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from spvit.architecture import DEFAULT_MULTIPLE, Architecture
 from spvit.checkpoint import write_text
+from spvit.cost import check_multiple, parse_budget
 from spvit.decide import decide
 from spvit.hosts import family_of
+from spvit.hosts.base import network_costs
 from spvit.initial_gates import initialise_gates
-from spvit.surgery import make_searchable
+from spvit.surgery import check_dense, make_searchable
 from spvit.train.data import DataError, Images, training_loader
 from spvit.train.loop import STATE, Phase, run_phase
 from spvit.train.losses import BudgetLoss
@@ -72,7 +74,7 @@ def search(
         config: settings of the run.
         phase: settings of the search.
         progress: where to show progress.
-        multiple: FFN widths are rounded to a multiple of it.
+        multiple: FFN widths and ranks are multiples of it.
         calibrating: calibration images, which a calibrated search needs.
     """
     set_seed(config.seed)  # what candidates draw is drawn alike in a continued run
@@ -87,6 +89,29 @@ def search(
     if PartialState().is_main_process:
         write_text(folder / ARCHITECTURE, architecture.to_json())
     return net, architecture
+
+
+def check_decision(
+    host: nn.Module, budget: dict[str, str | int], multiple: int | None, calibration_images: int
+) -> None:
+    """Refuse what cannot be decided, before anything is computed.
+
+    Args:
+        host: the dense model.
+        budget: `{"macs": "50%"}` or `{"params": ...}`.
+        multiple: of FFN widths and ranks.
+        calibration_images: how many there are to be.
+
+    Raises:
+        NotSearchableError, UnsupportedHostError: the model is not a dense host of a supported family.
+        BudgetError: the budget or the multiple is malformed, or the budget is out of reach.
+        DataError: there are to be no calibration images.
+    """
+    check_dense(host)
+    check_multiple(multiple)
+    check_calibration_images(calibration_images)
+    parsed = parse_budget(**budget)
+    parsed.target(network_costs(family_of(host), host)[parsed.metric])
 
 
 def check_calibration_images(count: int) -> None:

@@ -78,7 +78,7 @@ def evaluate(model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator
         losses = nn.functional.cross_entropy(logits, targets, reduction="none")
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         figures = torch.stack([ranked[:, 0].float(), ranked.any(1).float(), losses, torch.ones_like(losses)], dim=1)
-        sums += accelerator.gather_for_metrics(figures).double().sum(0).cpu()
+        sums += accelerator.gather_for_metrics(figures).cpu().double().sum(0)
     model.train(was_training)
     first, five, loss, count = sums.tolist()
     count = max(count, 1.0)

@@ -24,7 +24,7 @@ def optimizers(model: nn.Module, settings: PhaseConfig, gated: bool, steps: int)
     gates = gate_parameters(model) if gated else []
     own = {id(parameter) for parameter in gates}
     exempt: set[str] = getattr(model, "no_weight_decay", set)()
-    names = {"position_embeddings", "cls_token", "mask_token"} | {name.split(".")[-1] for name in exempt}
+    names = {"bias", "position_embeddings", "cls_token", "mask_token"} | {name.split(".")[-1] for name in exempt}
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in own:

@@ -16,14 +16,13 @@ from torch import nn
 
 from spvit.architecture import Architecture
 from spvit.checkpoint import Preprocessing, save, write_text
-from spvit.cost import parse_budget
 from spvit.hosts import family_of
-from spvit.surgery import fold, make_searchable, prune, pruned_record, search_record
-from spvit.train.data import DataError, ImageConfig, Images, load_images, validation_loader
+from spvit.surgery import fold, prune, pruned_record, search_record
+from spvit.train.data import ImageConfig, Images, load_images, validation_loader
 from spvit.train.deciding import (
     CALIBRATION_IMAGES,
     calibration,
-    check_calibration_images,
+    check_decision,
     decide_from_scores,
     search,
 )
@@ -67,7 +66,7 @@ class CompressConfig(LoopConfig):
     """Weights of the pruned model after a search: those of the `host`, as published (and then repaired), or of the
     `search`."""
     multiple: int | None = None
-    """FFN widths are rounded to a multiple of it; when absent 8, or less for very small models."""
+    """FFN widths and ranks of attention are multiples of it; when absent 8, or less for very small models."""
 
 
 @dataclass(frozen=True)
@@ -175,11 +174,7 @@ def check_compress(
         raise RunFolderError(f"initialise is {config.initialise!r}, expected search or host")
     if config.train_epochs is not None and config.train_epochs < 0:
         raise RunFolderError(f"train_epochs is {config.train_epochs}, expected 0 or more")
-    check_calibration_images(config.calibration_images)
-    if config.multiple is not None and config.multiple < 1:
-        raise DataError(f"multiple is {config.multiple}, expected 1 or more units")
-    parsed = parse_budget(**budget)
-    parsed.target(search_record(make_searchable(host)).costs[parsed.metric])
+    check_decision(host, budget, config.multiple, config.calibration_images)
     searching = config.search if config.search.epochs > 0 else None
     finetuning = config.finetune
     if config.train_epochs is not None:
