@@ -32,8 +32,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rate 1e-4": {"learning_rate": 1e-4},
     "rate 5e-5": {"learning_rate": 5e-5},
     "distillation 0.9": {"distillation": 0.9},
-    "average 0.99": {"weight_averaging": 0.99},
-    "average 0.999": {"weight_averaging": 0.999},
+    "no average": {"averaging_epochs": 0.0},
+    "average of 1 epoch": {"averaging_epochs": 1.0},
+    "rate 5e-4, average of 1 epoch": {"learning_rate": 5e-4, "averaging_epochs": 1.0},
+    "constant rate 5e-4, average of 1 epoch": {
+        "learning_rate": 5e-4,
+        "minimum_learning_rate": 5e-4,
+        "averaging_epochs": 1.0,
+    },
     "best": {"keep_best": True},
     "rate 1e-4, best": {"learning_rate": 1e-4, "keep_best": True},
 }

@@ -1,10 +1,12 @@
 """The speed-up of the published DeiT architectures against the speed-up that their MACs promise.
 
 python benchmarks/inference.py [--models spvit_deit_tiny_patch16_224 ...] [--batches 1 8] [--dtypes fp32 bf16]
-                               [--seconds 5] [--json FILE]
+                               [--seconds 5] [--profile] [--json FILE]
 
 Each dense model and its pruned, folded form have random weights and run in turns in one process, eager, in
-evaluation mode. `held` is the speed-up divided by dense MACs / pruned MACs.
+evaluation mode. `held` is the speed-up divided by dense MACs / pruned MACs. With --profile, `counted` is the share of
+the time in what MACs count (matrix products, convolutions, attention) on both sides, and `of counted` what that alone
+holds: what is missing there is slower arithmetic, what is missing beyond is norms, activations and copies.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 import spvit
 from reporting import check_free, machine, write_results
@@ -25,6 +28,14 @@ from spvit.benchmark import Latency, measure_latencies
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
 
+COUNTED = {
+    "aten::addmm",
+    "aten::mm",
+    "aten::bmm",
+    "aten::mkldnn_convolution",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+}
+PROFILED_PASSES = 10
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -43,7 +54,30 @@ def rounded(architecture: Architecture, multiple: int) -> Architecture:
     return replace(architecture, blocks=tuple(blocks))
 
 
-def measure(name: str, batches: list[int], dtypes: list[str], seconds: float, multiple: int) -> list[dict[str, Any]]:
+@torch.no_grad()
+def counted_seconds(model: nn.Module, images: torch.Tensor) -> tuple[float, float]:
+    """Return the seconds of a few passes in operations that MACs count, and in all, by torch's profiler (CPU)."""
+    model(images)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(PROFILED_PASSES):
+            model(images)
+    spent = {event.key: event.self_cpu_time_total / 1e6 for event in profile.key_averages()}
+    return sum(seconds for name, seconds in spent.items() if name in COUNTED), sum(spent.values())
+
+
+def profiled(sides: list[nn.Module], images: torch.Tensor, promise: float) -> dict[str, Any]:
+    """Return the share of the time that MACs account for on both sides, and what that alone holds of the promise."""
+    (dense, all_dense), (pruned, all_pruned) = (counted_seconds(side, images) for side in sides)
+    return {
+        "counted_dense": dense / all_dense,
+        "counted_pruned": pruned / all_pruned,
+        "counted_held": dense / pruned / promise,
+    }
+
+
+def measure(
+    name: str, batches: list[int], dtypes: list[str], seconds: float, multiple: int, profile: bool
+) -> list[dict[str, Any]]:
     """Return a row for every dtype and batch size of one published architecture."""
     torch.manual_seed(0)
     architecture = rounded(spvit.architectures()[name], multiple)
@@ -57,7 +91,8 @@ def measure(name: str, batches: list[int], dtypes: list[str], seconds: float, mu
         sides = [model.to(DTYPES[dtype]) for model in (dense, pruned)]
         for batch in batches:
             images = torch.randn(batch, *size, dtype=DTYPES[dtype])
-            rows.append(_row(name, cost.dense, cost.of(architecture), measure_latencies(sides, images, seconds)))
+            row = _row(name, cost.dense, cost.of(architecture), measure_latencies(sides, images, seconds))
+            rows.append({**row, **(profiled(sides, images, row["promise"]) if profile else {})})
     return rows
 
 
@@ -87,18 +122,20 @@ def main() -> None:
     parser.add_argument(
         "--multiple", type=int, default=1, help="round the published FFN widths to (default: as they are)"
     )
+    parser.add_argument("--profile", action="store_true", help="tell what MACs count from the rest")
     parser.add_argument("--json", help="file to write the rows to")
     options = parser.parse_args()
     check_free(options.json)
-    console = Console()
+    console = Console(width=120)
     rows = []
     for name in options.models:
-        found = measure(name, options.batches, options.dtypes, options.seconds, options.multiple)
+        found = measure(name, options.batches, options.dtypes, options.seconds, options.multiple, options.profile)
         console.print(f"{name}: holds " + ", ".join(f"{row['held']:.2f}" for row in found), highlight=False)
         rows += found
     about = machine()
     table = Table(title=f"inference, eager, FFN widths in multiples of {options.multiple}, {about['threads']} threads")
-    for column in ("model", "dtype", "batch", "dense ms", "pruned ms", "speed-up", "promise", "held"):
+    extra = ("counted", "of counted") if options.profile else ()
+    for column in ("model", "dtype", "batch", "dense ms", "pruned ms", "speed-up", "promise", "held", *extra):
         table.add_column(column, justify="left" if column in ("model", "dtype") else "right")
     for row in rows:
         dense, pruned = row["dense"], row["pruned"]
@@ -108,6 +145,11 @@ def main() -> None:
             str(dense["batch"]),
             *(f"{side['latency_ms']:.1f}±{side['spread_ms']:.1f}" for side in (dense, pruned)),
             *(f"{row[key]:.2f}" for key in ("speed_up", "promise", "held")),
+            *(
+                [f"{row['counted_dense']:.2f} {row['counted_pruned']:.2f}", f"{row['counted_held']:.2f}"]
+                if extra
+                else []
+            ),
         )
     console.print(table)
     write_results(options.json, "inference", rows, multiple=options.multiple)

@@ -123,7 +123,7 @@ def test_settings_are_the_published_ones(name: str) -> None:
         assert (phase.learning_rate, phase.reference_batch) == (5e-5, 512)
         assert (phase.weight_decay, phase.label_smoothing, phase.warmup_epochs) == (0.05, 0.1, 0)
         assert phase.clip_gradient == (5.0 if swin else 0.0)
-        assert (phase.weight_averaging, phase.keep_best) == (0.0, False)
+        assert (phase.averaging_epochs, phase.keep_best) == (0.0, False)
     assert finetune.minimum_learning_rate * 1024 / 512 == pytest.approx(1e-5)
     assert images.batch_size == (256 if base == "deit_tiny_1.0g" else 128)
     assert images.repeated_augmentation == (0 if swin else 3)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from spvit.train.loop import Evaluation, Loop, Phase, RunError, learning_rate_at
 from spvit.train.losses import BudgetLoss
 from spvit.train.optimizers import optimizers
 from spvit.train.pipeline import CompressConfig, RunFolderError, check_folder, compress, run_compress
+from spvit.train.progress import PhaseProgress
 from spvit.train.settings import LoopConfig, PhaseConfig
 from training import digits, micro_host, short, short_search, states_equal
 
@@ -286,7 +289,7 @@ def test_compress_ends_with_the_repaired_network_where_fine_tuning_only_harms(tm
     assert (found.pruned.accuracy < found.after_pruning.accuracy) != keep_best
 
 
-@pytest.mark.parametrize("settings", [{"weight_averaging": 0.9}, {"weight_averaging": 0.9, "keep_best": True}])
+@pytest.mark.parametrize("settings", [{"averaging_epochs": 0.5}, {"averaging_epochs": 0.5, "keep_best": True}])
 def test_averaged_and_best_weights_survive_a_kill(tmp_path: Path, settings: dict[str, object]) -> None:
     images, names = digits(), ("plain", "whole", "cut")
     models = {name: micro_host() for name in names}
@@ -305,6 +308,28 @@ def test_averaged_and_best_weights_survive_a_kill(tmp_path: Path, settings: dict
     assert not states_equal(models["whole"], models["plain"])
 
 
+def test_the_average_reaches_back_so_many_epochs_from_the_start(tmp_path: Path) -> None:
+    model, images = micro_host(), digits()
+    expected = {key: value.clone() for key, value in model.state_dict().items()}
+    phase = Phase("dense", model, short(2, averaging_epochs=1.5))
+    loop = Loop(phase, images, tmp_path, LoopConfig(), PhaseProgress(None))
+    decay, step, steps = math.exp(-1 / (1.5 * len(loop.train))), loop.step, 0
+
+    def recorded(*args: Any) -> dict[str, float]:
+        nonlocal steps
+        losses = step(*args)
+        for key, value in loop.accelerator.unwrap_model(loop.model).state_dict().items():
+            expected[key] = decay * expected[key] + (1 - decay) * value
+        steps += 1
+        return losses
+
+    loop.step = recorded
+    loop.run()
+    assert steps == 2 * len(loop.train)
+    for key, value in model.state_dict().items():
+        assert torch.allclose(value, expected[key], atol=1e-6), key
+
+
 def test_averaging_is_checked() -> None:
-    with pytest.raises(DataError, match=r"weight_averaging is 1\.5, expected 0 or more, at most 1"):
-        run_phase(Phase("dense", micro_host(), short(1, weight_averaging=1.5)), digits(), Path(), LoopConfig())
+    with pytest.raises(DataError, match=r"averaging_epochs is -0\.5, expected 0 or more"):
+        run_phase(Phase("dense", micro_host(), short(1, averaging_epochs=-0.5)), digits(), Path(), LoopConfig())

@@ -141,7 +141,7 @@ class Loop:
         self.batch = images.config.batch_size * self.accelerator.num_processes
         reference = phase.config.reference_batch
         self.scale = self.batch / reference if reference else 1.0
-        self.average: Any = self._averaged() if phase.config.weight_averaging > 0 else None
+        self.average: Any = self._averaged() if phase.config.averaging_epochs > 0 else None
         self.best = BestWeights(self.states) if phase.config.keep_best else None
 
     @property
@@ -155,12 +155,14 @@ class Loop:
         return teacher.to(self.accelerator.device).eval() if teacher is not None else None
 
     def _averaged(self) -> Any:
-        """Return timm's running average of the weights, which is saved and restored with the rest of the state."""
+        """Return timm's running average of the weights, which is saved and restored with the rest of the state.
+
+        After so many epochs as it reaches back, 1/e of it is left of where it started.
+        """
         from timm.utils import ModelEmaV3
 
         plain = self.accelerator.unwrap_model(self.model)
-        # The warm-up lets a short phase's average forget where it started.
-        average = ModelEmaV3(plain, decay=self.settings.weight_averaging, use_warmup=True, warmup_power=3 / 4)
+        average = ModelEmaV3(plain, decay=math.exp(-1 / (self.settings.averaging_epochs * len(self.train))))
         self.accelerator.register_for_checkpointing(average)
         return average
 
@@ -260,7 +262,7 @@ class Loop:
                 optimizer.step()
                 optimizer.zero_grad()
         if self.average is not None:
-            self.average.update(self.accelerator.unwrap_model(self.model), step=step)
+            self.average.update(self.accelerator.unwrap_model(self.model))
         return figures
 
     def _agreement(self, logits: Tensor, images: Tensor) -> Tensor:

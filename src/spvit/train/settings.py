@@ -50,8 +50,9 @@ class PhaseConfig:
     teacher: str | None = None
     """Who teaches: any timm model, hf:NAME or a folder that spvit wrote, of the same classes. It gets the images
     normalised as its own, and resized when its input size is fixed. When absent, the dense model teaches."""
-    weight_averaging: float = 0.0
-    """Decay a step of a running average of the weights, which takes their place in the end; 0 for no average."""
+    averaging_epochs: float = 0.0
+    """Epochs that a running average of the weights reaches back, from the weights that the phase starts with on; the
+    average takes their place in the end. 0 for no average."""
     keep_best: bool = False
     """Whether to end with the best weights by validation accuracy, those from before the phase among them."""
 
@@ -83,7 +84,7 @@ def check_settings(settings: PhaseConfig) -> None:
         ("distillation", 0, 1),
         ("clip_gradient", 0, math.inf),
         ("weight_decay", 0, math.inf),
-        ("weight_averaging", 0, 1),
+        ("averaging_epochs", 0, math.inf),
     ):
         value = getattr(settings, name)
         if not low <= value <= high:
