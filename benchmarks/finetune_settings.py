@@ -26,22 +26,21 @@ from reporting import check_free, write_results
 from spvit.train.deciding import CALIBRATION_IMAGES, calibration
 from spvit.train.loop import Evaluation
 
+FALLING = {"minimum_learning_rate": 1e-5, "averaging_epochs": 0.0}
 SETTINGS: dict[str, dict[str, Any]] = {
     "last": {},
-    "rate 5e-4": {"learning_rate": 5e-4},
-    "rate 1e-4": {"learning_rate": 1e-4},
-    "rate 5e-5": {"learning_rate": 5e-5},
+    "falling rate 5e-4": FALLING,
+    "falling rate 2e-4": {**FALLING, "learning_rate": 2e-4},
+    "falling rate 1e-4": {**FALLING, "learning_rate": 1e-4},
+    "falling rate 5e-5": {**FALLING, "learning_rate": 5e-5},
+    "falling rate 5e-4, average": {"minimum_learning_rate": 1e-5},
+    "falling rate 2e-4, average": {"minimum_learning_rate": 1e-5, "learning_rate": 2e-4},
     "distillation 0.9": {"distillation": 0.9},
-    "no average": {"averaging_epochs": 0.0},
-    "average of 1 epoch": {"averaging_epochs": 1.0},
-    "rate 5e-4, average of 1 epoch": {"learning_rate": 5e-4, "averaging_epochs": 1.0},
-    "constant rate 5e-4, average of 1 epoch": {
-        "learning_rate": 5e-4,
-        "minimum_learning_rate": 5e-4,
-        "averaging_epochs": 1.0,
-    },
+    "average of half an epoch": {"averaging_epochs": 0.5},
+    "average of 2 epochs": {"averaging_epochs": 2.0},
+    "rate 1e-3": {"learning_rate": 1e-3, "minimum_learning_rate": 1e-3},
+    "rate 2e-4": {"learning_rate": 2e-4, "minimum_learning_rate": 2e-4},
     "best": {"keep_best": True},
-    "rate 1e-4, best": {"learning_rate": 1e-4, "keep_best": True},
 }
 """What differs from the fine-tuning settings of `spvit compress` and ending with the last weights."""
 

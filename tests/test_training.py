@@ -184,6 +184,7 @@ def test_learning_rate_warms_up_and_falls_to_the_minimum() -> None:
     assert max(rates) == 1.0
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     assert learning_rate_at(100, 100, 10, 1.0, 0.01) == pytest.approx(0.01)
+    assert {learning_rate_at(step, 100, 0, 0.5, minimum) for minimum in (0.5, 1.0) for step in (0, 50, 100)} == {0.5}
 
 
 def test_settings_out_of_range_are_refused(tmp_path: Path) -> None:

@@ -365,6 +365,7 @@ class Loop:
 
 def learning_rate_at(step: int, total: int, warmup: int, peak: float, minimum: float) -> float:
     """Return the learning rate of a step: linear warm-up from zero to the peak, then a cosine down to the minimum."""
+    minimum = min(minimum, peak)
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)

@@ -51,9 +51,15 @@ class CompressConfig(LoopConfig):
     search: SearchConfig = field(default_factory=lambda: SearchConfig(epochs=0))
     """The search for what to keep; with 0 epochs scores of the candidates decide, without training."""
     finetune: PhaseConfig = field(
-        # Gentler than a phase's own defaults, which take a repaired network back below where it started
-        # (docs/benchmarks.md, "Fine-tuning a repaired network"); where that happens still, the start is kept.
-        default_factory=lambda: PhaseConfig(learning_rate=2e-4, warmup_epochs=0.2, distillation=0.5, keep_best=True)
+        # A constant rate explores and the average from the repaired weights on gathers, at any length; a schedule that
+        # ends low gains less, and a short one may lose (docs/benchmarks.md, "Fine-tuning a repaired network").
+        default_factory=lambda: PhaseConfig(
+            minimum_learning_rate=PhaseConfig.learning_rate,
+            warmup_epochs=0.2,
+            distillation=0.5,
+            averaging_epochs=1.0,
+            keep_best=True,
+        )
     )
     """Training of the pruned model."""
     train_epochs: int | None = None

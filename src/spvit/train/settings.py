@@ -30,7 +30,7 @@ class PhaseConfig:
     learning_rate: float = 5e-4
     """Peak learning rate of the weights (AdamW)."""
     minimum_learning_rate: float = 1e-5
-    """Learning rate at the end of the cosine schedule."""
+    """Learning rate at the end of the cosine schedule, at most the peak: the same for a constant rate."""
     warmup_epochs: float = 0.5
     """Epochs in which the learning rate rises from zero."""
     reference_batch: int = 0
