@@ -16,7 +16,7 @@ from spvit.architecture import FFN, Architecture, Attention, Block, dense
 from spvit.attention_errors import Missed
 from spvit.hosts import family_of
 from spvit.moments import CalibrationError
-from spvit.repair import PREFIX_RULE, SKIP_RULE
+from spvit.repair import PREFIX_RULE, SKIP_RULE, Layer, block_inputs
 from spvit.scores import (
     FITTING,
     FLOOR,
@@ -29,6 +29,7 @@ from spvit.scores import (
     _measured,
     _on_lines,
     _parts,
+    _thinned,
     _with_all_ranks,
     score,
 )
@@ -225,6 +226,21 @@ def test_errors_of_queries_and_of_values_tell_their_own_parts() -> None:
     assert found[Attention(heads=(0,), query_key_rank=4)] == pytest.approx(0.8 + 0.16)
     assert found[Attention.narrow(8)] == pytest.approx(0.2 + 0.01)
     assert _by_errors({}, {}) == {}
+
+
+def test_errors_are_taken_on_images_from_all_over() -> None:
+    host = make_host("class_token")
+    family = family_of(host)
+    sites = family.blocks(host)[0]
+    with torch.no_grad():
+        inputs = block_inputs(host, sites, images(host, 24).split(10))
+        layer = Layer(host, host, family, sites, inputs, inputs).knowing(sites.attention.path)
+        thin = _thinned(layer, 8 * 17)  # 17 tokens an image
+        assert [len(x) for x in thin.dense_inputs] == [4, 4, 2]
+        for own, all_of_it in ((thin.dense_inputs, inputs), (list(thin.wanted(sites.attention.path)), None)):
+            found = all_of_it or list(layer.wanted(sites.attention.path))
+            assert all(torch.equal(a, b[::3]) for a, b in zip(own, found))
+        assert [len(x) for x in _thinned(layer, 10**6).dense_inputs] == [10, 10, 4]
 
 
 def test_what_is_measured_is_narrower_in_one_way_only() -> None:

@@ -10,7 +10,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,8 @@ MEASURING = (96, 20_000)
 through most of the network for every candidate."""
 FITTING = (256, 50_000)
 """The same for what the repair of candidates is fitted to; the repair at pruning takes all images."""
+LOCAL_TOKENS = 12_000
+"""Tokens, where there are so many, on which the errors of narrower layers are taken: each rank is a pass of them."""
 FLOOR = 1e-12
 
 
@@ -211,7 +213,7 @@ def _score_block(
         return measured(Block(candidate, FFN.whole(units)), lambda kept: repair_block(layer, kept))
 
     ranks = narrow_ranks(sites.attention.head_width, multiple)
-    errors = attention_errors(layer, paired_ranks(ranks))
+    errors = attention_errors(_thinned(layer, LOCAL_TOKENS), paired_ranks(ranks))
     narrow = _by_errors({kept: score_of(kept) for kept in _measured(errors, sites.attention.head_width)}, errors)
     others = [(kept, score_of(kept)) for kept in (Attention("conv3"), Attention("conv1"), Attention("skip"))]
     second, moments = _into_second(layer)
@@ -230,6 +232,14 @@ def _score_block(
     ]
     attention = ((Attention(), 0.0), *_with_all_ranks(narrow, ranks), *others)
     return BlockScores(attention, ranking, _interpolated_widths(points, ranking.errors))
+
+
+def _thinned(layer: Layer, tokens: int) -> Layer:
+    """Return a dense layer with as many of its images, evenly from all, as have so many tokens."""
+    step = max(1, sum(x.shape[:-1].numel() for x in layer.dense_inputs) // tokens)
+    inputs = [x[::step] for x in layer.dense_inputs]
+    known = {path: [out[::step] for out in outputs] for path, outputs in layer.known.items()}
+    return replace(layer, inputs=inputs, dense_inputs=inputs, known=known)
 
 
 def _measured(errors: Mapping[Attention, Missed], head_width: int) -> list[Attention]:
