@@ -135,8 +135,30 @@ class Bench:
         share = macs / self.cost.dense
         row = Row(budget, method, macs, share, count_params(model), before.accuracy, after.accuracy, seconds)
         self.rows.append(row)
+        self.write()
         self.note(f"{budget} {method}: {share:.1%} of the MACs, accuracy {row.accuracy:.2%}, {seconds:.0f} s")
         return row
+
+    def title(self) -> str:
+        """Return what the figures are of."""
+        options = self.options
+        label = " (QUICK: a subset, not for conclusions)" if options.quick else ""
+        label += f" (LIMITED to {options.limit} images)" if options.limit else ""
+        tested_on = f"{options.held_out} held-out training images" if options.held_out else "test images"
+        return f"Fashion-MNIST, accuracy on {tested_on} at equal MACs, {machine()['threads']} threads{label}"
+
+    def write(self) -> None:
+        """Write what there is so far, where a file is named: a run of hours that ends early keeps its rows."""
+        write_results(
+            self.options.json,
+            "fashion_mnist",
+            [vars(row) for row in self.rows],
+            anew=True,
+            title=self.title(),
+            settings=settings_of(self.options),
+            dense={"accuracy": self.dense_accuracy, "macs": self.cost.dense, "seconds": self.dense_seconds},
+            left_out=self.notes,
+        )
 
     def run(self) -> None:
         """Run every method at every budget."""
@@ -380,31 +402,16 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run all methods, print one table, and write it."""
+    """Run all methods, writing the rows as they come, and print one table."""
     options = parse_options()
     check_free(options.json)
     console = Console()
     bench = Bench(options, console)
     bench.run()
-    label = " (QUICK: a subset, not for conclusions)" if options.quick else ""
-    label += f" (LIMITED to {options.limit} images)" if options.limit else ""
-    tested_on = f"{options.held_out} held-out training images" if options.held_out else "test images"
-    threads = machine()["threads"]
-    title = f"Fashion-MNIST, accuracy on {tested_on} at equal MACs, {threads} threads{label}"
-    console.print(table_of(bench.rows, title))
+    console.print(table_of(bench.rows, bench.title()))
     for note in bench.notes:
         bench.note(f"left out: {note}")
-    dense = {"accuracy": bench.dense_accuracy, "macs": bench.cost.dense, "seconds": bench.dense_seconds}
-    rows = [vars(row) for row in bench.rows]
-    write_results(
-        options.json,
-        "fashion_mnist",
-        rows,
-        title=title,
-        settings=settings_of(options),
-        dense=dense,
-        left_out=bench.notes,
-    )
+    bench.write()
 
 
 if __name__ == "__main__":

@@ -73,11 +73,14 @@ def check_free(path: str | None) -> None:
         sys.exit(f"{path} exists already; name another file with --json")
 
 
-def write_results(path: str | None, benchmark: str, rows: Sequence[dict[str, Any]], **more: Any) -> None:
-    """Write a run's rows as JSON, where a file is named; refuse to overwrite one."""
+def write_results(
+    path: str | None, benchmark: str, rows: Sequence[dict[str, Any]], anew: bool = False, **more: Any
+) -> None:
+    """Write a run's rows as JSON, where a file is named; refuse to overwrite one unless the run itself writes anew."""
     if path is None:
         return
-    check_free(path)
+    if not anew:
+        check_free(path)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     content = {"benchmark": benchmark, "machine": machine(), **more, "rows": list(rows)}
