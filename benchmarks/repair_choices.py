@@ -25,11 +25,12 @@ from cases import divergence, log_probabilities
 from fashion_mnist import MEAN_ALONE, Bench, parse_options
 from reporting import check_free, rank_correlation, write_results
 from spvit.architecture import FFN, PREFIX_RULES, Architecture, Attention, Block, dense
+from spvit.blockwise import reached
 from spvit.cost import parse_budget
 from spvit.decide import DEFAULT_MULTIPLE, choose
 from spvit.hosts import family_of
 from spvit.moments import RIDGE, Moments
-from spvit.repair import reached, repair
+from spvit.repair import repair
 from spvit.scores import BlockScores, score
 from spvit.train.data import validation_loader
 from spvit.train.deciding import CALIBRATION_IMAGES, calibration

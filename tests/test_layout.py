@@ -27,6 +27,7 @@ FLOORS = [
     "searchable",
     "calibrated",
     "hosts",
+    "blockwise",
     "repair",
     "attention_errors",
     "install",

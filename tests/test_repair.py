@@ -14,12 +14,13 @@ from torch import Tensor, nn
 import reference
 import spvit
 from spvit.architecture import FFN, Architecture, Attention, Block
+from spvit.blockwise import evaluating, reached
 from spvit.hosts import family_of
 from spvit.hosts.base import BlockSites
 from spvit.moments import RIDGE, WANTED_TOKENS, CalibrationError
 from spvit.narrowing import JITTER
 from spvit.pruned import NarrowAttention
-from spvit.repair import LINEAR_SIDE, evaluating, reached
+from spvit.repair import LINEAR_SIDE
 from test_surgery import BOTH, EVERYTHING
 from tiny import (
     ALIKE,

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 import spvit
 from spvit.architecture import FFN, Architecture, Attention, Block, dense
 from spvit.attention_errors import Missed
+from spvit.blockwise import Layer, block_inputs
 from spvit.hosts import family_of
 from spvit.moments import CalibrationError
-from spvit.repair import PREFIX_RULE, SKIP_RULE, Layer, block_inputs
+from spvit.repair import PREFIX_RULE, SKIP_RULE
 from spvit.scores import (
     FITTING,
     FLOOR,

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from spvit.architecture import Attention
+from spvit.blockwise import Layer
 from spvit.moments import Moments, regression, ridge_for
 from spvit.narrowing import narrow_values
 from spvit.ranking import rank_heads
-from spvit.repair import Layer, inputs_of_attention, own_covariances, rotated_queries
+from spvit.repair import inputs_of_attention, own_covariances, rotated_queries
 
 MOST_RANKS = 7
 """Ranks below the head width of which all pairs are considered: in finer steps neighbours hardly differ."""

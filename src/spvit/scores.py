@@ -19,21 +19,12 @@ from torch.nn import functional as F
 
 from spvit.architecture import FFN, Attention, Block, narrow_ranks
 from spvit.attention_errors import Missed, attention_errors, paired_ranks
+from spvit.blockwise import BATCH, Layer, advance, block_inputs, calibration_batches, evaluating, reached
 from spvit.hosts.base import BlockSites, Family, logits_of
 from spvit.install import installed
 from spvit.moments import CalibrationError, Moments, ridge_for
 from spvit.ranking import Ranking, rank_units
-from spvit.repair import (
-    BATCH,
-    Layer,
-    advance,
-    block_inputs,
-    calibration_batches,
-    correct,
-    evaluating,
-    reached,
-    repair_block,
-)
+from spvit.repair import correct, repair_block
 
 MEASURED_SHARES = (1 / 8, 1 / 4, 1 / 2)
 """Shares of an FFN's units at which the divergence is measured."""
@@ -131,7 +122,7 @@ def score(
     Args:
         host: the dense model.
         family: the host's.
-        images: as in `repair.calibration_batches`; some of them fit the repairs, some others measure.
+        images: as in `blockwise.calibration_batches`; some of them fit the repairs, some others measure.
         multiple: ranks of narrow attention are multiples of it.
         report: called with (blocks scored, blocks) after each.
 

@@ -20,6 +20,7 @@ from spvit.architecture import (
     check_same_shape,
     narrow_ranks,
 )
+from spvit.blockwise import Layer, advance, block_inputs, calibration_batches, evaluating, where_float64_is
 from spvit.calibrated import CalibratedAttention
 from spvit.cost import NetworkCost, check_multiple
 from spvit.gated_linear import GatedLinear
@@ -28,17 +29,7 @@ from spvit.hosts import Family, family_of
 from spvit.hosts.base import BlockSites, UnsupportedHostError, network_costs
 from spvit.install import check_narrowing, installed, narrow_ffn, replace_attention
 from spvit.pruned import BottleneckConv, NarrowAttention
-from spvit.repair import (
-    PREFIX_RULE,
-    SKIP_RULE,
-    Layer,
-    advance,
-    block_inputs,
-    calibration_batches,
-    evaluating,
-    repair_block,
-    where_float64_is,
-)
+from spvit.repair import PREFIX_RULE, SKIP_RULE, repair_block
 from spvit.repair import repair as repair_in_place
 from spvit.searchable import GatedAttention, SearchableAttention
 
