@@ -44,6 +44,13 @@ def said(text: str, row: str) -> list[str]:
     return [cell.strip() for cell in re.search(rf"│ {row} +│(.*)│", text)[1].split("│")]
 
 
+def test_plan_says_that_a_rate_never_ends_above_its_peak(capsys, small: list[str]) -> None:
+    words = ["compress", "--recipe", DEIT, *small, "--search.epochs", "0", "--finetune.epochs", "1", "--dry-run"]
+    assert main([*words, "--finetune.minimum_learning_rate", "1"]) == 0
+    text = capsys.readouterr().out
+    assert said(text, "learning rate, end") == said(text, "learning rate, peak") == [f"{5e-5 * 4 / 512:.3g}"]
+
+
 def test_plan_says_what_the_run_then_does(capsys, small: list[str], tmp_path: Path, monkeypatch) -> None:
     words = ["compress", "--recipe", DEIT, *small, "--search.epochs", "2", "--finetune.epochs", "1"]
     assert main([*words, "--dry-run"]) == 0

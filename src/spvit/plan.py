@@ -27,7 +27,7 @@ from spvit.inputs import check_trained, model_and_images
 from spvit.surgery import gated_layers, make_searchable, prune
 from spvit.train.data import ImageConfig, Images, images_of, load_images
 from spvit.train.deciding import calibration, searchable_for
-from spvit.train.loop import Phase, make_accelerator, prepared_loader
+from spvit.train.loop import Phase, learning_rate_at, make_accelerator, prepared_loader
 from spvit.train.losses import BudgetLoss
 from spvit.train.optimizers import gate_learning_rate
 from spvit.train.pipeline import RunFolderError, check_compress, check_folder
@@ -198,6 +198,7 @@ def _table(phases: Sequence[PlannedPhase], images: Images, devices: int) -> Tabl
         table.add_column(phase.name, justify="right")
         config, measured, steps = phase.config, phase.measured, phase.steps * phase.config.epochs
         scale = batch * devices / config.reference_batch if config.reference_batch else 1.0
+        last = learning_rate_at(1, 1, 0, config.learning_rate, config.minimum_learning_rate)
         gates = f"{gate_learning_rate(config, steps):.3g}" if isinstance(config, SearchConfig) else ""
         values = {
             "epochs": f"{config.epochs}",
@@ -205,7 +206,7 @@ def _table(phases: Sequence[PlannedPhase], images: Images, devices: int) -> Tabl
             "steps": f"{steps:,}",
             "images seen": f"{steps * batch * devices:,}",
             "learning rate, peak": f"{scale * config.learning_rate:.3g}",
-            "learning rate, end": f"{scale * config.minimum_learning_rate:.3g}",
+            "learning rate, end": f"{scale * last:.3g}",
             "gate learning rate": gates,
             "teacher": _teacher_text(config),
             "memory a device": f"{human(measured.memory_bytes(batch))}B",
