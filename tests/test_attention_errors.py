@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import spvit
-from spvit.architecture import FFN, Architecture, Attention, Block, dense
+from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.attention_errors import Missed, attention_errors, paired_ranks
 from spvit.blockwise import Layer, block_inputs, evaluating, reached
 from spvit.hosts import family_of
@@ -36,7 +37,7 @@ def repaired_error(host: nn.Module, x: Tensor, kept: Attention, ridge: float) ->
     sites = family.blocks(host)[1]
     with evaluating(host):
         inputs = block_inputs(host, sites, [x])
-        block, model = host.get_submodule(sites.path), make_twin(host)
+        block, model = host.get_submodule(sites.path), copy.deepcopy(host)
         wanted = reached(block, inputs[0], host.get_submodule(sites.attention.path), output=True)
         block_kept = Block(kept, FFN.whole(UNITS))
         with installed(model, family, 1, sites, block_kept):
@@ -45,11 +46,6 @@ def repaired_error(host: nn.Module, x: Tensor, kept: Attention, ridge: float) ->
             own = model.get_submodule(sites.path)
             found = reached(own, inputs[0], model.get_submodule(sites.attention.path), output=True)
     return float((found - wanted).square().sum(-1).mean())
-
-
-def make_twin(host: nn.Module) -> nn.Module:
-    """Return the host pruned to itself: a copy."""
-    return spvit.prune(host, dense([UNITS] * 4)).eval()
 
 
 @pytest.mark.parametrize("name", ["class_token", "huggingface", "no_biases", "average_pooling"])

@@ -238,9 +238,9 @@ def test_errors_are_taken_on_images_from_all_over() -> None:
         layer = Layer(host, host, family, sites, inputs, inputs).knowing(sites.attention.path)
         thin = _thinned(layer, 8 * 17)  # 17 tokens an image
         assert [len(x) for x in thin.dense_inputs] == [4, 4, 2]
-        for own, all_of_it in ((thin.dense_inputs, inputs), (list(thin.wanted(sites.attention.path)), None)):
-            found = all_of_it or list(layer.wanted(sites.attention.path))
-            assert all(torch.equal(a, b[::3]) for a, b in zip(own, found))
+        assert all(torch.equal(a, b[::3]) for a, b in zip(thin.dense_inputs, inputs, strict=True))
+        outputs = [list(some.wanted(sites.attention.path)) for some in (thin, layer)]
+        assert all(torch.equal(a, b[::3]) for a, b in zip(*outputs, strict=True))
         assert [len(x) for x in _thinned(layer, 10**6).dense_inputs] == [10, 10, 4]
 
 

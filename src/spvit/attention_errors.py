@@ -18,8 +18,8 @@ from torch import Tensor
 from spvit.architecture import Attention
 from spvit.blockwise import Layer
 from spvit.moments import Moments, regression, ridge_for
-from spvit.narrowing import narrow_values
-from spvit.ranking import rank_heads
+from spvit.narrowing import value_directions
+from spvit.ranking import Ranking, rank_heads
 from spvit.repair import inputs_of_attention, own_covariances, rotated_queries
 
 MOST_RANKS = 7
@@ -61,36 +61,49 @@ def attention_errors(layer: Layer, ranks: Sequence[int]) -> dict[Attention, Miss
     if projections is None:
         return {}
     heads, width = layer.sites.attention.heads, layer.sites.attention.head_width
-    second_moment = inputs_of_attention(layer)
+    query_key_ranks = ranks if projections.query_norm is None else ()
+    value_ranks, fewest = (ranks, 1) if projections.out_norm is None else ((), heads)
+    biased = projections.shared.out_bias is not None
+    wanted, second_moment = Moments(), inputs_of_attention(layer)
+    for out in layer.wanted(path):
+        wanted.add(out)
+    total = float(wanted.products(biased)[0].trace())
     errors: dict[Attention, Missed] = {}
-    for query_key_rank in (*(ranks if projections.query_norm is None else ()), None):
+    for query_key_rank in (*query_key_ranks, None):
         weights, moments = rotated_queries(layer, projections, Attention(query_key_rank=query_key_rank), second_moment)
-        biased = weights.out_bias is not None
+        directions = [
+            value_directions(own, weights.out_weight[:, head], width)
+            for head, own in enumerate(own_covariances(moments, heads))
+        ]
+        rotation = torch.block_diag(*directions)
         covariance, cross = moments.products(biased)
-        total = _spread(layer, moments, biased)
-        rotation = torch.block_diag(*narrow_values(weights, width, own_covariances(moments, heads))[1])
         covariance, cross = rotation @ covariance @ rotation.T, rotation @ cross
-        logits: float | None = None
-        for value_rank in (None, *(ranks if projections.out_norm is None else ())):
-            first = torch.arange(len(covariance), device=covariance.device).view(heads, width)[:, :value_rank].flatten()
-            inner, outer = covariance[first][:, first], cross[first]
+        fits = {}
+        for value_rank in (None, *value_ranks):
+            first = torch.arange(len(rotation), device=rotation.device).view(heads, width)[:, :value_rank].flatten()
             ridge = ridge_for(moments, len(first), layer.ridge)
-            out = regression(inner, outer, ridge)  # [H V, D]
-            left = total - 2 * float((out * outer).sum()) + float((out * (inner @ out)).sum())
-            if logits is None:
-                logits = max(left, 0.0) if query_key_rank is not None else 0.0
-            ranking = rank_heads(inner, out.T, heads, ridge)
-            for count in range(1 if projections.out_norm is None else heads, heads + 1):
+            fits[value_rank] = _fit(covariance[first][:, first], cross[first], total, heads, ridge)
+        logits = fits[None][0] if query_key_rank is not None else 0.0
+        for value_rank, (left, ranking) in fits.items():
+            outputs = max(left - logits, 0.0) if value_rank is not None else 0.0
+            for count in range(fewest, heads + 1):
                 kept = tuple(sorted(ranking.units[:count])) if count < heads else None
-                outputs = max(left - logits, 0.0) if value_rank is not None else 0.0
                 missed = Missed(logits, outputs + ranking.errors[count])
                 errors[Attention("msa", kept, query_key_rank, value_rank)] = missed
     del errors[Attention()]
     return errors
 
 
-def _spread(layer: Layer, moments: Moments, biased: bool) -> float:
-    """Return the variance of the dense layer's output, summed over its dimensions (without a bias: about zero)."""
-    centre = moments.mean_y if biased else torch.zeros_like(moments.mean_y)
-    outputs: list[Tensor] = list(layer.wanted(layer.sites.attention.path))
-    return float(sum((out - centre).double().square().sum() for out in outputs)) / moments.count
+def _fit(covariance: Tensor, cross: Tensor, total: float, heads: int, ridge: float) -> tuple[float, Ranking]:
+    """Return the error of the ridge solution from all heads' outputs, and what it grows by as heads leave.
+
+    Args:
+        covariance: of the heads' outputs side by side, [H V, H V].
+        cross: with the dense layer's output, [H V, D].
+        total: variance of the dense layer's output, summed over its dimensions.
+        heads: H.
+        ridge: relative to the mean variance of the heads' outputs.
+    """
+    out = regression(covariance, cross, ridge)  # [H V, D]
+    left = total - 2 * float((out * cross).sum()) + float((out * (covariance @ out)).sum())
+    return max(left, 0.0), rank_heads(covariance, out.T, heads, ridge)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -146,15 +147,15 @@ def choose(
     """
     sites = _sites(scores, cost, multiple)
     limits = (target - cost.fixed, wanted - cost.fixed)
-    kept = _chosen(sites, *limits)
-    if kept is not None and attends and all(attention.kind != "msa" for attention in kept[0][::2]):
+    chosen = _chosen(sites, *limits)
+    if chosen is not None and attends and all(attention.kind != "msa" for attention in chosen.kept[::2]):
         found = [choice for variant in _attending(sites) if (choice := _chosen(variant, *limits)) is not None]
-        kept = min(found, key=lambda choice: (choice[1] < limits[1], choice[2]), default=None)
-    if kept is None:
+        chosen = min(found, key=lambda choice: (choice.cost < limits[1], choice.score), default=None)
+    if chosen is None:
         return None
     blocks = [
         Block(attention, FFN(own.units, tuple(sorted(block.ranking.units[:width]))))
-        for attention, width, own, block in zip(kept[0][::2], kept[0][1::2], cost.blocks, scores)
+        for attention, width, own, block in zip(chosen.kept[::2], chosen.kept[1::2], cost.blocks, scores)
     ]
     return Architecture(tuple(blocks), PREFIX_RULE, SKIP_RULE)
 
@@ -163,14 +164,23 @@ Site = tuple[list[Any], list[tuple[int, float]]]
 """What an attention layer or an FFN may keep, and the (cost, score) of that."""
 
 
-def _chosen(sites: Sequence[Site], limit: int, wanted: int) -> tuple[list[Any], int, float] | None:
-    """Return what every site keeps for the least sum of scores, with the sums of costs and scores, or None."""
+@dataclass(frozen=True)
+class _Choice:
+    """What every site keeps, and the sums of its costs and scores."""
+
+    kept: list[Any]
+    cost: int
+    score: float
+
+
+def _chosen(sites: Sequence[Site], limit: int, wanted: int) -> _Choice | None:
+    """Return the choice with the least sum of scores, as `_least_sum` takes it, or None."""
     picks = _least_sum([site for _, site in sites], limit, wanted)
     if picks is None:
         return None
     taken = [site[pick] for (_, site), pick in zip(sites, picks)]
     kept = [choices[pick] for (choices, _), pick in zip(sites, picks)]
-    return kept, sum(cost for cost, _ in taken), sum(score for _, score in taken)
+    return _Choice(kept, sum(cost for cost, _ in taken), sum(score for _, score in taken))
 
 
 def _attending(sites: Sequence[Site]) -> Iterator[list[Site]]:

@@ -1,7 +1,8 @@
 """What each candidate of each site costs in agreement with the dense network, measured on calibration images.
 
 A candidate is installed alone in an otherwise dense network, repaired, and the divergence of the class probabilities
-from the dense ones is taken on images that the repair has not seen. Candidates in between are interpolated.
+from the dense ones is taken on images that the repair has not seen. So some widths of an FFN and some narrower
+attention layers are measured; all others are told from what they miss of their layer's output, which is known for each.
 """
 
 from __future__ import annotations
@@ -234,16 +235,16 @@ def _thinned(layer: Layer, tokens: int) -> Layer:
 
 
 def _measured(errors: Mapping[Attention, Missed], head_width: int) -> list[Attention]:
-    """Return the narrower layers whose divergence is measured: one narrower in ranks of either kind, or in heads."""
-    chosen = []
-    for name in ("query_key_rank", "value_rank"):
-        alone = {rank: kept for kept in errors if (rank := getattr(kept, name)) and kept == Attention(**{name: rank})}
-        for wish in (share * head_width for share in MEASURED_RANKS if alone):
-            chosen.append(alone[min(alone, key=lambda rank: abs(rank - wish))])
-    heads = sorted(
-        (kept for kept in errors if kept == Attention(heads=kept.heads)), key=lambda kept: len(kept.heads or ())
-    )
-    return [*dict.fromkeys(chosen), *heads[(len(heads) - 1) // 2 :][:1]]
+    """Return the narrower layers whose divergence is measured: in ranks of either kind alone, or in heads alone."""
+    chosen: list[Attention] = []
+    ranks = range(1, head_width)
+    for narrow in ([Attention(query_key_rank=rank) for rank in ranks], [Attention(value_rank=rank) for rank in ranks]):
+        some = [(rank, kept) for rank, kept in zip(ranks, narrow) if kept in errors]
+        wishes = [share * head_width for share in MEASURED_RANKS] if some else []
+        chosen += [min(some, key=lambda pair: abs(pair[0] - wish))[1] for wish in wishes]
+    fewer = sorted((kept.heads for kept in errors if kept.heads and kept == Attention(heads=kept.heads)), key=len)
+    chosen += [Attention(heads=fewer[(len(fewer) - 1) // 2])] if fewer else []
+    return list(dict.fromkeys(chosen))
 
 
 def _by_errors(measured: Mapping[Attention, float], errors: Mapping[Attention, Missed]) -> dict[Attention, float]:
