@@ -1,4 +1,4 @@
-"""What all benchmarks share: the machine, medians with spreads, processes of their own, the JSON file of a run."""
+"""What benchmarks share: the machine, medians, architectures in a line, processes of their own, a run's JSON file."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
+
+from spvit.architecture import Architecture, Attention
 
 
 def machine() -> dict[str, Any]:
@@ -65,6 +67,22 @@ def rank_correlation(predicted: Sequence[float], found: Sequence[float]) -> floa
         below, equal = column[:, None] > column, column[:, None] == column
         ranks.append(below.sum(1) + equal.sum(1) / 2)
     return float(torch.corrcoef(torch.stack(ranks))[0, 1].nan_to_num())
+
+
+def attention_word(kept: Attention) -> str:
+    """Return m, its rank (of queries and keys, then of values, if they differ) and its heads, as in 2h, if fewer."""
+    ranks = [str(rank or "") for rank in dict.fromkeys((kept.query_key_rank, kept.value_rank))]
+    return f"m{'/'.join(ranks)}" + (f",{len(kept.heads)}h" if kept.heads is not None else "")
+
+
+def summary(architecture: Architecture) -> str:
+    """Return a block a word: the ranks and heads, or the kind, of its attention, and its FFN units."""
+    words = []
+    for block in architecture.blocks:
+        kept = block.attention
+        short = {"conv3": "c3", "conv1": "c1", "skip": "-"}.get(kept.kind) or attention_word(kept)
+        words.append(f"{short}:{len(block.ffn.units)}")
+    return " ".join(words)
 
 
 def check_free(path: str | None) -> None:

@@ -30,7 +30,7 @@ import spvit
 from cases import Case, divergence, log_probabilities, make_case_parser, open_case
 from fashion_mnist import own_settings, parse_options, settings_of
 from peers import random_architecture
-from reporting import check_free, rank_correlation, write_results
+from reporting import check_free, rank_correlation, summary, write_results
 from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.cost import parse_budget
 from spvit.decide import TOLERANCE, choose
@@ -209,22 +209,6 @@ def perturbed(scores: tuple[BlockScores, ...], sigma: float, generator: random.R
         own = factor()
         found.append(replace(block, attention=attention, ffn=tuple(own * loss for loss in block.ffn)))
     return tuple(found)
-
-
-def attention_word(kept: Attention) -> str:
-    """Return m, its rank (of queries and keys, then of values, if they differ) and its heads, as in 2h, if fewer."""
-    ranks = [str(rank or "") for rank in dict.fromkeys((kept.query_key_rank, kept.value_rank))]
-    return f"m{'/'.join(ranks)}" + (f",{len(kept.heads)}h" if kept.heads is not None else "")
-
-
-def summary(architecture: Architecture) -> str:
-    """Return a block a word: the ranks and heads, or the kind, of its attention, and its FFN units."""
-    words = []
-    for block in architecture.blocks:
-        kept = block.attention
-        short = {"conv3": "c3", "conv1": "c1", "skip": "-"}.get(kept.kind) or attention_word(kept)
-        words.append(f"{short}:{len(block.ffn.units)}")
-    return " ".join(words)
 
 
 Group = tuple[str, int, str]

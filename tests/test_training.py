@@ -62,7 +62,9 @@ def test_continued_run_equals_uninterrupted_run_exactly(tmp_path: Path, kind: st
     images = digits(mixup=0.2, random_erasing=0.2, color_jitter=0.2, repeated_augmentation=repeats)
 
     def phase(epochs: int = 3) -> Phase:
-        return search_phase(epochs) if kind == "search" else Phase("dense", micro_host(drop_path_rate=0.2), short(3))
+        if kind == "search":
+            return search_phase(epochs, budget_warmup=0.8)
+        return Phase("dense", micro_host(drop_path_rate=0.2), short(3))
 
     whole, cut = phase(), phase()
     (tmp_path / "whole").mkdir()
@@ -114,6 +116,17 @@ def test_search_records_budget_and_kinds(tmp_path: Path) -> None:
     assert recorded[-1]["event"] == "evaluation"
     assert recorded[-1]["images"] == 360
     assert not states_equal(before, phase.model)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.5, 1.0])
+def test_the_weight_of_the_budget_rises_over_its_share_of_the_search(tmp_path: Path, warmup: float) -> None:
+    phase = search_phase(2, budget_warmup=warmup, gate_learning_rate=0.0)
+    whole = phase.budget().item()
+    run_phase(phase, digits(), tmp_path, LoopConfig(log_every=1))
+    found = [values["budget_loss"] / whole for values in lines(tmp_path) if values["event"] == "step"]
+    rising = round(22 * warmup)  # 11 steps an epoch
+    expected = [(step + 1) / rising for step in range(rising)] + [1.0] * (22 - rising)
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_gates_have_an_optimizer_of_their_own_at_a_constant_rate(tmp_path: Path) -> None:
@@ -192,6 +205,9 @@ def test_settings_out_of_range_are_refused(tmp_path: Path) -> None:
         run_phase(Phase("dense", micro_host(), short(-1)), digits(), tmp_path, LoopConfig())
     with pytest.raises(DataError, match=r"distillation is 2.0, expected 0 or more, at most 1"):
         run_phase(Phase("dense", micro_host(), short(1, distillation=2.0)), digits(), tmp_path, LoopConfig())
+    for name, value in (("budget_warmup", 1.5), ("budget_weight", -1.0)):
+        with pytest.raises(DataError, match=f"{name} is {value}, expected 0 or more"):
+            run_phase(search_phase(1, **{name: value}), digits(), tmp_path, LoopConfig())
     with pytest.raises(DataError, match=r"precision is 'fp16', expected fp32 or bf16"):
         run_phase(Phase("dense", micro_host(), short(1)), digits(), tmp_path, LoopConfig(precision="fp16"))
 

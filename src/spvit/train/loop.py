@@ -245,7 +245,7 @@ class Loop:
             loss = (1 - self.settings.distillation) * loss + self.settings.distillation * agreement
         values = {"task_loss": loss.detach()}
         if self.phase.budget is not None:
-            budget_loss = self.phase.budget()
+            budget_loss = self._budget_share(step) * self.phase.budget()
             values["budget_loss"] = budget_loss.detach()
             loss = loss + budget_loss.to(loss.dtype)
         values["loss"] = loss.detach()
@@ -273,6 +273,11 @@ class Loop:
         if self.settings.distillation_kind == "hard":
             return hard_distillation_loss(logits, guidance)
         return distillation_loss(logits, guidance, self.settings.distillation_temperature)
+
+    def _budget_share(self, step: int) -> float:
+        """Return the share of its weight that the budget loss has in a step."""
+        warmup = self.total * getattr(self.settings, "budget_warmup", 0.0)
+        return min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
 
     def _set_learning_rates(self, step: int) -> float:
         settings = self.settings

@@ -66,6 +66,8 @@ class SearchConfig(PhaseConfig):
     steps is 12.5 as in the published DeiT search, but at most 0.05."""
     budget_weight: float = BUDGET_WEIGHT
     """Weight of the budget loss against the relative cost (lambda)."""
+    budget_warmup: float = 0.0
+    """Share of the search, 0 to 1, in which the weight of the budget loss rises from zero in a straight line."""
     calibrated: bool = True
     """Whether to search among candidates that are repaired from calibration images, narrow attention among them, from
     where their scores put the gates; otherwise, as published, among convolutions of the attention's own weights."""
@@ -77,7 +79,7 @@ class SearchConfig(PhaseConfig):
 
 def check_settings(settings: PhaseConfig) -> None:
     """Raise DataError naming the first setting that is out of range."""
-    for name, low, high in (
+    ranges: list[tuple[str, float, float]] = [
         ("epochs", 0, math.inf),
         ("learning_rate", 0, math.inf),
         ("label_smoothing", 0, 1),
@@ -85,7 +87,10 @@ def check_settings(settings: PhaseConfig) -> None:
         ("clip_gradient", 0, math.inf),
         ("weight_decay", 0, math.inf),
         ("averaging_epochs", 0, math.inf),
-    ):
+    ]
+    if isinstance(settings, SearchConfig):
+        ranges += [("budget_weight", 0, math.inf), ("budget_warmup", 0, 1)]
+    for name, low, high in ranges:
         value = getattr(settings, name)
         if not low <= value <= high:
             raise DataError(f"{name} is {value}, expected {low} or more" + (f", at most {high}" if high == 1 else ""))
