@@ -275,6 +275,8 @@ def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_pat
         ("required: --model", "train --data digits --output OUT"),
         ("unrecognized arguments: --colour", "profile --model deit_tiny_patch16_224 --colour 1"),
         ("--dense.epochs: Expected a <class 'int'>", "train --recipe RECIPE --output OUT --dense.epochs x"),
+        ("--search.epochs: Expected a <class 'int'>", "search --recipe RECIPE --output OUT --search.epochs x"),
+        ("unrecognized arguments: --search.speed", "compress --recipe RECIPE --output OUT --search.speed 1"),
         ("does not accept option 'dense.speed'", "train --recipe UNKNOWN --output OUT"),
         ("ResNet is not a supported model family", "profile --model resnet18"),
         ("did you mean deit_tiny_patch16_224", "profile --model deit_tiny_patch16_242"),

@@ -227,7 +227,9 @@ def _model_first(arguments: list[str]) -> list[str]:
 
 def _as_options(error: argparse.ArgumentError) -> str:
     """Return jsonargparse's message with its keys written as the options that a user types."""
-    text = re.sub(rf"(?<![\w.])({'|'.join(commands())})\.(\w+)", _as_option, " ".join(str(error).split()))
+    text = " ".join(str(error).split())
+    if "arguments are required: " in text:  # elsewhere `search.` is the group of settings, not the command
+        text = re.sub(rf"(?<![\w.])({'|'.join(commands())})\.(\w+)", _as_option, text)
     return re.sub(r'Parser key "([\w.]+)":', r"--\1:", text)
 
 
