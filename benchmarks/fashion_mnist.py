@@ -42,7 +42,6 @@ from spvit.repair import repair
 from spvit.train.data import ImageConfig, Images, load_images, training_loader
 from spvit.train.deciding import CALIBRATION_IMAGES, calibration, search
 from spvit.train.loop import Phase, run_phase
-from spvit.train.losses import BUDGET_WEIGHT
 from spvit.train.pipeline import CompressConfig, deployed, figures_of, train_dense
 from spvit.train.progress import PhaseProgress
 from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
@@ -220,9 +219,9 @@ class Bench:
         shared = {**vars(self.finetuning), "epochs": options.search_epochs, "calibrated": calibrated}
         if options.search_learning_rate is not None:
             shared["learning_rate"] = options.search_learning_rate
-        config = SearchConfig(
-            **shared, gate_learning_rate=options.gate_learning_rate, budget_weight=options.budget_weight
-        )
+        if options.budget_weight is not None:
+            shared |= {"budget_weight": options.budget_weight, "budget_warmup": 0.0}
+        config = SearchConfig(**shared, gate_learning_rate=options.gate_learning_rate)
         images = calibration(self.images, options.seed, CALIBRATION_IMAGES)
         limits: dict[str, str | int] = {"macs": budget}
         with tempfile.TemporaryDirectory() as temporary:
@@ -374,7 +373,7 @@ def make_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     )
     parser.add_argument("--search-learning-rate", type=float, help="of the search, if it is to be another")
     parser.add_argument("--gate-learning-rate", type=float, help="of the search (default: the library's)")
-    parser.add_argument("--budget-weight", type=float, default=BUDGET_WEIGHT, help="of the search (%(default)s)")
+    parser.add_argument("--budget-weight", type=float, help="of the search, constant (default: the library's, rising)")
     parser.add_argument("--held-out", type=int, default=0, help="training images to validate on, not the test images")
     parser.add_argument("--images", type=int, help="training images for all that follows the dense model's training")
     parser.add_argument("--data", default=str(DEBIAN_FOLDER) if DEBIAN_FOLDER.is_dir() else None, help="the .gz files")

@@ -57,14 +57,13 @@ class Setting:
 PUBLISHED = ("published",)
 SETTINGS = {
     "default": Setting(),
-    "budget weight 4": Setting({"budget_weight": 4.0}),
-    "budget weight 13": Setting({"budget_weight": 13.0}),
-    "budget weight 130": Setting({"budget_weight": 130.0}),
-    "budget weight 400": Setting({"budget_weight": 400.0}),
-    "budget warm-up half": Setting({"budget_warmup": 0.5}),
-    "budget warm-up whole": Setting({"budget_warmup": 1.0}),
-    "budget weight 80, warm-up whole": Setting({"budget_warmup": 1.0, "budget_weight": 80.0}),
-    "budget weight 160, warm-up whole": Setting({"budget_warmup": 1.0, "budget_weight": 160.0}),
+    **{
+        f"constant weight {weight}": Setting({"budget_weight": float(weight), "budget_warmup": 0.0})
+        for weight in (4, 13, 40, 130, 400)
+    },
+    "weight rising to 40": Setting({"budget_weight": 40.0}),
+    "weight rising to 160": Setting({"budget_weight": 160.0}),
+    "weight rising to 40 by half": Setting({"budget_weight": 40.0, "budget_warmup": 0.5}),
     "gate rate 0.01": Setting({"gate_learning_rate": 0.01}),
     "gate rate 0.2": Setting({"gate_learning_rate": 0.2}),
     "half as long": Setting(length=0.5),

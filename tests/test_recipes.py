@@ -112,6 +112,7 @@ def test_settings_are_the_published_ones(name: str) -> None:
     base = name.removesuffix("_distilled")
     assert (options.initialise, options.repair, options.multiple, options.train_epochs) == ("host", False, 1, None)
     assert search.epochs == PUBLISHED[base][-1]
+    assert search.budget_warmup == 0
     assert finetune.epochs == (200 if starred else 130)
     teaching = (finetune.distillation, finetune.distillation_kind, finetune.teacher)
     assert teaching == ((0.5, "hard", "regnety_160.deit_in1k") if starred else (0.0, "soft", None))

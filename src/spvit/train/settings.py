@@ -64,9 +64,11 @@ class SearchConfig(PhaseConfig):
     gate_learning_rate: float | None = None
     """Constant learning rate of the gate logits (an AdamW of their own, without decay). When absent, such that rate x
     steps is 12.5 as in the published DeiT search, but at most 0.05."""
-    budget_weight: float = BUDGET_WEIGHT
-    """Weight of the budget loss against the relative cost (lambda)."""
-    budget_warmup: float = 0.0
+    # A weight that is whole from the start closes gates by the dozen before the task has said which it needs
+    # (docs/benchmarks.md, "Settings of a search").
+    budget_weight: float = 2 * BUDGET_WEIGHT
+    """Weight of the budget loss against the relative cost (lambda), when it has risen."""
+    budget_warmup: float = 1.0
     """Share of the search, 0 to 1, in which the weight of the budget loss rises from zero in a straight line."""
     calibrated: bool = True
     """Whether to search among candidates that are repaired from calibration images, narrow attention among them, from
