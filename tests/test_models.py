@@ -37,6 +37,21 @@ def test_checkpoint_of_the_user_is_loaded(tmp_path: Path) -> None:
     assert states_equal(opened.model, host)
 
 
+def test_head_follows_the_checkpoint_unless_other_classes_are_wanted(tmp_path: Path) -> None:
+    host = micro_host(seed=3)  # of ten classes; timm's own model has a thousand
+    torch.save(host.state_dict(), tmp_path / "weights.pth")
+    free = {name: value for name, value in MODEL_ARGS.items() if name != "num_classes"}
+    config = ModelConfig(model=MODEL, model_args=free, pretrained=False, checkpoint=str(tmp_path / "weights.pth"))
+    for classes in (None, 10):
+        opened = open_model(config, classes)
+        assert opened.trained
+        assert states_equal(opened.model, host)
+    other = open_model(config, 7)
+    assert not other.trained
+    assert number_of_classes(other.model) == 7
+    assert torch.equal(other.model.blocks[1].mlp.fc2.weight, host.blocks[1].mlp.fc2.weight)
+
+
 def test_checkpoint_that_does_not_fit_names_the_first_difference(tmp_path: Path) -> None:
     torch.save(micro_host(embed_dim=48).state_dict(), tmp_path / "wide.pth")
     with pytest.raises(

@@ -205,6 +205,15 @@ def test_lines_pass_through_their_points_and_go_on(x: float, expected: float) ->
     assert _on_lines(x, [7.0], [3.0]) == x - 4.0
 
 
+def test_a_layer_that_gives_almost_nothing_is_scored() -> None:
+    host = make_host("average_pooling")
+    with torch.no_grad():
+        for parameter in host.blocks[0].mlp.fc2.parameters():
+            parameter.mul_(1e-7)
+    architecture = spvit.decide(host, macs="60%", calibration=images(host, 64))
+    assert len(architecture.blocks[0].ffn.units) < len(architecture.blocks[1].ffn.units)
+
+
 def test_ranks_between_are_on_lines_of_the_logarithm() -> None:
     known = {Attention.narrow(8): 1e-2, Attention(value_rank=8): 5e-3, Attention.narrow(24): 1e-4}
     found = dict(_with_all_ranks(known, range(8, 32, 8)))

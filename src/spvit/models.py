@@ -2,7 +2,7 @@
 
 import difflib
 import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -54,7 +54,7 @@ def open_model(
     Args:
         config: which model.
         classes: how many classes its head must have; a head of another size is replaced by an untrained one, in timm
-            and Hugging Face models. None keeps the head.
+            and Hugging Face models. None keeps the head, or takes that of the checkpoint.
         any_family: take models of families that cannot be pruned, too.
         weights: whether to load pre-trained weights; without them the model is one to count and measure.
 
@@ -63,6 +63,26 @@ def open_model(
         CheckpointError: a folder or weights file is damaged or does not fit.
         UnsupportedHostError: the model's family is not supported.
     """
+    opened = _open(config, classes, any_family, weights)
+    if config.checkpoint is None:
+        return opened
+    read = read_weights(config.checkpoint)
+    state = timm_state(opened.model, read, config.checkpoint)
+    head = _head_keys(opened.model)
+    found = next((len(state[key]) for key in head if key in state), None)
+    trained = found is None or found == number_of_classes(opened.model)
+    if not trained and classes is None:
+        opened, trained = _open(config, found, any_family, weights), True
+        state = timm_state(opened.model, read, config.checkpoint)
+    elif not trained:
+        own = opened.model.state_dict()
+        state |= {key: own[key] for key in head}
+    fit_state(opened.model, state, config.checkpoint)
+    return replace(opened, trained=trained)
+
+
+def _open(config: ModelConfig, classes: int | None, any_family: bool, weights: bool) -> OpenedModel:
+    """Return the model without the weights of `checkpoint`."""
     if (Path(config.model) / DESCRIPTION).is_file():
         opened = _open_folder(config)
     elif config.model.startswith(HUGGING_FACE):
@@ -71,11 +91,15 @@ def open_model(
         opened = _open_timm(config, classes, any_family, weights)
     if not any_family:
         family_of(opened.model)
-    if config.checkpoint is not None:
-        state = timm_state(opened.model, read_weights(config.checkpoint), config.checkpoint)
-        fit_state(opened.model, state, config.checkpoint)
-        return OpenedModel(opened.model, opened.preprocessing, opened.classes, trained=True)
     return opened
+
+
+def _head_keys(model: nn.Module) -> list[str]:
+    """Return the keys of the parameters of a model's classification heads; none where the library names no head."""
+    heads = model.get_classifier() if hasattr(model, "get_classifier") else getattr(model, "classifier", None)
+    members = heads if isinstance(heads, tuple) else (heads,)
+    names = [name for name, module in model.named_modules() if any(module is member for member in members)]
+    return [f"{name}.{key}" for name in names for key in model.get_submodule(name).state_dict()]
 
 
 def _open_folder(config: ModelConfig) -> OpenedModel:

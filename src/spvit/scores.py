@@ -39,6 +39,10 @@ FITTING = (256, 50_000)
 LOCAL_TOKENS = 12_000
 """Tokens, where there are so many, on which the errors of narrower layers are taken: each rank is a pass of them."""
 FLOOR = 1e-12
+DISTINCT = 1e-3
+"""Logarithms of errors that are nearer to each other, as those of a layer that gives almost nothing, make no line."""
+LARGEST = 100.0
+"""Bound of the logarithm of a divergence, where a line is prolonged."""
 
 
 @dataclass(frozen=True)
@@ -299,12 +303,20 @@ def _divergences(errors: Sequence[float], measured: Sequence[tuple[float, float]
 
     On lines through their logarithms: the smaller the error the nearer the divergence is to proportional.
     """
-    known = sorted((math.log(max(error, FLOOR)), math.log(divergence)) for error, divergence in measured)
-    if not known:
+    xs: list[float] = []
+    ys: list[float] = []
+    for error, divergence in sorted(measured):
+        # More error is never better; where the images say so it is noise, and prolonged it would grow without bounds.
+        x, y = math.log(max(error, FLOOR)), max([math.log(divergence), *ys[-1:]])
+        if xs and x - xs[-1] < DISTINCT:
+            ys[-1] = y
+        else:
+            xs.append(x)
+            ys.append(y)
+    if not xs:
         return [0.0] * len(errors)
-    # More error is never better; where the images say so it is noise, and prolonged it would grow without bounds.
-    xs, ys = [x for x, _ in known], list(itertools.accumulate((y for _, y in known), max))
-    return [math.exp(_on_lines(math.log(max(error, FLOOR)), xs, ys)) if error > 0 else 0.0 for error in errors]
+    logarithms = [min(_on_lines(math.log(max(error, FLOOR)), xs, ys), LARGEST) for error in errors]
+    return [math.exp(value) if error > 0 else 0.0 for value, error in zip(logarithms, errors)]
 
 
 def _on_lines(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
