@@ -245,6 +245,40 @@ def test_resume_takes_new_settings_but_not_another_run(capsys, recipe, tmp_path:
     refused(capsys, "holds no config.yaml", "train", "--output", str(tmp_path / "other"), "--resume")
 
 
+def test_resume_by_a_recipe_that_names_the_folder_is_checked_too(capsys, recipe, tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    settings = recipe(dense=SHORT, seed=1, output=out)
+    assert run(capsys, "train", "--recipe", settings, "--seed", "2")[0] == 0
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    for words in (["--resume"], ["--resume", "yes"]):
+        refused(capsys, "holds a run with --seed 2, not 1", "train", "--recipe", settings, *words)
+    refused(capsys, "holds a run with --seed 2, not 3", "train", "--output", out, "--seed", "3", "--resume", "yes")
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    assert run(capsys, "train", "--recipe", settings, "--seed", "2", "--resume")[0] == 0
+
+
+def test_a_phase_that_others_followed_is_not_changed(capsys, recipe, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    search = {"epochs": 1, "warmup_epochs": 0.0, "calibrated": False}
+    arguments = ["compress", "--recipe", recipe(dense=SHORT, search=search, finetune=SHORT), "--output", str(out)]
+    assert run(capsys, *arguments)[0] == 0
+    kept = {name: (out / name).read_bytes() for name in ("config.yaml", "architecture.json", "model.safetensors")}
+    for phase, words in (("dense", ["--dense.epochs", "2"]), ("search", ["--search.budget_weight", "400"])):
+        refused(capsys, f"gone on from its {phase} phase", "compress", "--output", str(out), "--resume", *words)
+    assert {name: (out / name).read_bytes() for name in kept} == kept
+
+
+def test_what_a_run_has_produced_outlives_a_bad_image(capsys, tmp_path: Path) -> None:
+    root, out = image_folder(tmp_path / "pictures"), tmp_path / "run"
+    (root / "val" / "cat" / "2.png").write_bytes(b"junk")  # met after the first epoch
+    arguments = ["train", "--model", "test_vit", "--pretrained", "false", "--model_args", '{"img_size": 32}']
+    arguments += ["--data", str(root), "--images.batch_size", "4", "--dense.epochs", "1", "--output", str(out)]
+    refused(capsys, "2.png cannot be read", *arguments)
+    assert (out / "metrics.jsonl").is_file()
+    more = ["--images.skip_corrupt", "true"]
+    assert run(capsys, "train", "--output", str(out), "--resume", *more)[0] == 0
+
+
 def test_corrupt_image_ends_a_run_in_one_line_and_leaves_nothing(capsys, tmp_path: Path) -> None:
     root = image_folder(tmp_path / "pictures")
     (root / "train" / "cat" / "2.png").write_bytes(b"junk")

@@ -49,6 +49,7 @@ FLOORS = [
     "plan",
     "demo",
     "commands",
+    "resuming",
     "cli",
 ]
 FILES = sorted(

@@ -245,6 +245,18 @@ def test_compress_writes_a_run_folder_and_continues_it(
     assert states_equal(continued.model, whole.model)
 
 
+def test_a_folder_is_not_continued_with_another_budget(tmp_path: Path) -> None:
+    host, images = micro_host(), digits()
+    for name, epochs in (("scored", 0), ("searched", 1)):
+        config = CompressConfig(search=short_search(epochs, calibrated=False), finetune=short(1))
+        first = run_compress(host, images, {"macs": "60%"}, tmp_path / name, config)
+        with pytest.raises(
+            (BudgetError, DataError), match=r"not the .*55.0%.* asked for|fine-tuned another architecture"
+        ):
+            run_compress(host, images, {"macs": "55%"}, tmp_path / name, config)
+        assert Architecture.load(tmp_path / name / "architecture.json") == first.architecture
+
+
 def test_compress_without_a_folder_returns_a_plain_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     config = CompressConfig(search=short_search(1), finetune=short(1))

@@ -50,28 +50,12 @@ from spvit.cost import BudgetError
 from spvit.hosts.base import UnsupportedHostError
 from spvit.models import ModelError
 from spvit.moments import CalibrationError
+from spvit.resuming import check_continued, folder_to_resume
 from spvit.surgery import NotSearchableError
 from spvit.train.data import DataError
-from spvit.train.loop import STATE, RunError
+from spvit.train.loop import RunError
 from spvit.train.pipeline import RunFolderError, check_folder, holds_files
 from spvit.zoo import ZooError
-
-# What a continued run must share with the run it continues.
-FIXED = (
-    "model",
-    "model_args",
-    "pretrained",
-    "checkpoint",
-    "data",
-    "macs",
-    "params",
-    "seed",
-    "architecture",
-    "initialise",
-    "repair",
-    "calibration_images",
-    "multiple",
-)
 
 InputErrors = (
     ArchitectureError,
@@ -136,10 +120,17 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
         argparse.ArgumentError: an option or a value is not known.
         RunFolderError: `--resume` on a folder whose run had other settings, or none.
     """
-    output = _folder_to_resume(arguments)
+    try:
+        name, options = _parse(arguments)
+        output = options.output if getattr(options, "resume", False) else None
+    except argparse.ArgumentError:
+        # What is missing may stand in the settings of the run to continue.
+        output = folder_to_resume(arguments)
+        if output is None:
+            raise
+        name, options = arguments[0], None
     if output is None:
-        return _parse(arguments)
-    name = arguments[0]
+        return name, options
     stored = check_folder(output, resume=True) / SETTINGS
     if not stored.is_file():
         raise RunFolderError(f"output {output} holds no {SETTINGS}, so its run cannot be continued")
@@ -149,38 +140,8 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
     _, before = _parse([name, "--recipe", str(stored), "--resume", "true"])
     # The run's own settings come first, so that what is given now takes precedence over them.
     _, options = _parse([name, "--recipe", str(stored), *arguments[1:]])
-    for field in FIXED:
-        if hasattr(options, field) and getattr(options, field) != getattr(before, field):
-            raise RunFolderError(
-                f"output {output} holds a run with --{field} {getattr(before, field)}, not "
-                f"{getattr(options, field)}; continue it with its own, or name another folder"
-            )
-    ways = [_way_to_decide(settings) for settings in (before, options)]
-    if ways[0] != ways[1]:
-        raise RunFolderError(
-            f"output {output} holds a run that decides by {ways[0]}, not by {ways[1]}; continue it with its own "
-            "search.epochs and search.calibrated, or name another folder"
-        )
+    check_continued(stored.parent, before, options)
     return name, options
-
-
-def _way_to_decide(options: Any) -> str | None:
-    """Return how a command decides what to keep; None when it does not."""
-    searching = getattr(options, "search", None)
-    if searching is None:
-        return None
-    if searching.epochs == 0:
-        return "scores, without a search"
-    return "a calibrated search" if searching.calibrated else "the published search"
-
-
-def _folder_to_resume(arguments: list[str]) -> str | None:
-    """Return the output folder when the words ask to resume it; its settings are needed before they can be parsed."""
-    words = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    words.add_argument("--output")
-    words.add_argument("--resume", nargs="?", const="true", default="false")
-    known, _ = words.parse_known_args(arguments[1:])
-    return known.output if known.resume.lower() == "true" else None
 
 
 def _parse(arguments: list[str]) -> tuple[str, Any]:
@@ -260,16 +221,21 @@ def _complain(problems: Console, error: Exception, code: int) -> int:
 
 
 def _guarded(run: Callable[[Any, Console], None], options: Any, console: Console) -> None:
-    """Run a command; when its input turns out to be bad before a state is saved, leave no run folder behind."""
+    """Run a command; when its input turns out to be bad before it has produced anything, leave no run folder behind."""
     writes = isinstance(options, (RunCommand, DemoCommand)) and not getattr(options, "dry_run", False)
     output = Path(options.output) if writes else None
     fresh = output is not None and not holds_files(output)
     try:
         run(options, console)
     except InputErrors:
-        if output is not None and fresh and not any(output.glob(f"{STATE}/*/epoch-*")):
+        if output is not None and fresh and not _produced(output):
             shutil.rmtree(output, ignore_errors=True)
         raise
+
+
+def _produced(output: Path) -> bool:
+    """Return whether a run folder holds more than its settings."""
+    return any(path.is_file() and path.name != SETTINGS for path in output.rglob("*"))
 
 
 if __name__ == "__main__":

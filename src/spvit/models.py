@@ -96,7 +96,8 @@ def _open(config: ModelConfig, classes: int | None, any_family: bool, weights: b
 
 def _head_keys(model: nn.Module) -> list[str]:
     """Return the keys of the parameters of a model's classification heads; none where the library names no head."""
-    heads = model.get_classifier() if hasattr(model, "get_classifier") else getattr(model, "classifier", None)
+    of_timm: Any = getattr(model, "get_classifier", None)
+    heads = of_timm() if of_timm is not None else getattr(model, "classifier", None)
     members = heads if isinstance(heads, tuple) else (heads,)
     names = [name for name, module in model.named_modules() if any(module is member for member in members)]
     return [f"{name}.{key}" for name in names for key in model.get_submodule(name).state_dict()]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from spvit.architecture import DEFAULT_MULTIPLE, Architecture
 from spvit.checkpoint import write_text
-from spvit.cost import check_multiple, parse_budget
-from spvit.decide import decide
+from spvit.cost import BudgetError, check_multiple, human, parse_budget
+from spvit.decide import TOLERANCE, decide
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
 from spvit.initial_gates import initialise_gates
@@ -86,8 +86,7 @@ def search(
     teacher = host if phase.distillation > 0 else None
     run_phase(Phase("search", net, phase, loss, teacher), images, folder, config, progress)
     architecture = decide(net, multiple=multiple, macs=budget.get("macs"), params=budget.get("params"))
-    if PartialState().is_main_process:
-        write_text(folder / ARCHITECTURE, architecture.to_json())
+    _write(architecture, folder)
     return net, architecture
 
 
@@ -160,7 +159,9 @@ def decide_from_scores(
     """
     path = folder / ARCHITECTURE
     if path.is_file():
-        return Architecture.load(path)
+        architecture = Architecture.load(path)
+        _check_written(architecture, host, budget, path)
+        return architecture
     with _scoring(host, progress) as report:
         architecture = decide(
             host,
@@ -170,9 +171,33 @@ def decide_from_scores(
             calibration=images,
             report=report,
         )
+    _write(architecture, folder)
+    return architecture
+
+
+def _write(architecture: Architecture, folder: Path) -> None:
+    """Write architecture.json, unless weights of another one were fine-tuned in the folder already."""
+    path = folder / ARCHITECTURE
+    tuned = any((folder / STATE / "finetune").glob("*"))
+    if tuned and path.is_file() and Architecture.load(path) != architecture:
+        raise DataError(
+            f"{folder} has fine-tuned another architecture than what was found now; continue it with the settings that "
+            "it was begun with, or name another folder"
+        )
     if PartialState().is_main_process:
         write_text(path, architecture.to_json())
-    return architecture
+
+
+def _check_written(architecture: Architecture, host: nn.Module, budget: dict[str, str | int], path: Path) -> None:
+    """Raise BudgetError when an architecture that a run has written is not of the budget that it is continued with."""
+    parsed = parse_budget(**budget)
+    cost = network_costs(family_of(host), host)[parsed.metric]
+    target, own = parsed.target(cost), cost.of(architecture)
+    if abs(own - target) > TOLERANCE * target:
+        raise BudgetError(
+            f"{path} has {human(own)} {parsed.metric} ({own / cost.dense:.1%}), not the {human(target)} "
+            f"({target / cost.dense:.1%}) asked for; continue its run with its own budget, or name another folder"
+        )
 
 
 @contextmanager
