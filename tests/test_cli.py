@@ -279,6 +279,23 @@ def test_what_a_run_has_produced_outlives_a_bad_image(capsys, tmp_path: Path) ->
     assert run(capsys, "train", "--output", str(out), "--resume", *more)[0] == 0
 
 
+def test_classes_are_compared_with_those_that_the_model_was_trained_for(capsys, tmp_path: Path) -> None:
+    root, out = image_folder(tmp_path / "pictures"), str(tmp_path / "run")
+    arguments = ["--model", "test_vit", "--pretrained", "false", "--model_args", '{"img_size": 32}']
+    arguments += ["--data", str(root), "--images.batch_size", "4", "--dense.epochs", "1"]
+    assert run(capsys, "train", *arguments, "--output", out)[0] == 0
+    other = image_folder(tmp_path / "others", classes=("car", "dog"))
+    code, _, problems = run(capsys, "evaluate", "--model", out, "--data", str(other))
+    assert code == 0
+    assert "is 'cat', of" in " ".join(problems.split())
+    assert run(capsys, "evaluate", "--model", out, "--data", str(root))[::2] == (0, "")
+    description = tmp_path / "run" / "model.json"
+    text = description.read_text()
+    assert '"cat"' in text
+    description.write_text(text.replace('"cat"', '"x"').replace('"dog"', '"cat"').replace('"x"', '"dog"'))
+    refused(capsys, "in another order", "evaluate", "--model", out, "--data", str(root))
+
+
 def test_corrupt_image_ends_a_run_in_one_line_and_leaves_nothing(capsys, tmp_path: Path) -> None:
     root = image_folder(tmp_path / "pictures")
     (root / "train" / "cat" / "2.png").write_bytes(b"junk")
@@ -334,6 +351,16 @@ def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_pat
         ("too few to fit and measure", "compress --recipe TRAINED --output OUT --no-train --calibration-images 1"),
         ("calibration tokens are too few", "compress --recipe TRAINED --output OUT --no-train --calibration-images 4"),
         ("multiples of 1: the smallest reachable", "compress --recipe TRAINED --output OUT --no-train --macs 1%"),
+        ("log_every is 0, expected 1 or more", "train --recipe RECIPE --output OUT --log_every 0"),
+        ("seed is -1, expected 0 or more", "train --recipe RECIPE --output OUT --seed -1"),
+        ("images.held_out is -1", "train --recipe RECIPE --output OUT --images.held_out -1"),
+        ("images.workers is -1", "train --recipe RECIPE --output OUT --images.workers -1"),
+        ("images.crop is 87.5, expected a share", "train --recipe RECIPE --output OUT --images.crop 87.5"),
+        ("auto_augment 'rand-x9' is not", "train --recipe RECIPE --output OUT --images.auto_augment rand-x9"),
+        ("auto_augment 'foo' is not one of timm's", "train --recipe RECIPE --output OUT --images.auto_augment foo"),
+        ("name a teacher with --dense.teacher", "train --recipe RECIPE --output OUT --dense.distillation 0.5"),
+        ("before the dense model is", "compress --recipe RECIPE --output OUT --dense.epochs 1 --dense.distillation 1"),
+        ("model_args do not fit vit_tiny", "train --recipe RECIPE --output OUT --model_args.num_heads 5"),
         ("initialise is 'dense'", "compress --recipe TRAINED --output OUT --initialise dense"),
         ("is a dense model", "finetune --recipe TRAINED --output OUT"),
         ("architecture file nowhere.json", "finetune --recipe TRAINED --output OUT --architecture nowhere.json"),

@@ -55,6 +55,7 @@ from spvit.surgery import NotSearchableError
 from spvit.train.data import DataError
 from spvit.train.loop import RunError
 from spvit.train.pipeline import RunFolderError, check_folder, holds_files
+from spvit.train.processes import processes
 from spvit.zoo import ZooError
 
 InputErrors = (
@@ -83,7 +84,8 @@ class Command:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    console, problems = Console(), Console(stderr=True)
+    # Of several processes one reports; each says what went wrong with it.
+    console, problems = Console(quiet=not processes().is_main_process), Console(stderr=True)
     _quiet_libraries(problems)
     try:
         name, options = parse(_spelled_out(sys.argv[1:] if arguments is None else arguments))

@@ -58,6 +58,7 @@ from spvit.train.pipeline import (
     train_dense,
     write_model,
 )
+from spvit.train.processes import processes
 from spvit.train.progress import PhaseProgress
 from spvit.train.settings import LoopConfig
 from spvit.train.teacher import check_phases
@@ -79,9 +80,13 @@ def _open(name: str, options: RunCommand, trains_head: bool, console: Console) -
     set_seed(options.seed)
     opened, images = model_and_images(options, options.data, options.images)
     check_trained(opened, options.model, images, trains_head)
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in NOT_SETTINGS}
-    write_text(folder / SETTINGS, f"{heading(name)}\n{yaml.safe_dump(_plain(settings), sort_keys=False)}")
+    state = processes()
+    state.wait_for_everyone()  # until all have found the folder fit to write to
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in NOT_SETTINGS}
+        write_text(folder / SETTINGS, f"{heading(name)}\n{yaml.safe_dump(_plain(settings), sort_keys=False)}")
+    state.wait_for_everyone()
     cost = f"{human(count_params(opened.model))} params, {human(_macs(opened.model))} macs"
     console.print(f"{options.model}: {cost}; {len(images.classes)} classes", highlight=False, soft_wrap=True)
     return opened, images, folder
@@ -161,7 +166,8 @@ def compress_command(options: CompressCommand, console: Console) -> None:
         return
     opened, images, folder = _open("compress", options, trains_head=options.dense.epochs > 0, console=console)
     result = run_compress(opened.model, images, options.limits(), folder, options, console)
-    _show_compressed(result, folder, console)
+    if processes().is_main_process:
+        _show_compressed(result, folder, console)
 
 
 def demo_command(options: DemoCommand, console: Console) -> None:
@@ -186,7 +192,7 @@ def evaluate_command(options: EvaluateCommand, console: Console) -> None:
 def profile_command(options: ProfileCommand, console: Console) -> None:
     """Print the costs of a model by block, dense against pruned; those of a published one as published too."""
     # Costs do not depend on weights, so none are downloaded.
-    model = open_model(dataclasses.replace(options, pretrained=False)).model
+    model = open_model(options, weights=False).model
     record = pruned_record(model)
     if record is not None and options.architecture is not None:
         raise ArchitectureError(f"{options.model} is pruned already; name a dense model with --architecture")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from spvit.hosts import family_of
-from spvit.models import ModelConfig, ModelError, OpenedModel, number_of_classes, open_model
+from spvit.models import HUGGING_FACE, ModelConfig, ModelError, OpenedModel, number_of_classes, open_model
 from spvit.train.data import DataError, ImageConfig, Images, load_images
+
+logger = logging.getLogger("spvit")
 
 
 def model_and_images(
@@ -36,6 +39,7 @@ def model_and_images(
     images = load(data, config, size, first.preprocessing)
     classes = number_of_classes(first.model)
     if classes == len(images.classes):
+        _compare_classes(first.classes, images.classes, model.model, data)
         return first, images
     opened = open_model(model, len(images.classes), weights=weights)
     if number_of_classes(opened.model) != len(images.classes):
@@ -44,6 +48,19 @@ def model_and_images(
             "classes"
         )
     return opened, images
+
+
+def _compare_classes(own: tuple[str, ...] | None, found: tuple[str, ...], model: str, data: str) -> None:
+    """Raise DataError when images have a model's classes in another order; say so when they have other names."""
+    if own is None or own == found:
+        return
+    place = next(index for index, names in enumerate(zip(own, found)) if names[0] != names[1])
+    told = f"class {place} of {model} is {own[place]!r}, of {data} {found[place]!r}"
+    if sorted(own) == sorted(found):
+        raise DataError(f"{told}: the classes are in another order; name the folders so that they sort as the model's")
+    if model.startswith(HUGGING_FACE):
+        return  # where the same classes often have other names
+    logger.warning("%s: if these are not the same, the model's outputs do not stand for these classes", told)
 
 
 def check_trained(opened: OpenedModel, model: str, images: Images, trains_head: bool) -> None:

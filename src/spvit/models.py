@@ -136,7 +136,7 @@ def _open_timm(config: ModelConfig, classes: int | None, any_family: bool, weigh
         model = timm.create_model(config.model, pretrained=pretrained and weights, **arguments)
     except (OSError, RuntimeError) as error:
         raise ModelError(_not_had(config.model, "timm", error)) from error
-    except TypeError as error:
+    except (AssertionError, TypeError) as error:
         raise ModelError(f"model_args do not fit {config.model}: {error}") from error
     data = resolve_data_config({}, model=model)
     channels = len(data["mean"]) if any_family else family_of(model).input_size(model)[0]

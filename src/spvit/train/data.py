@@ -22,6 +22,8 @@ from spvit.train.augmentation import keep_a_bit
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 DIGITS = "digits"
 DIGITS_HELD_OUT = 360
+UNREAD = -1
+"""Class of a validation image that is left out."""
 
 Items = Sequence[tuple[Any, int]]
 
@@ -201,12 +203,14 @@ def images_of(
 
 
 def _check(config: ImageConfig) -> None:
-    if config.batch_size < 1:
-        raise DataError(f"images.batch_size is {config.batch_size}, expected 1 or more")
+    for name, least in (("batch_size", 1), ("workers", 0), ("held_out", 0), ("repeated_augmentation", 0)):
+        value = getattr(config, name)
+        if value < least:
+            raise DataError(f"images.{name} is {value}, expected {least} or more")
+    if config.crop is not None and not 0 < config.crop <= 1:
+        raise DataError(f"images.crop is {config.crop}, expected a share of the side: above 0, at most 1")
     if (config.mixup > 0 or config.cutmix > 0) and config.batch_size % 2:
         raise DataError(f"images.batch_size is {config.batch_size}; mixup and cutmix need an even one")
-    if config.repeated_augmentation < 0:
-        raise DataError(f"images.repeated_augmentation is {config.repeated_augmentation}, expected 0 or more")
 
 
 def _check_channels(preprocessing: Preprocessing, channels: int) -> None:
@@ -230,17 +234,25 @@ def transforms(
         "mean": preprocessing.mean,
         "std": preprocessing.std,
     }
-    training = create_transform(
-        is_training=True,
-        scale=config.crop_scale,
-        ratio=config.crop_ratio,
-        hflip=config.flip,
-        color_jitter=config.color_jitter,
-        auto_augment=config.auto_augment,
-        re_prob=config.random_erasing,
-        re_mode="pixel",
-        **shared,
-    )
+    try:
+        training = create_transform(
+            is_training=True,
+            scale=config.crop_scale,
+            ratio=config.crop_ratio,
+            hflip=config.flip,
+            color_jitter=config.color_jitter,
+            auto_augment=config.auto_augment,
+            re_prob=config.random_erasing,
+            re_mode="pixel",
+            **shared,
+        )
+    except (AssertionError, ValueError) as error:
+        if config.auto_augment is None:
+            raise
+        raise DataError(
+            f"images.auto_augment {config.auto_augment!r} is not one of timm's; give one such as rand-m9-mstd0.5-inc1, "
+            "augmix-m5-w4-d2 or original"
+        ) from error
     return keep_a_bit(training), create_transform(is_training=False, crop_pct=preprocessing.crop, **shared)
 
 
@@ -262,6 +274,13 @@ def _collate(items: Sequence[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor
     if not read:
         raise DataError(f"none of the {len(items)} images of a batch could be read; check the image files")
     return torch.stack([image for image, _ in read]), torch.tensor([target for _, target in read])
+
+
+def _collate_all(items: Sequence[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor]:
+    """Stack as `_collate`, with zeros of class UNREAD for what could not be read: processes must count alike."""
+    images, _ = _collate(items)
+    stand_in = torch.zeros_like(images[0]), UNREAD
+    return _collate([stand_in if item is None else item for item in items])
 
 
 def training_loader(images: Images) -> DataLoader[Any]:
@@ -309,8 +328,8 @@ def _check_enough(images: Images, processes: int = 1) -> None:
 
 
 def validation_loader(images: Images) -> DataLoader[Any]:
-    """Return the loader of the validation images, all of them in their order."""
-    return DataLoader(images.validation, shuffle=False, **_loading(images.config))
+    """Return the loader of the validation images, all of them in their order; targets that were not read are UNREAD."""
+    return DataLoader(images.validation, shuffle=False, **{**_loading(images.config), "collate_fn": _collate_all})
 
 
 def _loading(config: ImageConfig) -> dict[str, Any]:

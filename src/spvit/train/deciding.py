@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from spvit.surgery import check_dense, make_searchable
 from spvit.train.data import DataError, Images, training_loader
 from spvit.train.loop import STATE, Phase, run_phase
 from spvit.train.losses import BudgetLoss
+from spvit.train.processes import processes
 from spvit.train.progress import PhaseProgress
 from spvit.train.settings import LoopConfig, SearchConfig
 
@@ -184,7 +184,7 @@ def _write(architecture: Architecture, folder: Path) -> None:
             f"{folder} has fine-tuned another architecture than what was found now; continue it with the settings that "
             "it was begun with, or name another folder"
         )
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         write_text(path, architecture.to_json())
 
 

@@ -26,7 +26,7 @@ from spvit.checkpoint import write_text
 from spvit.hosts.base import logits_of
 from spvit.surgery import gate_parameters
 from spvit.train.best import BestWeights
-from spvit.train.data import DataError, Images, mixup_of, repeated_loader, training_loader, validation_loader
+from spvit.train.data import UNREAD, DataError, Images, mixup_of, repeated_loader, training_loader, validation_loader
 from spvit.train.losses import BudgetLoss, distillation_loss, hard_distillation_loss, task_loss
 from spvit.train.optimizers import optimizers
 from spvit.train.progress import PhaseProgress
@@ -75,9 +75,10 @@ def evaluate(model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator
     sums = torch.zeros(4, dtype=torch.float64)
     for images, targets in loader:
         logits = logits_of(model(images)).float()
-        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+        losses = nn.functional.cross_entropy(logits, targets, reduction="none", ignore_index=UNREAD)
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-        figures = torch.stack([ranked[:, 0].float(), ranked.any(1).float(), losses, torch.ones_like(losses)], dim=1)
+        read = (targets != UNREAD).float()
+        figures = torch.stack([ranked[:, 0].float(), ranked.any(1).float(), losses, read], dim=1)
         sums += accelerator.gather_for_metrics(figures).cpu().double().sum(0)
     model.train(was_training)
     first, five, loss, count = sums.tolist()
@@ -212,10 +213,12 @@ class Loop:
             self.best.offer(epoch, figures.accuracy, self.accelerator.unwrap_model(self._judged()))
 
     def _epoch(self, epoch: int) -> None:
-        # The order of images comes from a seed that all processes share; what follows differs by process.
+        # Several processes share the generator of their images' order; what else is drawn differs by process.
         seed = _epoch_seed(self.config.seed, self.phase.name, epoch)
-        set_seed(seed)
         self.train.set_epoch(seed)
+        shared = getattr(self.train, "synchronized_generator", None)
+        if shared is not None:
+            shared.manual_seed(seed)
         batches = iter(self.train)
         set_seed(seed + 1 + self.accelerator.process_index)
         self.model.train()

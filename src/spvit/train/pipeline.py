@@ -9,7 +9,6 @@ import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from rich.console import Console
 from torch import nn
@@ -33,9 +32,10 @@ from spvit.train.loop import (
     make_accelerator,
     run_phase,
 )
+from spvit.train.processes import processes
 from spvit.train.progress import PhaseProgress
 from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
-from spvit.train.teacher import check_phases
+from spvit.train.teacher import check_dense_phase, check_phases
 
 
 class RunFolderError(ValueError):
@@ -112,7 +112,8 @@ def check_folder(folder: str | Path, resume: bool) -> Path:
 def train_dense(
     host: nn.Module, images: Images, folder: Path, config: LoopConfig, phase: PhaseConfig, progress: PhaseProgress
 ) -> Evaluation:
-    """Train a model in place and return its figures (phase `dense`)."""
+    """Train a model in place and return its figures (phase `dense`). Raises DataError when it distils from nobody."""
+    check_dense_phase(phase)
     return run_phase(Phase("dense", host, phase), images, folder, config, progress)
 
 
@@ -152,7 +153,7 @@ def deployed(model: nn.Module) -> nn.Module:
 
 def write_model(model: nn.Module, images: Images, figures: Evaluation, folder: Path) -> None:
     """Write a run's model with its preprocessing, classes and figures; a continued run replaces its own."""
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         metrics = {name: value for name, value in vars(figures).items() if name != "images"}
         save(
             model,
@@ -189,6 +190,8 @@ def check_compress(
         raise RunFolderError(
             f"nothing is to be trained, but search.epochs is {searching.epochs}; leave one of the two out"
         )
+    if config.dense.epochs > 0:
+        check_dense_phase(config.dense)
     check_phases([config.dense, *([] if searching is None else [searching]), finetuning], images, weights)
     return searching, finetuning
 
@@ -252,7 +255,7 @@ def run_compress(
 
 
 def _record_summary(folder: Path, dense: Evaluation, after_pruning: Evaluation, pruned: Evaluation) -> None:
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         figures = {"dense": dense, "after_pruning": after_pruning, "pruned": pruned}
         text = json.dumps({name: vars(value) for name, value in figures.items()}, indent=2)
         write_text(folder / "summary.json", text + "\n")

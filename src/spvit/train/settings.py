@@ -7,6 +7,7 @@ from spvit.train.data import DataError
 from spvit.train.losses import BUDGET_WEIGHT
 
 KINDS_OF_DISTILLATION = ("soft", "hard")
+LARGEST_SEED = 2**32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,13 @@ class LoopConfig:
     """`fp32`, or `bf16` for mixed precision."""
     log_every: int = 20
     """Steps between two lines of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        """Raise DataError when a value is out of range."""
+        if not 0 <= self.seed < LARGEST_SEED:
+            raise DataError(f"seed is {self.seed}, expected 0 or more, below {LARGEST_SEED}")
+        if self.log_every < 1:
+            raise DataError(f"log_every is {self.log_every}, expected 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,6 +110,15 @@ def check_phases(phases: Sequence[PhaseConfig], images: Images, weights: bool = 
             open_teacher(name, images, weights)
 
 
+def check_dense_phase(phase: PhaseConfig) -> None:
+    """Raise DataError when the training of the dense model itself is to distil from nobody."""
+    if phase.distillation > 0 and phase.teacher is None:
+        raise DataError(
+            f"dense.distillation is {phase.distillation}, but before the dense model is trained it cannot teach; name "
+            "a teacher with --dense.teacher, or leave distillation out"
+        )
+
+
 def _input(model: Any) -> tuple[int, tuple[int, int] | None]:
     """Return a model's channels, and the (height, width) that it needs, None for any."""
     try:

@@ -1,0 +1,52 @@
+"""Several processes of one run, on the CPU: what they train, report and continue."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import spvit
+from training import MODEL, MODEL_ARGS, image_folder, states_equal
+
+
+def launched(*words: str) -> str:
+    """Run a command of spvit in two processes and return what they print."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port), "-m", "spvit.cli"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_a_continued_run_of_two_processes_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    words = ["train", "--model", MODEL, "--model_args", json.dumps(MODEL_ARGS), "--pretrained", "false"]
+    words += ["--data", "digits", "--images.mean", "[0.5]", "--images.std", "[0.5]", "--dense.warmup_epochs", "0"]
+    words += ["--dense.learning_rate", "1e-3", "--dense.minimum_learning_rate", "1e-3"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    text = launched(*words, "--dense.epochs", "2", "--output", str(whole))
+    assert text.count("10 classes") == 1
+    launched(*words, "--dense.epochs", "1", "--output", str(cut))
+    launched("train", "--output", str(cut), "--resume", "--dense.epochs", "2")
+    assert states_equal(spvit.load(whole), spvit.load(cut))
+
+
+def test_images_that_cannot_be_read_are_left_out_of_every_process_alike(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "pictures", count=5)
+    (root / "val" / "cat" / "2.png").write_bytes(b"junk")
+    words = ["train", "--model", "test_vit", "--pretrained", "false", "--model_args", '{"img_size": 32}']
+    words += ["--data", str(root), "--images.batch_size", "4", "--images.skip_corrupt", "true", "--dense.epochs", "1"]
+    launched(*words, "--output", str(tmp_path / "run"))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in lines if line["event"] == "evaluation"] == [9]
