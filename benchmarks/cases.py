@@ -60,12 +60,15 @@ class Case:
             return run_phase(phase, self.images, Path(temporary), self.loop, self.progress)
 
 
-def make_case_parser(description: str | None, lengths: list[int]) -> argparse.ArgumentParser:
-    """Return a parser of fashion_mnist.py's options, the data set, the seeds, and lengths of fine-tuning."""
+def make_case_parser(description: str | None, lengths: list[int] | None = None) -> argparse.ArgumentParser:
+    """Return a parser of fashion_mnist.py's options, the data set, the seeds, and lengths of fine-tuning if given."""
     parser = make_parser(description)
     parser.add_argument("--data-set", choices=MULTIPLES, default=DIGITS, help="and its dense model (%(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of everything, one after the other")
-    parser.add_argument("--lengths", nargs="+", type=int, default=lengths, help="epochs of fine-tuning (%(default)s)")
+    if lengths is not None:
+        parser.add_argument(
+            "--lengths", nargs="+", type=int, default=lengths, help="epochs of fine-tuning (%(default)s)"
+        )
     return parser
 
 

@@ -238,7 +238,7 @@ def write(options: argparse.Namespace, rows: list[Row]) -> None:
 
 def main() -> None:
     """Search under every setting, writing the rows as they come, and print a table."""
-    parser = make_case_parser(__doc__, [])
+    parser = make_case_parser(__doc__)
     parser.add_argument("--searches", nargs="+", choices=SEARCHES, default=list(SEARCHES), help="(default: both)")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="(default: all)")
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=["host"], help="(default: %(default)s)")
