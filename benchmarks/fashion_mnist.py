@@ -53,6 +53,8 @@ QUICK = {"images": 12_000, "dense_epochs": 4, "search_epochs": 1, "epochs": 1, "
 DENSE_LEARNING_RATE = 1e-3
 TAYLOR_BATCHES = 10
 METHODS = ("dense", "spvit", "searched", "calibrated", "random", "torch-pruning")
+SEARCHES = ("searched", "calibrated")
+"""What takes an hour more, for what docs/benchmarks.md has shown on held-out images already."""
 STARTS = ("search repaired", "search", "host repaired", "host")
 MEAN_ALONE = 1e9
 """A ridge under which nothing but biases is fitted; narrow attention is rotated by the images all the same."""
@@ -200,6 +202,7 @@ class Bench:
         rows = {
             "spvit, no training": untrained,
             "spvit": self.finetuning,
+            "spvit, distilled": replace(self.finetuning, distillation=own_settings(0).distillation),
             "spvit, distilled, own settings": own_settings(self.options.epochs),
         }
         for method, settings in rows.items():
@@ -363,7 +366,8 @@ def make_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, help="of fine-tuning, for every method (default: 1)")
     parser.add_argument("--random", type=int, help="random architectures a budget (default: 5; quick: 2)")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="of search and fine-tuning (%(default)s)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="what to run (default: all)")
+    usual = [method for method in METHODS if method not in SEARCHES]
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=usual, help="(default: all but searches)")
     parser.add_argument(
         "--initialise",
         nargs="+",
