@@ -129,7 +129,8 @@ class Bench:
         if config.epochs > 0:
             with tempfile.TemporaryDirectory() as temporary:
                 phase = Phase("finetune", model, config, teacher=teacher)
-                after = run_phase(phase, self.images, Path(temporary), self.loop, self.progress)
+                loop = replace(self.loop, seed=self.options.finetune_seed)
+                after = run_phase(phase, self.images, Path(temporary), loop, self.progress)
         seconds = time.perf_counter() - started
         model = deployed(model)
         macs = self.macs(model)
@@ -382,7 +383,8 @@ def make_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     parser.add_argument("--images", type=int, help="training images for all that follows the dense model's training")
     parser.add_argument("--data", default=str(DEBIAN_FOLDER) if DEBIAN_FOLDER.is_dir() else None, help="the .gz files")
     parser.add_argument("--cache", default=str(Path.home() / ".cache" / "spvit"), help="images and dense models")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of everything (default: %(default)s)")
+    parser.add_argument("--finetune-seed", type=int, help="of fine-tuning alone, if it is to be another")
     parser.add_argument("--quick", action="store_true", help=f"a rough run on {QUICK['images']:,} training images")
     parser.add_argument("--limit", type=int, help="training and validation images, to see the script work")
     parser.add_argument("--json", help="file to write the rows to")
@@ -392,6 +394,8 @@ def make_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
 def parse_options(parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
     """Return the command's options; --quick fills in what is not given."""
     options = (parser or make_parser()).parse_args()
+    if options.finetune_seed is None:
+        options.finetune_seed = options.seed
     defaults = {"dense_epochs": 14, "search_epochs": 2, "epochs": 1, "random": 5}
     for name, value in defaults.items():
         if getattr(options, name) is None:
