@@ -49,7 +49,7 @@ from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 SIZES = {"vit": (1, 28, 28), "swin": (1, 32, 32)}
-QUICK = {"images": 12_000, "dense_epochs": 4, "search_epochs": 1, "epochs": 1, "random": 2}
+QUICK = {"images": 10_000, "dense_epochs": 4, "search_epochs": 1, "epochs": 1, "random": 2}
 DENSE_LEARNING_RATE = 1e-3
 TAYLOR_BATCHES = 10
 METHODS = ("dense", "spvit", "searched", "calibrated", "random", "torch-pruning")
