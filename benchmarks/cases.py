@@ -22,6 +22,7 @@ from spvit.hosts import family_of
 from spvit.hosts.base import logits_of, network_costs
 from spvit.train.data import DIGITS, Images, load_images
 from spvit.train.loop import Evaluation, Phase, run_phase
+from spvit.train.losses import BudgetLoss
 from spvit.train.pipeline import figures_of
 from spvit.train.progress import PhaseProgress
 from spvit.train.settings import LoopConfig, PhaseConfig
@@ -52,11 +53,11 @@ class Case:
         """Return a model's figures on the validation images."""
         return figures_of(model, self.images, self.loop)
 
-    def train(self, model: nn.Module, config: PhaseConfig) -> Evaluation:
-        """Fine-tune a model in place, by the dense one too if the settings distil; return its figures."""
+    def train(self, model: nn.Module, config: PhaseConfig, budget: BudgetLoss | None = None) -> Evaluation:
+        """Fine-tune a model in place, or search one to a budget, by the dense one too if the settings distil."""
         teacher = self.dense if config.distillation > 0 else None
         with tempfile.TemporaryDirectory() as temporary:
-            phase = Phase("finetune", model, config, teacher=teacher)
+            phase = Phase("finetune" if budget is None else "search", model, config, budget, teacher)
             return run_phase(phase, self.images, Path(temporary), self.loop, self.progress)
 
 

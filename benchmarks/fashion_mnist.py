@@ -39,8 +39,9 @@ from spvit.cost import NetworkCost, count_macs, count_params, human, parse_budge
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
 from spvit.repair import repair
-from spvit.train.data import ImageConfig, Images, load_images, training_loader
+from spvit.train.data import ImageConfig, Images, load_images
 from spvit.train.deciding import CALIBRATION_IMAGES, calibration, search
+from spvit.train.loaders import training_loader
 from spvit.train.loop import Phase, run_phase
 from spvit.train.pipeline import CompressConfig, deployed, figures_of, train_dense
 from spvit.train.progress import PhaseProgress

@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -33,7 +31,7 @@ from reporting import check_free, summary, write_results
 from spvit.architecture import Architecture
 from spvit.initial_gates import initialise_gates
 from spvit.train.deciding import CALIBRATION_IMAGES, calibration, searchable_for
-from spvit.train.loop import Evaluation, Phase, run_phase
+from spvit.train.loop import Evaluation
 from spvit.train.settings import SearchConfig
 
 SEARCHES = ("published", "calibrated")
@@ -109,6 +107,14 @@ class Comparison:
         self.calibrating = calibration(case.images, case.loop.seed, CALIBRATION_IMAGES)
         self._calibrated: nn.Module | None = None
 
+    def rows(self) -> Iterator[Row]:
+        """Yield what deciding without a search gives, and then every search under every setting that tells there."""
+        yield self.by_scores()
+        for search in self.options.searches:
+            for name in self.options.settings:
+                if search in SETTINGS[name].searches:
+                    yield from self.by_search(search, name)
+
     def by_scores(self) -> Row:
         """Return what deciding without a search gives."""
         architecture = spvit.decide(
@@ -126,10 +132,7 @@ class Comparison:
             if isinstance(module, nn.BatchNorm2d) and setting.momentum is not None:
                 module.momentum = setting.momentum
         loss = spvit.BudgetLoss(net, macs=self.budget, weight=config.budget_weight)
-        teacher = case.dense if config.distillation > 0 else None
-        with tempfile.TemporaryDirectory() as temporary:
-            phase = Phase("search", net, config, loss, teacher)
-            run_phase(phase, case.images, Path(temporary), case.loop, case.progress)
+        case.train(net, config, loss)
         cost = loss.expected_cost().item() / loss.cost.dense
         try:
             architecture = spvit.decide(net, macs=self.budget, multiple=case.multiple)
@@ -177,19 +180,11 @@ def measured(options: argparse.Namespace, console: Console) -> list[Row]:
     for seed in options.seeds:
         case = open_case(options, seed, console)
         for budget in options.budgets:
-            comparison = Comparison(case, budget, options)
-            jobs = [(search, name) for search in options.searches for name in options.settings]
-            found = [comparison.by_scores()]
-            for search, name in [("", ""), *jobs]:
-                if search and search not in SETTINGS[name].searches:
-                    continue
-                if search:
-                    found = comparison.by_search(search, name)
-                for row in found:
-                    figures = f"{percent(row.pruned)}, tuned {percent(row.tuned)}"
-                    text = f"seed {seed} {budget} {row.search} {name} {row.start}: {row.summary}; {figures}"
-                    console.print(text, highlight=False, soft_wrap=True)
-                rows += found
+            for row in Comparison(case, budget, options).rows():
+                figures = f"{percent(row.pruned)}, tuned {percent(row.tuned)}"
+                text = f"seed {seed} {budget} {row.search} {row.setting} {row.start}: {row.summary}; {figures}"
+                console.print(text, highlight=False, soft_wrap=True)
+                rows.append(row)
                 write(options, rows)
     return rows
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from spvit.train.deciding import ARCHITECTURE
+from spvit.train.deciding import ARCHITECTURE, finetuned
 from spvit.train.loop import STATE
 from spvit.train.pipeline import RunFolderError
 
@@ -62,9 +62,9 @@ def check_continued(output: Path, before: Any, options: Any) -> None:
             f"output {output} holds a run that decides by {ways[0]}, not by {ways[1]}; continue it with its own "
             "search.epochs and search.calibrated, or name another folder"
         )
-    finetuned = any((output / STATE / "finetune").glob("*"))
-    decided = finetuned or (output / ARCHITECTURE).exists() or any((output / STATE / "search").glob("*"))
-    for phase, over in (("dense", decided), ("search", finetuned)):
+    tuned = finetuned(output)
+    decided = tuned or (output / ARCHITECTURE).exists() or any((output / STATE / "search").glob("*"))
+    for phase, over in (("dense", decided), ("search", tuned)):
         changed = _changed(getattr(before, phase, None), getattr(options, phase, None))
         if over and changed is not None:
             raise RunFolderError(

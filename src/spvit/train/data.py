@@ -1,7 +1,4 @@
-"""Images: a folder, a torchvision data set by name, or the embedded digits; augmented by timm and batched.
-
-Shapes: images [B, channels, height, width], normalised; targets [B], class indices.
-"""
+"""Images: a folder, a torchvision data set by name, or the embedded digits; augmented by timm."""
 
 import inspect
 import logging
@@ -14,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from spvit.checkpoint import Preprocessing
 from spvit.train.augmentation import keep_a_bit
@@ -22,8 +19,6 @@ from spvit.train.augmentation import keep_a_bit
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 DIGITS = "digits"
 DIGITS_HELD_OUT = 360
-UNREAD = -1
-"""Class of a validation image that is left out."""
 
 Items = Sequence[tuple[Any, int]]
 
@@ -266,79 +261,6 @@ def mixup_of(config: ImageConfig, classes: int, smoothing: float) -> Callable[[T
         mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=smoothing, num_classes=classes
     )
     return mixup
-
-
-def _collate(items: Sequence[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor]:
-    """Stack what could be read: images [B, channels, height, width] and targets [B]."""
-    read = [item for item in items if item is not None]
-    if not read:
-        raise DataError(f"none of the {len(items)} images of a batch could be read; check the image files")
-    return torch.stack([image for image, _ in read]), torch.tensor([target for _, target in read])
-
-
-def _collate_all(items: Sequence[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor]:
-    """Stack as `_collate`, with zeros of class UNREAD for what could not be read: processes must count alike."""
-    images, _ = _collate(items)
-    stand_in = torch.zeros_like(images[0]), UNREAD
-    return _collate([stand_in if item is None else item for item in items])
-
-
-def training_loader(images: Images) -> DataLoader[Any]:
-    """Return the loader of the training images: shuffled, whole batches, each image once.
-
-    Raises:
-        DataError: there are fewer training images than one batch holds.
-    """
-    _check_enough(images)
-    return DataLoader(images.train, shuffle=True, drop_last=True, **_loading(images.config))
-
-
-def repeated_loader(images: Images, processes: int, process: int) -> DataLoader[Any]:
-    """Return the loader of one process's share of the training images with repeated augmentation: whole batches.
-
-    The repeats of an image go to different processes as far as there are any, in the same step. Each epoch its order
-    comes from the sampler's `set_epoch`.
-
-    Args:
-        images: what to load, with its settings.
-        processes: how many processes share the images.
-        process: which of them this is.
-
-    Raises:
-        DataError: there are fewer training images than one batch of every process holds.
-    """
-    from timm.data.distributed_sampler import RepeatAugSampler
-
-    _check_enough(images, processes)
-    repeats = images.config.repeated_augmentation
-    sampler = RepeatAugSampler(
-        images.train, num_replicas=processes, rank=process, num_repeats=repeats, selected_round=0
-    )
-    return DataLoader(images.train, sampler=sampler, drop_last=True, **_loading(images.config))
-
-
-def _check_enough(images: Images, processes: int = 1) -> None:
-    needed = images.config.batch_size * processes
-    count = len(images.train)  # type: ignore[arg-type]
-    if count < needed:
-        each = "" if processes == 1 else f" times {processes} processes"
-        raise DataError(
-            f"there are {count} training images, fewer than images.batch_size {images.config.batch_size}{each}"
-        )
-
-
-def validation_loader(images: Images) -> DataLoader[Any]:
-    """Return the loader of the validation images, all of them in their order; targets that were not read are UNREAD."""
-    return DataLoader(images.validation, shuffle=False, **{**_loading(images.config), "collate_fn": _collate_all})
-
-
-def _loading(config: ImageConfig) -> dict[str, Any]:
-    return {
-        "batch_size": config.batch_size,
-        "num_workers": config.workers,
-        "collate_fn": _collate,
-        "pin_memory": torch.cuda.is_available(),
-    }
 
 
 def _digits() -> tuple[Items, Items, tuple[str, ...]]:

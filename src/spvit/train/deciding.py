@@ -17,7 +17,8 @@ from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
 from spvit.initial_gates import initialise_gates
 from spvit.surgery import check_dense, make_searchable
-from spvit.train.data import DataError, Images, training_loader
+from spvit.train.data import DataError, Images
+from spvit.train.loaders import training_loader
 from spvit.train.loop import STATE, Phase, run_phase
 from spvit.train.losses import BudgetLoss
 from spvit.train.processes import processes
@@ -175,11 +176,15 @@ def decide_from_scores(
     return architecture
 
 
+def finetuned(folder: Path) -> bool:
+    """Return whether fine-tuning has saved anything in a run folder."""
+    return any((folder / STATE / "finetune").glob("*"))
+
+
 def _write(architecture: Architecture, folder: Path) -> None:
     """Write architecture.json, unless weights of another one were fine-tuned in the folder already."""
     path = folder / ARCHITECTURE
-    tuned = any((folder / STATE / "finetune").glob("*"))
-    if tuned and path.is_file() and Architecture.load(path) != architecture:
+    if finetuned(folder) and path.is_file() and Architecture.load(path) != architecture:
         raise DataError(
             f"{folder} has fine-tuned another architecture than what was found now; continue it with the settings that "
             "it was begun with, or name another folder"

@@ -26,7 +26,8 @@ from spvit.checkpoint import write_text
 from spvit.hosts.base import logits_of
 from spvit.surgery import gate_parameters
 from spvit.train.best import BestWeights
-from spvit.train.data import UNREAD, DataError, Images, mixup_of, repeated_loader, training_loader, validation_loader
+from spvit.train.data import DataError, Images, mixup_of
+from spvit.train.loaders import UNREAD, repeated_loader, training_loader, validation_loader
 from spvit.train.losses import BudgetLoss, distillation_loss, hard_distillation_loss, task_loss
 from spvit.train.optimizers import optimizers
 from spvit.train.progress import PhaseProgress

@@ -17,7 +17,7 @@ from spvit.architecture import Architecture
 from spvit.checkpoint import Preprocessing, save, write_text
 from spvit.hosts import family_of
 from spvit.surgery import fold, prune, pruned_record, search_record
-from spvit.train.data import ImageConfig, Images, load_images, validation_loader
+from spvit.train.data import ImageConfig, Images, load_images
 from spvit.train.deciding import (
     CALIBRATION_IMAGES,
     calibration,
@@ -25,6 +25,7 @@ from spvit.train.deciding import (
     decide_from_scores,
     search,
 )
+from spvit.train.loaders import validation_loader
 from spvit.train.loop import (
     Evaluation,
     Phase,

@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from spvit.hosts.base import logits_of
-from spvit.train.data import Images, training_loader
+from spvit.train.data import Images
+from spvit.train.loaders import training_loader
 from spvit.train.loop import Loop, Phase
 from spvit.train.progress import PhaseProgress
 from spvit.train.settings import LoopConfig
