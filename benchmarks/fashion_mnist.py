@@ -34,16 +34,17 @@ from torch.utils.data import Subset
 import spvit
 from peers import random_architecture, taylor_gradients, torch_pruned_to, torch_pruned_widths
 from reporting import check_free, machine, write_results
+from spvit.budget import human, parse_budget
 from spvit.checkpoint import Preprocessing, describe, replace_atomically
-from spvit.cost import NetworkCost, count_macs, count_params, human, parse_budget
+from spvit.cost import NetworkCost, count_macs, count_params
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
 from spvit.repair import repair
+from spvit.train.compress import CompressConfig, deployed, figures_of, train_dense
 from spvit.train.data import ImageConfig, Images, load_images
 from spvit.train.deciding import CALIBRATION_IMAGES, calibration, search
 from spvit.train.loaders import training_loader
 from spvit.train.loop import Phase, run_phase
-from spvit.train.pipeline import CompressConfig, deployed, figures_of, train_dense
 from spvit.train.progress import PhaseProgress
 from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
 

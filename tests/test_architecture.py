@@ -13,13 +13,13 @@ from spvit.architecture import (
     FFN,
     KINDS,
     Architecture,
-    ArchitectureError,
     Attention,
     Block,
     architecture_from_dict,
     check_same_shape,
     dense,
 )
+from spvit.errors import ArchitectureError
 
 EVERYTHING = Architecture(
     (

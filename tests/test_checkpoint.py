@@ -19,7 +19,6 @@ from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.checkpoint import (
     DESCRIPTION,
     WEIGHTS,
-    CheckpointError,
     Description,
     Preprocessing,
     describe,
@@ -27,8 +26,8 @@ from spvit.checkpoint import (
     read_weights,
     write_text,
 )
+from spvit.errors import CheckpointError, UnsupportedHostError
 from spvit.hosts import family_of
-from spvit.hosts.base import UnsupportedHostError
 from spvit.pruned import NarrowAttention
 from spvit.surgery import pruned_record
 from test_surgery import EVERYTHING

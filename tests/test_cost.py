@@ -12,16 +12,9 @@ from torch import nn
 import reference
 import spvit
 from spvit.architecture import FFN, KINDS, PREFIX_RULES, SKIP_RULES, Architecture, Attention, Block
-from spvit.cost import (
-    BlockCost,
-    Budget,
-    BudgetError,
-    NetworkCost,
-    count_macs,
-    count_params,
-    human,
-    parse_budget,
-)
+from spvit.budget import Budget, human, parse_budget
+from spvit.cost import BlockCost, NetworkCost, count_macs, count_params
+from spvit.errors import BudgetError
 from spvit.gates import expected
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs

@@ -14,11 +14,12 @@ import torch
 
 import spvit
 from spvit.architecture import Architecture, Attention, dense
-from spvit.cost import BlockCost, BudgetError, NetworkCost, parse_budget
+from spvit.budget import parse_budget
+from spvit.cost import BlockCost, NetworkCost
 from spvit.decide import STEPS_PER_SITE, TOLERANCE, _least_sum, choose
+from spvit.errors import BudgetError, CalibrationError, UnsupportedHostError
 from spvit.hosts import family_of
-from spvit.hosts.base import UnsupportedHostError, network_costs
-from spvit.moments import CalibrationError
+from spvit.hosts.base import network_costs
 from spvit.ranking import Ranking
 from spvit.repair import PREFIX_RULE, SKIP_RULE
 from spvit.scores import BlockScores, score

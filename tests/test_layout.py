@@ -15,6 +15,7 @@ PACKAGE = Path(spvit.__file__).parent
 
 # From the top floor down (shared/design.md); a file may import from its own floor's package and from floors above.
 FLOORS = [
+    "errors",
     "architecture",
     "gates",
     "kernels",
@@ -22,10 +23,10 @@ FLOORS = [
     "narrowing",
     "ranking",
     "cost",
+    "budget",
     "pruned",
     "gated_linear",
     "searchable",
-    "calibrated",
     "hosts",
     "blockwise",
     "repair",
@@ -34,22 +35,11 @@ FLOORS = [
     "surgery",
     "scores",
     "decide",
-    "initial_gates",
     "zoo",
     "checkpoint",
-    "published",
     "models",
-    "export",
     "benchmark",
     "train",
-    "tables",
-    "report",
-    "config",
-    "inputs",
-    "plan",
-    "demo",
-    "commands",
-    "resuming",
     "cli",
 ]
 FILES = sorted(

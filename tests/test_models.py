@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import spvit
-from spvit.checkpoint import CheckpointError, Preprocessing
-from spvit.hosts.base import UnsupportedHostError
-from spvit.models import ModelConfig, ModelError, number_of_classes, open_model
+from spvit.checkpoint import Preprocessing
+from spvit.errors import CheckpointError, ModelError, UnsupportedHostError
+from spvit.models import ModelConfig, number_of_classes, open_model
 from training import MODEL, MODEL_ARGS, micro_host, states_equal
 
 MICRO = {"model": MODEL, "model_args": MODEL_ARGS, "pretrained": False}

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 import reference
+from spvit.errors import CalibrationError
 from spvit.moments import (
     GRAM_COLUMNS,
     RIDGE,
     WANTED_TOKENS,
-    CalibrationError,
     Moments,
     cholesky,
     damped,

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 import spvit
-from spvit.cli import parse
+from spvit.cli.main import parse
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 

@@ -15,10 +15,10 @@ import yaml
 import spvit
 from spvit.architecture import architectures, dense
 from spvit.benchmark import measure_latencies
+from spvit.budget import human, parse_budget
 from spvit.checkpoint import Preprocessing
-from spvit.cli import main, parse
-from spvit.cost import human, parse_budget
-from spvit.demo import demo_settings
+from spvit.cli.demo import demo_settings
+from spvit.cli.main import main, parse
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
 from spvit.train.data import load_images, mixup_of
@@ -170,8 +170,8 @@ def tiny(name: str, pictures: str, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", [path.stem for path in RECIPES])
 def test_recipe_is_stepped_twice(capsys, monkeypatch, tmp_path: Path, pictures: str, name: str) -> None:
-    monkeypatch.setattr("spvit.commands.measure_latencies", partial(measure_latencies, seconds=0.0))
-    monkeypatch.setattr("spvit.commands.BATCHES", (1,))
+    monkeypatch.setattr("spvit.cli.commands.measure_latencies", partial(measure_latencies, seconds=0.0))
+    monkeypatch.setattr("spvit.cli.commands.BATCHES", (1,))
     words = tiny(name, pictures, tmp_path)
     code = main(["compress", "--recipe", str(FOLDER / f"{name}.yaml"), *words])
     assert (code, capsys.readouterr().err) == (0, "")

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 import spvit
-from spvit.architecture import FFN, Architecture, ArchitectureError, Attention, Block, dense
-from spvit.cost import BudgetError, NetworkCost
+from spvit.architecture import FFN, Architecture, Attention, Block, dense
+from spvit.cost import NetworkCost
+from spvit.errors import ArchitectureError, BudgetError, NotSearchableError, UnsupportedHostError
 from spvit.gated_linear import GatedLinear
-from spvit.hosts.base import UnsupportedHostError
 from spvit.pruned import BottleneckConv
 from spvit.searchable import SearchableAttention
-from spvit.surgery import NotSearchableError, gated_layers, pruned_record, search_record
+from spvit.surgery import gated_layers, pruned_record, search_record
 from tiny import (
     FAMILY_OF,
     HOSTS,

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import spvit
-from spvit.architecture import ArchitectureError
-from spvit.cli import main
+from spvit.cli.main import main
 from spvit.cost import count_params
+from spvit.errors import ArchitectureError, ZooError
 from spvit.hosts import family_of
 from spvit.models import ModelConfig, number_of_classes, open_model
 from spvit.surgery import pruned_record
-from spvit.zoo import ZooError, host_name, unfolded_params
+from spvit.zoo import host_name, unfolded_params
 from training import states_equal
 
 timm = pytest.importorskip("timm")

@@ -8,14 +8,18 @@ small = spvit.fold(spvit.prune(host, architecture, weights=net))
 
 from typing import Any
 
-from spvit.architecture import Architecture, ArchitectureError, architectures
-from spvit.checkpoint import CheckpointError, load, save
-from spvit.cost import BudgetError
+from spvit.architecture import Architecture, architectures
+from spvit.checkpoint import load, save
 from spvit.decide import decide
-from spvit.hosts.base import UnsupportedHostError
-from spvit.initial_gates import initialise_gates
-from spvit.moments import CalibrationError
-from spvit.surgery import NotSearchableError, fold, gate_parameters, make_searchable, prune
+from spvit.errors import (
+    ArchitectureError,
+    BudgetError,
+    CalibrationError,
+    CheckpointError,
+    NotSearchableError,
+    UnsupportedHostError,
+)
+from spvit.surgery import fold, gate_parameters, make_searchable, prune
 from spvit.train.losses import BudgetLoss
 
 __version__ = "0.1.0"
@@ -36,7 +40,6 @@ __all__ = [
     "decide",
     "fold",
     "gate_parameters",
-    "initialise_gates",
     "load",
     "make_searchable",
     "prune",
@@ -47,9 +50,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # The loop brings Accelerate, which loads whatever model library is installed; importing spvit must load none.
     if name in ("CompressConfig", "compress"):
-        from spvit.train import pipeline
+        from spvit.train import compress
 
-        return getattr(pipeline, name)
+        return getattr(compress, name)
     if name == "create_model":  # the zoo needs timm
         from spvit import zoo
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from spvit.errors import ArchitectureError
+
 DEFAULT_MULTIPLE = 8
 """Widths and ranks are multiples of it unless said otherwise: what hardware computes well."""
 
@@ -21,10 +23,6 @@ PREFIX_RULES = ("identity", "mean", "linear")
 SKIP_RULES = ("zero", "normalised_input", "mean")
 FORMAT = "spvit-architecture"
 VERSION = 1
-
-
-class ArchitectureError(ValueError):
-    """An architecture is malformed or does not fit the host it is used with."""
 
 
 def _check_indices(name: str, indices: Sequence[int], limit: int | None) -> None:

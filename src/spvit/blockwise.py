@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spvit.errors import CalibrationError
 from spvit.hosts.base import BlockSites, Family
-from spvit.moments import RIDGE, CalibrationError
+from spvit.moments import RIDGE
 
 BATCH = 64
 

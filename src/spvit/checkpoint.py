@@ -22,9 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spvit.architecture import Architecture, ArchitectureError, architecture_from_dict
+from spvit.architecture import Architecture, architecture_from_dict
+from spvit.errors import ArchitectureError, CheckpointError, UnsupportedHostError
 from spvit.hosts import family_of, family_of_library
-from spvit.hosts.base import UnsupportedHostError
 from spvit.surgery import fold, prune, pruned_record
 
 FORMAT = "spvit-model"
@@ -36,10 +36,6 @@ DESCRIPTION = "model.json"
 _SETTINGS: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
 # What timm would quietly resample to another input size.
 _OF_INPUT_SIZE = ("patch_embed.proj.weight", "pos_embed", "relative_position_bias_table")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read or written, or does not fit the model."""
 
 
 @dataclass(frozen=True)

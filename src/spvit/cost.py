@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from spvit.architecture import Architecture, Attention, Block
 
 METRICS = ("macs", "params")
-
-
-class BudgetError(ValueError):
-    """A budget is malformed, or cannot be reached."""
 
 
 @dataclass(frozen=True)
@@ -86,40 +79,19 @@ class NetworkCost:
         rules = (architecture.prefix_rule, architecture.skip_rule)
         return self.fixed + sum(cost.kept(block, *rules) for cost, block in zip(self.blocks, architecture.blocks))
 
-    def expected(
-        self,
-        attention: Tensor,
-        units: Sequence[Tensor],
-        ranks: Sequence[tuple[Sequence[int], Tensor] | None] | None = None,
-        prefix_rule: str = "identity",
-        skip_rule: str = "zero",
-    ) -> Tensor:
+    def expected(self, attention: Tensor, units: Sequence[Tensor]) -> Tensor:
         """Return the cost of gates given in expectation, differentiable.
 
         Args:
             attention: nested expected gates, [blocks, 3].
             units: for each block, the sum of its expected FFN gates, a scalar.
-            ranks: for each block whose attention may be narrower, the ranks that may stay, ascending, and the nested
-                expected gates of all but the smallest, [ranks - 1].
-            prefix_rule: of the convolutions.
-            skip_rule: of the layers with all gates closed.
         """
-        steps, closed = [], 0
-        for index, block in enumerate(self.blocks):
-            narrow = ranks[index] if ranks is not None else None
-            smallest = Attention() if narrow is None else Attention.narrow(narrow[0][0])
-            kinds = (Attention("skip"), Attention("conv1"), Attention("conv3"), smallest)
-            spent = [block.attention_kept(kept, prefix_rule, skip_rule) for kept in kinds]
-            closed += spent[0]
-            steps.append([high - low for low, high in itertools.pairwise(spent)])
+        nested = ("skip", "conv1", "conv3", "msa")
+        spent = [[block.attention_kept(Attention(kind)) for kind in nested] for block in self.blocks]
+        closed = sum(kinds[0] for kinds in spent)
+        steps = attention.new_tensor([[high - low for low, high in itertools.pairwise(kinds)] for kinds in spent])
         unit = attention.new_tensor([block.unit for block in self.blocks])
-        total = self.fixed + closed + (attention.new_tensor(steps) * attention).sum()
-        for block, nested, narrow in zip(self.blocks, attention, ranks or ()):
-            if narrow is not None:
-                spent = [block.attention_kept(Attention.narrow(rank)) for rank in narrow[0]]
-                wider = attention.new_tensor([high - low for low, high in itertools.pairwise(spent)])
-                total = total + nested[-1] * (wider * narrow[1]).sum()
-        return total + (unit * torch.stack(list(units))).sum()
+        return self.fixed + closed + (steps * attention).sum() + (unit * torch.stack(list(units))).sum()
 
     @property
     def smallest(self) -> int:
@@ -151,87 +123,3 @@ def count_macs(model: nn.Module, run: Callable[[nn.Module], object]) -> int:
 def count_params(model: nn.Module) -> int:
     """Return the number of parameters of a model."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def check_multiple(multiple: int | None) -> None:
-    """Raise BudgetError unless widths and ranks can be multiples of it; None is for a default."""
-    if multiple is not None and multiple < 1:
-        raise BudgetError(f"multiple is {multiple}, expected 1 or more units")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much of a metric a network may cost: a fraction of the dense cost, or an amount."""
-
-    metric: str
-    fraction: float | None = None
-    amount: int | None = None
-
-    def target(self, cost: NetworkCost) -> int:
-        """Return the target in MACs or parameters. Raises BudgetError when no architecture costs that."""
-        dense, smallest = cost.dense, cost.smallest
-        target = round(dense * self.fraction) if self.fraction is not None else self.amount
-        assert target is not None
-        if target < smallest:
-            raise BudgetError(
-                f"a budget of {human(target)} {self.metric} ({target / dense:.1%}) cannot be reached: the smallest "
-                f"reachable is {human(smallest)} ({smallest / dense:.1%}, {smallest:,} {self.metric})"
-            )
-        if target > dense:
-            raise BudgetError(
-                f"a budget of {target:,} {self.metric} is above the dense model's {dense:,}; ask for 100% or less"
-            )
-        return target
-
-
-_BUDGET = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([%kKMGT]?)\s*")
-_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-def parse_budget(macs: str | int | None = None, params: str | int | None = None) -> Budget:
-    """Return the budget that exactly one of the two arguments states.
-
-    Args:
-        macs: `"50%"` of the dense cost, `"1.0G"` (k, M, G, T), or a whole number of MACs of one image.
-        params: the same, in parameters.
-
-    Raises:
-        BudgetError: none or both are given, or the text is none of these.
-    """
-    given = [(metric, value) for metric, value in (("macs", macs), ("params", params)) if value is not None]
-    if len(given) != 1:
-        found = "both" if given else "neither"
-        raise BudgetError(f'a budget is one of macs or params, found {found}; write for example macs="50%"')
-    metric, value = given[0]
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise _malformed(metric, value)
-    match = _BUDGET.fullmatch(str(value))
-    if match is None:
-        raise _malformed(metric, value)
-    number, unit = Fraction(match[1]), match[2]
-    if unit == "%":
-        if not 0 < number <= 100:
-            raise BudgetError(f"{metric} budget {value!r} is out of range, expected above 0% and at most 100%")
-        return Budget(metric, fraction=float(number / 100))
-    amount = number * _UNITS[unit]
-    if amount.denominator != 1 or amount < 1:
-        raise _malformed(metric, value)
-    return Budget(metric, amount=int(amount))
-
-
-def _malformed(metric: str, value: object) -> BudgetError:
-    return BudgetError(
-        f'{metric} budget {value!r} is malformed, expected a share like "50%", an amount like "1.0G" or "300M", '
-        "or a whole number"
-    )
-
-
-def human(count: float) -> str:
-    """Return a count with a unit prefix, to four significant digits: 1.039G, 4.775M."""
-    if count <= 0:
-        return "0"
-    power = min(max(int(math.log10(count) // 3), 0), 4)
-    scaled = count / 1000**power
-    if f"{scaled:.4g}" in ("1000", "1e+03") and power < 4:
-        power, scaled = power + 1, scaled / 1000
-    return f"{scaled:.4g}" + ["", "k", "M", "G", "T"][power]

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from spvit.architecture import DEFAULT_MULTIPLE, FFN, Architecture, Attention, Block
-from spvit.cost import Budget, BudgetError, NetworkCost, check_multiple, human, parse_budget
+from spvit.budget import Budget, check_multiple, human, parse_budget
+from spvit.cost import NetworkCost
+from spvit.errors import BudgetError
 from spvit.gates import is_open
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
 from spvit.repair import PREFIX_RULE, SKIP_RULE
 from spvit.scores import BlockScores, score
-from spvit.surgery import SearchRecord, gated_layers, search_record
+from spvit.surgery import gated_layers, search_record
 
 TOLERANCE = 0.005
 STEPS_PER_SITE = 512
@@ -61,20 +63,19 @@ def decide(
     if calibration is not None:
         return _decide_by_scores(net, parse_budget(macs, params), multiple, calibration, report)
     layers, record = gated_layers(net), search_record(net)
-    kept = [attention.kept() for attention, _ in layers]
+    kept = [Attention(attention.decided()) for attention, _ in layers]
     logits = [ffn.gate_logits.detach().float().cpu() for _, ffn in layers]
     if macs is None and params is None:
         widths = [_rounded(int(is_open(item).sum()), len(item), multiple or 1) for item in logits]
-        return _architecture(record, kept, logits, widths)
+        return _architecture(kept, logits, widths)
     budget = parse_budget(macs, params)
     cost = record.costs[budget.metric]
-    rules = (record.prefix_rule, record.skip_rule)
-    attention = sum(block.attention_kept(item, *rules) for block, item in zip(cost.blocks, kept))
+    attention = sum(block.attention_kept(item) for block, item in zip(cost.blocks, kept))
     multiples = _multiples(multiple)
     for candidate in multiples:
         found = _widths_at_budget(cost, budget, attention, logits, candidate)
         if found is not None:
-            return _architecture(record, kept, logits, found)
+            return _architecture(kept, logits, found)
     raise _too_coarse(multiples[-1], budget, cost)
 
 
@@ -295,11 +296,9 @@ def _rounded(count: int, width: int, multiple: int) -> int:
     return min(width, max(min(multiple, width), round(count / multiple) * multiple)) if multiple > 1 else count
 
 
-def _architecture(
-    record: SearchRecord, kept: Sequence[Attention], logits: Sequence[Tensor], widths: Sequence[int]
-) -> Architecture:
+def _architecture(kept: Sequence[Attention], logits: Sequence[Tensor], widths: Sequence[int]) -> Architecture:
     blocks = []
     for attention, item, width in zip(kept, logits, widths):
         best = item.sort(descending=True, stable=True).indices[:width]
         blocks.append(Block(attention, FFN(len(item), tuple(sorted(best.tolist())))))
-    return Architecture(tuple(blocks), record.prefix_rule, record.skip_rule)
+    return Architecture(tuple(blocks))

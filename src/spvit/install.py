@@ -9,15 +9,15 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from spvit.architecture import FFN, Architecture, ArchitectureError, Attention, Block
-from spvit.calibrated import CalibratedAttention
+from spvit.architecture import FFN, Architecture, Attention, Block
+from spvit.errors import ArchitectureError
 from spvit.hosts import Family
 from spvit.hosts.base import BlockSites
 from spvit.kernels import POSITIONS, conv1_weights, conv3_weights, head_mix
 from spvit.narrowing import narrow_blindly
 from spvit.pruned import BottleneckConv, Constant, Grid, NarrowAttention, Skip, narrow_linear
 from spvit.repair import PREFIX_RULE, SKIP_RULE
-from spvit.searchable import GatedAttention, SearchableAttention
+from spvit.searchable import SearchableAttention
 
 
 @contextmanager
@@ -85,7 +85,7 @@ def replace_attention(
     sites: BlockSites,
     kept: Attention,
     architecture: Architecture,
-    searched: GatedAttention | None,
+    searched: SearchableAttention | None,
     grid: Grid | None,
 ) -> None:
     """Put what an architecture keeps of an attention layer in its place, in a model.
@@ -96,16 +96,12 @@ def replace_attention(
         sites: where the block's layers are.
         kept: what stays of the attention.
         architecture: its rules for prefix tokens and skipped layers.
-        searched: the site's layer in a searched network, for its head mix and batch norms, or its
-            repaired candidates; None for fresh ones.
+        searched: the site's layer in a searched network, for its head mix and batch norms; None for fresh
+            ones.
         grid: of the patches, for convolutions; None for other kinds.
     """
-    if isinstance(searched, CalibratedAttention):
-        _put_candidate(model, sites, kept, searched, grid)
-        return
     if kept.kind == "msa" and not kept.narrowed():
         return
-    assert searched is None or isinstance(searched, SearchableAttention)
     site, returns_tuple = sites.attention, family.access.returns_tuple
     attention = model.get_submodule(site.path)
     shared = family.access.read(attention)
@@ -137,21 +133,6 @@ def replace_attention(
             weights, batchnorm, site.prefix_tokens, grid, returns_tuple, architecture.prefix_rule
         )
     replacement.requires_grad_(shared.value_weight.requires_grad)
-    model.set_submodule(site.path, replacement.train(attention.training))
-
-
-def _put_candidate(
-    model: nn.Module, sites: BlockSites, kept: Attention, searched: CalibratedAttention, grid: Grid | None
-) -> None:
-    """Put a candidate of a calibrated search where attention was, in a model, in place."""
-    site = sites.attention
-    attention = model.get_submodule(site.path)
-    replacement = searched.replacement(kept).to(next(attention.parameters()))
-    if isinstance(replacement, BottleneckConv):
-        assert grid is not None
-        replacement.grid = grid
-    if kept.kind == "skip":
-        _drop_norm(model, sites)
     model.set_submodule(site.path, replacement.train(attention.training))
 
 

@@ -11,14 +11,10 @@ from urllib.request import getproxies
 from torch import nn
 
 from spvit.checkpoint import DESCRIPTION, Preprocessing, describe, fit_state, load, read_weights, timm_state
+from spvit.errors import ModelError, UnsupportedHostError
 from spvit.hosts import family_of
-from spvit.hosts.base import UnsupportedHostError
 
 HUGGING_FACE = "hf:"
-
-
-class ModelError(ValueError):
-    """A model cannot be found, downloaded or built."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from spvit.errors import CalibrationError
+
 RIDGE = 1e-4
 WANTED_TOKENS = 4
 """Tokens for every input, below which the ridge grows: moments from fewer are noise in their smallest directions."""
@@ -17,10 +19,6 @@ GRAM_COLUMNS = 256
 """Columns whose products with all later ones are taken at once: narrow ones waste time on small products."""
 
 NOT_FINITE = "the activations of the calibration images are not finite; check the model's weights and the images"
-
-
-class CalibrationError(ValueError):
-    """Calibration images cannot be used: too few, of another size, or leading to activations that are not finite."""
 
 
 class Moments:

@@ -6,7 +6,6 @@ H heads, R query/key dimensions and V value dimensions a head.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -235,20 +234,6 @@ class NarrowAttention(nn.Module):
             self.qkv.bias.copy_(torch.cat(given))
         if weights.out_bias is not None:
             self.proj.bias.copy_(weights.out_bias)
-
-    def first(self, rank: int) -> NarrowAttention:
-        """Return a copy that keeps the first dimensions of every head: as many of queries, keys and values."""
-        twin = copy.deepcopy(self)
-        heads = torch.arange(self.heads, device=self.qkv.weight.device)[:, None]
-        dimensions = torch.arange(rank, device=heads.device)
-        rows, start = [], 0
-        for width in (self.query_key_rank, self.query_key_rank, self.value_rank):
-            rows.append((start + heads * width + dimensions).flatten())
-            start += self.heads * width
-        twin.qkv = narrow_linear(self.qkv, torch.cat(rows), axis=0)
-        twin.proj = narrow_linear(self.proj, (heads * self.value_rank + dimensions).flatten(), axis=1)
-        twin.query_key_rank = twin.value_rank = rank
-        return twin
 
     def heads_out(self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Return the outputs of all heads side by side, [B, N, H V], which the output projection takes."""

@@ -19,17 +19,10 @@ from torch.nn import functional as F
 
 from spvit.architecture import Architecture, Attention, Block
 from spvit.blockwise import Layer, advance, block_inputs, calibration_batches, evaluating
+from spvit.errors import CalibrationError
 from spvit.hosts.base import Family
 from spvit.kernels import NarrowWeights, Projections
-from spvit.moments import (
-    NOT_FINITE,
-    RIDGE,
-    CalibrationError,
-    Moments,
-    low_rank_regression,
-    regression,
-    ridge_for,
-)
+from spvit.moments import NOT_FINITE, RIDGE, Moments, low_rank_regression, regression, ridge_for
 from spvit.narrowing import narrow_heads, narrow_values
 from spvit.pruned import BottleneckConv, Constant, NarrowAttention, Skip, as_map
 

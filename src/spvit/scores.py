@@ -21,9 +21,10 @@ from torch.nn import functional as F
 from spvit.architecture import FFN, Attention, Block, narrow_ranks
 from spvit.attention_errors import Missed, attention_errors, paired_ranks
 from spvit.blockwise import BATCH, Layer, advance, block_inputs, calibration_batches, evaluating, reached
+from spvit.errors import CalibrationError
 from spvit.hosts.base import BlockSites, Family, logits_of
 from spvit.install import installed
-from spvit.moments import CalibrationError, Moments, ridge_for
+from spvit.moments import Moments, ridge_for
 from spvit.ranking import Ranking, rank_units
 from spvit.repair import correct, repair_block
 

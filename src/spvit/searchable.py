@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spvit import kernels
-from spvit.architecture import KINDS, Attention
-from spvit.gated_linear import RankGatedLinear
+from spvit.architecture import KINDS
 from spvit.gates import INITIAL_LOGIT, GateDraws, nest, opened, straight_through
 from spvit.kernels import CENTRE, POSITIONS, AttentionWeights, Projections
 from spvit.pruned import Grid, as_map, as_tokens
@@ -125,59 +124,22 @@ class Drawn:
         columns = zip(CANDIDATES, zip(*self.sensitivity))
         return {self.kind} | {name for name, column in columns if any(column)}
 
-    def answer(self, outputs: dict[str, Tensor], silent: Sequence[Tensor], skip: Tensor | None = None) -> Tensor:
+    def answer(self, outputs: dict[str, Tensor], silent: Sequence[Tensor]) -> Tensor:
         """Return the chosen output [B, N, D], which then gives the gates their gradients.
 
         Args:
             outputs: [B, N, D] of what is needed, by kind.
             silent: tensors that receive a gradient of zero.
-            skip: what all gates closed would give, [B, N, D]; None for zero.
         """
-        differences, rows = _differences(self.sensitivity, outputs, skip)
+        differences, rows = _differences(self.sensitivity, outputs)
         return _Choose.apply(outputs[self.kind], self.gates, rows, len(differences), *differences, *silent)
 
-    def needs_skip(self) -> bool:
-        """Return whether some gate would change how much of the layer there is at all."""
-        return any(sum(row) != 0 for row in self.sensitivity)
 
-
-class GatedAttention(nn.Module):
-    """What stands in a searchable network where an attention layer was: three nested gates choose what it becomes.
-
-    Attributes: `gate_logits` [3]; `draws`. Call it as the original layer is called; it answers in the same form.
-    """
-
-    gate_logits: nn.Parameter
-    draws: GateDraws
-    access: AttentionAccess
-
-    def decided(self) -> str:
-        """Return the kind that the gates choose in evaluation: `msa`, `conv3`, `conv1` or `skip`."""
-        return _kind(self.draws.decided_bits(self))
-
-    def kept(self) -> Attention:
-        """Return what the gates choose in evaluation."""
-        return Attention(self.decided())
-
-    def rank_gates(self) -> RankGatedLinear | None:
-        """Return the layer with gates on the ranks of attention, if it has any."""
-        return None
-
-    def _answer(self, out: Tensor) -> Any:
-        return (out, None) if self.access.returns_tuple else out
-
-    def _draw(self) -> Drawn:
-        """Return what is drawn for this forward pass."""
-        gates = straight_through(self.gate_logits, self.draws.noise(self))
-        bits = self.draws.sampled_bits(self)
-        gates_learn = torch.is_grad_enabled() and gates.requires_grad
-        return Drawn(gates, _kind(bits), gate_sensitivity(bits) if gates_learn else [])
-
-
-class SearchableAttention(GatedAttention):
+class SearchableAttention(nn.Module):
     """An attention layer that may become a 3 x 3 or 1 x 1 convolution of its own weights, or nothing.
 
-    Attributes: `attention`, the original layer; `gate_logits` [3]; `head_logits` M [H, 9]; `bn1`, `bn3`.
+    Three nested gates choose. It is called as the original layer is, and answers in the same form. Attributes:
+    `attention`, the original layer; `gate_logits` [3]; `head_logits` M [H, 9]; `bn1`, `bn3`; `draws`.
     """
 
     def __init__(
@@ -207,6 +169,10 @@ class SearchableAttention(GatedAttention):
         self.draws.join(self, read_bits=True)
         self.train(attention.training)
 
+    def decided(self) -> str:
+        """Return the kind that the gates choose in evaluation: `msa`, `conv3`, `conv1` or `skip`."""
+        return _kind(self.draws.decided_bits(self))
+
     def head_mix(self) -> Tensor:
         """Return S [H, K]."""
         return kernels.head_mix(self.head_logits, self.temperature)
@@ -219,6 +185,16 @@ class SearchableAttention(GatedAttention):
                 return self.attention(x, *args, **kwargs)
             return self._answer(self._convolve(x, kind) if kind != "skip" else torch.zeros_like(x))
         return self._answer(self._search(x, args, kwargs))
+
+    def _answer(self, out: Tensor) -> Any:
+        return (out, None) if self.access.returns_tuple else out
+
+    def _draw(self) -> Drawn:
+        """Return what is drawn for this forward pass."""
+        gates = straight_through(self.gate_logits, self.draws.noise(self))
+        bits = self.draws.sampled_bits(self)
+        gates_learn = torch.is_grad_enabled() and gates.requires_grad
+        return Drawn(gates, _kind(bits), gate_sensitivity(bits) if gates_learn else [])
 
     def _convolve(self, x: Tensor, kind: str) -> Tensor:
         """Return one convolution candidate by its kernels, as the pruned network computes it: [B, N, D]."""
@@ -324,7 +300,7 @@ def gradients_if(condition: bool) -> torch.autograd.grad_mode.set_grad_enabled:
 
 @torch.no_grad()
 def _differences(
-    sensitivity: Sequence[Sequence[float]], outputs: dict[str, Tensor], skip: Tensor | None
+    sensitivity: Sequence[Sequence[float]], outputs: dict[str, Tensor]
 ) -> tuple[list[Tensor], tuple[int, ...]]:
     """Return the distinct ways in which opening a gate would change the output, and which one each gate has (or -1)."""
     distinct: list[Sequence[float]] = []
@@ -342,7 +318,5 @@ def _differences(
         total = first[0] * first[1]
         for factor, output in rest:
             total = torch.add(total, output, alpha=factor)
-        if skip is not None and sum(row) != 0:
-            total = torch.sub(total, skip, alpha=sum(row))  # what candidates gain, skip loses
         differences.append(total)
     return differences, tuple(rows)

@@ -3,43 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from spvit.architecture import (
-    DEFAULT_MULTIPLE,
-    FFN,
-    Architecture,
-    ArchitectureError,
-    Attention,
-    Block,
-    check_same_shape,
-    narrow_ranks,
-)
-from spvit.blockwise import Layer, advance, block_inputs, calibration_batches, evaluating, where_float64_is
-from spvit.calibrated import CalibratedAttention
-from spvit.cost import NetworkCost, check_multiple
+from spvit.architecture import Architecture, check_same_shape
+from spvit.blockwise import where_float64_is
+from spvit.cost import NetworkCost
+from spvit.errors import NotSearchableError, UnsupportedHostError
 from spvit.gated_linear import GatedLinear
 from spvit.gates import INITIAL_LOGIT, GateDraws
-from spvit.hosts import Family, family_of
-from spvit.hosts.base import BlockSites, UnsupportedHostError, network_costs
-from spvit.install import check_narrowing, installed, narrow_ffn, replace_attention
-from spvit.pruned import BottleneckConv, NarrowAttention
-from spvit.repair import PREFIX_RULE, SKIP_RULE, repair_block
+from spvit.hosts import family_of
+from spvit.hosts.base import network_costs
+from spvit.install import check_narrowing, narrow_ffn, replace_attention
+from spvit.pruned import BottleneckConv
 from spvit.repair import repair as repair_in_place
-from spvit.searchable import GatedAttention, SearchableAttention
+from spvit.searchable import SearchableAttention
 
 _RECORD = "spvit_record"
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-class NotSearchableError(ValueError):
-    """A searchable network was expected, or a plain one, and the other was found."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +34,6 @@ class SearchRecord:
 
     costs: dict[str, NetworkCost]
     """What its host costs, by metric (`macs`, `params`)."""
-    prefix_rule: str = "identity"
-    skip_rule: str = "zero"
-    calibrated: bool = False
-    """Whether its candidates were repaired from calibration images."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +61,17 @@ def pruned_record(model: nn.Module) -> PrunedRecord | None:
     return record if isinstance(record, PrunedRecord) else None
 
 
-def gated_layers(net: nn.Module) -> list[tuple[GatedAttention, GatedLinear]]:
+def gated_layers(net: nn.Module) -> list[tuple[SearchableAttention, GatedLinear]]:
     """Return the gated attention and the gated linear layer of every block. Raises NotSearchableError."""
     search_record(net)
-    attentions = [module for module in net.modules() if isinstance(module, GatedAttention)]
+    attentions = [module for module in net.modules() if isinstance(module, SearchableAttention)]
     ffns = [module for module in net.modules() if isinstance(module, GatedLinear)]
     return list(zip(attentions, ffns, strict=True))
 
 
 def gate_parameters(net: nn.Module) -> list[nn.Parameter]:
     """Return the gate logits of a searchable network, which want an optimizer of their own (no weight decay)."""
-    layers = [layer for attention, ffn in gated_layers(net) for layer in (attention, attention.rank_gates(), ffn)]
-    return [layer.gate_logits for layer in layers if layer is not None]
+    return [layer.gate_logits for layers in gated_layers(net) for layer in layers]
 
 
 def check_dense(host: nn.Module) -> None:
@@ -104,54 +85,37 @@ def make_searchable(
     *,
     temperature: float | None = None,
     gate_logit: float = INITIAL_LOGIT,
-    calibration: Tensor | Iterable[Any] | None = None,
-    multiple: int = DEFAULT_MULTIPLE,
     inplace: bool = False,
 ) -> Model:
     """Return the host with gates on every attention layer and FFN; it is called and trained like the host.
-
-    With calibration images the candidates of every attention layer have weights of their own, fitted in closed form to
-    what attention gives (`prune`'s repair), and attention itself may become narrower: its dimensions are rotated into
-    the order of their use and have nested gates. Without, convolutions share the attention's weights as published.
 
     Args:
         host: a model of a supported family, on any device.
         temperature: alpha of the published head mix; the family's default when None (0.01 for ViT).
         gate_logit: theta, where every gate starts; a gate is open with probability sigmoid(theta).
-        calibration: images as in `prune`; None makes the published network.
-        multiple: with calibration images, what the ranks of narrow attention are multiples of.
         inplace: change the host itself instead of a copy.
 
     Raises:
         UnsupportedHostError: the host's family, or a part of it, is not known.
-        BudgetError: `multiple` is less than 1.
-        CalibrationError: the calibration images do not fit the host, are too few, or give values that are not finite.
     """
     check_dense(host)
-    check_multiple(multiple)
     family = family_of(host)
     blocks = family.blocks(host)
-    costs = network_costs(family, host)
-    record = SearchRecord(costs)
-    repaired = None
-    if calibration is not None:
-        record = SearchRecord(costs, PREFIX_RULE, SKIP_RULE, calibrated=True)
-        repaired = _repaired_candidates(host, family, blocks, calibration)
+    record = SearchRecord(network_costs(family, host))
     net = host if inplace else copy.deepcopy(host)
     grids = family.track_grids(net, range(len(blocks)), whole=False)
     draws = GateDraws()
     for index, block in enumerate(blocks):
         site = block.attention
-        where: dict[str, Any] = {"prefix_tokens": site.prefix_tokens, "grid": grids[index], "draws": draws}
-        attention: GatedAttention
-        if repaired is None:
-            alpha = family.temperature if temperature is None else temperature
-            attention = SearchableAttention(net.get_submodule(site.path), family.access, temperature=alpha, **where)
-        else:
-            ranks = (*narrow_ranks(site.head_width, multiple), site.head_width)
-            attention = CalibratedAttention(repaired[index], family.access, ranks=ranks, **where)
-        former = net.get_submodule(site.path)
-        net.set_submodule(site.path, attention.to(next(former.parameters()).device).train(former.training))
+        attention = SearchableAttention(
+            net.get_submodule(site.path),
+            family.access,
+            prefix_tokens=site.prefix_tokens,
+            grid=grids[index],
+            temperature=family.temperature if temperature is None else temperature,
+            draws=draws,
+        )
+        net.set_submodule(site.path, attention)
         second = net.get_submodule(block.ffn.second)
         assert isinstance(second, nn.Linear)
         net.set_submodule(block.ffn.second, GatedLinear(second, draws))
@@ -160,33 +124,6 @@ def make_searchable(
         for logits in gate_parameters(net):
             logits.fill_(gate_logit)
     return net
-
-
-def _repaired_candidates(
-    host: nn.Module, family: Family, blocks: Sequence[BlockSites], images: Tensor | Iterable[Any]
-) -> list[dict[str, nn.Module]]:
-    """Return for every block what could stand where attention is in an otherwise dense network, by kind."""
-    model, found = copy.deepcopy(host), []
-    with evaluating(host, model):
-        inputs = block_inputs(host, blocks[0], calibration_batches(images, family, host))
-        for index, sites in enumerate(blocks):
-            site = sites.attention
-            projections = family.access.read_projections(host.get_submodule(site.path))
-            whole = Attention("msa")
-            if projections is not None and projections.plain():
-                whole = Attention.narrow(site.head_width)
-            layer = Layer(model, host, family, sites, inputs, inputs).knowing(site.path)
-            candidates = {}
-            for attention in (whole, Attention("conv3"), Attention("conv1"), Attention("skip")):
-                kept = Block(attention, FFN.whole(sites.ffn.units))
-                with installed(model, family, index, sites, kept):
-                    repair_block(layer, kept)
-                    candidates[attention.kind] = model.get_submodule(site.path)
-            found.append(candidates)
-            following = blocks[index + 1] if index + 1 < len(blocks) else None
-            if following is not None:
-                inputs = [advance(host, sites, following, x) for x in inputs]
-    return found
 
 
 def prune(
@@ -228,8 +165,6 @@ def prune(
     searched = None
     if weights is not None:
         searched = [attention for attention, _ in gated_layers(weights)]
-        if search_record(weights).calibrated:
-            _check_candidates(architecture, weights, repair is not None)
         _load_dense_weights(model, weights)
     # What the repair aims at: the model before it loses anything, with the weights that it has by now.
     dense = copy.deepcopy(model) if repair is not None else None
@@ -246,37 +181,10 @@ def prune(
     return model
 
 
-def _check_candidates(architecture: Architecture, net: nn.Module, repair: bool) -> None:
-    """Refuse what the candidates of a calibrated search cannot become."""
-    if repair:
-        raise NotSearchableError(
-            "the candidates of a calibrated search are repaired and trained; leave out repair=, or leave out weights= "
-            "to repair the host anew"
-        )
-    record = search_record(net)
-    rules = (record.prefix_rule, record.skip_rule)
-    if (architecture.prefix_rule, architecture.skip_rule) != rules:
-        raise ArchitectureError(
-            f"the architecture has prefix rule {architecture.prefix_rule} and skip rule {architecture.skip_rule}, but "
-            f"the search was made with {rules[0]} and {rules[1]}; use what spvit.decide(net) returns"
-        )
-    for index, (block, (layer, _)) in enumerate(zip(architecture.blocks, gated_layers(net))):
-        kept = block.attention
-        rotated = isinstance(layer, CalibratedAttention) and isinstance(layer.msa, NarrowAttention)
-        ordered = kept.heads is None and kept.value_rank is not None and kept.query_key_rank == kept.value_rank
-        if kept.kind == "msa" and not (ordered if rotated else not kept.narrowed()):
-            wanted = "one rank for queries, keys and values, and all heads" if rotated else "it whole"
-            raise ArchitectureError(
-                f"block {index}: a calibrated search keeps of this attention {wanted}; use what spvit.decide(net) "
-                "returns"
-            )
-
-
 def _load_dense_weights(model: nn.Module, net: nn.Module) -> None:
     """Copy what a searchable network trained into a model of the host's own structure."""
     state = {}
-    # The candidates of a calibrated layer are put in its place as they are; it holds nothing of the host's own form.
-    inner = {SearchableAttention: "attention", GatedLinear: "linear", CalibratedAttention: ""}
+    inner = {SearchableAttention: "attention", GatedLinear: "linear"}
     gated = {name: inner[type(module)] for name, module in net.named_modules() if type(module) in inner}
     root = next(name for name, module in net.named_modules() if hasattr(module, _RECORD))
     for key, value in net.state_dict().items():
@@ -287,8 +195,6 @@ def _load_dense_weights(model: nn.Module, net: nn.Module) -> None:
                 continue
             key = f"{owner}.{rest}"
         state[key[len(root) + 1 :] if root else key] = value
-    own = tuple(f"{name.removeprefix(root + '.')}." for name, part in gated.items() if not part)
-    state.update({key: value for key, value in model.state_dict().items() if key.startswith(own)})
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -15,14 +15,11 @@ from torch import nn
 
 from spvit.architecture import Architecture, architectures
 from spvit.cost import count_params
+from spvit.errors import ZooError
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
 from spvit.kernels import POSITIONS
 from spvit.surgery import prune
-
-
-class ZooError(ValueError):
-    """A published model is unknown, or something was asked of it that it does not have."""
 
 
 def host_name(name: str) -> str:

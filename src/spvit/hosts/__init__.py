@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from spvit.hosts.base import Family, UnsupportedHostError
+from spvit.errors import UnsupportedHostError
+from spvit.hosts.base import Family
 
 
 @dataclass(frozen=True)

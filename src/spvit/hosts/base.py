@@ -14,12 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from spvit.cost import BlockCost, NetworkCost, count_macs, count_params
+from spvit.errors import UnsupportedHostError
 from spvit.pruned import Grid
 from spvit.searchable import AttentionAccess
-
-
-class UnsupportedHostError(ValueError):
-    """The model is of no supported family, or has a part that its family's adapter does not know."""
 
 
 @dataclass(frozen=True)

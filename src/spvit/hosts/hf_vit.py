@@ -9,7 +9,8 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.vit import modeling_vit
 
-from spvit.hosts.base import AttentionSite, BlockSites, FFNSite, GridTracker, UnsupportedHostError, expect
+from spvit.errors import UnsupportedHostError
+from spvit.hosts.base import AttentionSite, BlockSites, FFNSite, GridTracker, expect
 from spvit.kernels import AttentionWeights, Projections
 from spvit.pruned import Grid
 from spvit.searchable import AttentionAccess

@@ -7,7 +7,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from spvit.hosts.base import UnsupportedHostError
+from spvit.errors import UnsupportedHostError
 from spvit.kernels import AttentionWeights
 
 

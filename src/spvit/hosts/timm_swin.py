@@ -20,7 +20,8 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spvit.hosts.base import AttentionSite, BlockSites, FFNSite, UnsupportedHostError, expect
+from spvit.errors import UnsupportedHostError
+from spvit.hosts.base import AttentionSite, BlockSites, FFNSite, expect
 from spvit.hosts.timm_models import describe_timm_model, make_timm_model, read_packed_attention
 from spvit.kernels import AttentionWeights
 from spvit.pruned import Grid

@@ -9,14 +9,8 @@ from timm.layers import Attention, Mlp, PatchDropout
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
 
-from spvit.hosts.base import (
-    AttentionSite,
-    BlockSites,
-    FFNSite,
-    GridTracker,
-    UnsupportedHostError,
-    expect,
-)
+from spvit.errors import UnsupportedHostError
+from spvit.hosts.base import AttentionSite, BlockSites, FFNSite, GridTracker, expect
 from spvit.hosts.timm_models import describe_timm_model, make_timm_model, read_packed_attention
 from spvit.kernels import AttentionWeights, Projections
 from spvit.pruned import Grid

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from spvit.checkpoint import Preprocessing
+from spvit.errors import DataError
 from spvit.train.augmentation import keep_a_bit
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -23,10 +24,6 @@ DIGITS_HELD_OUT = 360
 Items = Sequence[tuple[Any, int]]
 
 logger = logging.getLogger("spvit")
-
-
-class DataError(ValueError):
-    """The images cannot be found or read, or do not fit each other or the model."""
 
 
 @dataclass(frozen=True, kw_only=True)

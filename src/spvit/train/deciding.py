@@ -9,15 +9,15 @@ from pathlib import Path
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from spvit.architecture import DEFAULT_MULTIPLE, Architecture
+from spvit.architecture import Architecture
+from spvit.budget import check_multiple, human, parse_budget
 from spvit.checkpoint import write_text
-from spvit.cost import BudgetError, check_multiple, human, parse_budget
 from spvit.decide import TOLERANCE, decide
+from spvit.errors import BudgetError, DataError
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
-from spvit.initial_gates import initialise_gates
 from spvit.surgery import check_dense, make_searchable
-from spvit.train.data import DataError, Images
+from spvit.train.data import Images
 from spvit.train.loaders import training_loader
 from spvit.train.loop import STATE, Phase, run_phase
 from spvit.train.losses import BudgetLoss
@@ -29,29 +29,9 @@ ARCHITECTURE = "architecture.json"
 CALIBRATION_IMAGES = 1024
 
 
-def searchable_for(
-    host: nn.Module, phase: SearchConfig, multiple: int | None, calibrating: Sequence[Tensor] | None
-) -> nn.Module:
-    """Return the searchable network that a search's settings ask for.
-
-    Args:
-        host: the dense model; it stays as it is.
-        phase: settings of the search.
-        multiple: of the ranks of narrow attention; None for the default.
-        calibrating: calibration images, which a calibrated search needs.
-
-    Raises:
-        DataError: a calibrated search has no calibration images.
-    """
-    if phase.calibrated and calibrating is None:
-        raise DataError("a calibrated search needs calibration images; give some, or set calibrated to false")
-    return make_searchable(
-        host,
-        temperature=phase.temperature,
-        gate_logit=phase.gate_logit,
-        calibration=calibrating if phase.calibrated else None,
-        multiple=DEFAULT_MULTIPLE if multiple is None else multiple,
-    )
+def searchable_for(host: nn.Module, phase: SearchConfig) -> nn.Module:
+    """Return the searchable network that a search's settings ask for; the dense host stays as it is."""
+    return make_searchable(host, temperature=phase.temperature, gate_logit=phase.gate_logit)
 
 
 def search(
@@ -63,7 +43,6 @@ def search(
     phase: SearchConfig,
     progress: PhaseProgress,
     multiple: int | None = None,
-    calibrating: Sequence[Tensor] | None = None,
 ) -> tuple[nn.Module, Architecture]:
     """Search a host for what to keep; write architecture.json; return the searched network and the architecture.
 
@@ -76,13 +55,9 @@ def search(
         phase: settings of the search.
         progress: where to show progress.
         multiple: FFN widths and ranks are multiples of it.
-        calibrating: calibration images, which a calibrated search needs.
     """
-    set_seed(config.seed)  # what candidates draw is drawn alike in a continued run
-    net = searchable_for(host, phase, multiple, calibrating)
-    if phase.calibrated and calibrating is not None and not any((folder / STATE / "search").glob("epoch-*")):
-        with _scoring(host, progress) as report:
-            initialise_gates(net, host, calibration=calibrating, report=report, **budget)
+    set_seed(config.seed)
+    net = searchable_for(host, phase)
     loss = BudgetLoss(net, weight=phase.budget_weight, **budget)
     teacher = host if phase.distillation > 0 else None
     run_phase(Phase("search", net, phase, loss, teacher), images, folder, config, progress)
@@ -91,25 +66,20 @@ def search(
     return net, architecture
 
 
-def check_decision(
-    host: nn.Module, budget: dict[str, str | int], multiple: int | None, calibration_images: int
-) -> None:
+def check_decision(host: nn.Module, budget: dict[str, str | int], multiple: int | None) -> None:
     """Refuse what cannot be decided, before anything is computed.
 
     Args:
         host: the dense model.
         budget: `{"macs": "50%"}` or `{"params": ...}`.
         multiple: of FFN widths and ranks.
-        calibration_images: how many there are to be.
 
     Raises:
         NotSearchableError, UnsupportedHostError: the model is not a dense host of a supported family.
         BudgetError: the budget or the multiple is malformed, or the budget is out of reach.
-        DataError: there are to be no calibration images.
     """
     check_dense(host)
     check_multiple(multiple)
-    check_calibration_images(calibration_images)
     parsed = parse_budget(**budget)
     parsed.target(network_costs(family_of(host), host)[parsed.metric])
 

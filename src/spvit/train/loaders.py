@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from spvit.train.data import DataError, ImageConfig, Images
+from spvit.errors import DataError
+from spvit.train.data import ImageConfig, Images
 
 UNREAD = -1
 """Class of a validation image that is left out."""

@@ -23,10 +23,11 @@ from torch.utils.data import DataLoader
 
 from spvit.architecture import KINDS
 from spvit.checkpoint import write_text
+from spvit.errors import DataError, RunError
 from spvit.hosts.base import logits_of
 from spvit.surgery import gate_parameters
 from spvit.train.best import BestWeights
-from spvit.train.data import DataError, Images, mixup_of
+from spvit.train.data import Images, mixup_of
 from spvit.train.loaders import UNREAD, repeated_loader, training_loader, validation_loader
 from spvit.train.losses import BudgetLoss, distillation_loss, hard_distillation_loss, task_loss
 from spvit.train.optimizers import optimizers
@@ -36,10 +37,6 @@ from spvit.train.teacher import open_teacher
 
 METRICS = "metrics.jsonl"
 STATE = "state"
-
-
-class RunError(RuntimeError):
-    """A run failed; what it had produced so far is kept."""
 
 
 @dataclass

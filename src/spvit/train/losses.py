@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spvit.cost import parse_budget
-from spvit.gated_linear import RankGatedLinear
+from spvit.budget import parse_budget
 from spvit.gates import expected
 from spvit.surgery import gated_layers, search_record
 
@@ -45,9 +42,7 @@ class BudgetLoss:
         """
         budget = parse_budget(macs, params)
         self.layers = gated_layers(net)
-        record = search_record(net)
-        self.cost = record.costs[budget.metric]
-        self.rules = (record.prefix_rule, record.skip_rule)
+        self.cost = search_record(net).costs[budget.metric]
         self.target = budget.target(self.cost)
         self.weight = weight
 
@@ -57,17 +52,12 @@ class BudgetLoss:
         opened = expected(torch.stack([attention.gate_logits.float() for attention, _ in self.layers]))
         attention = torch.cumprod(opened, dim=-1)
         units = [expected(ffn.gate_logits.float()).sum() for _, ffn in self.layers]
-        ranks = [_expected_ranks(layer.rank_gates()) for layer, _ in self.layers]
-        return self.cost.expected(attention, units, ranks, *self.rules)
+        return self.cost.expected(attention, units)
 
     def __call__(self) -> Tensor:
         """Return the loss, a scalar."""
         dense = self.cost.dense
         return self.weight * (self.expected_cost() / dense - self.target / dense) ** 2
-
-
-def _expected_ranks(gates: RankGatedLinear | None) -> tuple[Sequence[int], Tensor] | None:
-    return None if gates is None else (gates.ranks, torch.cumprod(expected(gates.gate_logits.float()), dim=-1))
 
 
 def task_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from spvit.train.data import DataError
+from spvit.errors import DataError
 from spvit.train.losses import BUDGET_WEIGHT
 
 KINDS_OF_DISTILLATION = ("soft", "hard")
@@ -78,11 +78,8 @@ class SearchConfig(PhaseConfig):
     """Weight of the budget loss against the relative cost (lambda), when it has risen."""
     budget_warmup: float = 1.0
     """Share of the search, 0 to 1, in which the weight of the budget loss rises from zero in a straight line."""
-    calibrated: bool = True
-    """Whether to search among candidates that are repaired from calibration images, narrow attention among them, from
-    where their scores put the gates; otherwise, as published, among convolutions of the attention's own weights."""
     gate_logit: float = 1.5
-    """Where the gate logits start (theta) in a search that is not calibrated."""
+    """Where the gate logits start (theta)."""
     temperature: float | None = None
     """Temperature of the published head mix (alpha); the family's own when absent."""
 

@@ -1,0 +1,1 @@
+"""The command `spvit`: words in, tables out."""

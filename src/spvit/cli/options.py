@@ -1,0 +1,133 @@
+"""What each command can be told: dataclasses whose attribute docstrings are the command line's help.
+
+A recipe (YAML) holds the same names. The resolved values of a run stand in its config.yaml.
+"""
+
+# No postponed annotations here and where these classes inherit from: jsonargparse reads the types from the classes.
+from dataclasses import dataclass, field
+from typing import Any
+
+from spvit.models import ModelConfig
+from spvit.train.compress import CompressConfig
+from spvit.train.data import ImageConfig
+from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCommand(ModelConfig, LoopConfig):
+    """What every command that trains is told."""
+
+    data: str
+    """A folder with train/ and val/ (a folder a class in each), a torchvision data set (CIFAR10), or digits."""
+    output: str
+    """Run folder to write: metrics, states, architecture, model. It must be new or empty, or see resume."""
+    resume: bool = False
+    """Continue the run that the output folder holds, with its settings."""
+    images: ImageConfig = field(default_factory=ImageConfig)
+    """How images are read, augmented and batched."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand(RunCommand):
+    """Train a dense model."""
+
+    dense: PhaseConfig = field(default_factory=PhaseConfig)
+    """Training of the dense model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetOptions:
+    """How much the pruned model may cost; give one of the two."""
+
+    macs: str | int | None = None
+    """Budget in MACs of one image: a share of the dense model's (50%), an amount (1.0G, 300M), or a whole number."""
+    params: str | int | None = None
+    """Budget in parameters, in the same forms."""
+
+    def limits(self) -> dict[str, str | int]:
+        """Return the budget given as keyword arguments; half of the MACs when none is."""
+        given: dict[str, str | int] = {}
+        if self.macs is not None:
+            given["macs"] = self.macs
+        if self.params is not None:
+            given["params"] = self.params
+        return given or {"macs": "50%"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchCommand(BudgetOptions, RunCommand):
+    """Search a dense model for what to keep."""
+
+    search: SearchConfig = field(default_factory=SearchConfig)
+    """The search."""
+    multiple: int | None = None
+    """FFN widths and ranks of attention are multiples of it; when absent 8, or less for very small models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressCommand(BudgetOptions, CompressConfig, RunCommand):
+    """Compress a model to a budget."""
+
+    dry_run: bool = False
+    """Print the plan of the run, with time and memory from a few steps on this machine, and write nothing. Pre-trained
+    weights are not loaded; an imagenet folder that does not exist is stood in for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneCommand(RunCommand):
+    """Fine-tune a pruned model."""
+
+    architecture: str | None = None
+    """An architecture.json to prune the model to first; not for a folder that holds a pruned model."""
+    finetune: PhaseConfig = field(default_factory=PhaseConfig)
+    """Training of the pruned model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateCommand(ModelConfig):
+    """Measure a model's accuracy."""
+
+    data: str
+    """A folder with train/ and val/, a torchvision data set (CIFAR10), or digits."""
+    precision: str = "fp32"
+    """`fp32`, or `bf16` for mixed precision."""
+    images: ImageConfig = field(default_factory=ImageConfig)
+    """How images are read and batched."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileCommand(ModelConfig):
+    """Print what a model costs, block by block, dense against pruned."""
+
+    architecture: str | None = None
+    """An architecture.json, or the name of a published architecture, to set beside the dense model."""
+    latency: bool = False
+    """Measure the latency at batch 1 and 64 on this machine too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoCommand:
+    """Compress a small vision transformer on handwritten digits, end to end."""
+
+    output: str = "runs/demo"
+    """Run folder to write; it must be new or empty."""
+    macs: str = "50%"
+    """Budget in MACs: a share of the dense model's, an amount, or a whole number."""
+    seed: int = 0
+    """Seed of everything random."""
+
+
+@dataclass(frozen=True)
+class ConvertCommand:
+    """Convert a DeiT, Swin or published SPViT checkpoint, or its FFN indicator file, to spvit's format."""
+
+    checkpoint: str
+    """The .pth or .safetensors file to read."""
+    output: str
+    """Folder to write: the model, or architecture.json for an indicator file. It must be new or empty."""
+    model: str | None = None
+    """timm model that the checkpoint is of; when absent, told by the shapes (DeiT and Swin, tiny to base, 224 px)."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of timm.create_model, such as {"img_size": 384}; they need model."""
+    indicators: str | None = None
+    """An FFN indicator file that says which FFN units are kept."""

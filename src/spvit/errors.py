@@ -1,0 +1,49 @@
+"""Every error that spvit raises for what a user did or has; each says what was wrong and what to do."""
+
+
+class SpvitError(Exception):
+    """Base of all errors that spvit raises on purpose."""
+
+
+class ArchitectureError(SpvitError, ValueError):
+    """An architecture is malformed or does not fit the host it is used with."""
+
+
+class BudgetError(SpvitError, ValueError):
+    """A budget is malformed, or cannot be reached."""
+
+
+class CalibrationError(SpvitError, ValueError):
+    """Calibration images cannot be used: too few, of another size, or leading to activations that are not finite."""
+
+
+class CheckpointError(SpvitError, ValueError):
+    """A checkpoint cannot be read or written, or does not fit the model."""
+
+
+class DataError(SpvitError, ValueError):
+    """The images cannot be found or read, or do not fit each other or the model."""
+
+
+class ModelError(SpvitError, ValueError):
+    """A model cannot be found, downloaded or built."""
+
+
+class NotSearchableError(SpvitError, ValueError):
+    """A searchable network was expected, or a plain one, and the other was found."""
+
+
+class RunError(SpvitError, RuntimeError):
+    """A run failed; what it had produced so far is kept."""
+
+
+class RunFolderError(SpvitError, ValueError):
+    """A run folder is in use, or holds no run to continue."""
+
+
+class UnsupportedHostError(SpvitError, ValueError):
+    """The model is of no supported family, or has a part that its family's adapter does not know."""
+
+
+class ZooError(SpvitError, ValueError):
+    """A published model is unknown, or something was asked of it that it does not have."""

@@ -1,0 +1,420 @@
+"""The command: every sub-command runs on the digits, and bad input gets one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import spvit
+from spvit.benchmark import measure_latencies
+from spvit.cli.main import main
+from spvit.models import ModelConfig, open_model
+from training import MODEL, MODEL_ARGS, image_folder, micro_host, states_equal
+
+RECIPE = {
+    "model": MODEL,
+    "model_args": MODEL_ARGS,
+    "pretrained": False,
+    "data": "digits",
+    "images": {"batch_size": 128, "mean": [0.5], "std": [0.5], "crop": 1.0, "flip": 0.0},
+}
+SHORT = {"epochs": 1, "warmup_epochs": 0.0}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path):
+    def write(**more: object) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**RECIPE, **more}))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> str:
+    """Return a weights file that fits the micro model."""
+    torch.save(micro_host().state_dict(), tmp_path / "trained.pth")
+    return str(tmp_path / "trained.pth")
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure latencies in passing only; no test looks at them."""
+    monkeypatch.setattr("spvit.cli.commands.measure_latencies", partial(measure_latencies, seconds=0.0))
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = main(list(arguments))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def refused(capsys, words: str, *arguments: str) -> None:
+    """Assert that a command is refused in one line with these words, with exit code 2."""
+    code, _, problems = run(capsys, *arguments)
+    assert code == 2
+    assert problems.startswith("spvit: ")
+    assert len(problems.strip().splitlines()) == 1
+    assert words in problems
+
+
+def test_compress_then_evaluate_profile_and_load(capsys, recipe, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = recipe(dense=SHORT, search=SHORT, finetune=SHORT, log_every=4)
+    code, text, problems = run(capsys, "compress", "--recipe", settings, "--output", str(out), "--macs", "60%")
+    assert (code, problems) == (0, "")
+    for words in ("dense epoch 1/1", "search epoch 1/1", "finetune epoch 1/1", "latency, batch 64", f'load("{out}")'):
+        assert words in text
+    assert {path.name for path in out.iterdir()} == {
+        "architecture.json", "config.yaml", "dense", "metrics.jsonl", "model.json", "model.safetensors", "state",
+        "summary.json",
+    }  # fmt: skip
+    assert spvit.load(out)(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+    accuracy = json.loads((out / "summary.json").read_text())["pruned"]["accuracy"]
+    code, text, _ = run(capsys, "evaluate", "--model", str(out), "--data", "digits")
+    assert code == 0
+    assert f"accuracy {accuracy:.2%}" in text
+    code, text, _ = run(capsys, "profile", "--model", str(out))
+    assert code == 0
+    assert "share" in text
+    refused(capsys, "is in use", "compress", "--recipe", settings, "--output", str(out))
+
+
+def test_train_search_and_finetune_chain(capsys, recipe, tmp_path: Path) -> None:
+    dense, searched, tuned = (str(tmp_path / name) for name in ("dense", "searched", "tuned"))
+    assert run(capsys, "train", "--recipe", recipe(dense=SHORT), "--output", dense)[0] == 0
+    common = ["--model", dense, "--data", "digits", "--images.batch_size", "128"]
+    assert run(capsys, "search", *common, "--output", searched, "--params", "70%", "--search.epochs", "1")[0] == 0
+    assert (
+        run(capsys, "finetune", "--model", searched, *common[2:], "--output", tuned, "--finetune.epochs", "1")[0] == 0
+    )
+    assert spvit.surgery.pruned_record(spvit.load(searched)).folded is False
+    assert spvit.surgery.pruned_record(spvit.load(tuned)).folded is True
+    again = [*common, "--architecture", f"{searched}/architecture.json", "--finetune.epochs", "1"]
+    again += ["--finetune.distillation", "0.5", "--output", str(tmp_path / "from_dense")]
+    assert run(capsys, "finetune", *again)[0] == 0
+    both = spvit.surgery.pruned_record(spvit.load(tmp_path / "from_dense"))
+    assert both == spvit.surgery.pruned_record(spvit.load(tuned))
+
+
+def _phases(folder: Path) -> set[str]:
+    return {json.loads(line)["phase"] for line in (folder / "metrics.jsonl").read_text().splitlines()}
+
+
+@pytest.mark.usefixtures("brief")
+def test_compress_without_a_search_decides_repairs_and_continues(capsys, recipe, trained, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = recipe(checkpoint=trained, finetune={"warmup_epochs": 0.0}, calibration_images=300)
+    words = ["compress", "--recipe", settings, "--output", str(out), "--macs", "70%", "--train-epochs", "1"]
+    code, text, problems = run(capsys, *words)
+    assert (code, problems) == (0, "")
+    assert "finetune epoch 1/1" in text
+    assert "after pruning and repair: accuracy" in text
+    assert {path.name for path in out.iterdir()} == {
+        "architecture.json", "config.yaml", "metrics.jsonl", "model.json", "model.safetensors", "state", "summary.json",
+    }  # fmt: skip
+    assert _phases(out) == {"finetune"}
+    before = (out / "architecture.json").read_text()
+    architecture = spvit.Architecture.from_json(before)
+    assert (architecture.prefix_rule, architecture.skip_rule) == ("linear", "mean")
+    model = spvit.load(out)
+    record = spvit.surgery.pruned_record(model)
+    assert record.folded
+    assert record.architecture == architecture
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary.keys() == {"dense", "after_pruning", "pruned"}
+
+    for name in ("model.safetensors", "model.json", "summary.json"):  # as a kill at the end would leave it
+        (out / name).unlink()
+    assert run(capsys, "compress", "--output", str(out), "--resume")[0] == 0
+    assert states_equal(spvit.load(out), model)
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert run(capsys, "compress", "--output", str(out), "--resume", "--train-epochs", "2")[0] == 0
+    epochs = [json.loads(line)["epoch"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert max(epochs) == 2
+    assert (out / "architecture.json").read_text() == before
+    assert not states_equal(spvit.load(out), model)
+    for option, value, found in (("calibration_images", "299", "300"), ("repair", "false", "True")):
+        asked = [f"--{option}", value]
+        refused(capsys, f"holds a run with --{option} {found}", "compress", "--output", str(out), "--resume", *asked)
+    searching = ["--output", str(out), "--resume", "--search.epochs", "1"]
+    refused(capsys, "scores, without a search, not by a search", "compress", *searching)
+
+
+@pytest.mark.usefixtures("brief")
+@pytest.mark.parametrize("words", [["--no-train"], ["--train-epochs", "0", "--repair", "false"]])
+def test_compress_without_training_leaves_what_pruning_gave(capsys, recipe, trained, tmp_path: Path, words) -> None:
+    out = tmp_path / "run"
+    settings = recipe(checkpoint=trained, calibration_images=200)
+    arguments = ["compress", "--recipe", settings, "--output", str(out), "--params", "80%"]
+    code, text, problems = run(capsys, *arguments, *words)
+    assert (code, problems) == (0, "")
+    assert "epoch" not in text
+    repaired = words == ["--no-train"]
+    assert ("after pruning and repair: accuracy" in text) == repaired
+    assert {path.name for path in out.iterdir()} == {
+        "architecture.json", "config.yaml", "model.json", "model.safetensors", "summary.json",
+    }  # fmt: skip
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["pruned"] == summary["after_pruning"]
+    assert summary["pruned"]["loss"] != summary["dense"]["loss"]
+    model, host = spvit.load(out), micro_host()
+    architecture = spvit.surgery.pruned_record(model).architecture
+    plain = spvit.fold(spvit.prune(host, architecture))
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(x), plain.eval()(x)) != repaired
+    if not repaired:  # what is drawn at pruning is drawn alike
+        assert run(capsys, "compress", "--output", str(out), "--resume")[0] == 0
+        assert states_equal(spvit.load(out), model)
+
+
+def test_hugging_face_model_is_compressed_and_loaded(capsys, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=48, image_size=16, patch_size=4,
+        num_labels=2,
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "hf")
+    capsys.readouterr()  # what transformers says when it saves
+    images, out = image_folder(tmp_path / "pictures"), tmp_path / "run"
+    settings = ["--images.batch_size", "4", "--search.epochs", "1", "--finetune.epochs", "1", "--precision", "bf16"]
+    words = ["compress", "--model", f"hf:{tmp_path / 'hf'}", "--data", str(images), "--output", str(out), *settings]
+    code, text, problems = run(capsys, *words, "--macs", "80%")
+    assert (code, problems) == (0, "")
+    assert "pruned" in text
+    assert type(spvit.load(out)).__name__ == "ViTForImageClassification"
+    assert run(capsys, "evaluate", "--model", str(out), "--data", str(images))[0] == 0
+
+
+def test_killed_run_continues_to_the_same_model(recipe, tmp_path: Path) -> None:
+    settings = recipe(
+        dense={"epochs": 2, "warmup_epochs": 0.0},
+        search={"epochs": 2, "warmup_epochs": 0.0},
+        finetune=SHORT,
+        log_every=1,
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def command(folder: Path, *more: str) -> list[str]:
+        return [sys.executable, "-m", "spvit.cli", "compress", "--output", str(folder), *more]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
+    subprocess.run(command(whole, "--recipe", settings), check=True, **quiet)
+    process = subprocess.Popen(command(killed, "--recipe", settings), **quiet)
+    metrics = killed / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and '"search", "event": "step"' in metrics.read_text()):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "model.safetensors").exists()
+    subprocess.run(command(killed, "--resume"), check=True, **quiet)
+    assert states_equal(spvit.load(whole), spvit.load(killed))
+
+
+def test_resume_takes_new_settings_but_not_another_run(capsys, recipe, tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    assert run(capsys, "train", "--recipe", recipe(dense=SHORT), "--output", out)[0] == 0
+    assert run(capsys, "train", "--output", out, "--resume", "--dense.epochs", "2")[0] == 0
+    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(epochs) == 2
+    refused(capsys, "holds a run with --seed 0, not 1", "train", "--output", out, "--resume", "--seed", "1")
+    refused(capsys, "holds a run of 'spvit train'", "search", "--output", out, "--resume", "true")
+    refused(capsys, "holds no run to continue", "train", "--output", str(tmp_path / "none"), "--resume")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    refused(capsys, "holds no config.yaml", "train", "--output", str(tmp_path / "other"), "--resume")
+
+
+def test_resume_by_a_recipe_that_names_the_folder_is_checked_too(capsys, recipe, tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    settings = recipe(dense=SHORT, seed=1, output=out)
+    assert run(capsys, "train", "--recipe", settings, "--seed", "2")[0] == 0
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    for words in (["--resume"], ["--resume", "yes"]):
+        refused(capsys, "holds a run with --seed 2, not 1", "train", "--recipe", settings, *words)
+    refused(capsys, "holds a run with --seed 2, not 3", "train", "--output", out, "--seed", "3", "--resume", "yes")
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    assert run(capsys, "train", "--recipe", settings, "--seed", "2", "--resume")[0] == 0
+
+
+def test_a_phase_that_others_followed_is_not_changed(capsys, recipe, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    search = {"epochs": 1, "warmup_epochs": 0.0}
+    arguments = ["compress", "--recipe", recipe(dense=SHORT, search=search, finetune=SHORT), "--output", str(out)]
+    assert run(capsys, *arguments)[0] == 0
+    kept = {name: (out / name).read_bytes() for name in ("config.yaml", "architecture.json", "model.safetensors")}
+    for phase, words in (("dense", ["--dense.epochs", "2"]), ("search", ["--search.budget_weight", "400"])):
+        refused(capsys, f"gone on from its {phase} phase", "compress", "--output", str(out), "--resume", *words)
+    assert {name: (out / name).read_bytes() for name in kept} == kept
+
+
+def test_what_a_run_has_produced_outlives_a_bad_image(capsys, tmp_path: Path) -> None:
+    root, out = image_folder(tmp_path / "pictures"), tmp_path / "run"
+    (root / "val" / "cat" / "2.png").write_bytes(b"junk")  # met after the first epoch
+    arguments = ["train", "--model", "test_vit", "--pretrained", "false", "--model_args", '{"img_size": 32}']
+    arguments += ["--data", str(root), "--images.batch_size", "4", "--dense.epochs", "1", "--output", str(out)]
+    refused(capsys, "2.png cannot be read", *arguments)
+    assert (out / "metrics.jsonl").is_file()
+    more = ["--images.skip_corrupt", "true"]
+    assert run(capsys, "train", "--output", str(out), "--resume", *more)[0] == 0
+
+
+def test_classes_are_compared_with_those_that_the_model_was_trained_for(capsys, tmp_path: Path) -> None:
+    root, out = image_folder(tmp_path / "pictures"), str(tmp_path / "run")
+    arguments = ["--model", "test_vit", "--pretrained", "false", "--model_args", '{"img_size": 32}']
+    arguments += ["--data", str(root), "--images.batch_size", "4", "--dense.epochs", "1"]
+    assert run(capsys, "train", *arguments, "--output", out)[0] == 0
+    other = image_folder(tmp_path / "others", classes=("car", "dog"))
+    code, _, problems = run(capsys, "evaluate", "--model", out, "--data", str(other))
+    assert code == 0
+    assert "is 'cat', of" in " ".join(problems.split())
+    assert run(capsys, "evaluate", "--model", out, "--data", str(root))[::2] == (0, "")
+    description = tmp_path / "run" / "model.json"
+    text = description.read_text()
+    assert '"cat"' in text
+    description.write_text(text.replace('"cat"', '"x"').replace('"dog"', '"cat"').replace('"x"', '"dog"'))
+    refused(capsys, "in another order", "evaluate", "--model", out, "--data", str(root))
+
+
+def test_corrupt_image_ends_a_run_in_one_line_and_leaves_nothing(capsys, tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "pictures")
+    (root / "train" / "cat" / "2.png").write_bytes(b"junk")
+    arguments = ["train", "--model", "test_vit", "--pretrained", "false", "--model_args", '{"img_size": 32}']
+    arguments += ["--data", str(root), "--images.batch_size", "4", "--dense.epochs", "1"]
+    for workers in ("0", "1"):
+        out = tmp_path / "run"
+        refused(capsys, "2.png cannot be read", *arguments, "--output", str(out), "--images.workers", workers)
+        assert not out.exists()
+    code, _, problems = run(capsys, *arguments, "--output", str(tmp_path / "run"), "--images.skip_corrupt", "true")
+    assert code == 0
+    assert "left out: image" in problems
+
+
+def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = recipe(dense={"epochs": 1, "learning_rate": 1e30, "warmup_epochs": 0.0, "clip_gradient": 0.0})
+    code, _, problems = run(capsys, "train", "--recipe", settings, "--output", str(out))
+    assert code == 1
+    assert "of dense (epoch 1): learning rate 9.8e+29" in problems
+    assert (out / "metrics.jsonl").exists() or (out / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ('expected "command"', ""),
+        ("required: --model", "train --data digits --output OUT"),
+        ("unrecognized arguments: --colour", "profile --model deit_tiny_patch16_224 --colour 1"),
+        ("--dense.epochs: Expected a <class 'int'>", "train --recipe RECIPE --output OUT --dense.epochs x"),
+        ("--search.epochs: Expected a <class 'int'>", "search --recipe RECIPE --output OUT --search.epochs x"),
+        ("unrecognized arguments: --search.speed", "compress --recipe RECIPE --output OUT --search.speed 1"),
+        ("does not accept option 'dense.speed'", "train --recipe UNKNOWN --output OUT"),
+        ("ResNet is not a supported model family", "profile --model resnet18"),
+        ("did you mean deit_tiny_patch16_224", "profile --model deit_tiny_patch16_242"),
+        ("no trained weights for these 10 classes", "compress --recipe RECIPE --output OUT"),
+        ("macs budget 'half' is malformed", "search --recipe TRAINED --output OUT --macs half"),
+        ("found both", "search --recipe TRAINED --output OUT --macs 1M --params 1M"),
+        ("smallest reachable", "compress --recipe TRAINED --output OUT --macs 0.1%"),
+        ("above the dense model's", "search --recipe TRAINED --output OUT --macs 90G"),
+        ("multiple is 0, expected 1 or more", "search --recipe TRAINED --output OUT --multiple 0"),
+        ("clip_gradient is -1", "search --recipe TRAINED --output OUT --search.clip_gradient -1"),
+        ("is not a folder that exists", "train --recipe RECIPE --output OUT --data nowhere"),
+        ("precision is 'fp8'", "train --recipe RECIPE --output OUT --precision fp8"),
+        ("expected 0 or more", "train --recipe RECIPE --output OUT --dense.epochs -1"),
+        ("train_epochs is -1, expected 0 or more", "compress --recipe TRAINED --output OUT --train-epochs -1"),
+        ("--train_epochs: ", "compress --recipe TRAINED --output OUT --train-epochs few"),
+        (
+            "calibration_images is 0, expected 1 or more",
+            "compress --recipe TRAINED --output OUT --calibration-images 0",
+        ),
+        ("calibration_images is -3", "compress --recipe RECIPE --output OUT --dense.epochs 1 --calibration_images=-3"),
+        ("too few to fit and measure", "compress --recipe TRAINED --output OUT --no-train --calibration-images 1"),
+        ("calibration tokens are too few", "compress --recipe TRAINED --output OUT --no-train --calibration-images 4"),
+        ("multiples of 1: the smallest reachable", "compress --recipe TRAINED --output OUT --no-train --macs 1%"),
+        ("log_every is 0, expected 1 or more", "train --recipe RECIPE --output OUT --log_every 0"),
+        ("seed is -1, expected 0 or more", "train --recipe RECIPE --output OUT --seed -1"),
+        ("images.held_out is -1", "train --recipe RECIPE --output OUT --images.held_out -1"),
+        ("images.workers is -1", "train --recipe RECIPE --output OUT --images.workers -1"),
+        ("images.crop is 87.5, expected a share", "train --recipe RECIPE --output OUT --images.crop 87.5"),
+        ("auto_augment 'rand-x9' is not", "train --recipe RECIPE --output OUT --images.auto_augment rand-x9"),
+        ("auto_augment 'foo' is not one of timm's", "train --recipe RECIPE --output OUT --images.auto_augment foo"),
+        ("name a teacher with --dense.teacher", "train --recipe RECIPE --output OUT --dense.distillation 0.5"),
+        ("before the dense model is", "compress --recipe RECIPE --output OUT --dense.epochs 1 --dense.distillation 1"),
+        ("model_args do not fit vit_tiny", "train --recipe RECIPE --output OUT --model_args.num_heads 5"),
+        ("initialise is 'dense'", "compress --recipe TRAINED --output OUT --initialise dense"),
+        ("is a dense model", "finetune --recipe TRAINED --output OUT"),
+        ("architecture file nowhere.json", "finetune --recipe TRAINED --output OUT --architecture nowhere.json"),
+        (
+            "deep.json: the architecture has 3 blocks, but this VisionTransformer has 2",
+            "finetune --recipe TRAINED --output OUT --architecture DEEP",
+        ),
+        ("is neither a file nor a published one", "profile --model vit_tiny_patch16_224 --architecture best"),
+        ("does not exist", "train --recipe RECIPE --output OUT --checkpoint nowhere.pth"),
+        ("no trained weights", "evaluate --model vit_tiny_patch16_224 --pretrained false --data digits"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_written(capsys, recipe, trained, tmp_path: Path, words, line) -> None:
+    out = tmp_path / "out"
+    deep = tmp_path / "deep.json"
+    deep.write_text(spvit.architecture.dense([96] * 3).to_json())
+    unknown = tmp_path / "unknown.yaml"
+    unknown.write_text(yaml.safe_dump({**RECIPE, "dense": {"speed": 1}}))
+    weights = tmp_path / "with_weights.yaml"
+    weights.write_text(yaml.safe_dump({**RECIPE, "checkpoint": trained}))
+    names = {"OUT": out, "DEEP": deep, "UNKNOWN": unknown, "TRAINED": weights, "RECIPE": recipe()}
+    refused(capsys, words, *(str(names.get(word, word)) for word in shlex.split(line)))
+    assert not out.exists()
+
+
+def test_help_of_every_command_says_units_and_defaults(capsys) -> None:
+    for name in ("compress", "train", "search", "finetune", "evaluate", "profile", "convert", "demo"):
+        with pytest.raises(SystemExit) as exit_:
+            main([name, "--help"])
+        assert exit_.value.code == 0
+        text = capsys.readouterr().out
+        assert "default:" in text
+        assert "--recipe" in text
+        assert "Unvalidated" not in text
+    with pytest.raises(SystemExit):
+        main(["search", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Budget in MACs of one image" in text
+    assert "--search.budget_weight" in text
+
+
+def test_profile_shows_a_published_architecture(capsys) -> None:
+    name = "spvit_deit_tiny_patch16_224"
+    code, text, _ = run(capsys, "profile", "--model", "deit_tiny_patch16_224", "--architecture", name)
+    assert code == 0
+    assert "4.775M" in text
+    assert "1.039G" in text
+
+
+def test_commands_that_write_nothing_read_a_recipe_too(capsys, tmp_path: Path) -> None:
+    recipe = tmp_path / "profile.yaml"
+    recipe.write_text(yaml.safe_dump({"model": MODEL, "model_args": MODEL_ARGS}))
+    code, text, _ = run(capsys, "profile", "--recipe", str(recipe), "--model_args.depth", "1")
+    assert code == 0
+    assert text.count("96/96") == 1
+
+
+def test_seed_gives_the_same_untrained_model(capsys, recipe, tmp_path: Path) -> None:
+    folders = [str(tmp_path / name) for name in "ab"]
+    for folder in folders:
+        torch.rand(3)
+        assert run(capsys, "train", "--recipe", recipe(dense=SHORT), "--output", folder)[0] == 0
+    models = [open_model(ModelConfig(model=folder)).model for folder in folders]
+    assert states_equal(*models)
