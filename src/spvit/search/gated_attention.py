@@ -113,7 +113,7 @@ class Drawn:
         return {self.kind} | {name for name, column in columns if any(column)}
 
     def answer(self, outputs: dict[str, Tensor], silent: Sequence[Tensor]) -> Tensor:
-        """Return the chosen output [B, N, D] of those by kind; it gives gates their gradients, and silent tensors zero."""
+        """Return the chosen one of outputs [B, N, D]; it gives the gates their gradients, and silent tensors zero."""
         differences, rows = _differences(self.sensitivity, outputs)
         return _Choose.apply(outputs[self.kind], self.gates, rows, len(differences), *differences, *silent)
 
