@@ -46,6 +46,7 @@ from spvit.train.deciding import CALIBRATION_IMAGES, calibration, search
 from spvit.train.loaders import training_loader
 from spvit.train.loop import Phase, run_phase
 from spvit.train.progress import PhaseProgress
+from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -132,7 +133,7 @@ class Bench:
             with tempfile.TemporaryDirectory() as temporary:
                 phase = Phase("finetune", model, config, teacher=teacher)
                 loop = replace(self.loop, seed=self.options.finetune_seed)
-                after = run_phase(phase, self.images, Path(temporary), loop, self.progress)
+                after = run_phase(phase, self.images, RunFolder(temporary), loop, self.progress)
         seconds = time.perf_counter() - started
         model = deployed(model)
         macs = self.macs(model)
@@ -232,7 +233,7 @@ class Bench:
         limits: dict[str, str | int] = {"macs": budget}
         with tempfile.TemporaryDirectory() as temporary:
             net, architecture = search(
-                self.dense, self.images, limits, Path(temporary), self.loop, config, self.progress, calibrating=images
+                self.dense, self.images, limits, RunFolder(temporary), self.loop, config, self.progress, calibrating=images
             )
         self.note(str(architecture))
         searching = time.perf_counter() - started
@@ -291,7 +292,7 @@ def kept_dense(
         model = make()
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as temporary:
-            train_dense(model, images, Path(temporary), loop, phase, progress)
+            train_dense(model, images, RunFolder(temporary), loop, phase, progress)
         metrics = {"seconds": time.perf_counter() - started}
         spvit.save(model, folder, preprocessing=images.preprocessing, metrics=metrics)
     return spvit.load(folder), describe(folder).metrics["seconds"]

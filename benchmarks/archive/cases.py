@@ -25,6 +25,7 @@ from spvit.train.data import DIGITS, Images, load_images
 from spvit.train.loop import Evaluation, Phase, run_phase
 from spvit.train.losses import BudgetLoss
 from spvit.train.progress import PhaseProgress
+from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig
 
 DIGITS_HELD_OUT = 360
@@ -58,7 +59,7 @@ class Case:
         teacher = self.dense if config.distillation > 0 else None
         with tempfile.TemporaryDirectory() as temporary:
             phase = Phase("finetune" if budget is None else "search", model, config, budget, teacher)
-            return run_phase(phase, self.images, Path(temporary), self.loop, self.progress)
+            return run_phase(phase, self.images, RunFolder(temporary), self.loop, self.progress)
 
 
 def make_case_parser(description: str | None, lengths: list[int] | None = None) -> argparse.ArgumentParser:

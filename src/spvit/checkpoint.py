@@ -80,10 +80,14 @@ def write_text(path: str | Path, text: str) -> None:
     replace_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of a model's weights on the CPU: safetensors refuses tensors that share memory."""
+    return {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+
+
 def write_weights(model: nn.Module, path: str | Path) -> None:
     """Write a model's weights as a safetensors file, atomically; `read_weights` reads them."""
-    # Cloned, since safetensors refuses tensors that share memory.
-    state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+    state = plain_state(model)
     replace_atomically(path, lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
 
 

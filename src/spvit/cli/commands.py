@@ -14,7 +14,7 @@ from torch import nn
 from spvit.architecture import Architecture, architectures, dense
 from spvit.benchmark import measure_latencies
 from spvit.budget import human
-from spvit.checkpoint import save, write_text
+from spvit.checkpoint import save
 from spvit.cli.convert import (
     Published,
     architecture_name,
@@ -47,45 +47,37 @@ from spvit.models import ModelConfig, OpenedModel, open_model
 from spvit.surgery import prune, pruned_record
 from spvit.train.compress import (
     Compressed,
-    check_folder,
     deployed,
     figures_of,
     finetune,
-    holds_files,
     run_compress,
     train_dense,
     write_model,
 )
 from spvit.train.data import Images
-from spvit.train.deciding import ARCHITECTURE, check_decision, search
+from spvit.train.deciding import check_decision, search
 from spvit.train.processes import processes
 from spvit.train.progress import PhaseProgress
+from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig
 from spvit.train.teacher import check_phases
 from spvit.zoo import unfolded_params
 
-SETTINGS = "config.yaml"
 NOT_SETTINGS = ("resume", "dry_run")
 BATCHES = (1, 64)
 
 
-def heading(name: str) -> str:
-    """Return the first line of a run's config.yaml, which says what command it is of."""
-    return f"# spvit {name}"
-
-
-def _open(name: str, options: RunCommand, trains_head: bool, console: Console) -> tuple[OpenedModel, Images, Path]:
+def _open(name: str, options: RunCommand, trains_head: bool, console: Console) -> tuple[OpenedModel, Images, RunFolder]:
     """Return the model and images of a run, and its folder with the settings written; refuse what does not fit."""
-    folder = check_folder(options.output, options.resume)
+    folder = RunFolder.open(options.output, options.resume)
     set_seed(options.seed)
     opened, images = model_and_images(options, options.data, options.images)
     check_trained(opened, options.model, images, trains_head)
     state = processes()
     state.wait_for_everyone()  # until all have found the folder fit to write to
     if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
         settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in NOT_SETTINGS}
-        write_text(folder / SETTINGS, f"{heading(name)}\n{yaml.safe_dump(_plain(settings), sort_keys=False)}")
+        folder.write_settings(name, yaml.safe_dump(_plain(settings), sort_keys=False))
     state.wait_for_everyone()
     cost = f"{human(count_params(opened.model))} params, {human(_macs(opened.model))} macs"
     console.print(f"{options.model}: {cost}; {len(images.classes)} classes", highlight=False, soft_wrap=True)
@@ -111,8 +103,8 @@ def train_command(options: TrainCommand, console: Console) -> None:
     """Train a dense model and write it."""
     opened, images, folder = _open("train", options, trains_head=True, console=console)
     figures = train_dense(opened.model, images, folder, _shared(options), options.dense, PhaseProgress(console))
-    write_model(opened.model, images, figures, folder)
-    _say_where(console, folder, f"accuracy {figures.accuracy:.2%}")
+    write_model(opened.model, images, figures, folder.path)
+    _say_where(console, folder.path, f"accuracy {figures.accuracy:.2%}")
 
 
 def search_command(options: SearchCommand, console: Console) -> None:
@@ -134,8 +126,8 @@ def search_command(options: SearchCommand, console: Console) -> None:
     console.print(block_table(architecture, network_costs(family_of(opened.model), opened.model), "architecture"))
     pruned = prune(opened.model, architecture, weights=net)
     figures = figures_of(pruned, images, shared)
-    write_model(pruned, images, figures, folder)
-    _say_where(console, folder, f"accuracy {figures.accuracy:.2%} before fine-tuning")
+    write_model(pruned, images, figures, folder.path)
+    _say_where(console, folder.path, f"accuracy {figures.accuracy:.2%} before fine-tuning")
 
 
 def finetune_command(options: FinetuneCommand, console: Console) -> None:
@@ -153,8 +145,8 @@ def finetune_command(options: FinetuneCommand, console: Console) -> None:
             "to keep with --architecture"
         )
     figures = finetune(model, images, folder, _shared(options), options.finetune, PhaseProgress(console), teacher)
-    write_model(deployed(model), images, figures, folder)
-    _say_where(console, folder, f"accuracy {figures.accuracy:.2%}")
+    write_model(deployed(model), images, figures, folder.path)
+    _say_where(console, folder.path, f"accuracy {figures.accuracy:.2%}")
 
 
 def compress_command(options: CompressCommand, console: Console) -> None:
@@ -165,7 +157,7 @@ def compress_command(options: CompressCommand, console: Console) -> None:
     opened, images, folder = _open("compress", options, trains_head=options.dense.epochs > 0, console=console)
     result = run_compress(opened.model, images, options.limits(), folder, options, console)
     if processes().is_main_process:
-        _show_compressed(result, folder, console)
+        _show_compressed(result, folder.path, console)
 
 
 def demo_command(options: DemoCommand, console: Console) -> None:
@@ -221,7 +213,7 @@ def profile_command(options: ProfileCommand, console: Console) -> None:
 def convert_command(options: ConvertCommand, console: Console) -> None:
     """Write a checkpoint of others in spvit's format, and say what it was recognised as."""
     folder = Path(options.output)
-    if folder.is_file() or holds_files(folder):
+    if folder.is_file() or RunFolder(folder).used:
         raise RunFolderError(f"output {folder} is in use; name a new or empty folder")
     if options.model_args and options.model is None:
         raise ModelError(f"model_args {options.model_args} need the timm model that they are for; name it with --model")
@@ -262,9 +254,9 @@ def _convert_indicators(published: Published, options: ConvertCommand, folder: P
     if options.model is not None:
         check_indicated(published, architecture, _random_host(options.model, published, options).model)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / ARCHITECTURE, architecture.to_json())
+    RunFolder(folder).write_architecture(architecture)
     lines = [f"{options.checkpoint}: {published.described()}", *_architecture_lines(architecture)]
-    lines += [_attention_line(architecture), f"architecture in {folder / ARCHITECTURE}, for spvit finetune"]
+    lines += [_attention_line(architecture), f"architecture in {RunFolder(folder).architecture}, for spvit finetune"]
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 

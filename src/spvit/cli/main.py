@@ -9,26 +9,24 @@ import argparse
 import dataclasses
 import logging
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 from rich.console import Console
 from rich.logging import RichHandler
 
 from spvit.cli.commands import (
-    SETTINGS,
     compress_command,
     convert_command,
     demo_command,
     evaluate_command,
     finetune_command,
-    heading,
     profile_command,
     search_command,
     train_command,
@@ -44,35 +42,9 @@ from spvit.cli.options import (
     SearchCommand,
     TrainCommand,
 )
-from spvit.cli.resuming import check_continued, folder_to_resume
-from spvit.errors import (
-    ArchitectureError,
-    BudgetError,
-    CalibrationError,
-    CheckpointError,
-    DataError,
-    ModelError,
-    NotSearchableError,
-    RunError,
-    RunFolderError,
-    UnsupportedHostError,
-    ZooError,
-)
-from spvit.train.compress import check_folder, holds_files
+from spvit.errors import DataError, RunError, SpvitError
 from spvit.train.processes import processes
-
-InputErrors = (
-    ArchitectureError,
-    BudgetError,
-    CalibrationError,
-    CheckpointError,
-    DataError,
-    ModelError,
-    NotSearchableError,
-    RunFolderError,
-    UnsupportedHostError,
-    ZooError,
-)
+from spvit.train.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -93,12 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         name, options = parse(_spelled_out(sys.argv[1:] if arguments is None else arguments))
         _guarded(commands()[name].run, options, console)
-    except InputErrors as error:
-        return _complain(problems, error, 2)
+    except SpvitError as error:
+        return _complain(problems, error, 1 if isinstance(error, RunError) else 2)
     except argparse.ArgumentError as error:
         return _complain(problems, DataError(_as_options(error)), 2)
-    except RunError as error:
-        return _complain(problems, error, 1)
     except KeyboardInterrupt:
         return _complain(problems, RunError("interrupted; a run that has saved a state continues with --resume"), 130)
     return 0
@@ -130,22 +100,18 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
         output = options.output if getattr(options, "resume", False) else None
     except argparse.ArgumentError:
         # What is missing may stand in the settings of the run to continue.
-        output = folder_to_resume(arguments)
+        output = _folder_to_resume(arguments)
         if output is None:
             raise
         name, options = arguments[0], None
     if output is None:
         return name, options
-    stored = check_folder(output, resume=True) / SETTINGS
-    if not stored.is_file():
-        raise RunFolderError(f"output {output} holds no {SETTINGS}, so its run cannot be continued")
-    first = stored.read_text(encoding="utf-8").splitlines()[0]
-    if first != heading(name):
-        raise RunFolderError(f"output {output} holds a run of {first[2:]!r}, not of 'spvit {name}'")
+    folder = RunFolder.open(output, resume=True)
+    stored = folder.settings_of(name)
     _, before = _parse([name, "--recipe", str(stored), "--resume", "true"])
     # The run's own settings come first, so that what is given now takes precedence over them.
     _, options = _parse([name, "--recipe", str(stored), *arguments[1:]])
-    check_continued(stored.parent, before, options)
+    folder.check_continued(before, options)
     return name, options
 
 
@@ -228,16 +194,14 @@ def _complain(problems: Console, error: Exception, code: int) -> int:
 def _guarded(run: Callable[[Any, Console], None], options: Any, console: Console) -> None:
     """Run a command; when its input turns out to be bad before it has produced anything, leave no run folder behind."""
     writes = isinstance(options, (RunCommand, DemoCommand)) and not getattr(options, "dry_run", False)
-    output = Path(options.output) if writes else None
-    fresh = output is not None and not holds_files(output)
-    try:
+    with RunFolder(options.output).removed_if_refused() if writes else nullcontext():
         run(options, console)
-    except InputErrors:
-        if output is not None and fresh and not _produced(output):
-            shutil.rmtree(output, ignore_errors=True)
-        raise
 
 
-def _produced(output: Path) -> bool:
-    """Return whether a run folder holds more than its settings."""
-    return any(path.is_file() and path.name != SETTINGS for path in output.rglob("*"))
+def _folder_to_resume(arguments: list[str]) -> str | None:
+    """Return the output folder when a command line's own words ask to resume it; None otherwise."""
+    words = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    words.add_argument("--output")
+    words.add_argument("--resume", nargs="?", const="true", default="false")
+    known, _ = words.parse_known_args(arguments[1:])
+    return known.output if yaml.safe_load(known.resume) is True else None

@@ -26,13 +26,14 @@ from spvit.errors import BudgetError, RunFolderError
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
 from spvit.surgery import gated_layers, make_searchable, prune
-from spvit.train.compress import check_compress, check_folder
+from spvit.train.compress import check_compress
 from spvit.train.data import ImageConfig, Images, images_of, load_images
 from spvit.train.deciding import searchable_for
 from spvit.train.loop import Phase, learning_rate_at, make_accelerator, prepared_loader
 from spvit.train.losses import BudgetLoss
 from spvit.train.optimizers import gate_learning_rate
 from spvit.train.rehearsal import Rehearsal, rehearse
+from spvit.train.run_folder import RunFolder
 from spvit.train.settings import PhaseConfig, SearchConfig
 from spvit.train.teacher import open_teacher
 
@@ -75,7 +76,7 @@ def print_plan(options: CompressCommand, console: Console) -> None:
     """
     if options.resume:
         raise RunFolderError("--dry-run plans a new run from its start; leave out --resume")
-    check_folder(options.output, resume=False)
+    RunFolder.open(options.output)
     set_seed(options.seed)
     opened, images = model_and_images(options, options.data, options.images, weights=False, load=_images_or_stand_in)
     check_trained(opened, options.model, images, options.dense.epochs > 0)

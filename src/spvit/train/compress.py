@@ -4,7 +4,6 @@ A run folder holds everything: metrics.jsonl, architecture.json, state/ (resumab
 """
 
 import copy
-import json
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from spvit.architecture import Architecture
-from spvit.checkpoint import Preprocessing, save, write_text
+from spvit.checkpoint import Preprocessing, save
 from spvit.errors import RunFolderError
 from spvit.hosts import family_of
 from spvit.surgery import fold, prune, pruned_record
@@ -31,6 +30,7 @@ from spvit.train.loaders import validation_loader
 from spvit.train.loop import Evaluation, Phase, evaluate, make_accelerator, run_phase
 from spvit.train.processes import processes
 from spvit.train.progress import PhaseProgress
+from spvit.train.run_folder import DENSE, FINETUNE, RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
 from spvit.train.teacher import check_dense_phase, check_phases
 
@@ -84,36 +84,18 @@ class Compressed:
     """The pruned model's figures at the end."""
 
 
-def holds_files(folder: Path) -> bool:
-    """Return whether a folder exists and is not empty."""
-    return folder.is_dir() and any(folder.iterdir())
-
-
-def check_folder(folder: str | Path, resume: bool) -> Path:
-    """Return a run folder that may be written to. Raises RunFolderError when it is in use, or nothing can continue."""
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise RunFolderError(f"output {folder} is a file; name a folder")
-    used = holds_files(folder)
-    if resume and not used:
-        raise RunFolderError(f"output {folder} holds no run to continue; leave out --resume to start one")
-    if used and not resume:
-        raise RunFolderError(f"output {folder} is in use; name another folder, or continue its run with --resume")
-    return folder
-
-
 def train_dense(
-    host: nn.Module, images: Images, folder: Path, config: LoopConfig, phase: PhaseConfig, progress: PhaseProgress
+    host: nn.Module, images: Images, run: RunFolder, config: LoopConfig, phase: PhaseConfig, progress: PhaseProgress
 ) -> Evaluation:
     """Train a model in place and return its figures (phase `dense`). Raises DataError when it distils from nobody."""
     check_dense_phase(phase)
-    return run_phase(Phase("dense", host, phase), images, folder, config, progress)
+    return run_phase(Phase(DENSE, host, phase), images, run, config, progress)
 
 
 def finetune(
     model: nn.Module,
     images: Images,
-    folder: Path,
+    run: RunFolder,
     config: LoopConfig,
     phase: PhaseConfig,
     progress: PhaseProgress,
@@ -121,9 +103,9 @@ def finetune(
 ) -> Evaluation:
     """Fine-tune a pruned model in place, by the teacher too if the phase distils, and return its figures."""
     return run_phase(
-        Phase("finetune", model, phase, teacher=teacher if phase.distillation > 0 else None),
+        Phase(FINETUNE, model, phase, teacher=teacher if phase.distillation > 0 else None),
         images,
-        folder,
+        run,
         config,
         progress,
     )
@@ -194,7 +176,7 @@ def run_compress(
     host: nn.Module,
     images: Images,
     budget: dict[str, str | int],
-    folder: Path,
+    run: RunFolder,
     config: CompressConfig,
     console: Console | None = None,
 ) -> Compressed:
@@ -204,17 +186,17 @@ def run_compress(
         host: the dense model.
         images: training and validation images.
         budget: `{"macs": "50%"}` or `{"params": ...}`.
-        folder: the run folder.
+        run: the run folder.
         config: settings.
         console: where to show progress; None is silent.
     """
     searching, finetuning = check_compress(host, images, budget, config)
-    folder.mkdir(parents=True, exist_ok=True)
+    run.path.mkdir(parents=True, exist_ok=True)
     progress = PhaseProgress(console)
     dense = copy.deepcopy(host)
     if config.dense.epochs > 0:
-        dense_figures = train_dense(dense, images, folder, config, config.dense, progress)
-        write_model(dense, images, dense_figures, folder / "dense")
+        dense_figures = train_dense(dense, images, run, config, config.dense, progress)
+        write_model(dense, images, dense_figures, run.dense)
     else:
         dense_figures = figures_of(dense, images, config)
         progress.note(f"dense model: accuracy {dense_figures.accuracy:.2%}")
@@ -222,10 +204,10 @@ def run_compress(
     calibrating = calibration(images, config.seed, config.calibration_images) if needed else None
     net, repairing = None, calibrating if config.repair else None
     if searching is not None:
-        net, architecture = search(dense, images, budget, folder, config, searching, progress, config.multiple)
+        net, architecture = search(dense, images, budget, run, config, searching, progress, config.multiple)
     else:
         assert calibrating is not None
-        architecture = decide_from_scores(dense, calibrating, budget, folder, config.multiple, progress)
+        architecture = decide_from_scores(dense, calibrating, budget, run, config.multiple, progress)
     if config.initialise != "search":
         net = None
     set_seed(config.seed)  # a continued run starts from the same weights where they are drawn
@@ -235,20 +217,15 @@ def run_compress(
         f"after pruning{' and repair' if repairing is not None else ''}: accuracy {after_pruning.accuracy:.2%}"
     )
     if finetuning.epochs > 0:
-        figures = finetune(pruned, images, folder, config, finetuning, progress, teacher=dense)
+        figures = finetune(pruned, images, run, config, finetuning, progress, teacher=dense)
     else:
         figures = after_pruning
     model = deployed(pruned)
-    write_model(model, images, figures, folder)
-    _record_summary(folder, dense_figures, after_pruning, figures)
-    return Compressed(model, dense.eval(), architecture, dense_figures, after_pruning, figures)
-
-
-def _record_summary(folder: Path, dense: Evaluation, after_pruning: Evaluation, pruned: Evaluation) -> None:
+    write_model(model, images, figures, run.path)
     if processes().is_main_process:
-        figures = {"dense": dense, "after_pruning": after_pruning, "pruned": pruned}
-        text = json.dumps({name: vars(value) for name, value in figures.items()}, indent=2)
-        write_text(folder / "summary.json", text + "\n")
+        summary = {"dense": dense_figures, "after_pruning": after_pruning, "pruned": figures}
+        run.write_summary({name: vars(value) for name, value in summary.items()})
+    return Compressed(model, dense.eval(), architecture, dense_figures, after_pruning, figures)
 
 
 def compress(
@@ -289,6 +266,5 @@ def compress(
     limits: dict[str, str | int] = {metric: budget}
     if output is None:
         with tempfile.TemporaryDirectory() as temporary:
-            return run_compress(host, data, limits, Path(temporary), settings, console).model
-    folder = check_folder(output, resume)
-    return run_compress(host, data, limits, folder, settings, console).model
+            return run_compress(host, data, limits, RunFolder(temporary), settings, console).model
+    return run_compress(host, data, limits, RunFolder.open(output, resume), settings, console).model

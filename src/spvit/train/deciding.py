@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from spvit.architecture import Architecture
-from spvit.budget import check_multiple, human, parse_budget
-from spvit.checkpoint import write_text
-from spvit.decide import TOLERANCE, decide
-from spvit.errors import BudgetError, DataError
+from spvit.budget import check_multiple, parse_budget
+from spvit.decide import decide
+from spvit.errors import DataError
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
 from spvit.surgery import check_dense, make_searchable
 from spvit.train.data import Images
 from spvit.train.loaders import training_loader
-from spvit.train.loop import STATE, Phase, run_phase
+from spvit.train.loop import Phase, run_phase
 from spvit.train.losses import BudgetLoss
 from spvit.train.processes import processes
 from spvit.train.progress import PhaseProgress
+from spvit.train.run_folder import SEARCH, RunFolder
 from spvit.train.settings import LoopConfig, SearchConfig
 
-ARCHITECTURE = "architecture.json"
 CALIBRATION_IMAGES = 1024
 
 
@@ -38,7 +36,7 @@ def search(
     host: nn.Module,
     images: Images,
     budget: dict[str, str | int],
-    folder: Path,
+    run: RunFolder,
     config: LoopConfig,
     phase: SearchConfig,
     progress: PhaseProgress,
@@ -50,7 +48,7 @@ def search(
         host: the dense model; it stays as it is.
         images: training and validation images.
         budget: `{"macs": "50%"}` or `{"params": ...}`.
-        folder: the run folder.
+        run: the run folder.
         config: settings of the run.
         phase: settings of the search.
         progress: where to show progress.
@@ -60,10 +58,9 @@ def search(
     net = searchable_for(host, phase)
     loss = BudgetLoss(net, weight=phase.budget_weight, **budget)
     teacher = host if phase.distillation > 0 else None
-    run_phase(Phase("search", net, phase, loss, teacher), images, folder, config, progress)
+    run_phase(Phase(SEARCH, net, phase, loss, teacher), images, run, config, progress)
     architecture = decide(net, multiple=multiple, macs=budget.get("macs"), params=budget.get("params"))
-    _write(architecture, folder)
-    return net, architecture
+    return net, written(architecture, run)
 
 
 def check_decision(host: nn.Module, budget: dict[str, str | int], multiple: int | None) -> None:
@@ -112,7 +109,7 @@ def decide_from_scores(
     host: nn.Module,
     images: Sequence[Tensor],
     budget: dict[str, str | int],
-    folder: Path,
+    run: RunFolder,
     multiple: int | None,
     progress: PhaseProgress,
 ) -> Architecture:
@@ -124,15 +121,15 @@ def decide_from_scores(
         host: the dense model.
         images: calibration images, [B, channels, height, width] a batch.
         budget: `{"macs": "50%"}` or `{"params": ...}`.
-        folder: the run folder.
+        run: the run folder.
         multiple: FFN widths and ranks are multiples of it; None as in `decide`.
         progress: where to show progress.
     """
-    path = folder / ARCHITECTURE
-    if path.is_file():
-        architecture = Architecture.load(path)
-        _check_written(architecture, host, budget, path)
-        return architecture
+    if run.architecture.is_file():
+        parsed = parse_budget(**budget)
+        cost = network_costs(family_of(host), host)[parsed.metric]
+        run.check_architecture(cost, parsed.target(cost))
+        return Architecture.load(run.architecture)
     with _scoring(host, progress) as report:
         architecture = decide(
             host,
@@ -142,37 +139,15 @@ def decide_from_scores(
             calibration=images,
             report=report,
         )
-    _write(architecture, folder)
-    return architecture
+    return written(architecture, run)
 
 
-def finetuned(folder: Path) -> bool:
-    """Return whether fine-tuning has saved anything in a run folder."""
-    return any((folder / STATE / "finetune").glob("*"))
-
-
-def _write(architecture: Architecture, folder: Path) -> None:
-    """Write architecture.json, unless weights of another one were fine-tuned in the folder already."""
-    path = folder / ARCHITECTURE
-    if finetuned(folder) and path.is_file() and Architecture.load(path) != architecture:
-        raise DataError(
-            f"{folder} has fine-tuned another architecture than what was found now; continue it with the settings that "
-            "it was begun with, or name another folder"
-        )
+def written(architecture: Architecture, run: RunFolder) -> Architecture:
+    """Write architecture.json and return what it holds."""
     if processes().is_main_process:
-        write_text(path, architecture.to_json())
-
-
-def _check_written(architecture: Architecture, host: nn.Module, budget: dict[str, str | int], path: Path) -> None:
-    """Raise BudgetError when an architecture that a run has written is not of the budget that it is continued with."""
-    parsed = parse_budget(**budget)
-    cost = network_costs(family_of(host), host)[parsed.metric]
-    target, own = parsed.target(cost), cost.of(architecture)
-    if abs(own - target) > TOLERANCE * target:
-        raise BudgetError(
-            f"{path} has {human(own)} {parsed.metric} ({own / cost.dense:.1%}), not the {human(target)} "
-            f"({target / cost.dense:.1%}) asked for; continue its run with its own budget, or name another folder"
-        )
+        run.write_architecture(architecture)
+    processes().wait_for_everyone()
+    return Architecture.load(run.architecture)
 
 
 @contextmanager

@@ -4,13 +4,10 @@ A phase supplies the model, its settings and its extra losses. Every epoch start
 epoch), and the state is saved at its end, so a continued run repeats exactly what an uninterrupted one does.
 """
 
-import json
 import math
-import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,21 +19,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from spvit.architecture import KINDS
-from spvit.checkpoint import write_text
+from spvit.checkpoint import fit_state, plain_state
 from spvit.errors import DataError, RunError
 from spvit.hosts.base import logits_of
 from spvit.surgery import gate_parameters
-from spvit.train.best import BestWeights
 from spvit.train.data import Images, mixup_of
 from spvit.train.loaders import UNREAD, repeated_loader, training_loader, validation_loader
 from spvit.train.losses import BudgetLoss, distillation_loss, hard_distillation_loss, task_loss
-from spvit.train.optimizers import optimizers
+from spvit.train.optimizers import load_moments, moments_of, optimizers
 from spvit.train.progress import PhaseProgress
+from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig, check_settings
 from spvit.train.teacher import open_teacher
-
-METRICS = "metrics.jsonl"
-STATE = "state"
 
 
 @dataclass
@@ -103,14 +97,14 @@ def prepared_loader(images: Images, accelerator: Accelerator) -> Any:
 
 
 def run_phase(
-    phase: Phase, images: Images, folder: Path, config: LoopConfig, progress: PhaseProgress | None = None
+    phase: Phase, images: Images, run: RunFolder, config: LoopConfig, progress: PhaseProgress | None = None
 ) -> Evaluation:
     """Train a phase's model in place, from the last saved state if the run folder has one; return its final figures.
 
     Args:
         phase: what to train.
         images: the training and validation images.
-        folder: the run folder; gets metrics.jsonl and state/PHASE/epoch-NNNN.
+        run: the run folder; gets metrics and states.
         config: settings of the run.
         progress: where to show progress; None is silent.
 
@@ -118,16 +112,18 @@ def run_phase(
         RunError: the loss is not finite; the last saved state stays.
         DataError: an image cannot be read.
     """
-    return Loop(phase, images, folder, config, progress or PhaseProgress(None)).run()
+    return Loop(phase, images, run, config, progress or PhaseProgress(None)).run()
 
 
 class Loop:
     """A phase under way: its parts on their devices, and one step after another."""
 
-    def __init__(self, phase: Phase, images: Images, folder: Path, config: LoopConfig, progress: PhaseProgress) -> None:
+    def __init__(
+        self, phase: Phase, images: Images, run: RunFolder, config: LoopConfig, progress: PhaseProgress
+    ) -> None:
         check_settings(phase.config)
         self.phase, self.settings, self.config, self.progress = phase, phase.config, config, progress
-        self.folder = folder
+        self.folder = run
         self.accelerator = make_accelerator(config)
         self.mixup = mixup_of(images.config, len(images.classes), phase.config.label_smoothing)
         self.train = prepared_loader(images, self.accelerator)
@@ -141,12 +137,6 @@ class Loop:
         reference = phase.config.reference_batch
         self.scale = self.batch / reference if reference else 1.0
         self.average: Any = self._averaged() if phase.config.averaging_epochs > 0 else None
-        self.best = BestWeights(self.states) if phase.config.keep_best else None
-
-    @property
-    def states(self) -> Path:
-        """Folder of the phase's saved states."""
-        return self.folder / STATE / self.phase.name
 
     def _teacher(self, images: Images) -> nn.Module | None:
         name = self.settings.teacher
@@ -154,16 +144,14 @@ class Loop:
         return teacher.to(self.accelerator.device).eval() if teacher is not None else None
 
     def _averaged(self) -> Any:
-        """Return timm's running average of the weights, which is saved and restored with the rest of the state.
+        """Return timm's running average of the weights.
 
         After so many epochs as it reaches back, 1/e of it is left of where it started.
         """
         from timm.utils import ModelEmaV3
 
-        plain = self.accelerator.unwrap_model(self.model)
-        average = ModelEmaV3(plain, decay=math.exp(-1 / (self.settings.averaging_epochs * len(self.train))))
-        self.accelerator.register_for_checkpointing(average)
-        return average
+        decay = math.exp(-1 / (self.settings.averaging_epochs * len(self.train)))
+        return ModelEmaV3(self.accelerator.unwrap_model(self.model), decay=decay)
 
     def _judged(self) -> nn.Module:
         """Return the model that is evaluated, and whose weights are kept: the average if there is one."""
@@ -173,7 +161,7 @@ class Loop:
         """Train from the last saved state to the end and return the final figures."""
         done, figures = self._resume()
         epochs = self.settings.epochs
-        if done == 0 and self.best is not None:
+        if done == 0 and self.settings.keep_best:
             figures = self._evaluate()
             self._offer(0, figures)
         self.progress.start(self.phase.name, epochs * len(self.train), done * len(self.train))
@@ -195,8 +183,9 @@ class Loop:
         plain = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         if self.average is not None:
             plain.load_state_dict(self.average.module.state_dict())
-        if self.best is not None and (best := self.best.figures()) and best["accuracy"] > figures.accuracy:
-            plain.load_state_dict(self.best.weights())
+        best = self.folder.best(self.phase.name) if self.settings.keep_best else None
+        if best is not None and best["accuracy"] > figures.accuracy:
+            fit_state(plain, self.folder.best_weights(self.phase.name), "of the best weights")
             figures = evaluate(plain, self.validation, self.accelerator)
             which = f"epoch {best['epoch']}" if best["epoch"] > 0 else "what it started from"
             self.progress.note(f"{self.phase.name}: {which} was the best on the validation images and is kept")
@@ -207,12 +196,16 @@ class Loop:
         return evaluate(self._judged(), self.validation, self.accelerator)
 
     def _offer(self, epoch: int, figures: Evaluation) -> None:
-        if self.best is not None and self.accelerator.is_main_process:
-            self.best.offer(epoch, figures.accuracy, self.accelerator.unwrap_model(self._judged()))
+        if self.settings.keep_best and self.accelerator.is_main_process:
+            judged = self.accelerator.unwrap_model(self._judged())
+            self.folder.offer_best(self.phase.name, epoch, figures.accuracy, judged)
+        self.accelerator.wait_for_everyone()
 
     def _epoch(self, epoch: int) -> None:
-        # Several processes share the generator of their images' order; what else is drawn differs by process.
+        # All processes draw the images' order alike, what else is drawn differs by process. Nothing that was drawn
+        # before counts, so a state holds no random numbers.
         seed = _epoch_seed(self.config.seed, self.phase.name, epoch)
+        set_seed(seed)
         self.train.set_epoch(seed)
         shared = getattr(self.train, "synchronized_generator", None)
         if shared is not None:
@@ -306,51 +299,40 @@ class Loop:
 
     def _record(self, values: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"phase": self.phase.name, **values}) + "\n")
+            self.folder.record(self.phase.name, values)
+
+    def _parts(self) -> dict[str, Any]:
+        """Return what a state holds by name: the models and optimizers."""
+        model = self.accelerator.unwrap_model(self.model)
+        parts = {"model": model, "weights": self.weights, "gates": self.gates}
+        return {**parts, "average": self.average.module if self.average is not None else None}
 
     def _save(self, epoch: int, figures: Evaluation) -> None:
-        accelerator, final = self.accelerator, self.states / f"epoch-{epoch:04d}"
-        partial = self.states / f".partial-{epoch:04d}"
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial))
-        accelerator.wait_for_everyone()
-        if not accelerator.is_main_process:
-            return
-        write_text(partial / "figures.json", json.dumps(vars(figures)))
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        for old in self.states.glob("epoch-*"):
-            if old.name < final.name:
-                shutil.rmtree(old)
+        if self.accelerator.is_main_process:
+            tensors = {
+                f"{name}.{key}": value
+                for name, part in self._parts().items()
+                if part is not None
+                for key, value in (plain_state(part) if isinstance(part, nn.Module) else moments_of(part)).items()
+            }
+            self.folder.save_state(self.phase.name, epoch, tensors, {"figures": vars(figures)})
+        self.accelerator.wait_for_everyone()
 
     def _resume(self) -> tuple[int, Evaluation | None]:
         """Load the last saved state, if any; return the epochs done and the figures then."""
-        found = sorted(self.states.glob("epoch-*"))
-        if not found:
-            self._rewind_metrics(0)
+        state = self.folder.read_state(self.phase.name)
+        done = state.epoch if state is not None else 0
+        if self.accelerator.is_main_process:
+            self.folder.rewind(self.phase.name, done)
+        if state is None:
             return 0, None
-        done = int(found[-1].name.removeprefix("epoch-"))
-        self.accelerator.load_state(str(found[-1]))
-        self._rewind_metrics(done)
-        figures = Evaluation(**json.loads((found[-1] / "figures.json").read_text(encoding="utf-8")))
-        return done, figures
-
-    def _rewind_metrics(self, done: int) -> None:
-        """Drop the lines of an epoch that a kill cut short; it is run again."""
-        path = self.folder / METRICS
-        if not self.accelerator.is_main_process or not path.exists():
-            return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                values = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # a kill can cut the last line short
-            if values["phase"] != self.phase.name or values["epoch"] <= done:
-                kept.append(line)
-        write_text(path, "".join(line + "\n" for line in kept))
+        for name, part in self._parts().items():
+            own = {key[len(name) + 1 :]: value for key, value in state.tensors.items() if key.startswith(f"{name}.")}
+            if isinstance(part, nn.Module):
+                fit_state(part, own, f"of epoch {done} of {self.phase.name}")
+            elif part is not None:
+                load_moments(part, own)
+        return done, Evaluation(**state.values["figures"])
 
     def _stop_diverged(self, loss: float, epoch: int, step: int, learning_rate: float) -> None:
         standing = ""
@@ -361,8 +343,8 @@ class Loop:
             assert self.gates is not None
             rate = self.gates.param_groups[0]["lr"]
             standing = f", attention {kinds}, {gates}, gate learning rate {rate:.3g}"
-        saved = sorted(self.states.glob("epoch-*"))
-        kept = f"the last good state is {saved[-1]}" if saved else "no epoch was finished yet"
+        saved = self.folder.newest_state(self.phase.name)
+        kept = f"the last good state is {saved}" if saved else "no epoch was finished yet"
         raise RunError(
             f"the loss became {loss} at step {step + 1} of {self.phase.name} (epoch {epoch + 1}): learning rate "
             f"{learning_rate:.3g}{standing}; {kept}; lower --{self.phase.name}.learning_rate and continue with --resume"

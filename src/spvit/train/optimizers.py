@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from spvit.surgery import gate_parameters
@@ -39,6 +42,21 @@ def optimizers(model: nn.Module, settings: PhaseConfig, gated: bool, steps: int)
     if not gates:
         return weights, None
     return weights, AdamW(gates, lr=gate_learning_rate(settings, steps), weight_decay=0.0)
+
+
+def moments_of(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return an optimizer's running moments and steps under `INDEX.NAME`; its settings are those of the phase."""
+    states: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": value.cpu() for index, state in states.items() for name, value in state.items()}
+
+
+def load_moments(optimizer: Optimizer, moments: Mapping[str, Tensor]) -> None:
+    """Put back what `moments_of` returned."""
+    states: dict[int, dict[str, Any]] = {}
+    for key, value in moments.items():
+        index, _, name = key.partition(".")
+        states.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def gate_learning_rate(settings: PhaseConfig, steps: int) -> float:

@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import cycle
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -27,6 +26,7 @@ from spvit.train.data import Images
 from spvit.train.loaders import training_loader
 from spvit.train.loop import Loop, Phase
 from spvit.train.progress import PhaseProgress
+from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig
 
 BATCH_ON_CPU = 8
@@ -119,7 +119,7 @@ def rehearse(phase: Phase, images: Images, config: LoopConfig) -> Rehearsal:
     batch = min(whole, BATCH_ON_CPU) if on_cpu else whole
     # One process reads, so that the time of reading is that of one.
     small = replace(images, config=replace(images.config, batch_size=batch, workers=0))
-    loop = Loop(phase, small, Path(os.devnull), config, PhaseProgress(None))
+    loop = Loop(phase, small, RunFolder(os.devnull), config, PhaseProgress(None))
     device = loop.accelerator.device
     loader = iter(training_loader(small))
     drawn, reading = [], []
