@@ -40,9 +40,17 @@ from spvit.cost import NetworkCost, count_macs, count_params
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
 from spvit.repair import repair
-from spvit.train.compress import CompressConfig, deployed, figures_of, train_dense
+from spvit.train.compress import (
+    CALIBRATION_IMAGES,
+    CompressConfig,
+    calibration,
+    check_decision,
+    deployed,
+    figures_of,
+    search,
+    train_dense,
+)
 from spvit.train.data import ImageConfig, Images, load_images
-from spvit.train.deciding import CALIBRATION_IMAGES, calibration, search
 from spvit.train.loaders import training_loader
 from spvit.train.loop import Phase, run_phase
 from spvit.train.progress import PhaseProgress
@@ -230,10 +238,10 @@ class Bench:
             shared |= {"budget_weight": options.budget_weight, "budget_warmup": 0.0}
         config = SearchConfig(**shared, gate_learning_rate=options.gate_learning_rate)
         images = calibration(self.images, options.seed, CALIBRATION_IMAGES)
-        limits: dict[str, str | int] = {"macs": budget}
+        limits = check_decision(self.dense, parse_budget(macs=budget), None)
         with tempfile.TemporaryDirectory() as temporary:
             net, architecture = search(
-                self.dense, self.images, limits, RunFolder(temporary), self.loop, config, self.progress, calibrating=images
+                self.dense, self.images, limits, RunFolder(temporary), self.loop, config, self.progress
             )
         self.note(str(architecture))
         searching = time.perf_counter() - started

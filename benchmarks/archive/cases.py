@@ -11,12 +11,12 @@ from typing import Any
 import timm
 import torch
 from rich.console import Console
+from spvit.cli.demo import demo_settings
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fashion_mnist import Bench, kept_dense, make_parser
 from spvit.checkpoint import Preprocessing
-from spvit.cli.demo import demo_settings
 from spvit.cost import NetworkCost
 from spvit.hosts import family_of
 from spvit.hosts.base import logits_of, network_costs

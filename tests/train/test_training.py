@@ -15,6 +15,7 @@ import torch
 
 import spvit
 from spvit.architecture import FFN, Architecture, Attention, Block
+from spvit.budget import parse_budget
 from spvit.errors import BudgetError, DataError, RunError, RunFolderError
 from spvit.surgery import gated_layers, make_searchable
 from spvit.train.compress import CompressConfig, compress, run_compress
@@ -222,7 +223,7 @@ def test_compress_writes_a_run_folder_and_continues_it(
     host, images = micro_host(), digits()
     before = copy.deepcopy(host)
     config = CompressConfig(dense=short(1), search=short_search(2), finetune=short(2), initialise=initialise)
-    whole = run_compress(host, images, {"macs": "60%"}, RunFolder(tmp_path / "whole"), config)
+    whole = run_compress(host, images, parse_budget("60%"), RunFolder(tmp_path / "whole"), config)
     assert states_equal(host, before)
     loaded = spvit.load(tmp_path / "whole")
     assert states_equal(loaded, whole.model)
@@ -241,9 +242,9 @@ def test_compress_writes_a_run_folder_and_continues_it(
     with monkeypatch.context() as patched:
         patched.setattr(Loop, "_save", save_and_die)
         with pytest.raises(Killed):
-            run_compress(host, images, {"macs": "60%"}, RunFolder(tmp_path / "cut"), config)
-    run_compress(host, images, {"macs": "60%"}, RunFolder(tmp_path / "cut"), replace(config, finetune=short(0)))
-    continued = run_compress(host, images, {"macs": "60%"}, RunFolder(tmp_path / "cut"), config)
+            run_compress(host, images, parse_budget("60%"), RunFolder(tmp_path / "cut"), config)
+    run_compress(host, images, parse_budget("60%"), RunFolder(tmp_path / "cut"), replace(config, finetune=short(0)))
+    continued = run_compress(host, images, parse_budget("60%"), RunFolder(tmp_path / "cut"), config)
     assert states_equal(continued.model, whole.model)
 
 
@@ -251,11 +252,11 @@ def test_a_folder_is_not_continued_with_another_budget(tmp_path: Path) -> None:
     host, images = micro_host(), digits()
     for name, epochs in (("scored", 0), ("searched", 1)):
         config = CompressConfig(search=short_search(epochs), finetune=short(1))
-        first = run_compress(host, images, {"macs": "60%"}, RunFolder(tmp_path / name), config)
+        first = run_compress(host, images, parse_budget("60%"), RunFolder(tmp_path / name), config)
         with pytest.raises(
             (BudgetError, DataError), match=r"not the .*55.0%.* asked for|fine-tuned another architecture"
         ):
-            run_compress(host, images, {"macs": "55%"}, RunFolder(tmp_path / name), config)
+            run_compress(host, images, parse_budget("55%"), RunFolder(tmp_path / name), config)
         assert Architecture.load(tmp_path / name / "architecture.json") == first.architecture
 
 
@@ -317,7 +318,7 @@ def test_compress_ends_with_the_repaired_network_where_fine_tuning_only_harms(tm
     assert defaults.keep_best
     harmful = replace(defaults, learning_rate=0.5, clip_gradient=0.0, keep_best=keep_best)
     config = CompressConfig(dense=short(4), train_epochs=1, finetune=harmful, calibration_images=128)
-    found = run_compress(micro_host(), digits(), {"macs": "80%"}, RunFolder(tmp_path), config)
+    found = run_compress(micro_host(), digits(), parse_budget("80%"), RunFolder(tmp_path), config)
     assert (found.pruned == found.after_pruning) == keep_best
     assert (found.pruned.accuracy < found.after_pruning.accuracy) != keep_best
 

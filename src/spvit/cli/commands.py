@@ -13,7 +13,7 @@ from torch import nn
 
 from spvit.architecture import Architecture, architectures, dense
 from spvit.benchmark import measure_latencies
-from spvit.budget import human
+from spvit.budget import human, parse_budget
 from spvit.checkpoint import save
 from spvit.cli.convert import (
     Published,
@@ -47,20 +47,20 @@ from spvit.models import ModelConfig, OpenedModel, open_model
 from spvit.surgery import prune, pruned_record
 from spvit.train.compress import (
     Compressed,
+    check_decision,
     deployed,
     figures_of,
     finetune,
     run_compress,
+    search,
     train_dense,
     write_model,
 )
 from spvit.train.data import Images
-from spvit.train.deciding import check_decision, search
 from spvit.train.processes import processes
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import RunFolder
-from spvit.train.settings import LoopConfig
-from spvit.train.teacher import check_phases
+from spvit.train.settings import LoopConfig, check_settings
 from spvit.zoo import unfolded_params
 
 NOT_SETTINGS = ("resume", "dry_run")
@@ -110,18 +110,12 @@ def train_command(options: TrainCommand, console: Console) -> None:
 def search_command(options: SearchCommand, console: Console) -> None:
     """Search, and write the architecture and the pruned model as the search left it."""
     opened, images, folder = _open("search", options, trains_head=False, console=console)
-    shared, budget = _shared(options), options.limits()
-    check_decision(opened.model, budget, options.multiple)
-    check_phases([options.search], images)
+    check_settings(options.search)
+    limits = check_decision(opened.model, parse_budget(**options.limits()), options.multiple)
+    shared, progress = _shared(options), PhaseProgress(console)
+    teacher = opened.model if options.search.teacher is None else None
     net, architecture = search(
-        opened.model,
-        images,
-        budget,
-        folder,
-        shared,
-        options.search,
-        PhaseProgress(console),
-        options.multiple,
+        opened.model, images, limits, folder, shared, options.search, progress, options.multiple, teacher
     )
     console.print(block_table(architecture, network_costs(family_of(opened.model), opened.model), "architecture"))
     pruned = prune(opened.model, architecture, weights=net)
@@ -136,7 +130,8 @@ def finetune_command(options: FinetuneCommand, console: Console) -> None:
     opened, images, folder = _open("finetune", options, trains_head=False, console=console)
     model, teacher = opened.model, None
     if architecture is not None:
-        teacher, model = model, _pruned_to(model, architecture, str(options.architecture))
+        teacher = model if options.finetune.teacher is None else None
+        model = _pruned_to(model, architecture, str(options.architecture))
     elif pruned_record(model) is None:
         raise ModelError(f"{options.model} is a dense model; name what to keep with --architecture, or see spvit train")
     elif options.finetune.distillation > 0 and options.finetune.teacher is None:
@@ -155,7 +150,7 @@ def compress_command(options: CompressCommand, console: Console) -> None:
         print_plan(options, console)
         return
     opened, images, folder = _open("compress", options, trains_head=options.dense.epochs > 0, console=console)
-    result = run_compress(opened.model, images, options.limits(), folder, options, console)
+    result = run_compress(opened.model, images, parse_budget(**options.limits()), folder, options, console)
     if processes().is_main_process:
         _show_compressed(result, folder.path, console)
 

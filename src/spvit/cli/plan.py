@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,14 @@ from spvit.errors import BudgetError, RunFolderError
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
 from spvit.surgery import gated_layers, make_searchable, prune
-from spvit.train.compress import check_compress
+from spvit.train.compress import check_compress, searchable_for
 from spvit.train.data import ImageConfig, Images, images_of, load_images
-from spvit.train.deciding import searchable_for
 from spvit.train.loop import Phase, learning_rate_at, make_accelerator, prepared_loader
 from spvit.train.losses import BudgetLoss
 from spvit.train.optimizers import gate_learning_rate
 from spvit.train.rehearsal import Rehearsal, rehearse
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import PhaseConfig, SearchConfig
-from spvit.train.teacher import open_teacher
 
 IMAGENET = "imagenet"
 IMAGENET_TRAIN, IMAGENET_VALIDATION, IMAGENET_CLASSES = 1_281_167, 50_000, 1000
@@ -80,28 +78,30 @@ def print_plan(options: CompressCommand, console: Console) -> None:
     set_seed(options.seed)
     opened, images = model_and_images(options, options.data, options.images, weights=False, load=_images_or_stand_in)
     check_trained(opened, options.model, images, options.dense.epochs > 0)
-    host, budget = opened.model, options.limits()
-    searching, finetuning = check_compress(host, images, budget, options, weights=False)
-    accelerator = make_accelerator(options)
+    host = opened.model
+    checked = check_compress(host, images, parse_budget(**options.limits()), options, weights=False)
+    searching, finetuning = checked.search, checked.finetune
+    accelerator = make_accelerator()
     if not accelerator.is_main_process:
         console = Console(quiet=True)
     steps = len(prepared_loader(images, accelerator))
-    architecture = example_architecture(host, budget, options.multiple)
+    architecture = example_architecture(host, checked.limits, options.multiple)
 
     def planned(phase: Phase) -> PlannedPhase:
         console.print(f"measuring a few steps of {phase.name}", highlight=False)
-        return PlannedPhase(phase.name, phase.config, steps, rehearse(_taught(phase, images), images, options))
+        return PlannedPhase(phase.name, phase.config, steps, rehearse(phase, images, options))
 
     phases = []
     if options.dense.epochs > 0:
-        phases.append(planned(Phase("dense", copy.deepcopy(host), options.dense)))
+        model = copy.deepcopy(host)
+        phases.append(planned(Phase("dense", model, options.dense, teacher=checked.teacher(options.dense, model))))
     if searching is not None:
         net = searchable_for(host, searching)
-        loss = BudgetLoss(net, weight=searching.budget_weight, **budget)
-        phases.append(planned(Phase("search", net, searching, loss, _own_teacher(host, searching))))
+        loss = BudgetLoss(net, weight=searching.budget_weight, **checked.limits)
+        phases.append(planned(Phase("search", net, searching, loss, checked.teacher(searching, host))))
     if finetuning.epochs > 0:
         pruned = prune(host, architecture)
-        phases.append(planned(Phase("finetune", pruned, finetuning, teacher=_own_teacher(host, finetuning))))
+        phases.append(planned(Phase("finetune", pruned, finetuning, teacher=checked.teacher(finetuning, host))))
     devices = accelerator.num_processes
     _print_header(options, host, images, architecture, devices, console)
     if phases:
@@ -121,20 +121,8 @@ def _stands_in(source: str) -> bool:
     return Path(source).name.lower() == IMAGENET and not Path(source).exists()
 
 
-def _own_teacher(host: nn.Module, config: PhaseConfig) -> nn.Module | None:
-    return host if config.distillation > 0 and config.teacher is None else None
-
-
-def _taught(phase: Phase, images: Images) -> Phase:
-    """Return the phase with its teacher built, but without the teacher's weights, which would be downloaded."""
-    if phase.config.teacher is None:
-        return phase
-    teacher = open_teacher(phase.config.teacher, images, weights=False)
-    return replace(phase, config=replace(phase.config, teacher=None), teacher=teacher)
-
-
 @torch.no_grad()
-def example_architecture(host: nn.Module, budget: dict[str, str | int], multiple: int | None) -> Architecture:
+def example_architecture(host: nn.Module, limits: dict[str, Any], multiple: int | None) -> Architecture:
     """Return an architecture of the budget to measure with before any search: FFNs narrowed evenly.
 
     Where narrowing alone does not reach the budget, attention goes too, from the first block on.
@@ -142,10 +130,10 @@ def example_architecture(host: nn.Module, budget: dict[str, str | int], multiple
     net = make_searchable(host)
     for attention, _ in gated_layers(net):
         try:
-            return decide(net, multiple=multiple, macs=budget.get("macs"), params=budget.get("params"))
+            return decide(net, multiple=multiple, **limits)
         except BudgetError:
             attention.gate_logits.fill_(-1.0)
-    return decide(net, multiple=multiple, macs=budget.get("macs"), params=budget.get("params"))
+    return decide(net, multiple=multiple, **limits)
 
 
 def _print_header(

@@ -1,38 +1,39 @@
-"""The whole way from a dense model to a compressed one: train, search or score, decide, prune, repair, fine-tune, save.
+"""From a dense model to a compressed one: train, score or search, decide, prune, repair, fine-tune, write.
 
-A run folder holds everything: metrics.jsonl, architecture.json, state/ (resumable), model.safetensors and model.json.
+`run_compress` does it in order. Every step leaves its result in the run folder; a continued run starts from these.
 """
 
 import copy
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import set_seed
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from spvit.architecture import Architecture
+from spvit.budget import Budget, check_multiple, parse_budget
 from spvit.checkpoint import Preprocessing, save
-from spvit.errors import RunFolderError
+from spvit.decide import decide
+from spvit.errors import DataError, RunFolderError
 from spvit.hosts import family_of
-from spvit.surgery import fold, prune, pruned_record
+from spvit.hosts.base import network_costs
+from spvit.surgery import check_dense, fold, make_searchable, prune, pruned_record
 from spvit.train.data import ImageConfig, Images, load_images
-from spvit.train.deciding import (
-    CALIBRATION_IMAGES,
-    calibration,
-    check_calibration_images,
-    check_decision,
-    decide_from_scores,
-    search,
-)
-from spvit.train.loaders import validation_loader
+from spvit.train.loaders import training_loader, validation_loader
 from spvit.train.loop import Evaluation, Phase, evaluate, make_accelerator, run_phase
+from spvit.train.losses import BudgetLoss
 from spvit.train.processes import processes
 from spvit.train.progress import PhaseProgress
-from spvit.train.run_folder import DENSE, FINETUNE, RunFolder
+from spvit.train.run_folder import DENSE, FINETUNE, SEARCH, RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
-from spvit.train.teacher import check_dense_phase, check_phases
+from spvit.train.teacher import check_dense_phase, open_teachers
+
+CALIBRATION_IMAGES = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class CompressConfig(LoopConfig):
     dense: PhaseConfig = field(default_factory=lambda: PhaseConfig(epochs=0))
     """Training of the dense model beforehand, for a model that is not trained on these images yet."""
     search: SearchConfig = field(default_factory=lambda: SearchConfig(epochs=0))
-    """The search for what to keep; with 0 epochs scores of the candidates decide, without training."""
+    """The search for what to keep; with 0 epochs scores decide, without training."""
     finetune: PhaseConfig = field(
         # A constant rate explores and the average from the repaired weights on gathers, at any length; a schedule that
         # ends low gains less, and a short one may lose (docs/benchmarks.md, "Fine-tuning a repaired network").
@@ -69,8 +70,26 @@ class CompressConfig(LoopConfig):
 
 
 @dataclass(frozen=True)
+class Steps:
+    """What a compression will do, checked before anything is trained."""
+
+    limits: dict[str, Any]
+    """The budget as an argument of `decide`: MACs or parameters."""
+    search: SearchConfig | None
+    finetune: PhaseConfig
+    teachers: dict[str, nn.Module]
+    """The teachers that settings name, each opened once."""
+
+    def teacher(self, phase: PhaseConfig, dense: nn.Module) -> nn.Module | None:
+        """Return who teaches a phase: whom its settings name, or else the dense model; None when it does not distil."""
+        if phase.distillation == 0:
+            return None
+        return dense if phase.teacher is None else self.teachers[phase.teacher]
+
+
+@dataclass(frozen=True)
 class Compressed:
-    """What a compression gave."""
+    """The result of a compression."""
 
     model: nn.Module
     """The pruned model, folded, in evaluation mode."""
@@ -84,12 +103,164 @@ class Compressed:
     """The pruned model's figures at the end."""
 
 
+def compress(
+    host: nn.Module,
+    data: str | Images,
+    macs: str | int | None = None,
+    *,
+    params: str | int | None = None,
+    output: str | Path | None = None,
+    config: CompressConfig | None = None,
+    images: ImageConfig | None = None,
+    preprocessing: Preprocessing | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+) -> nn.Module:
+    """Return the host compressed to a budget: decided, pruned, repaired, fine-tuned, folded.
+
+    Args:
+        host: a trained model of a supported family; it stays as it is.
+        data: a folder with `train/` and `val/`, a torchvision data set by name, `digits`, or loaded Images.
+        macs: `"50%"` of the host's cost, `"1.0G"` or a whole number of MACs of one image; half when no budget is given.
+        params: the same in parameters; give at most one of the two.
+        output: run folder to keep metrics, states and the model in; None keeps nothing but the returned model.
+        config: settings of the phases.
+        images: how `data` is read and augmented.
+        preprocessing: normalisation of the host; ImageNet's when None.
+        resume: continue the run that `output` holds.
+        console: a rich console to show progress on; None is silent.
+
+    Raises:
+        BudgetError, DataError, UnsupportedHostError, RunFolderError: bad input, before anything is trained.
+        RunError: training failed; the run folder keeps the last good state.
+    """
+    budget = parse_budget("50%" if macs is None and params is None else macs, params)
+    settings = config or CompressConfig()
+    if isinstance(data, str):
+        size = family_of(host).input_size(host)
+        data = load_images(data, images or ImageConfig(), size, preprocessing or Preprocessing())
+    if output is not None:
+        return run_compress(host, data, budget, RunFolder.open(output, resume), settings, console).model
+    with tempfile.TemporaryDirectory() as temporary:
+        return run_compress(host, data, budget, RunFolder(temporary), settings, console).model
+
+
+def run_compress(
+    host: nn.Module,
+    images: Images,
+    budget: Budget,
+    run: RunFolder,
+    config: CompressConfig,
+    console: Console | None = None,
+) -> Compressed:
+    """Compress a host into a run folder, continuing from what the folder has. The host itself is not changed.
+
+    Args:
+        host: the dense model.
+        images: training and validation images.
+        budget: what the compressed model may cost.
+        run: the run folder.
+        config: settings.
+        console: where to show progress; None is silent.
+    """
+    steps = check_compress(host, images, budget, config)
+    run.path.mkdir(parents=True, exist_ok=True)
+    progress = PhaseProgress(console)
+    dense = copy.deepcopy(host).to(processes().device)
+    if config.dense.epochs > 0:
+        dense_figures = train_dense(
+            dense, images, run, config, config.dense, progress, steps.teacher(config.dense, dense)
+        )
+        write_model(dense, images, dense_figures, run.dense)
+    else:
+        dense_figures = figures_of(dense, images, config)
+        progress.note(f"dense model: accuracy {dense_figures.accuracy:.2%}")
+    needed = config.repair or steps.search is None
+    calibrating = calibration(images, config.seed, config.calibration_images) if needed else []
+    net = None
+    if steps.search is not None:
+        teacher = steps.teacher(steps.search, dense)
+        net, architecture = search(
+            dense, images, steps.limits, run, config, steps.search, progress, config.multiple, teacher
+        )
+    else:
+        architecture = decide_from_scores(dense, calibrating, steps.limits, run, config.multiple, progress)
+    set_seed(config.seed)  # a continued run starts from the same weights where they are drawn
+    pruned = prune(
+        dense,
+        architecture,
+        weights=net if config.initialise == "search" else None,
+        repair=calibrating if config.repair else None,
+    )
+    after_pruning = figures = figures_of(pruned, images, config)
+    progress.note(f"after pruning{' and repair' if config.repair else ''}: accuracy {after_pruning.accuracy:.2%}")
+    if steps.finetune.epochs > 0:
+        figures = finetune(pruned, images, run, config, steps.finetune, progress, steps.teacher(steps.finetune, dense))
+    model = deployed(pruned)
+    write_model(model, images, figures, run.path)
+    if processes().is_main_process:
+        summary = {"dense": dense_figures, "after_pruning": after_pruning, "pruned": figures}
+        run.write_summary({name: vars(value) for name, value in summary.items()})
+    return Compressed(model, dense.eval(), architecture, dense_figures, after_pruning, figures)
+
+
+def check_compress(
+    host: nn.Module, images: Images, budget: Budget, config: CompressConfig, weights: bool = True
+) -> Steps:
+    """Refuse a compression that cannot work before anything is trained; return what it will do.
+
+    Args:
+        host: the dense model.
+        images: training and validation images.
+        budget: what the compressed model may cost.
+        config: settings.
+        weights: whether to load the teachers' weights too.
+    """
+    if config.initialise not in ("search", "host"):
+        raise RunFolderError(f"initialise is {config.initialise!r}, expected search or host")
+    if config.train_epochs is not None and config.train_epochs < 0:
+        raise RunFolderError(f"train_epochs is {config.train_epochs}, expected 0 or more")
+    if config.calibration_images < 1:
+        raise DataError(f"calibration_images is {config.calibration_images}, expected 1 or more")
+    limits = check_decision(host, budget, config.multiple)
+    searching = config.search if config.search.epochs > 0 else None
+    finetuning = config.finetune
+    if config.train_epochs is not None:
+        finetuning = replace(finetuning, epochs=config.train_epochs)
+    if config.train_epochs == 0 and searching is not None:
+        raise RunFolderError(
+            f"nothing is to be trained, but search.epochs is {searching.epochs}; leave one of the two out"
+        )
+    if config.dense.epochs > 0:
+        check_dense_phase(config.dense)
+    phases = [config.dense, *([] if searching is None else [searching]), finetuning]
+    return Steps(limits, searching, finetuning, open_teachers(phases, images, weights))
+
+
+def check_decision(host: nn.Module, budget: Budget, multiple: int | None) -> dict[str, Any]:
+    """Return the budget as an argument of `decide`, in MACs or parameters.
+
+    Raises:
+        NotSearchableError, UnsupportedHostError: the model is not a dense host of a supported family.
+        BudgetError: the multiple is malformed, or the budget is out of reach.
+    """
+    check_dense(host)
+    check_multiple(multiple)
+    return {budget.metric: budget.target(network_costs(family_of(host), host)[budget.metric])}
+
+
 def train_dense(
-    host: nn.Module, images: Images, run: RunFolder, config: LoopConfig, phase: PhaseConfig, progress: PhaseProgress
+    host: nn.Module,
+    images: Images,
+    run: RunFolder,
+    config: LoopConfig,
+    phase: PhaseConfig,
+    progress: PhaseProgress,
+    teacher: nn.Module | None = None,
 ) -> Evaluation:
-    """Train a model in place and return its figures (phase `dense`). Raises DataError when it distils from nobody."""
+    """Train a model in place and return its figures. Raises DataError when it is to distil without a teacher."""
     check_dense_phase(phase)
-    return run_phase(Phase(DENSE, host, phase), images, run, config, progress)
+    return run_phase(Phase(DENSE, host, phase, teacher=teacher), images, run, config, progress)
 
 
 def finetune(
@@ -102,21 +273,115 @@ def finetune(
     teacher: nn.Module | None = None,
 ) -> Evaluation:
     """Fine-tune a pruned model in place, by the teacher too if the phase distils, and return its figures."""
-    return run_phase(
-        Phase(FINETUNE, model, phase, teacher=teacher if phase.distillation > 0 else None),
-        images,
-        run,
-        config,
-        progress,
-    )
+    return run_phase(Phase(FINETUNE, model, phase, teacher=teacher), images, run, config, progress)
+
+
+def search(
+    host: nn.Module,
+    images: Images,
+    limits: dict[str, Any],
+    run: RunFolder,
+    config: LoopConfig,
+    phase: SearchConfig,
+    progress: PhaseProgress,
+    multiple: int | None = None,
+    teacher: nn.Module | None = None,
+) -> tuple[nn.Module, Architecture]:
+    """Search a host for what to keep; return the searched network and the architecture, which the run folder keeps.
+
+    Args:
+        host: the dense model; it stays as it is.
+        images: training and validation images.
+        limits: the budget, `{"macs": 500_000_000}` or `{"params": ...}`.
+        run: the run folder.
+        config: settings of the run.
+        phase: settings of the search.
+        progress: where to show progress.
+        multiple: FFN widths and ranks are multiples of it.
+        teacher: whom the search distils from, if it does.
+    """
+    set_seed(config.seed)
+    net = searchable_for(host, phase)
+    loss = BudgetLoss(net, weight=phase.budget_weight, **limits)
+    run_phase(Phase(SEARCH, net, phase, loss, teacher), images, run, config, progress)
+    return net, _decided(run, lambda: decide(net, multiple=multiple, **limits))
+
+
+def searchable_for(host: nn.Module, phase: SearchConfig) -> nn.Module:
+    """Return the searchable network that a search's settings ask for; the dense host stays as it is."""
+    return make_searchable(host, temperature=phase.temperature, gate_logit=phase.gate_logit)
+
+
+def calibration(images: Images, seed: int, count: int) -> list[Tensor]:
+    """Return the first so many training images of a run's seed as batches [B, channels, height, width].
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    set_seed(seed)
+    batches: list[Tensor] = []
+    missing = count
+    for batch, _ in training_loader(images):
+        batches.append(batch[:missing])
+        missing -= len(batches[-1])
+        if missing == 0:
+            break
+    return batches
+
+
+def decide_from_scores(
+    host: nn.Module,
+    images: Sequence[Tensor],
+    limits: dict[str, Any],
+    run: RunFolder,
+    multiple: int | None,
+    progress: PhaseProgress,
+) -> Architecture:
+    """Return the architecture that scores choose, without a search. A continued run keeps the one that it has written.
+
+    Args:
+        host: the dense model.
+        images: calibration images, [B, channels, height, width] a batch.
+        limits: the budget, `{"macs": 500_000_000}` or `{"params": ...}`.
+        run: the run folder.
+        multiple: FFN widths and ranks are multiples of it; None as in `decide`.
+        progress: where to show progress.
+    """
+    if run.architecture.is_file():
+        ((metric, target),) = limits.items()
+        run.check_architecture(network_costs(family_of(host), host)[metric], target)
+        return Architecture.load(run.architecture)
+
+    def by_scores() -> Architecture:
+        with _scoring(host, progress) as report:
+            return decide(host, multiple=multiple, calibration=images, report=report, **limits)
+
+    return _decided(run, by_scores)
+
+
+def _decided(run: RunFolder, make: Callable[[], Architecture]) -> Architecture:
+    """Let one process decide and write; all read what it wrote."""
+    if processes().is_main_process:
+        run.write_architecture(make())
+    processes().wait_for_everyone()
+    return Architecture.load(run.architecture)
+
+
+@contextmanager
+def _scoring(host: nn.Module, progress: PhaseProgress) -> Iterator[Callable[[int, int], Any]]:
+    """Show a bar while blocks are scored; calls of what it gives move it."""
+    progress.start("scores", len(family_of(host).blocks(host)), 0)
+    try:
+        yield lambda done, blocks: progress.step("")
+    finally:
+        progress.stop()
 
 
 def figures_of(model: nn.Module, images: Images, config: LoopConfig) -> Evaluation:
     """Return a model's figures on the validation images."""
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator()
     prepared, loader = accelerator.prepare(model, validation_loader(images))
-    figures = evaluate(prepared, loader, accelerator)
-    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    figures = evaluate(prepared, loader, accelerator, config.precision)
     accelerator.free_memory()
     return figures
 
@@ -130,141 +395,4 @@ def write_model(model: nn.Module, images: Images, figures: Evaluation, folder: P
     """Write a run's model with its preprocessing, classes and figures; a continued run replaces its own."""
     if processes().is_main_process:
         metrics = {name: value for name, value in vars(figures).items() if name != "images"}
-        save(
-            model,
-            folder,
-            preprocessing=images.preprocessing,
-            classes=images.classes,
-            metrics=metrics,
-            overwrite=True,
-        )
-
-
-def check_compress(
-    host: nn.Module, images: Images, budget: dict[str, str | int], config: CompressConfig, weights: bool = True
-) -> tuple[SearchConfig | None, PhaseConfig]:
-    """Refuse a compression that cannot work before anything is trained; return its search, if any, and fine-tuning.
-
-    Args:
-        host: the dense model.
-        images: training and validation images.
-        budget: `{"macs": "50%"}` or `{"params": ...}`.
-        config: settings.
-        weights: whether to look at the teachers' weights too.
-    """
-    if config.initialise not in ("search", "host"):
-        raise RunFolderError(f"initialise is {config.initialise!r}, expected search or host")
-    if config.train_epochs is not None and config.train_epochs < 0:
-        raise RunFolderError(f"train_epochs is {config.train_epochs}, expected 0 or more")
-    check_decision(host, budget, config.multiple)
-    check_calibration_images(config.calibration_images)
-    searching = config.search if config.search.epochs > 0 else None
-    finetuning = config.finetune
-    if config.train_epochs is not None:
-        finetuning = replace(finetuning, epochs=config.train_epochs)
-    if config.train_epochs == 0 and searching is not None:
-        raise RunFolderError(
-            f"nothing is to be trained, but search.epochs is {searching.epochs}; leave one of the two out"
-        )
-    if config.dense.epochs > 0:
-        check_dense_phase(config.dense)
-    check_phases([config.dense, *([] if searching is None else [searching]), finetuning], images, weights)
-    return searching, finetuning
-
-
-def run_compress(
-    host: nn.Module,
-    images: Images,
-    budget: dict[str, str | int],
-    run: RunFolder,
-    config: CompressConfig,
-    console: Console | None = None,
-) -> Compressed:
-    """Compress a host into a run folder, continuing from the state that the folder has. The host itself is not changed.
-
-    Args:
-        host: the dense model.
-        images: training and validation images.
-        budget: `{"macs": "50%"}` or `{"params": ...}`.
-        run: the run folder.
-        config: settings.
-        console: where to show progress; None is silent.
-    """
-    searching, finetuning = check_compress(host, images, budget, config)
-    run.path.mkdir(parents=True, exist_ok=True)
-    progress = PhaseProgress(console)
-    dense = copy.deepcopy(host)
-    if config.dense.epochs > 0:
-        dense_figures = train_dense(dense, images, run, config, config.dense, progress)
-        write_model(dense, images, dense_figures, run.dense)
-    else:
-        dense_figures = figures_of(dense, images, config)
-        progress.note(f"dense model: accuracy {dense_figures.accuracy:.2%}")
-    needed = config.repair or searching is None
-    calibrating = calibration(images, config.seed, config.calibration_images) if needed else None
-    net, repairing = None, calibrating if config.repair else None
-    if searching is not None:
-        net, architecture = search(dense, images, budget, run, config, searching, progress, config.multiple)
-    else:
-        assert calibrating is not None
-        architecture = decide_from_scores(dense, calibrating, budget, run, config.multiple, progress)
-    if config.initialise != "search":
-        net = None
-    set_seed(config.seed)  # a continued run starts from the same weights where they are drawn
-    pruned = prune(dense, architecture, weights=net, repair=repairing)
-    after_pruning = figures_of(pruned, images, config)
-    progress.note(
-        f"after pruning{' and repair' if repairing is not None else ''}: accuracy {after_pruning.accuracy:.2%}"
-    )
-    if finetuning.epochs > 0:
-        figures = finetune(pruned, images, run, config, finetuning, progress, teacher=dense)
-    else:
-        figures = after_pruning
-    model = deployed(pruned)
-    write_model(model, images, figures, run.path)
-    if processes().is_main_process:
-        summary = {"dense": dense_figures, "after_pruning": after_pruning, "pruned": figures}
-        run.write_summary({name: vars(value) for name, value in summary.items()})
-    return Compressed(model, dense.eval(), architecture, dense_figures, after_pruning, figures)
-
-
-def compress(
-    host: nn.Module,
-    data: str | Images,
-    budget: str | int = "50%",
-    *,
-    metric: str = "macs",
-    output: str | Path | None = None,
-    config: CompressConfig | None = None,
-    images: ImageConfig | None = None,
-    preprocessing: Preprocessing | None = None,
-    resume: bool = False,
-    console: Console | None = None,
-) -> nn.Module:
-    """Return the host compressed to a budget with spvit's own loop: decided, pruned, repaired, fine-tuned, folded.
-
-    Args:
-        host: a trained model of a supported family; it stays as it is.
-        data: a folder with `train/` and `val/`, a torchvision data set by name, `digits`, or loaded Images.
-        budget: `"50%"` of the host's cost, `"1.0G"` or a whole number.
-        metric: what the budget counts: `macs` of one image, or `params`.
-        output: run folder to keep metrics, states and the model in; None keeps nothing but the returned model.
-        config: settings of the phases.
-        images: how `data` is read and augmented.
-        preprocessing: normalisation of the host; ImageNet's when None.
-        resume: continue the run that `output` holds.
-        console: a rich console to show progress on; None is silent.
-
-    Raises:
-        BudgetError, DataError, UnsupportedHostError, RunFolderError: bad input, before anything is trained.
-        RunError: training failed; the run folder keeps the last good state.
-    """
-    if isinstance(data, str):
-        size = family_of(host).input_size(host)
-        data = load_images(data, images or ImageConfig(), size, preprocessing or Preprocessing())
-    settings = config or CompressConfig()
-    limits: dict[str, str | int] = {metric: budget}
-    if output is None:
-        with tempfile.TemporaryDirectory() as temporary:
-            return run_compress(host, data, limits, RunFolder(temporary), settings, console).model
-    return run_compress(host, data, limits, RunFolder.open(output, resume), settings, console).model
+        save(model, folder, preprocessing=images.preprocessing, classes=images.classes, metrics=metrics, overwrite=True)

@@ -13,20 +13,20 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from spvit.architecture import KINDS
 from spvit.checkpoint import fit_state, plain_state
-from spvit.errors import DataError, RunError
+from spvit.errors import RunError
 from spvit.hosts.base import logits_of
 from spvit.surgery import gate_parameters
 from spvit.train.data import Images, mixup_of
 from spvit.train.loaders import UNREAD, repeated_loader, training_loader, validation_loader
 from spvit.train.losses import BudgetLoss, distillation_loss, hard_distillation_loss, task_loss
 from spvit.train.optimizers import load_moments, moments_of, optimizers
+from spvit.train.processes import processes
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig, check_settings
@@ -42,7 +42,7 @@ class Phase:
     config: PhaseConfig
     budget: BudgetLoss | None = None
     teacher: nn.Module | None = None
-    """Who teaches when the settings name nobody."""
+    """Who teaches; when absent whom the settings name."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,16 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator) -> Evaluation:
+def evaluate(
+    model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator, precision: str = "fp32"
+) -> Evaluation:
     """Return a model's figures over a loader, across all processes. The model's training flag survives."""
     was_training = model.training
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)
     for images, targets in loader:
-        logits = logits_of(model(images)).float()
+        with autocast(accelerator.device, precision):
+            logits = logits_of(model(images)).float()
         losses = nn.functional.cross_entropy(logits, targets, reduction="none", ignore_index=UNREAD)
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         read = (targets != UNREAD).float()
@@ -78,13 +81,16 @@ def evaluate(model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator
     return Evaluation(first / count, five / count, loss / count, int(count))
 
 
-def make_accelerator(config: LoopConfig) -> Accelerator:
+def make_accelerator() -> Accelerator:
     """Return the Accelerator of a run: any device, any number of processes."""
-    if config.precision not in ("fp32", "bf16"):
-        raise DataError(f"precision is {config.precision!r}, expected fp32 or bf16")
-    # Accelerate keeps one precision a process; a later run in the same process may ask for another.
-    AcceleratorState._reset_state(reset_partial_state=False)
-    return Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+    processes()
+    # Accelerate keeps one precision a process, but a later run may ask for another: autocast is ours.
+    return Accelerator(mixed_precision="no")
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context of a forward pass: `fp32` as it is, `bf16` in mixed precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def prepared_loader(images: Images, accelerator: Accelerator) -> Any:
@@ -124,7 +130,7 @@ class Loop:
         check_settings(phase.config)
         self.phase, self.settings, self.config, self.progress = phase, phase.config, config, progress
         self.folder = run
-        self.accelerator = make_accelerator(config)
+        self.accelerator = make_accelerator()
         self.mixup = mixup_of(images.config, len(images.classes), phase.config.label_smoothing)
         self.train = prepared_loader(images, self.accelerator)
         self.total = max(1, phase.config.epochs * len(self.train))
@@ -139,8 +145,9 @@ class Loop:
         self.average: Any = self._averaged() if phase.config.averaging_epochs > 0 else None
 
     def _teacher(self, images: Images) -> nn.Module | None:
-        name = self.settings.teacher
-        teacher = open_teacher(name, images) if name is not None else self.phase.teacher
+        teacher = self.phase.teacher if self.settings.distillation > 0 else None
+        if teacher is None and self.settings.teacher is not None:
+            teacher = open_teacher(self.settings.teacher, images)
         return teacher.to(self.accelerator.device).eval() if teacher is not None else None
 
     def _averaged(self) -> Any:
@@ -180,20 +187,20 @@ class Loop:
             self.progress.stop()
         if figures is None:
             figures = self._evaluate()
-        plain = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        plain = self.accelerator.unwrap_model(self.model)
         if self.average is not None:
             plain.load_state_dict(self.average.module.state_dict())
         best = self.folder.best(self.phase.name) if self.settings.keep_best else None
         if best is not None and best["accuracy"] > figures.accuracy:
             fit_state(plain, self.folder.best_weights(self.phase.name), "of the best weights")
-            figures = evaluate(plain, self.validation, self.accelerator)
+            figures = evaluate(plain, self.validation, self.accelerator, self.config.precision)
             which = f"epoch {best['epoch']}" if best["epoch"] > 0 else "what it started from"
             self.progress.note(f"{self.phase.name}: {which} was the best on the validation images and is kept")
         self.accelerator.free_memory()
         return figures
 
     def _evaluate(self) -> Evaluation:
-        return evaluate(self._judged(), self.validation, self.accelerator)
+        return evaluate(self._judged(), self.validation, self.accelerator, self.config.precision)
 
     def _offer(self, epoch: int, figures: Evaluation) -> None:
         if self.settings.keep_best and self.accelerator.is_main_process:
@@ -232,7 +239,8 @@ class Loop:
         labels = targets
         if self.mixup is not None and len(images) % 2 == 0:
             images, labels = self.mixup(images, targets)
-        logits = logits_of(self.model(images))
+        with autocast(self.accelerator.device, self.config.precision):
+            logits = logits_of(self.model(images)).float()
         loss = task_loss(logits, labels, self.settings.label_smoothing)
         if self.teacher is not None:
             agreement = self._agreement(logits, images)
@@ -262,7 +270,7 @@ class Loop:
     def _agreement(self, logits: Tensor, images: Tensor) -> Tensor:
         """Return how far the student's logits are from what the teacher makes of the same images, a scalar."""
         assert self.teacher is not None
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), autocast(self.accelerator.device, self.config.precision):
             guidance = logits_of(self.teacher(images)).float()
         if self.settings.distillation_kind == "hard":
             return hard_distillation_loss(logits, guidance)

@@ -25,6 +25,8 @@ class LoopConfig:
         """Raise DataError when a value is out of range."""
         if not 0 <= self.seed < LARGEST_SEED:
             raise DataError(f"seed is {self.seed}, expected 0 or more, below {LARGEST_SEED}")
+        if self.precision not in ("fp32", "bf16"):
+            raise DataError(f"precision is {self.precision!r}, expected fp32 or bf16")
         if self.log_every < 1:
             raise DataError(f"log_every is {self.log_every}, expected 1 or more")
 

@@ -96,19 +96,18 @@ def open_teacher(name: str, images: Images, weights: bool = True) -> Teacher:
     return Teacher(opened.model, opened.preprocessing, images.preprocessing, size).eval()
 
 
-def check_phases(phases: Sequence[PhaseConfig], images: Images, weights: bool = True) -> None:
-    """Refuse settings out of range and bad teachers of all phases, before the first one trains anything.
+def open_teachers(phases: Sequence[PhaseConfig], images: Images, weights: bool = True) -> dict[str, nn.Module]:
+    """Return the teachers that phases name, each opened once; refuses settings out of range on the way.
 
     Args:
         phases: settings of the phases to come.
         images: what they train on.
-        weights: whether the teachers' weights are looked at too.
+        weights: whether to load the teachers' weights.
     """
     for phase in phases:
         check_settings(phase)
-    for name in dict.fromkeys(phase.teacher for phase in phases if phase.epochs > 0):
-        if name is not None:
-            open_teacher(name, images, weights)
+    names = dict.fromkeys(phase.teacher for phase in phases if phase.epochs > 0 and phase.teacher is not None)
+    return {name: open_teacher(name, images, weights) for name in names}
 
 
 def check_dense_phase(phase: PhaseConfig) -> None:
