@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from functools import cache, partial
+from dataclasses import replace
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,10 @@ import torch
 import yaml
 
 import spvit
+from command import RECIPES, TINY, measure_briefly
 from spvit.architecture import architectures, dense
-from spvit.benchmark import measure_latencies
 from spvit.budget import human, parse_budget
 from spvit.checkpoint import Preprocessing
-from spvit.cli.demo import demo_settings
 from spvit.cli.main import main, parse
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
@@ -25,8 +26,7 @@ from spvit.train.data import load_images, mixup_of
 from spvit.zoo import unfolded_params
 from training import photographs
 
-FOLDER = Path(__file__).parents[1] / "recipes"
-RECIPES = sorted(FOLDER.glob("*.yaml"), key=lambda path: path.stem)
+DEMO = files("spvit.cli") / "digits.yaml"
 MEASURED = ("digits", "fashion_mnist")
 
 # SPViT's published tables (method.md 6): top-1 and top-5 without and with distillation, params, FLOPs; and what the
@@ -39,17 +39,15 @@ PUBLISHED = {
     "swin_small_6.1g": ("SPViT-Swin-S", (82.4, 96.0), (83.0, 96.4), "39.2M", "6.1G", 38.922, 6.1376, 0.4, 14),
 }
 PUBLISHED_RECIPES = [name + end for name in PUBLISHED for end in ("", "_distilled")]
-TINY = {
-    "deit": {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3},
-    "swin": {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 24, "depths": [2, 2], "num_heads": [3, 4]},
-    "digits": {"depth": 2, "num_classes": 10},
-    "fashion": {"depth": 2, "num_classes": 2},
-}
+
+
+def recipe(name: str) -> Path:
+    return DEMO if name == "digits" else RECIPES / f"{name}.yaml"
 
 
 def expected(name: str) -> dict[str, Any]:
     """Return the expected figures that stand in a recipe's comments."""
-    lines = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    lines = recipe(name).read_text(encoding="utf-8").splitlines()
     start = lines.index("# expected:") + 1
     kept = []
     for line in lines[start:]:
@@ -61,7 +59,7 @@ def expected(name: str) -> dict[str, Any]:
 
 @cache
 def options_of(name: str, *more: str) -> Any:
-    return parse(["compress", "--recipe", str(FOLDER / f"{name}.yaml"), *more])[1]
+    return parse(["compress", "--recipe", str(recipe(name)), *more])[1]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +68,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_every_published_row_has_its_recipe() -> None:
-    assert [path.stem for path in RECIPES] == sorted([*PUBLISHED_RECIPES, *MEASURED])
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*PUBLISHED_RECIPES, "fashion_mnist"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED_RECIPES)
@@ -168,12 +166,11 @@ def tiny(name: str, pictures: str, folder: Path) -> list[str]:
     return [*words, "--finetune.teacher", str(folder / "teacher")]
 
 
-@pytest.mark.parametrize("name", [path.stem for path in RECIPES])
+@pytest.mark.parametrize("name", [*PUBLISHED_RECIPES, *MEASURED])
 def test_recipe_is_stepped_twice(capsys, monkeypatch, tmp_path: Path, pictures: str, name: str) -> None:
-    monkeypatch.setattr("spvit.cli.commands.measure_latencies", partial(measure_latencies, seconds=0.0))
-    monkeypatch.setattr("spvit.cli.commands.BATCHES", (1,))
+    measure_briefly(monkeypatch)
     words = tiny(name, pictures, tmp_path)
-    code = main(["compress", "--recipe", str(FOLDER / f"{name}.yaml"), *words])
+    code = main(["compress", "--recipe", str(recipe(name)), *words])
     assert (code, capsys.readouterr().err) == (0, "")
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     phases = ["dense"] * (name in MEASURED) + ["search", "finetune"]
@@ -195,9 +192,12 @@ def test_drop_path_is_the_same_in_the_searched_and_the_pruned_network() -> None:
     assert max(rates[0]) == pytest.approx(0.1)
 
 
-def test_digits_recipe_is_the_demonstration() -> None:
-    demo = demo_settings("runs/digits", "50%", 0)
-    assert options_of("digits") == demo
+def test_the_demonstration_is_the_digits_recipe() -> None:
+    name, demo = parse(["demo"])
+    assert (name, demo.output, demo.seed) == ("demo", "runs/demo", 0)
+    assert demo == options_of("digits")
+    changed = parse(["demo", "--output", "out", "--macs", "30%", "--seed", "1"])[1]
+    assert changed == replace(demo, output="out", macs="30%", seed=1)
 
 
 @pytest.mark.parametrize("name", MEASURED)

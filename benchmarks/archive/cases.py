@@ -11,12 +11,12 @@ from typing import Any
 import timm
 import torch
 from rich.console import Console
-from spvit.cli.demo import demo_settings
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fashion_mnist import Bench, kept_dense, make_parser
 from spvit.checkpoint import Preprocessing
+from spvit.cli.main import parse
 from spvit.cost import NetworkCost
 from spvit.hosts import family_of
 from spvit.hosts.base import logits_of, network_costs
@@ -80,7 +80,7 @@ def open_case(options: argparse.Namespace, seed: int, console: Console) -> Case:
     if options.data_set != DIGITS:
         bench = Bench(options, console)
         return Case(options.data_set, bench.dense, bench.images, bench.cost, bench.loop, bench.progress)
-    settings = demo_settings("", "50%", seed)
+    settings = parse(["demo", "--seed", str(seed)])[1]
     size = (1, 8, 8)
     own = load_images(DIGITS, settings.images, size, Preprocessing())
     images = load_images(DIGITS, replace(settings.images, held_out=DIGITS_HELD_OUT), size, Preprocessing())

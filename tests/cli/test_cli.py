@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,57 +16,25 @@ import torch
 import yaml
 
 import spvit
-from spvit.benchmark import measure_latencies
-from spvit.cli.main import main
+from command import DIGITS, SHORT, digits_recipe, measure_briefly, refused, run, trained_weights
+from spvit.cli.main import main, parse
 from spvit.models import ModelConfig, open_model
 from training import MODEL, MODEL_ARGS, image_folder, micro_host, states_equal
-
-RECIPE = {
-    "model": MODEL,
-    "model_args": MODEL_ARGS,
-    "pretrained": False,
-    "data": "digits",
-    "images": {"batch_size": 128, "mean": [0.5], "std": [0.5], "crop": 1.0, "flip": 0.0},
-}
-SHORT = {"epochs": 1, "warmup_epochs": 0.0}
 
 
 @pytest.fixture
 def recipe(tmp_path: Path):
-    def write(**more: object) -> str:
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump({**RECIPE, **more}))
-        return str(path)
-
-    return write
+    return digits_recipe(tmp_path)
 
 
 @pytest.fixture
 def trained(tmp_path: Path) -> str:
-    """Return a weights file that fits the micro model."""
-    torch.save(micro_host().state_dict(), tmp_path / "trained.pth")
-    return str(tmp_path / "trained.pth")
+    return trained_weights(tmp_path)
 
 
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure latencies in passing only; no test looks at them."""
-    monkeypatch.setattr("spvit.cli.commands.measure_latencies", partial(measure_latencies, seconds=0.0))
-
-
-def run(capsys, *arguments: str) -> tuple[int, str, str]:
-    code = main(list(arguments))
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def refused(capsys, words: str, *arguments: str) -> None:
-    """Assert that a command is refused in one line with these words, with exit code 2."""
-    code, _, problems = run(capsys, *arguments)
-    assert code == 2
-    assert problems.startswith("spvit: ")
-    assert len(problems.strip().splitlines()) == 1
-    assert words in problems
+    measure_briefly(monkeypatch)
 
 
 def test_compress_then_evaluate_profile_and_load(capsys, recipe, tmp_path: Path) -> None:
@@ -318,10 +285,15 @@ def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_pat
         ('expected "command"', ""),
         ("required: --model", "train --data digits --output OUT"),
         ("unrecognized arguments: --colour", "profile --model deit_tiny_patch16_224 --colour 1"),
-        ("--dense.epochs: Expected a <class 'int'>", "train --recipe RECIPE --output OUT --dense.epochs x"),
-        ("--search.epochs: Expected a <class 'int'>", "search --recipe RECIPE --output OUT --search.epochs x"),
+        ("--dense.epochs is x, expected a whole number", "train --recipe RECIPE --output OUT --dense.epochs x"),
+        ("--search.epochs is x, expected a whole number", "search --recipe RECIPE --output OUT --search.epochs x"),
         ("unrecognized arguments: --search.speed", "compress --recipe RECIPE --output OUT --search.speed 1"),
-        ("does not accept option 'dense.speed'", "train --recipe UNKNOWN --output OUT"),
+        ("--search.epoch 1; did you mean --search.epochs?", "search --recipe RECIPE --output OUT --search.epoch 1"),
+        ("--images.batch-sice", "search --recipe RECIPE --output OUT --images.batch-sice 1"),
+        ("--multiple is x, expected a whole number", "search --recipe RECIPE --output OUT --multiple x"),
+        ("--images.mean is x, expected a list such as [0.5", "search --recipe RECIPE --output OUT --images.mean x"),
+        ("expected true or false, found 'x'", "compress --recipe RECIPE --output OUT --repair x"),
+        ("Group 'dense' does not accept option 'speed'", "train --recipe UNKNOWN --output OUT"),
         ("ResNet is not a supported model family", "profile --model resnet18"),
         ("did you mean deit_tiny_patch16_224", "profile --model deit_tiny_patch16_242"),
         ("no trained weights for these 10 classes", "compress --recipe RECIPE --output OUT"),
@@ -335,7 +307,7 @@ def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_pat
         ("precision is 'fp8'", "train --recipe RECIPE --output OUT --precision fp8"),
         ("expected 0 or more", "train --recipe RECIPE --output OUT --dense.epochs -1"),
         ("train_epochs is -1, expected 0 or more", "compress --recipe TRAINED --output OUT --train-epochs -1"),
-        ("--train_epochs: ", "compress --recipe TRAINED --output OUT --train-epochs few"),
+        ("--train-epochs is few, expected a whole number", "compress --recipe TRAINED --output OUT --train-epochs few"),
         (
             "calibration_images is 0, expected 1 or more",
             "compress --recipe TRAINED --output OUT --calibration-images 0",
@@ -371,28 +343,84 @@ def test_bad_input_is_one_line_and_nothing_written(capsys, recipe, trained, tmp_
     deep = tmp_path / "deep.json"
     deep.write_text(spvit.architecture.dense([96] * 3).to_json())
     unknown = tmp_path / "unknown.yaml"
-    unknown.write_text(yaml.safe_dump({**RECIPE, "dense": {"speed": 1}}))
+    unknown.write_text(yaml.safe_dump({**DIGITS, "dense": {"speed": 1}}))
     weights = tmp_path / "with_weights.yaml"
-    weights.write_text(yaml.safe_dump({**RECIPE, "checkpoint": trained}))
+    weights.write_text(yaml.safe_dump({**DIGITS, "checkpoint": trained}))
     names = {"OUT": out, "DEEP": deep, "UNKNOWN": unknown, "TRAINED": weights, "RECIPE": recipe()}
     refused(capsys, words, *(str(names.get(word, word)) for word in shlex.split(line)))
     assert not out.exists()
 
 
-def test_help_of_every_command_says_units_and_defaults(capsys) -> None:
-    for name in ("compress", "train", "search", "finetune", "evaluate", "profile", "convert", "demo"):
-        with pytest.raises(SystemExit) as exit_:
-            main([name, "--help"])
-        assert exit_.value.code == 0
-        text = capsys.readouterr().out
-        assert "default:" in text
-        assert "--recipe" in text
-        assert "Unvalidated" not in text
-    with pytest.raises(SystemExit):
-        main(["search", "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert "Budget in MACs of one image" in text
-    assert "--search.budget_weight" in text
+def help_of(capsys, *words: str) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main([*words])
+    assert exit_.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+COMMANDS = ("compress", "train", "search", "finetune", "evaluate", "profile", "convert", "demo")
+
+
+def test_help_lists_the_commands(capsys) -> None:
+    text = help_of(capsys, "--help")
+    assert all(name in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_short_and_says_how_to_list_the_rest(capsys, name: str) -> None:
+    text = help_of(capsys, name, "--help")
+    assert f"usage: spvit {name}" in text
+    assert text.count(" --") < 24
+    assert "--recipe" in text or name == "demo"
+    assert "--help-all" in text or name in ("profile", "convert")
+
+
+def test_help_of_compress_has_groups_units_and_defaults(capsys) -> None:
+    text = help_of(capsys, "compress", "--help")
+    for words in (
+        "model and data: --model", "budget, one of the two: --macs", "what to do: --train-epochs", "run: --recipe",
+        "Budget in MACs of one image", "Images a step on each device (default: 64)", "--no-train", "--dry-run",
+        "--help-all List every option",
+    ):  # fmt: skip
+        assert words in text
+    assert "--search.budget-weight" not in text
+    text = help_of(capsys, "compress", "--help-all")
+    assert "--search.budget-weight BUDGET_WEIGHT" in text
+    assert "--images.flip FLIP Probability of mirroring a training image left to right (default: 0.5)" in text
+
+
+def test_options_have_dashes_or_underscores_and_flags_take_yes_and_no() -> None:
+    needed = ["--model", "m", "--data", "d", "--output", "o"]
+
+    def options(*words: str) -> object:
+        return parse(["compress", *needed, *words])[1]
+
+    for words in (["--train-epochs", "3"], ["--train_epochs", "3"], ["--train-epochs=3"], ["--train_epochs=3"]):
+        assert options(*words).train_epochs == 3
+    for word in ("--no-train", "--no_train"):
+        assert options(word).train_epochs == 0
+    for words in (["--search.budget-weight", "3"], ["--search.budget_weight=3"]):
+        assert options(*words).search.budget_weight == 3
+    for word in ("--model-args.depth", "--model_args.depth"):
+        assert options(word, "3").model_args == {"depth": 3}
+    assert (options("--dry-run").dry_run, options("--dry-run", "false").dry_run) == (True, False)
+    assert (options("--dry_run", "true", "--no-dry-run").dry_run, options().dry_run) == (False, False)
+    for words in (["--no-repair"], ["--repair", "false"], ["--repair=no"]):
+        assert options(*words).repair is False
+    for words in (["NAME"], ["--model", "NAME"], ["NAME", "--latency"], ["--latency", "true", "NAME"]):
+        _, options_ = parse(["profile", *words])
+        assert (options_.model, options_.latency) == ("NAME", "--latency" in words)
+
+
+def test_of_several_recipes_later_ones_win(tmp_path: Path) -> None:
+    for name, text in (
+        ("a", "{model: m, data: d, search: {epochs: 1, gate_logit: 3}}"),
+        ("b", "{search: {epochs: 2}}"),
+    ):
+        (tmp_path / name).write_text(text)
+    words = ["--recipe", str(tmp_path / "a"), "--recipe", str(tmp_path / "b"), "--output", "o"]
+    _, options = parse(["compress", *words])
+    assert (options.model, options.search.epochs, options.search.gate_logit) == ("m", 2, 3)
 
 
 def test_profile_shows_a_published_architecture(capsys) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import spvit
+from command import RECIPES, TINY
 from spvit.benchmark import measure_latencies
 from spvit.cli.main import main
 from spvit.cli.plan import IMAGENET_TRAIN, duration, example_architecture
@@ -20,11 +21,10 @@ from spvit.surgery import make_searchable, search_record
 from spvit.train.loop import Phase
 from spvit.train.rehearsal import Rehearsal, TensorPeak, rehearse
 from spvit.train.settings import LoopConfig
-from test_recipes import FOLDER, TINY
 from training import digits, image_folder, micro_host, short
 
-DEIT = str(FOLDER / "deit_tiny_1.0g.yaml")
-DISTILLED = str(FOLDER / "deit_tiny_1.0g_distilled.yaml")
+DEIT = str(RECIPES / "deit_tiny_1.0g.yaml")
+DISTILLED = str(RECIPES / "deit_tiny_1.0g_distilled.yaml")
 
 
 @pytest.fixture

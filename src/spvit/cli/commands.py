@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import yaml
 from accelerate.utils import set_seed
@@ -24,12 +23,10 @@ from spvit.cli.convert import (
     read_published,
     rebuild,
 )
-from spvit.cli.demo import demo_settings
 from spvit.cli.inputs import check_trained, model_and_images
 from spvit.cli.options import (
     CompressCommand,
     ConvertCommand,
-    DemoCommand,
     EvaluateCommand,
     FinetuneCommand,
     ProfileCommand,
@@ -77,17 +74,11 @@ def _open(name: str, options: RunCommand, trains_head: bool, console: Console) -
     state.wait_for_everyone()  # until all have found the folder fit to write to
     if state.is_main_process:
         settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in NOT_SETTINGS}
-        folder.write_settings(name, yaml.safe_dump(_plain(settings), sort_keys=False))
+        folder.write_settings(name, yaml.safe_dump(settings, sort_keys=False))
     state.wait_for_everyone()
     cost = f"{human(count_params(opened.model))} params, {human(_macs(opened.model))} macs"
     console.print(f"{options.model}: {cost}; {len(images.classes)} classes", highlight=False, soft_wrap=True)
     return opened, images, folder
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _macs(model: nn.Module) -> int:
@@ -153,11 +144,6 @@ def compress_command(options: CompressCommand, console: Console) -> None:
     result = run_compress(opened.model, images, parse_budget(**options.limits()), folder, options, console)
     if processes().is_main_process:
         _show_compressed(result, folder.path, console)
-
-
-def demo_command(options: DemoCommand, console: Console) -> None:
-    """Compress a small vision transformer on the digits."""
-    compress_command(demo_settings(options.output, options.macs, options.seed), console)
 
 
 def evaluate_command(options: EvaluateCommand, console: Console) -> None:

@@ -105,18 +105,6 @@ class ProfileCommand(ModelConfig):
     """Measure the latency at batch 1 and 64 on this machine too."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DemoCommand:
-    """Compress a small vision transformer on handwritten digits, end to end."""
-
-    output: str = "runs/demo"
-    """Run folder to write; it must be new or empty."""
-    macs: str = "50%"
-    """Budget in MACs: a share of the dense model's, an amount, or a whole number."""
-    seed: int = 0
-    """Seed of everything random."""
-
-
 @dataclass(frozen=True)
 class ConvertCommand:
     """Convert a DeiT, Swin or published SPViT checkpoint, or its FFN indicator file, to spvit's format."""

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from test_cli import refused, run
 from torch import Tensor
 
 import spvit
+from command import refused, run
+from golden import golden, make_layer, needs_golden
 from published_files import (
     DEIT,
     MLP,
@@ -35,8 +36,6 @@ from spvit.cost import count_params
 from spvit.errors import CheckpointError
 from spvit.models import ModelConfig, open_model
 from spvit.surgery import pruned_record
-from test_checkpoint import Harmful
-from test_golden import golden, make_layer, needs_golden
 from tiny import CLASSES, assert_close, assert_differ, images, logits
 
 UNFOLDED = ("conv3", "conv1", "skip", "msa")
@@ -365,6 +364,13 @@ def test_convert_tells_deit_tiny_by_its_shapes(capsys, tmp_path: Path) -> None:
     assert "attention as in the published architecture of these widths, spvit_deit_tiny_patch16_224" in text
     assert describe(tmp_path / "out").architecture == known
     assert count_params(spvit.load(tmp_path / "out")) < count_params(model)
+
+
+class Harmful:
+    """Runs code when it is unpickled, unless only weights are read."""
+
+    def __reduce__(self) -> Any:
+        return (pytest.fail, ("a pickle was run",))
 
 
 def without(state: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
