@@ -138,11 +138,10 @@ class _DatasetItems(Sequence[tuple[Any, int]]):
 
 
 def load_images(source: str, config: ImageConfig, size: tuple[int, int, int], preprocessing: Preprocessing) -> Images:
-    """Return the images that a name stands for.
+    """Return the images of a source, prepared for a model.
 
     Args:
-        source: a folder with `train/` and `val/`, each with a folder a class; the name of a torchvision data set; or
-            `digits`.
+        source: as for `find_images`.
         config: how to read and augment.
         size: (channels, height, width) that the model takes.
         preprocessing: normalisation and resizing of the model; what `config` says takes precedence.
@@ -150,13 +149,23 @@ def load_images(source: str, config: ImageConfig, size: tuple[int, int, int], pr
     Raises:
         DataError: nothing is found, a class is missing or empty, or an option is out of range.
     """
+    return images_of(*find_images(source, config), config, size, preprocessing)
+
+
+def find_images(source: str, config: ImageConfig) -> tuple[Items, Items, tuple[str, ...]]:
+    """Return training and validation items, (path, array or PIL image, class) each, and the names of the classes.
+
+    Args:
+        source: a folder with `train/` and `val/`, each with a folder a class; the name of a torchvision data set; or
+            `digits`.
+        config: where torchvision's data sets are.
+
+    Raises:
+        DataError: nothing is found, or a class is missing or empty.
+    """
     if source == DIGITS:
-        train, validation, classes = _digits()
-    elif Path(source).is_dir():
-        train, validation, classes = _folder(Path(source))
-    else:
-        train, validation, classes = _torchvision(source, config)
-    return images_of(train, validation, classes, config, size, preprocessing)
+        return _digits()
+    return _folder(Path(source)) if Path(source).is_dir() else _torchvision(source, config)
 
 
 def images_of(
