@@ -97,7 +97,8 @@ def test_the_description_says_all(tmp_path: Path) -> None:
     assert found.classes == tuple(classes)
     assert found.metrics == {"top1": 71.5}
     spvit.save(host, tmp_path / "dense")
-    assert describe(tmp_path / "dense") == Description(found.host)
+    assert describe(tmp_path / "dense") == Description(found.host, input_size=found.input_size)
+    assert found.input_size == images(host).shape[1:]
 
 
 def test_a_folder_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def edit(folder: Path, **changes: Any) -> None:
         ({"format": "other"}, r'is not a model of this version, expected "format": "spvit-model", "version": 1'),
         ({"format": ...}, "is not a model of this version"),
         ({"version": 2}, "is not a model of this version"),
-        ({"colour": 1}, "unknown field 'colour', expected host, architecture, folded, preprocessing, classes, metrics"),
+        ({"colour": 1}, "unknown field 'colour', expected host, architecture, folded, input_size, preprocessing"),
         ({"host": ...}, "missing 1 required positional argument: 'host'"),
         ({"architecture": {}}, "not an architecture"),
         ({"architecture": 3}, "architecture: found int, expected an object"),
@@ -230,7 +231,9 @@ def test_weights_that_do_not_fit_the_description_are_named(saved: Path) -> None:
     state = load_file(saved / WEIGHTS)
     state.pop("blocks.3.attn.qkv.weight")
     save_file(state, saved / WEIGHTS)
-    with pytest.raises(CheckpointError, match=r"safetensors does not fit: the model's blocks\.3\.attn\.qkv\.weight "):
+    with pytest.raises(
+        CheckpointError, match=r"safetensors does not fit: blocks\.3\.attn\.qkv\.weight is missing there, but \["
+    ):
         spvit.load(saved)
 
 
@@ -293,9 +296,9 @@ def test_files_without_weights_are_refused(tmp_path: Path, name: str, content: A
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weight": ...}, r"checkpoint f does not fit: the model's weight \[4, 3\] is missing there"),
+        ({"weight": ...}, r"checkpoint f does not fit: weight is missing there, but \[4, 3\] in the model"),
         ({"bias": torch.ones(5)}, r"checkpoint f does not fit: bias is \[5\] there, but \[4\] in the model"),
-        ({"extra": torch.ones(2, 1)}, r"checkpoint f does not fit: it has extra \[2, 1\], the model does not"),
+        ({"extra": torch.ones(2, 1)}, r"checkpoint f does not fit: extra is \[2, 1\] there, but missing in the model"),
     ],
 )
 def test_states_that_do_not_fit_change_nothing(changes: dict[str, Any], message: str) -> None:

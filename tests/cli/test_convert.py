@@ -416,7 +416,7 @@ SEARCHED = {"blocks.1.attn.kernel_thresholds": torch.ones(3), "blocks.1.attn.bn_
         (
             FOLDED,
             lambda state: without(state, "blocks.1.attn.bconv.1"),
-            r"does not fit: the model's blocks\.1\.attn\.bn\.weight \[8\] is missing there",
+            r"does not fit: blocks\.1\.attn\.bn\.weight is missing there, but \[8\]",
         ),
         (
             UNFOLDED,
