@@ -17,11 +17,10 @@ import yaml
 import spvit
 from command import RECIPES, TINY, measure_briefly
 from spvit.architecture import architectures, dense
-from spvit.budget import human, parse_budget
+from spvit.budget import Budget, human
 from spvit.checkpoint import Preprocessing
 from spvit.cli.main import main, parse
-from spvit.hosts import family_of
-from spvit.hosts.base import network_costs
+from spvit.replacements.costs import network_costs
 from spvit.train.data import load_images, mixup_of
 from spvit.zoo import unfolded_params
 from training import photographs
@@ -91,13 +90,13 @@ def test_budget_and_its_weight_are_those_of_the_published_architecture(name: str
     assert figures["deployed_macs"] / 1e9 == pytest.approx(macs, rel=1e-4)
     with torch.device("meta"):
         host = timm.create_model(options.model, **options.model_args)
-    costs = network_costs(family_of(host), host)
+    costs = network_costs(host)
     architecture = architectures()[figures["architecture"]]
     assert costs["macs"].of(architecture) == figures["deployed_macs"]
     assert costs["params"].of(architecture) == figures["deployed_params"]
     if name != "deit_small_3.3g":  # its published 16.4M is not what its published architecture has
         assert f"{unfolded_params(host, architecture) / 1e6:.1f}M" == figures["params"]
-    assert parse_budget(**options.limits()).target(costs["macs"]) == pytest.approx(figures["deployed_macs"], rel=1e-4)
+    assert Budget.parse(**options.limits()).target(costs["macs"]) == pytest.approx(figures["deployed_macs"], rel=1e-4)
     assert figures["published_lambda"] == weight
     assert options.search.budget_weight == pytest.approx(weight * (costs["macs"].dense / 1e9) ** 2, rel=1e-3)
     assert human(costs["macs"].dense) != human(figures["deployed_macs"])

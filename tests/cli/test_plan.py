@@ -17,7 +17,7 @@ from command import RECIPES, TINY
 from spvit.benchmark import measure_latencies
 from spvit.cli.main import main
 from spvit.cli.plan import IMAGENET_TRAIN, duration, example_architecture
-from spvit.surgery import make_searchable, search_record
+from spvit.search.network import make_searchable, search_record
 from spvit.train.loop import Phase
 from spvit.train.rehearsal import Rehearsal, TensorPeak, rehearse
 from spvit.train.settings import LoopConfig

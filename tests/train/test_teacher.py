@@ -12,7 +12,7 @@ from timm.models import register_model
 from torch import nn
 
 import spvit
-from spvit.budget import parse_budget
+from spvit.budget import Budget
 from spvit.checkpoint import Preprocessing
 from spvit.errors import DataError, ModelError
 from spvit.train.compress import CompressConfig, run_compress
@@ -150,7 +150,7 @@ def test_bad_teacher_is_refused_before_anything_is_trained(tmp_path: Path, name,
         name = folder(tmp_path / "teacher", grey, **name)
     config = CompressConfig(search=short_search(1), finetune=short(1, distillation=0.5, teacher=name))
     with pytest.raises(error, match=words):
-        run_compress(micro_host(), digits(), parse_budget("60%"), RunFolder(tmp_path / "run"), config)
+        run_compress(micro_host(), digits(), Budget.parse("60%"), RunFolder(tmp_path / "run"), config)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -164,5 +164,5 @@ def test_bad_teacher_is_refused_before_anything_is_trained(tmp_path: Path, name,
 def test_settings_that_do_not_fit_are_refused_before_the_search(tmp_path: Path, settings: dict, words: str) -> None:
     config = CompressConfig(search=short_search(1), finetune=short(1, **settings))
     with pytest.raises(DataError, match=words):
-        run_compress(micro_host(), digits(), parse_budget("60%"), RunFolder(tmp_path / "run"), config)
+        run_compress(micro_host(), digits(), Budget.parse("60%"), RunFolder(tmp_path / "run"), config)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

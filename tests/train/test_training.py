@@ -15,12 +15,12 @@ import torch
 
 import spvit
 from spvit.architecture import FFN, Architecture, Attention, Block
-from spvit.budget import parse_budget
-from spvit.errors import BudgetError, DataError, RunError, RunFolderError
-from spvit.surgery import gated_layers, make_searchable
+from spvit.budget import Budget
+from spvit.errors import BudgetError, CalibrationError, DataError, RunError, RunFolderError
+from spvit.search.budget_loss import BudgetLoss
+from spvit.search.network import gated_layers, make_searchable, search_record
 from spvit.train.compress import CompressConfig, compress, run_compress
 from spvit.train.loop import Evaluation, Loop, Phase, learning_rate_at, run_phase
-from spvit.train.losses import BudgetLoss
 from spvit.train.optimizers import optimizers
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import RunFolder
@@ -141,7 +141,7 @@ def test_gates_have_an_optimizer_of_their_own_at_a_constant_rate(tmp_path: Path)
 def test_biases_norms_and_what_the_host_exempts_do_not_decay() -> None:
     host = micro_host()
     blocks = tuple(Block(Attention(kind), FFN.whole(96)) for kind in ("skip", "conv1"))
-    model = spvit.prune(host, Architecture(blocks, "mean", "mean"))  # constants there are vectors by token: biases too
+    model = spvit.prune(host, Architecture(blocks, "linear", "mean"))  # constants there are vectors by token: biases too
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, exempt = optimizers(model, PhaseConfig(), False, 1)[0].param_groups
     assert exempt["weight_decay"] == 0
@@ -149,7 +149,7 @@ def test_biases_norms_and_what_the_host_exempts_do_not_decay() -> None:
     assert {"blocks.0.mlp.fc1.weight", "blocks.1.attn.conv_in.weight"} <= found
     assert all(name.endswith("weight") and ".norm" not in name and ".bn" not in name for name in found)
     left = {names[id(parameter)] for parameter in exempt["params"]}
-    assert {"pos_embed", "cls_token", "blocks.0.attn.mean.bias", "blocks.1.attn.prefix.bias"} <= left
+    assert {"pos_embed", "cls_token", "blocks.0.attn.mean.bias", "blocks.1.attn.prefix.0.bias"} <= left
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -223,14 +223,14 @@ def test_compress_writes_a_run_folder_and_continues_it(
     host, images = micro_host(), digits()
     before = copy.deepcopy(host)
     config = CompressConfig(dense=short(1), search=short_search(2), finetune=short(2), initialise=initialise)
-    whole = run_compress(host, images, parse_budget("60%"), RunFolder(tmp_path / "whole"), config)
+    whole = run_compress(host, images, Budget.parse("60%"), RunFolder(tmp_path / "whole"), config)
     assert states_equal(host, before)
     loaded = spvit.load(tmp_path / "whole")
     assert states_equal(loaded, whole.model)
     assert Architecture.load(tmp_path / "whole" / "architecture.json") == whole.architecture
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert summary["pruned"]["accuracy"] == whole.pruned.accuracy
-    costs = spvit.surgery.search_record(make_searchable(host)).costs["macs"]
+    costs = search_record(make_searchable(host)).costs["macs"]
     assert costs.of(whole.architecture) == pytest.approx(0.6 * costs.dense, rel=0.005)
     save = Loop._save
 
@@ -242,9 +242,9 @@ def test_compress_writes_a_run_folder_and_continues_it(
     with monkeypatch.context() as patched:
         patched.setattr(Loop, "_save", save_and_die)
         with pytest.raises(Killed):
-            run_compress(host, images, parse_budget("60%"), RunFolder(tmp_path / "cut"), config)
-    run_compress(host, images, parse_budget("60%"), RunFolder(tmp_path / "cut"), replace(config, finetune=short(0)))
-    continued = run_compress(host, images, parse_budget("60%"), RunFolder(tmp_path / "cut"), config)
+            run_compress(host, images, Budget.parse("60%"), RunFolder(tmp_path / "cut"), config)
+    run_compress(host, images, Budget.parse("60%"), RunFolder(tmp_path / "cut"), replace(config, finetune=short(0)))
+    continued = run_compress(host, images, Budget.parse("60%"), RunFolder(tmp_path / "cut"), config)
     assert states_equal(continued.model, whole.model)
 
 
@@ -252,12 +252,33 @@ def test_a_folder_is_not_continued_with_another_budget(tmp_path: Path) -> None:
     host, images = micro_host(), digits()
     for name, epochs in (("scored", 0), ("searched", 1)):
         config = CompressConfig(search=short_search(epochs), finetune=short(1))
-        first = run_compress(host, images, parse_budget("60%"), RunFolder(tmp_path / name), config)
+        first = run_compress(host, images, Budget.parse("60%"), RunFolder(tmp_path / name), config)
         with pytest.raises(
             (BudgetError, DataError), match=r"not the .*55.0%.* asked for|fine-tuned another architecture"
         ):
-            run_compress(host, images, parse_budget("55%"), RunFolder(tmp_path / name), config)
+            run_compress(host, images, Budget.parse("55%"), RunFolder(tmp_path / name), config)
         assert Architecture.load(tmp_path / name / "architecture.json") == first.architecture
+
+
+def test_scores_stay_in_the_run_folder_for_another_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host, images = micro_host(), digits()
+    config = CompressConfig(train_epochs=0, calibration_images=128)
+    first = run_compress(host, images, Budget.parse("60%"), RunFolder(tmp_path / "first"), config)
+    fresh = run_compress(host, images, Budget.parse("80%"), RunFolder(tmp_path / "fresh"), config)
+    monkeypatch.setattr("spvit.train.compress.score", lambda *args, **settings: pytest.fail("scored again"))
+    (tmp_path / "first" / "architecture.json").unlink()
+    again = run_compress(host, images, Budget.parse("60%"), RunFolder(tmp_path / "first"), config)
+    assert again.architecture == first.architecture
+    config = replace(config, scores=str(tmp_path / "first"))
+    other = run_compress(host, images, Budget.parse("80%"), RunFolder(tmp_path / "other"), config)
+    assert other.architecture == fresh.architecture != first.architecture
+    assert not (tmp_path / "other" / "scores.json").exists()
+    with pytest.raises(CalibrationError, match="the scores are of other weights"):
+        compress(micro_host(seed=1), images, "60%", config=config)
+    with pytest.raises(CalibrationError, match="holds no scores that can be read"):
+        compress(host, images, "60%", config=replace(config, scores=str(tmp_path / "none")))
+    with pytest.raises(RunFolderError, match="decide without a search; leave them out, or dense.epochs and search.ep"):
+        compress(host, images, "60%", config=replace(config, train_epochs=1, search=short_search(1)))
 
 
 def test_compress_without_a_folder_returns_a_plain_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -318,7 +339,7 @@ def test_compress_ends_with_the_repaired_network_where_fine_tuning_only_harms(tm
     assert defaults.keep_best
     harmful = replace(defaults, learning_rate=0.5, clip_gradient=0.0, keep_best=keep_best)
     config = CompressConfig(dense=short(4), train_epochs=1, finetune=harmful, calibration_images=128)
-    found = run_compress(micro_host(), digits(), parse_budget("80%"), RunFolder(tmp_path), config)
+    found = run_compress(micro_host(), digits(), Budget.parse("80%"), RunFolder(tmp_path), config)
     assert (found.pruned == found.after_pruning) == keep_best
     assert (found.pruned.accuracy < found.after_pruning.accuracy) != keep_best
 

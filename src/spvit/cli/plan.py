@@ -17,19 +17,19 @@ from rich.table import Table
 from torch import nn
 
 from spvit.architecture import Architecture
-from spvit.budget import human, parse_budget
+from spvit.budget import Budget, human
 from spvit.checkpoint import Preprocessing
 from spvit.cli.inputs import check_trained, model_and_images
 from spvit.cli.options import CompressCommand
 from spvit.decide import decide
 from spvit.errors import BudgetError, RunFolderError
-from spvit.hosts import family_of
-from spvit.hosts.base import network_costs
-from spvit.surgery import gated_layers, make_searchable, prune
+from spvit.replacements.costs import network_costs
+from spvit.search.budget_loss import BudgetLoss
+from spvit.search.network import gated_layers, make_searchable
+from spvit.surgery import prune
 from spvit.train.compress import check_compress, searchable_for
 from spvit.train.data import ImageConfig, Images, images_of, load_images
 from spvit.train.loop import Phase, learning_rate_at, make_accelerator, prepared_loader
-from spvit.train.losses import BudgetLoss
 from spvit.train.optimizers import gate_learning_rate
 from spvit.train.rehearsal import Rehearsal, rehearse
 from spvit.train.run_folder import RunFolder
@@ -79,7 +79,7 @@ def print_plan(options: CompressCommand, console: Console) -> None:
     opened, images = model_and_images(options, options.data, options.images, weights=False, load=_images_or_stand_in)
     check_trained(opened, options.model, images, options.dense.epochs > 0)
     host = opened.model
-    checked = check_compress(host, images, parse_budget(**options.limits()), options, weights=False)
+    checked = check_compress(host, images, Budget.parse(**options.limits()), options, weights=False)
     searching, finetuning = checked.search, checked.finetune
     accelerator = make_accelerator()
     if not accelerator.is_main_process:
@@ -144,8 +144,8 @@ def _print_header(
     devices: int,
     console: Console,
 ) -> None:
-    costs = network_costs(family_of(host), host)
-    budget = parse_budget(**options.limits())
+    costs = network_costs(host)
+    budget = Budget.parse(**options.limits())
     asked = costs[budget.metric]
     train, validation = _counts(images)
     stand_in = f" ({options.data} is not there; noise stands for its pictures)" if _stands_in(options.data) else ""

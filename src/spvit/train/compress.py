@@ -5,8 +5,7 @@
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,20 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from torch import Tensor, nn
 
-from spvit.architecture import Architecture
-from spvit.budget import Budget, check_multiple, parse_budget
+from spvit.architecture import DEFAULT_MULTIPLE, Architecture
+from spvit.budget import Budget, check_multiple
 from spvit.checkpoint import Preprocessing, save
 from spvit.decide import decide
 from spvit.errors import DataError, RunFolderError
-from spvit.hosts import family_of
-from spvit.hosts.base import network_costs
-from spvit.surgery import check_dense, fold, make_searchable, prune, pruned_record
+from spvit.hosts.host import Host, input_size
+from spvit.repair.scores import Scores, score
+from spvit.replacements.costs import network_costs
+from spvit.search.budget_loss import BudgetLoss
+from spvit.search.network import make_searchable
+from spvit.surgery import fold, prune, pruned_record
 from spvit.train.data import ImageConfig, Images, load_images
 from spvit.train.loaders import training_loader, validation_loader
 from spvit.train.loop import Evaluation, Phase, evaluate, make_accelerator, run_phase
-from spvit.train.losses import BudgetLoss
 from spvit.train.processes import processes
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import DENSE, FINETUNE, SEARCH, RunFolder
@@ -62,6 +63,8 @@ class CompressConfig(LoopConfig):
     """Whether what pruning broke is repaired in closed form, from calibration images."""
     calibration_images: int = CALIBRATION_IMAGES
     """Training images for scores and repair; their labels are not used."""
+    scores: str | None = None
+    """A run folder whose scores to decide by, for another budget; when absent the model is scored."""
     initialise: str = "host"
     """Weights of the pruned model after a search: those of the `host`, as published (and then repaired), or of the
     `search`."""
@@ -134,11 +137,10 @@ def compress(
         BudgetError, DataError, UnsupportedHostError, RunFolderError: bad input, before anything is trained.
         RunError: training failed; the run folder keeps the last good state.
     """
-    budget = parse_budget("50%" if macs is None and params is None else macs, params)
+    budget = Budget.parse("50%" if macs is None and params is None else macs, params)
     settings = config or CompressConfig()
     if isinstance(data, str):
-        size = family_of(host).input_size(host)
-        data = load_images(data, images or ImageConfig(), size, preprocessing or Preprocessing())
+        data = load_images(data, images or ImageConfig(), input_size(host), preprocessing or Preprocessing())
     if output is not None:
         return run_compress(host, data, budget, RunFolder.open(output, resume), settings, console).model
     with tempfile.TemporaryDirectory() as temporary:
@@ -184,7 +186,7 @@ def run_compress(
             dense, images, steps.limits, run, config, steps.search, progress, config.multiple, teacher
         )
     else:
-        architecture = decide_from_scores(dense, calibrating, steps.limits, run, config.multiple, progress)
+        architecture = decide_from_scores(dense, calibrating, steps.limits, run, config, progress)
     set_seed(config.seed)  # a continued run starts from the same weights where they are drawn
     pruned = prune(
         dense,
@@ -223,6 +225,13 @@ def check_compress(
     if config.calibration_images < 1:
         raise DataError(f"calibration_images is {config.calibration_images}, expected 1 or more")
     limits = check_decision(host, budget, config.multiple)
+    if config.scores is not None:
+        if config.search.epochs > 0 or config.dense.epochs > 0:
+            raise RunFolderError(
+                f"scores {config.scores} are of the model as it is, and decide without a search; leave them out, or "
+                "dense.epochs and search.epochs"
+            )
+        Scores.load(config.scores).check(Host.of(host))
     searching = config.search if config.search.epochs > 0 else None
     finetuning = config.finetune
     if config.train_epochs is not None:
@@ -244,9 +253,8 @@ def check_decision(host: nn.Module, budget: Budget, multiple: int | None) -> dic
         NotSearchableError, UnsupportedHostError: the model is not a dense host of a supported family.
         BudgetError: the multiple is malformed, or the budget is out of reach.
     """
-    check_dense(host)
     check_multiple(multiple)
-    return {budget.metric: budget.target(network_costs(family_of(host), host)[budget.metric])}
+    return {budget.metric: budget.target(network_costs(host)[budget.metric])}
 
 
 def train_dense(
@@ -334,29 +342,40 @@ def decide_from_scores(
     images: Sequence[Tensor],
     limits: dict[str, Any],
     run: RunFolder,
-    multiple: int | None,
+    config: CompressConfig,
     progress: PhaseProgress,
 ) -> Architecture:
-    """Return the architecture that scores choose, without a search. A continued run keeps the one that it has written.
+    """Return the architecture that scores choose, without a search. A continued run keeps what it has written.
 
     Args:
         host: the dense model.
         images: calibration images, [B, channels, height, width] a batch.
         limits: the budget, `{"macs": 500_000_000}` or `{"params": ...}`.
-        run: the run folder.
-        multiple: FFN widths and ranks are multiples of it; None as in `decide`.
+        run: the run folder, which gets the scores and the architecture.
+        config: says whether scores are there already, and what ranks and widths are multiples of.
         progress: where to show progress.
     """
     if run.architecture.is_file():
         ((metric, target),) = limits.items()
-        run.check_architecture(network_costs(family_of(host), host)[metric], target)
+        run.check_architecture(network_costs(host)[metric], target)
         return Architecture.load(run.architecture)
 
     def by_scores() -> Architecture:
-        with _scoring(host, progress) as report:
-            return decide(host, multiple=multiple, calibration=images, report=report, **limits)
+        folder = run.path if run.scores.is_file() or config.scores is None else Path(config.scores)
+        if folder == run.path and not run.scores.is_file():
+            run.write_scores(_score(host, images, config.multiple, progress))
+        return decide(host, multiple=config.multiple, scores=Scores.load(folder), **limits)
 
     return _decided(run, by_scores)
+
+
+def _score(host: nn.Module, images: Sequence[Tensor], multiple: int | None, progress: PhaseProgress) -> Scores:
+    """Score a host under a bar that moves with the blocks."""
+    progress.start("scores", len(Host.of(host).blocks), 0)
+    try:
+        return score(host, images, multiple=multiple or DEFAULT_MULTIPLE, report=lambda *done: progress.step(""))
+    finally:
+        progress.stop()
 
 
 def _decided(run: RunFolder, make: Callable[[], Architecture]) -> Architecture:
@@ -365,16 +384,6 @@ def _decided(run: RunFolder, make: Callable[[], Architecture]) -> Architecture:
         run.write_architecture(make())
     processes().wait_for_everyone()
     return Architecture.load(run.architecture)
-
-
-@contextmanager
-def _scoring(host: nn.Module, progress: PhaseProgress) -> Iterator[Callable[[int, int], Any]]:
-    """Show a bar while blocks are scored; calls of what it gives move it."""
-    progress.start("scores", len(family_of(host).blocks(host)), 0)
-    try:
-        yield lambda done, blocks: progress.step("")
-    finally:
-        progress.stop()
 
 
 def figures_of(model: nn.Module, images: Images, config: LoopConfig) -> Evaluation:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,11 +29,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spvit.architecture import Architecture
-from spvit.budget import human
+from spvit.budget import TOLERANCE, human
 from spvit.checkpoint import read_weights, write_text, write_weights
 from spvit.cost import NetworkCost
-from spvit.decide import TOLERANCE
 from spvit.errors import BudgetError, DataError, RunError, RunFolderError, SpvitError
+from spvit.repair.scores import Scores
 
 DENSE, SEARCH, FINETUNE = "dense", "search", "finetune"
 
@@ -245,6 +246,13 @@ class RunFolder:
         return read_weights(self.states(phase) / "best.safetensors")
 
     # Results.
+
+    def write_scores(self, scores: Scores) -> None:
+        """Write what scoring measured, as a whole."""
+        with tempfile.TemporaryDirectory(dir=self.path) as partial:
+            scores.save(partial)
+            for name in ("scores.safetensors", self.scores.name):  # the second says that both are there
+                (Path(partial) / name).replace(self.path / name)
 
     def write_architecture(self, architecture: Architecture) -> None:
         """Write architecture.json. Raises DataError when weights of another one were fine-tuned here already."""
