@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
 import reference
-from spvit.hosts import family_of_library
-from spvit.pruned import Grid
-from spvit.searchable import SearchableAttention
+import spvit
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the golden files are not at {GOLDEN}")
@@ -32,21 +31,14 @@ def load_batchnorm(bn: nn.BatchNorm2d, tensors: dict[str, Tensor], name: str) ->
 
 
 @torch.no_grad()
-def make_layer(deit: dict[str, Tensor]) -> SearchableAttention:
+def make_layer(deit: dict[str, Tensor]) -> nn.Module:
     """Return the gated layer of `deit_attention` as it was before any training pass."""
-    from timm.layers import Attention
-
-    attention = Attention(DIM, HEADS, qkv_bias=True)
+    host = timm.create_model("deit_tiny_patch16_224", img_size=80, embed_dim=DIM, depth=1, num_heads=HEADS)
+    net = spvit.make_searchable(host, temperature=deit["w.alpha"].item())
+    layer = net.blocks[0].attn
     for part in ("weight", "bias"):
-        getattr(attention.qkv, part).copy_(torch.cat([deit[f"w.qk.{part}"], deit[f"w.v.{part}"]]))
-        getattr(attention.proj, part).copy_(deit[f"w.proj.{part}"])
-    layer = SearchableAttention(
-        attention,
-        family_of_library("timm").access,
-        prefix_tokens=PREFIX,
-        grid=Grid(*GRID),
-        temperature=deit["w.alpha"].item(),
-    )
+        getattr(layer.attention.qkv, part).copy_(torch.cat([deit[f"w.qk.{part}"], deit[f"w.v.{part}"]]))
+        getattr(layer.attention.proj, part).copy_(deit[f"w.proj.{part}"])
     layer.head_logits.copy_(deit["w.head_probs"])
     load_batchnorm(layer.bn1, deit, "bn_1x1")
     load_batchnorm(layer.bn3, deit, "bn_3x3")

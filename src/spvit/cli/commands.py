@@ -1,4 +1,4 @@
-"""What each sub-command of `spvit` does: open, run, show, write."""
+"""What each sub-command of `spvit` does: open, run, write, show."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from rich.console import Console
 from torch import nn
 
 from spvit.architecture import Architecture, architectures, dense
-from spvit.benchmark import measure_latencies
-from spvit.budget import Budget, human
+from spvit.benchmark import Latency, measure_latencies
+from spvit.budget import human
 from spvit.checkpoint import save
 from spvit.cli.convert import (
     Published,
@@ -23,7 +23,7 @@ from spvit.cli.convert import (
     read_published,
     rebuild,
 )
-from spvit.cli.inputs import check_trained, model_and_images
+from spvit.cli.inputs import model_and_images
 from spvit.cli.options import (
     CompressCommand,
     ConvertCommand,
@@ -35,7 +35,7 @@ from spvit.cli.options import (
     TrainCommand,
 )
 from spvit.cli.plan import print_plan
-from spvit.cli.show import block_table, comparison_table, kinds_text
+from spvit.cli.show import block_table, comparison_table, kinds_text, latency_text, say
 from spvit.cost import count_macs, count_params
 from spvit.errors import ArchitectureError, CheckpointError, ModelError, RunFolderError
 from spvit.hosts.host import example_images
@@ -44,7 +44,6 @@ from spvit.models import ModelConfig, OpenedModel, open_model
 from spvit.replacements.costs import network_costs
 from spvit.surgery import prune, pruned_record
 from spvit.train.compress import (
-    Compressed,
     check_decision,
     deployed,
     figures_of,
@@ -65,61 +64,50 @@ NOT_SETTINGS = ("resume", "dry_run")
 BATCHES = (1, 64)
 
 
-def _open(name: str, options: RunCommand, trains_head: bool, console: Console) -> tuple[OpenedModel, Images, RunFolder]:
-    """Return the model and images of a run, and its folder with the settings written; refuse what does not fit."""
-    folder = RunFolder.open(options.output, options.resume)
+def _open(name: str, options: RunCommand, trains_head: bool, console: Console) -> tuple[nn.Module, Images, RunFolder]:
+    """Return the model and images of a run, and its folder with the settings written."""
+    run = RunFolder.open(options.output, options.resume)
     set_seed(options.seed)
-    opened, images = model_and_images(options, options.data, options.images)
-    check_trained(opened, options.model, images, trains_head)
+    opened, images = model_and_images(options, trains_head)
     state = processes()
     state.wait_for_everyone()  # until all have found the folder fit to write to
     if state.is_main_process:
         settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in NOT_SETTINGS}
-        folder.write_settings(name, yaml.safe_dump(settings, sort_keys=False))
+        run.write_settings(name, yaml.safe_dump(settings, sort_keys=False))
     state.wait_for_everyone()
-    cost = f"{human(count_params(opened.model))} params, {human(_macs(opened.model))} macs"
-    console.print(f"{options.model}: {cost}; {len(images.classes)} classes", highlight=False, soft_wrap=True)
-    return opened, images, folder
-
-
-def _macs(model: nn.Module) -> int:
-    return count_macs(model, lambda twin: twin(example_images(twin)))
-
-
-def _shared(options: RunCommand) -> LoopConfig:
-    return LoopConfig(seed=options.seed, precision=options.precision, log_every=options.log_every)
+    params, macs = count_params(opened.model), _macs(opened.model)
+    say(console, f"{options.model}: {human(params)} params, {human(macs)} macs; {len(images.classes)} classes")
+    return opened.model, images, run
 
 
 def train_command(options: TrainCommand, console: Console) -> None:
     """Train a dense model and write it."""
-    opened, images, folder = _open("train", options, trains_head=True, console=console)
-    figures = train_dense(opened.model, images, folder, _shared(options), options.dense, PhaseProgress(console))
-    write_model(opened.model, images, figures, folder.path)
-    _say_where(console, folder.path, f"accuracy {figures.accuracy:.2%}")
+    model, images, run = _open("train", options, True, console)
+    figures = train_dense(model, images, run, options, options.dense, PhaseProgress(console))
+    write_model(model, images, figures, run.path)
+    _say_where(console, run.path, f"accuracy {figures.accuracy:.2%}")
 
 
 def search_command(options: SearchCommand, console: Console) -> None:
     """Search, and write the architecture and the pruned model as the search left it."""
-    opened, images, folder = _open("search", options, trains_head=False, console=console)
+    host, images, run = _open("search", options, False, console)
     check_settings(options.search)
-    limits = check_decision(opened.model, Budget.parse(**options.limits()), options.multiple)
-    shared, progress = _shared(options), PhaseProgress(console)
-    teacher = opened.model if options.search.teacher is None else None
-    net, architecture = search(
-        opened.model, images, limits, folder, shared, options.search, progress, options.multiple, teacher
-    )
-    console.print(block_table(architecture, network_costs(opened.model), "architecture"))
-    pruned = prune(opened.model, architecture, weights=net)
-    figures = figures_of(pruned, images, shared)
-    write_model(pruned, images, figures, folder.path)
-    _say_where(console, folder.path, f"accuracy {figures.accuracy:.2%} before fine-tuning")
+    limits = check_decision(host, options.budget(), options.multiple)
+    teacher = host if options.search.teacher is None else None
+    progress = PhaseProgress(console)
+    net, architecture = search(host, images, limits, run, options, options.search, progress, options.multiple, teacher)
+    console.print(block_table(architecture, network_costs(host), "architecture"))
+    pruned = prune(host, architecture, weights=net)
+    figures = figures_of(pruned, images, options)
+    write_model(pruned, images, figures, run.path)
+    _say_where(console, run.path, f"accuracy {figures.accuracy:.2%} before fine-tuning")
 
 
 def finetune_command(options: FinetuneCommand, console: Console) -> None:
     """Fine-tune a pruned model, or a dense one after pruning it to an architecture, and write it folded."""
     architecture = Architecture.load(options.architecture) if options.architecture is not None else None
-    opened, images, folder = _open("finetune", options, trains_head=False, console=console)
-    model, teacher = opened.model, None
+    model, images, run = _open("finetune", options, False, console)
+    teacher = None
     if architecture is not None:
         teacher = model if options.finetune.teacher is None else None
         model = _pruned_to(model, architecture, str(options.architecture))
@@ -130,34 +118,34 @@ def finetune_command(options: FinetuneCommand, console: Console) -> None:
             "distillation needs a teacher; name one with --finetune.teacher, or the dense model with --model and what "
             "to keep with --architecture"
         )
-    figures = finetune(model, images, folder, _shared(options), options.finetune, PhaseProgress(console), teacher)
-    write_model(deployed(model), images, figures, folder.path)
-    _say_where(console, folder.path, f"accuracy {figures.accuracy:.2%}")
+    figures = finetune(model, images, run, options, options.finetune, PhaseProgress(console), teacher)
+    write_model(deployed(model), images, figures, run.path)
+    _say_where(console, run.path, f"accuracy {figures.accuracy:.2%}")
 
 
 def compress_command(options: CompressCommand, console: Console) -> None:
-    """Train if asked, search, prune, fine-tune, fold and write; or print what that would take."""
+    """Compress a model to a budget; or print what that would take."""
     if options.dry_run:
         print_plan(options, console)
         return
-    opened, images, folder = _open("compress", options, trains_head=options.dense.epochs > 0, console=console)
-    result = run_compress(opened.model, images, Budget.parse(**options.limits()), folder, options, console)
-    if processes().is_main_process:
-        _show_compressed(result, folder.path, console)
+    model, images, run = _open("compress", options, options.dense.epochs > 0, console)
+    result = run_compress(model, images, options.budget(), run, options, console)
+    if not processes().is_main_process:
+        return
+    rows = {"dense": result.host, "pruned": result.model}
+    costs = {name: {"params": count_params(row), "macs": _macs(row)} for name, row in rows.items()}
+    console.print(block_table(result.architecture, network_costs(result.host), "architecture"))
+    console.print(comparison_table({"dense": result.dense, "pruned": result.pruned}, costs, _latencies(rows)))
+    after = f"accuracy right after pruning {result.after_pruning.accuracy:.2%}"
+    _say_where(console, run.path, f"attention: {kinds_text(result.architecture)}; {after}")
 
 
 def evaluate_command(options: EvaluateCommand, console: Console) -> None:
     """Print a model's figures on the validation images."""
-    opened, images = model_and_images(options, options.data, options.images)
-    if not opened.trained:
-        raise ModelError(f"{options.model} has no trained weights for these {len(images.classes)} classes")
+    opened, images = model_and_images(options)
     figures = figures_of(opened.model, images, LoopConfig(precision=options.precision))
-    console.print(
-        f"accuracy {figures.accuracy:.2%}, top-5 {figures.accuracy_top5:.2%}, loss {figures.loss:.4f}, "
-        f"{figures.images:,} images",
-        highlight=False,
-        soft_wrap=True,
-    )
+    shares = f"accuracy {figures.accuracy:.2%}, top-5 {figures.accuracy_top5:.2%}"
+    say(console, f"{shares}, loss {figures.loss:.4f}, {figures.images:,} images")
 
 
 def profile_command(options: ProfileCommand, console: Console) -> None:
@@ -180,15 +168,15 @@ def profile_command(options: ProfileCommand, console: Console) -> None:
     if architecture in architectures().values():
         own = {metric: cost.of(architecture) for metric, cost in costs.items()}
         unfolded = unfolded_params(host, architecture)
-        console.print(
-            f"deployed: {own['params']:,} params, {own['macs']:,} macs\n"
+        say(
+            console,
+            f"deployed: {own['params']:,} params, {own['macs']:,} macs",
             f"as published: {unfolded:,} params ({human(unfolded)}), which counts convolutions before folding, with "
             "the whole value and output projections",
-            highlight=False,
-            soft_wrap=True,
         )
     if options.latency:
-        _print_latencies({"dense": host.eval(), "pruned": pruned}, console)
+        for name, latencies in _latencies({"dense": host.eval(), "pruned": pruned}).items():
+            say(console, *(f"{name}: {latency_text(latency)}" for latency in latencies))
 
 
 def convert_command(options: ConvertCommand, console: Console) -> None:
@@ -238,7 +226,7 @@ def _convert_indicators(published: Published, options: ConvertCommand, folder: P
     RunFolder(folder).write_architecture(architecture)
     lines = [f"{options.checkpoint}: {published.described()}", *_architecture_lines(architecture)]
     lines += [_attention_line(architecture), f"architecture in {RunFolder(folder).architecture}, for spvit finetune"]
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    say(console, *lines)
 
 
 def _architecture_lines(architecture: Architecture) -> list[str]:
@@ -271,36 +259,15 @@ def _named_architecture(name: str) -> Architecture:
     return Architecture.load(name)
 
 
-def _print_latencies(models: dict[str, nn.Module], console: Console) -> None:
-    for batch in BATCHES:
-        images = example_images(models["dense"], batch)
-        for name, latency in zip(models, measure_latencies(list(models.values()), images)):
-            console.print(
-                f"{name}: {latency.latency_ms:.2f} ms (spread {latency.spread_ms:.2f}) at batch {batch}, "
-                f"{latency.images_per_s:.0f} images/s, {latency.device}, {latency.dtype}, {latency.threads} threads, "
-                f"{latency.repeats} repeats",
-                highlight=False,
-                soft_wrap=True,
-            )
+def _latencies(models: dict[str, nn.Module]) -> dict[str, list[Latency]]:
+    """Return the latencies of models by name, one a batch size, measured side by side."""
+    measured = [measure_latencies(list(models.values()), example_images(models["dense"], batch)) for batch in BATCHES]
+    return {name: [latencies[index] for latencies in measured] for index, name in enumerate(models)}
 
 
-def _show_compressed(result: Compressed, folder: Path, console: Console) -> None:
-    host, model = result.host, result.model
-    console.print(block_table(result.architecture, network_costs(host), "architecture"))
-    rows = {"dense": host, "pruned": model}
-    latencies = {batch: measure_latencies(list(rows.values()), example_images(host, batch)) for batch in BATCHES}
-    console.print(
-        comparison_table(
-            {"dense": result.dense, "pruned": result.pruned},
-            {name: {"params": count_params(row), "macs": _macs(row)} for name, row in rows.items()},
-            {name: [latencies[batch][index] for batch in BATCHES] for index, name in enumerate(rows)},
-        )
-    )
-    kept = kinds_text(result.architecture)
-    _say_where(console, folder, f"attention: {kept}; accuracy right after pruning {result.after_pruning.accuracy:.2%}")
+def _macs(model: nn.Module) -> int:
+    return count_macs(model, lambda twin: twin(example_images(twin)))
 
 
 def _say_where(console: Console, folder: Path, text: str) -> None:
-    console.print(
-        f'{text}\nfiles in {folder}; load the model with spvit.load("{folder}")', highlight=False, soft_wrap=True
-    )
+    say(console, text, f'files in {folder}; load the model with spvit.load("{folder}")')

@@ -7,6 +7,7 @@ A recipe (YAML) holds the same names. The resolved values of a run stand in its 
 from dataclasses import dataclass, field
 from typing import Any
 
+from spvit.budget import Budget
 from spvit.models import ModelConfig
 from spvit.train.compress import CompressConfig
 from spvit.train.data import ImageConfig
@@ -37,21 +38,17 @@ class TrainCommand(RunCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetOptions:
-    """How much the pruned model may cost; give one of the two."""
+    """How much the pruned model may cost: one of the two, or else half of the MACs."""
 
     macs: str | int | None = None
-    """Budget in MACs of one image: a share of the dense model's (50%), an amount (1.0G, 300M), or a whole number."""
+    """Budget in MACs of one image: a share of the dense model's (50%), an amount (1.0G, 300M), or a whole number. 50%
+    when no budget is given."""
     params: str | int | None = None
     """Budget in parameters, in the same forms."""
 
-    def limits(self) -> dict[str, str | int]:
-        """Return the budget given as keyword arguments; half of the MACs when none is."""
-        given: dict[str, str | int] = {}
-        if self.macs is not None:
-            given["macs"] = self.macs
-        if self.params is not None:
-            given["params"] = self.params
-        return given or {"macs": "50%"}
+    def budget(self) -> Budget:
+        """Return the budget; half of the MACs when none is given. Raises BudgetError when it is malformed."""
+        return Budget.parse("50%" if self.macs is None and self.params is None else self.macs, self.params)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.console import Console
 from rich.table import Table
 
 from spvit.architecture import KINDS, Architecture
@@ -9,6 +10,11 @@ from spvit.benchmark import Latency
 from spvit.budget import human
 from spvit.cost import NetworkCost
 from spvit.train.loop import Evaluation
+
+
+def say(console: Console, *lines: str) -> None:
+    """Print lines as they are, without colours or breaks."""
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
 def block_table(architecture: Architecture, costs: dict[str, NetworkCost], title: str) -> Table:
@@ -47,6 +53,15 @@ def kinds_text(architecture: Architecture) -> str:
     """Return how many layers are of each kind, in words, narrowed ones apart."""
     found = ["narrow msa" if block.attention.narrowed() else block.attention.kind for block in architecture.blocks]
     return ", ".join(f"{found.count(kind)} {kind}" for kind in ("msa", "narrow msa", *list(KINDS)[1:]) if kind in found)
+
+
+def latency_text(latency: Latency) -> str:
+    """Return a latency with all that it was measured with."""
+    return (
+        f"{latency.latency_ms:.2f} ms (spread {latency.spread_ms:.2f}) at batch {latency.batch}, "
+        f"{latency.images_per_s:.0f} images/s, {latency.device}, {latency.dtype}, {latency.threads} threads, "
+        f"{latency.repeats} repeats"
+    )
 
 
 def comparison_table(
