@@ -143,7 +143,7 @@ def test_biases_norms_and_what_the_host_exempts_do_not_decay() -> None:
     blocks = tuple(Block(Attention(kind), FFN.whole(96)) for kind in ("skip", "conv1"))
     model = spvit.prune(host, Architecture(blocks, "linear", "mean"))  # constants there are vectors by token: biases too
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, exempt = optimizers(model, PhaseConfig(), False, 1)[0].param_groups
+    exempt, decayed = optimizers(model, PhaseConfig(), False, 1)[0].param_groups
     assert exempt["weight_decay"] == 0
     found = {names[id(parameter)] for parameter in decayed["params"]}
     assert {"blocks.0.mlp.fc1.weight", "blocks.1.attn.conv_in.weight"} <= found

@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from spvit.checkpoint import Preprocessing
 from spvit.errors import DataError
 from spvit.train.augmentation import keep_a_bit
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 DIGITS = "digits"
 DIGITS_HELD_OUT = 360
 
-Items = Sequence[tuple[Any, int]]
+Items = Any
+"""A sequence of (path, array or PIL image, class)."""
 
 logger = logging.getLogger("spvit")
 
@@ -88,7 +88,7 @@ class TransformedImages(Dataset[Any]):
 
     def __init__(
         self,
-        items: Sequence[tuple[Any, int]],
+        items: Items,
         transform: Callable[[Image.Image], Tensor],
         channels: int,
         skip_corrupt: bool = False,
@@ -112,7 +112,7 @@ class TransformedImages(Dataset[Any]):
                 raise DataError(message) from error
             logger.warning("left out: image %s cannot be read (%s)", source, reason)
             return None
-        return self.transform(image), target
+        return self.transform(image), int(target)
 
 
 def _open(source: Any) -> Image.Image:
@@ -121,20 +121,6 @@ def _open(source: Any) -> Image.Image:
             image.load()
             return image
     return Image.fromarray(source) if isinstance(source, np.ndarray) else source
-
-
-class _DatasetItems(Sequence[tuple[Any, int]]):
-    """A torchvision data set, read without its transform, as (image, class) pairs."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: Any) -> Any:
-        image, target = self.dataset[index]
-        return image, int(target)
 
 
 def load_images(source: str, config: ImageConfig, size: tuple[int, int, int], preprocessing: Preprocessing) -> Images:
@@ -287,28 +273,22 @@ def _digits() -> tuple[Items, Items, tuple[str, ...]]:
 
 
 def _folder(folder: Path) -> tuple[Items, Items, tuple[str, ...]]:
-    splits: dict[str, dict[str, list[tuple[str, int]]]] = {}
+    from torchvision.datasets import ImageFolder
+
+    splits = {}
     for split in ("train", "val"):
         if not (folder / split).is_dir():
             raise DataError(f"{folder} has no folder {split}/; expected train/ and val/, each with a folder a class")
-        names = sorted(path.name for path in (folder / split).iterdir() if path.is_dir())
-        if not names:
-            raise DataError(f"{folder / split} has no class folders; expected a folder of images for each class")
-        splits[split] = {name: _class_files(folder / split / name, index) for index, name in enumerate(names)}
-    classes = tuple(splits["train"])
+        try:
+            splits[split] = ImageFolder(folder / split)
+        except FileNotFoundError as error:
+            reason = str(error).rstrip(".")
+            raise DataError(f"{folder / split}: {reason}; expected a folder of images for each class") from error
     for here, there in (("train", "val"), ("val", "train")):
-        missing = next((name for name in splits[here] if name not in splits[there]), None)
+        missing = next((name for name in splits[here].classes if name not in splits[there].classes), None)
         if missing is not None:
             raise DataError(f"class {missing!r} is in {folder / here} but not in {folder / there}; they must match")
-    train, validation = ([item for items in splits[split].values() for item in items] for split in ("train", "val"))
-    return train, validation, classes
-
-
-def _class_files(folder: Path, index: int) -> list[tuple[str, int]]:
-    files = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
-    if not files:
-        raise DataError(f"{folder} holds no images; expected files ending in {', '.join(IMAGE_ENDINGS)}")
-    return [(file, index) for file in files]
+    return splits["train"].samples, splits["val"].samples, tuple(splits["train"].classes)
 
 
 def _torchvision(name: str, config: ImageConfig) -> tuple[Items, Items, tuple[str, ...]]:
@@ -329,13 +309,13 @@ def _torchvision(name: str, config: ImageConfig) -> tuple[Items, Items, tuple[st
     except (RuntimeError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"torchvision's {name} is not under {config.root!r} and could not be had ({reason}); put its files there, "
-            "or name their folder with --images.root"
+            f"torchvision's {name} is not under {config.root!r} and could not be downloaded ({reason}); put its files "
+            "there, or name their folder with --images.root"
         ) from error
     classes = getattr(train, "classes", None)
     if classes is None:
-        classes = range(max(target for _, target in _DatasetItems(train)) + 1)
-    return _DatasetItems(train), _DatasetItems(validation), tuple(str(item) for item in classes)
+        classes = range(max(int(target) for _, target in train) + 1)
+    return train, validation, tuple(str(item) for item in classes)
 
 
 def _splits(parameters: Any) -> list[dict[str, str]]:

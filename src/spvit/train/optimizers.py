@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from spvit.models import undecayed
 from spvit.search.network import gate_parameters
 from spvit.train.settings import PhaseConfig
 
@@ -26,19 +28,10 @@ def optimizers(model: nn.Module, settings: PhaseConfig, gated: bool, steps: int)
     """
     gates = gate_parameters(model) if gated else []
     own = {id(parameter) for parameter in gates}
-    exempt: set[str] = getattr(model, "no_weight_decay", set)()
-    names = {"bias", "position_embeddings", "cls_token", "mask_token"} | {name.split(".")[-1] for name in exempt}
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in own:
-            groups[parameter.dim() > 1 and name.split(".")[-1] not in names].append(parameter)
-    weights = AdamW(
-        [
-            {"params": groups[True], "weight_decay": settings.weight_decay},
-            {"params": groups[False], "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-    )
+    groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=undecayed(model))
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+    weights = AdamW(groups, lr=settings.learning_rate)
     if not gates:
         return weights, None
     return weights, AdamW(gates, lr=gate_learning_rate(settings, steps), weight_decay=0.0)

@@ -9,7 +9,6 @@ Shapes: images [B, channels, height, width]; logits [B, classes].
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,7 @@ from torch.nn import functional as F
 from spvit.checkpoint import Preprocessing
 from spvit.errors import DataError, ModelError, UnsupportedHostError
 from spvit.hosts.host import logits_of
-from spvit.hosts.recognise import family_of
-from spvit.models import ModelConfig, number_of_classes, open_model
+from spvit.models import ModelConfig, input_of, number_of_classes, open_model
 from spvit.train.data import Images
 from spvit.train.settings import PhaseConfig, check_settings
 
@@ -87,7 +85,7 @@ def open_teacher(name: str, images: Images, weights: bool = True) -> Teacher:
             f"teacher {name} has {classes} classes, but the images have {len(images.classes)}; name one of these "
             "classes, such as a folder that spvit train wrote"
         )
-    channels, size = _input(opened.model)
+    channels, size = input_of(opened.model)
     if channels != len(images.preprocessing.mean):
         raise DataError(
             f"teacher {name} takes {channels} channels, but the model {len(images.preprocessing.mean)}; name a teacher "
@@ -117,21 +115,3 @@ def check_dense_phase(phase: PhaseConfig) -> None:
             f"dense.distillation is {phase.distillation}, but before the dense model is trained it cannot teach; name "
             "a teacher with --dense.teacher, or leave distillation out"
         )
-
-
-def _input(model: Any) -> tuple[int, tuple[int, int] | None]:
-    """Return a model's channels, and the (height, width) that it needs, None for any."""
-    try:
-        channels, height, width = family_of(model).input_size(model)
-        return channels, (height, width)
-    except UnsupportedHostError:
-        source = getattr(model, "pretrained_cfg", None)
-        if source is None:  # of Hugging Face: images are resized to what it was trained on
-            side = getattr(model.config, "image_size", None)
-            return getattr(model.config, "num_channels", 3), None if side is None else _pair(side)
-        channels, height, width = source["input_size"]
-        return channels, (height, width) if source.get("fixed_input_size") else None
-
-
-def _pair(side: Any) -> tuple[int, int]:
-    return (side, side) if isinstance(side, int) else (side[0], side[1])
