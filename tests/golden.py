@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -46,11 +47,13 @@ def make_layer(deit: dict[str, Tensor]) -> nn.Module:
     # The file's running statistics are those *after* one training pass (the writer stored the live buffers, and the
     # evaluation outputs were computed before): stored = 0.9 earlier + 0.1 batch statistic. A training pass of the naive
     # reference from earlier = 0 leaves 0.1 batch statistic, which gives the earlier ones back.
+    parts = {name: getattr(layer, name) for name in ("attention", "head_logits", "temperature", "grid")}
+    naive = SimpleNamespace(**parts, prefix_tokens=PREFIX)
     for bn, positions in ((layer.bn1, [4]), (layer.bn3, list(range(9)))):
         stored = [bn.running_mean.clone(), bn.running_var.clone()]
         bn.running_mean.zero_()
         bn.running_var.zero_()
-        reference.bottleneck(deit["x"], layer, bn, positions, training=True)
+        reference.bottleneck(deit["x"], naive, bn, positions, training=True)
         for buffer, value in zip((bn.running_mean, bn.running_var), stored):
             buffer.copy_((value - buffer) / 0.9)
     return layer
