@@ -17,7 +17,6 @@ from spvit.checkpoint import save
 from spvit.cli.convert import (
     Published,
     architecture_name,
-    check_indicated,
     indicated_architecture,
     model_name,
     read_published,
@@ -47,66 +46,65 @@ from spvit.train.compress import (
     check_decision,
     deployed,
     figures_of,
-    finetune,
     run_compress,
     search,
-    train_dense,
     write_model,
 )
-from spvit.train.data import Images
+from spvit.train.loop import Phase, Run, run_phase
 from spvit.train.processes import processes
 from spvit.train.progress import PhaseProgress
-from spvit.train.run_folder import RunFolder
+from spvit.train.run_folder import DENSE, FINETUNE, RunFolder
 from spvit.train.settings import LoopConfig, check_settings
+from spvit.train.teacher import check_dense_phase
 from spvit.zoo import unfolded_params
 
 NOT_SETTINGS = ("resume", "dry_run")
 BATCHES = (1, 64)
 
 
-def _open(name: str, options: RunCommand, trains_head: bool, console: Console) -> tuple[nn.Module, Images, RunFolder]:
-    """Return the model and images of a run, and its folder with the settings written."""
-    run = RunFolder.open(options.output, options.resume)
+def _open(name: str, options: RunCommand, trains_head: bool, console: Console) -> tuple[nn.Module, Run]:
+    """Return the model of a run, and the run with its settings written."""
+    folder = RunFolder.open(options.output, options.resume)
     set_seed(options.seed)
     opened, images = model_and_images(options, trains_head)
     state = processes()
     state.wait_for_everyone()  # until all have found the folder fit to write to
     if state.is_main_process:
         settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in NOT_SETTINGS}
-        run.write_settings(name, yaml.safe_dump(settings, sort_keys=False))
+        folder.write_settings(name, yaml.safe_dump(settings, sort_keys=False))
     state.wait_for_everyone()
     params, macs = count_params(opened.model), _macs(opened.model)
     say(console, f"{options.model}: {human(params)} params, {human(macs)} macs; {len(images.classes)} classes")
-    return opened.model, images, run
+    return opened.model, Run(images, folder, options, PhaseProgress(console))
 
 
 def train_command(options: TrainCommand, console: Console) -> None:
     """Train a dense model and write it."""
-    model, images, run = _open("train", options, True, console)
-    figures = train_dense(model, images, run, options, options.dense, PhaseProgress(console))
-    write_model(model, images, figures, run.path)
-    _say_where(console, run.path, f"accuracy {figures.accuracy:.2%}")
+    model, run = _open("train", options, True, console)
+    check_dense_phase(options.dense)
+    figures = run_phase(Phase(DENSE, model, options.dense), run)
+    write_model(model, figures, run.images, run.folder.path)
+    _say_where(console, run.folder.path, f"accuracy {figures.accuracy:.2%}")
 
 
 def search_command(options: SearchCommand, console: Console) -> None:
     """Search, and write the architecture and the pruned model as the search left it."""
-    host, images, run = _open("search", options, False, console)
+    host, run = _open("search", options, False, console)
     check_settings(options.search)
     limits = check_decision(host, options.budget(), options.multiple)
     teacher = host if options.search.teacher is None else None
-    progress = PhaseProgress(console)
-    net, architecture = search(host, images, limits, run, options, options.search, progress, options.multiple, teacher)
+    net, architecture = search(host, limits, options.search, run, options.multiple, teacher)
     console.print(block_table(architecture, network_costs(host), "architecture"))
     pruned = prune(host, architecture, weights=net)
-    figures = figures_of(pruned, images, options)
-    write_model(pruned, images, figures, run.path)
-    _say_where(console, run.path, f"accuracy {figures.accuracy:.2%} before fine-tuning")
+    figures = figures_of(pruned, run.images, options)
+    write_model(pruned, figures, run.images, run.folder.path)
+    _say_where(console, run.folder.path, f"accuracy {figures.accuracy:.2%} before fine-tuning")
 
 
 def finetune_command(options: FinetuneCommand, console: Console) -> None:
     """Fine-tune a pruned model, or a dense one after pruning it to an architecture, and write it folded."""
     architecture = Architecture.load(options.architecture) if options.architecture is not None else None
-    model, images, run = _open("finetune", options, False, console)
+    model, run = _open("finetune", options, False, console)
     teacher = None
     if architecture is not None:
         teacher = model if options.finetune.teacher is None else None
@@ -118,9 +116,9 @@ def finetune_command(options: FinetuneCommand, console: Console) -> None:
             "distillation needs a teacher; name one with --finetune.teacher, or the dense model with --model and what "
             "to keep with --architecture"
         )
-    figures = finetune(model, images, run, options, options.finetune, PhaseProgress(console), teacher)
-    write_model(deployed(model), images, figures, run.path)
-    _say_where(console, run.path, f"accuracy {figures.accuracy:.2%}")
+    figures = run_phase(Phase(FINETUNE, model, options.finetune, teacher=teacher), run)
+    write_model(deployed(model), figures, run.images, run.folder.path)
+    _say_where(console, run.folder.path, f"accuracy {figures.accuracy:.2%}")
 
 
 def compress_command(options: CompressCommand, console: Console) -> None:
@@ -128,8 +126,8 @@ def compress_command(options: CompressCommand, console: Console) -> None:
     if options.dry_run:
         print_plan(options, console)
         return
-    model, images, run = _open("compress", options, options.dense.epochs > 0, console)
-    result = run_compress(model, images, options.budget(), run, options, console)
+    model, run = _open("compress", options, options.dense.epochs > 0, console)
+    result = run_compress(model, options.budget(), options, run)
     if not processes().is_main_process:
         return
     rows = {"dense": result.host, "pruned": result.model}
@@ -137,7 +135,7 @@ def compress_command(options: CompressCommand, console: Console) -> None:
     console.print(block_table(result.architecture, network_costs(result.host), "architecture"))
     console.print(comparison_table({"dense": result.dense, "pruned": result.pruned}, costs, _latencies(rows)))
     after = f"accuracy right after pruning {result.after_pruning.accuracy:.2%}"
-    _say_where(console, run.path, f"attention: {kinds_text(result.architecture)}; {after}")
+    _say_where(console, run.folder.path, f"attention: {kinds_text(result.architecture)}; {after}")
 
 
 def evaluate_command(options: EvaluateCommand, console: Console) -> None:
@@ -219,9 +217,8 @@ def _convert_indicators(published: Published, options: ConvertCommand, folder: P
     """Write the architecture of an indicator file, which holds no weights."""
     if options.indicators is not None:
         raise CheckpointError(f"{options.checkpoint} is an FFN indicator file itself; --indicators goes with weights")
-    architecture = indicated_architecture(published)
-    if options.model is not None:
-        check_indicated(published, architecture, _random_host(options.model, published, options).model)
+    host = _random_host(options.model, published, options).model if options.model is not None else None
+    architecture = indicated_architecture(published, host)
     folder.mkdir(parents=True, exist_ok=True)
     RunFolder(folder).write_architecture(architecture)
     lines = [f"{options.checkpoint}: {published.described()}", *_architecture_lines(architecture)]

@@ -26,9 +26,8 @@ from spvit.search.budget_loss import BudgetLoss
 from spvit.train.compress import check_compress, searchable_for
 from spvit.train.data import ImageConfig, Images, find_images
 from spvit.train.loaders import training_loader
-from spvit.train.loop import Loop, Phase
-from spvit.train.optimizers import moments_of
-from spvit.train.progress import PhaseProgress
+from spvit.train.loop import Loop, Phase, Run
+from spvit.train.optimizers import tensors_of
 from spvit.train.run_folder import RunFolder
 
 IMAGENET_TRAIN, IMAGENET_VALIDATION, IMAGENET_CLASSES = 1_281_167, 50_000, 1000
@@ -67,7 +66,7 @@ def print_plan(options: CompressCommand, console: Console) -> None:
 
 def _planned(phase: Phase, images: Images, options: CompressCommand, share: float) -> dict[str, str]:
     """Return a phase's column of the table. A few steps on small batches, which are measured, train its model."""
-    loop = Loop(phase, images, RunFolder(os.devnull), options, PhaseProgress(None))
+    loop = Loop(phase, Run(images, RunFolder(os.devnull), options))
     whole, workers, config = images.config.batch_size, images.config.workers, phase.config
     batch = whole if torch.accelerator.is_available() else min(whole, BATCH_ON_CPU)
     modules = [module.state_dict() for module in (loop.model, loop.teacher, loop.average) if module is not None]
@@ -87,7 +86,7 @@ def _planned(phase: Phase, images: Images, options: CompressCommand, share: floa
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loop.step(pictures.to(device), targets.to(device), 0, 0, 0.0)
         step_s, started = time.perf_counter() - started, time.perf_counter()
-    moments = [value for part in (loop.weights, loop.gates) if part is not None for value in moments_of(part).values()]
+    moments = [value for part in (loop.weights, loop.gates) if part is not None for value in tensors_of(part).values()]
     gradients = [parameter for parameter in loop.model.parameters() if parameter.requires_grad]
     activations = sum(count for storage, count in needed.items() if storage not in kept) / batch * whole
     memory = sum(kept.values()) + sum(tensor.nbytes for tensor in (*moments, *gradients)) + activations
