@@ -28,6 +28,7 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
+from spvit.hosts.base import network_costs
 from torch import nn
 from torch.utils.data import Subset
 
@@ -38,7 +39,6 @@ from spvit.budget import human, parse_budget
 from spvit.checkpoint import Preprocessing, describe, replace_atomically
 from spvit.cost import NetworkCost, count_macs, count_params
 from spvit.hosts import family_of
-from spvit.hosts.base import network_costs
 from spvit.repair import repair
 from spvit.train.compress import (
     CALIBRATION_IMAGES,
@@ -48,11 +48,10 @@ from spvit.train.compress import (
     deployed,
     figures_of,
     search,
-    train_dense,
 )
 from spvit.train.data import ImageConfig, Images, load_images
 from spvit.train.loaders import training_loader
-from spvit.train.loop import Phase, run_phase
+from spvit.train.loop import Phase, Run, run_phase
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
@@ -141,7 +140,7 @@ class Bench:
             with tempfile.TemporaryDirectory() as temporary:
                 phase = Phase("finetune", model, config, teacher=teacher)
                 loop = replace(self.loop, seed=self.options.finetune_seed)
-                after = run_phase(phase, self.images, RunFolder(temporary), loop, self.progress)
+                after = run_phase(phase, Run(self.images, RunFolder(temporary), loop, self.progress))
         seconds = time.perf_counter() - started
         model = deployed(model)
         macs = self.macs(model)
@@ -240,9 +239,8 @@ class Bench:
         images = calibration(self.images, options.seed, CALIBRATION_IMAGES)
         limits = check_decision(self.dense, parse_budget(macs=budget), None)
         with tempfile.TemporaryDirectory() as temporary:
-            net, architecture = search(
-                self.dense, self.images, limits, RunFolder(temporary), self.loop, config, self.progress
-            )
+            run = Run(self.images, RunFolder(temporary), self.loop, self.progress)
+            net, architecture = search(self.dense, limits, config, run)
         self.note(str(architecture))
         searching = time.perf_counter() - started
         for name in starts:
@@ -300,7 +298,7 @@ def kept_dense(
         model = make()
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as temporary:
-            train_dense(model, images, RunFolder(temporary), loop, phase, progress)
+            run_phase(Phase("dense", model, phase), Run(images, RunFolder(temporary), loop, progress))
         metrics = {"seconds": time.perf_counter() - started}
         spvit.save(model, folder, preprocessing=images.preprocessing, metrics=metrics)
     return spvit.load(folder), describe(folder).metrics["seconds"]

@@ -11,6 +11,7 @@ from typing import Any
 import timm
 import torch
 from rich.console import Console
+from spvit.hosts.base import logits_of, network_costs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,10 +20,9 @@ from spvit.checkpoint import Preprocessing
 from spvit.cli.main import parse
 from spvit.cost import NetworkCost
 from spvit.hosts import family_of
-from spvit.hosts.base import logits_of, network_costs
 from spvit.train.compress import figures_of
 from spvit.train.data import DIGITS, Images, load_images
-from spvit.train.loop import Evaluation, Phase, run_phase
+from spvit.train.loop import Evaluation, Phase, Run, run_phase
 from spvit.train.losses import BudgetLoss
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import RunFolder
@@ -59,7 +59,7 @@ class Case:
         teacher = self.dense if config.distillation > 0 else None
         with tempfile.TemporaryDirectory() as temporary:
             phase = Phase("finetune" if budget is None else "search", model, config, budget, teacher)
-            return run_phase(phase, self.images, RunFolder(temporary), self.loop, self.progress)
+            return run_phase(phase, Run(self.images, RunFolder(temporary), self.loop, self.progress))
 
 
 def make_case_parser(description: str | None, lengths: list[int] | None = None) -> argparse.ArgumentParser:

@@ -27,7 +27,7 @@ from spvit.search.network import make_searchable
 from spvit.surgery import fold, prune, pruned_record
 from spvit.train.data import ImageConfig, Images, load_images
 from spvit.train.loaders import training_loader, validation_loader
-from spvit.train.loop import Evaluation, Phase, evaluate, make_accelerator, run_phase
+from spvit.train.loop import Evaluation, Phase, Run, evaluate, make_accelerator, run_phase
 from spvit.train.processes import processes
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import DENSE, FINETUNE, SEARCH, RunFolder
@@ -141,52 +141,31 @@ def compress(
     settings = config or CompressConfig()
     if isinstance(data, str):
         data = load_images(data, images or ImageConfig(), input_size(host), preprocessing or Preprocessing())
-    if output is not None:
-        return run_compress(host, data, budget, RunFolder.open(output, resume), settings, console).model
     with tempfile.TemporaryDirectory() as temporary:
-        return run_compress(host, data, budget, RunFolder(temporary), settings, console).model
+        folder = RunFolder(temporary) if output is None else RunFolder.open(output, resume)
+        return run_compress(host, budget, settings, Run(data, folder, settings, PhaseProgress(console))).model
 
 
-def run_compress(
-    host: nn.Module,
-    images: Images,
-    budget: Budget,
-    run: RunFolder,
-    config: CompressConfig,
-    console: Console | None = None,
-) -> Compressed:
-    """Compress a host into a run folder, continuing from what the folder has. The host itself is not changed.
-
-    Args:
-        host: the dense model.
-        images: training and validation images.
-        budget: what the compressed model may cost.
-        run: the run folder.
-        config: settings.
-        console: where to show progress; None is silent.
-    """
-    steps = check_compress(host, images, budget, config)
-    run.path.mkdir(parents=True, exist_ok=True)
-    progress = PhaseProgress(console)
+def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: Run) -> Compressed:
+    """Compress a host into a run folder, continuing from what the folder has. The host itself is not changed."""
+    steps = check_compress(host, run.images, budget, config)
+    run.folder.path.mkdir(parents=True, exist_ok=True)
     dense = copy.deepcopy(host).to(processes().device)
     if config.dense.epochs > 0:
-        dense_figures = train_dense(
-            dense, images, run, config, config.dense, progress, steps.teacher(config.dense, dense)
-        )
-        write_model(dense, images, dense_figures, run.dense)
+        teacher = steps.teacher(config.dense, dense)
+        dense_figures = run_phase(Phase(DENSE, dense, config.dense, teacher=teacher), run)
+        write_model(dense, dense_figures, run.images, run.folder.dense)
     else:
-        dense_figures = figures_of(dense, images, config)
-        progress.note(f"dense model: accuracy {dense_figures.accuracy:.2%}")
-    needed = config.repair or steps.search is None
-    calibrating = calibration(images, config.seed, config.calibration_images) if needed else []
+        dense_figures = figures_of(dense, run.images, config)
+        run.progress.note(f"dense model: accuracy {dense_figures.accuracy:.2%}")
     net = None
+    needed = config.repair or steps.search is None
+    calibrating = calibration(run.images, config.seed, config.calibration_images) if needed else []
     if steps.search is not None:
         teacher = steps.teacher(steps.search, dense)
-        net, architecture = search(
-            dense, images, steps.limits, run, config, steps.search, progress, config.multiple, teacher
-        )
+        net, architecture = search(dense, steps.limits, steps.search, run, config.multiple, teacher)
     else:
-        architecture = decide_from_scores(dense, calibrating, steps.limits, run, config, progress)
+        architecture = _decide_by_scores(dense, steps.limits, calibrating, config, run)
     set_seed(config.seed)  # a continued run starts from the same weights where they are drawn
     pruned = prune(
         dense,
@@ -194,15 +173,16 @@ def run_compress(
         weights=net if config.initialise == "search" else None,
         repair=calibrating if config.repair else None,
     )
-    after_pruning = figures = figures_of(pruned, images, config)
-    progress.note(f"after pruning{' and repair' if config.repair else ''}: accuracy {after_pruning.accuracy:.2%}")
+    after_pruning = figures = figures_of(pruned, run.images, config)
+    run.progress.note(f"after pruning{' and repair' if config.repair else ''}: accuracy {after_pruning.accuracy:.2%}")
     if steps.finetune.epochs > 0:
-        figures = finetune(pruned, images, run, config, steps.finetune, progress, steps.teacher(steps.finetune, dense))
+        teacher = steps.teacher(steps.finetune, dense)
+        figures = run_phase(Phase(FINETUNE, pruned, steps.finetune, teacher=teacher), run)
     model = deployed(pruned)
-    write_model(model, images, figures, run.path)
+    write_model(model, figures, run.images, run.folder.path)
     if processes().is_main_process:
         summary = {"dense": dense_figures, "after_pruning": after_pruning, "pruned": figures}
-        run.write_summary({name: vars(value) for name, value in summary.items()})
+        run.folder.write_summary({name: vars(value) for name, value in summary.items()})
     return Compressed(model, dense.eval(), architecture, dense_figures, after_pruning, figures)
 
 
@@ -211,12 +191,7 @@ def check_compress(
 ) -> Steps:
     """Refuse a compression that cannot work before anything is trained; return what it will do.
 
-    Args:
-        host: the dense model.
-        images: training and validation images.
-        budget: what the compressed model may cost.
-        config: settings.
-        weights: whether to load the teachers' weights too.
+    Without `weights` those of the teachers are not loaded.
     """
     if config.initialise not in ("search", "host"):
         raise RunFolderError(f"initialise is {config.initialise!r}, expected search or host")
@@ -257,41 +232,11 @@ def check_decision(host: nn.Module, budget: Budget, multiple: int | None) -> dic
     return {budget.metric: budget.target(network_costs(host)[budget.metric])}
 
 
-def train_dense(
-    host: nn.Module,
-    images: Images,
-    run: RunFolder,
-    config: LoopConfig,
-    phase: PhaseConfig,
-    progress: PhaseProgress,
-    teacher: nn.Module | None = None,
-) -> Evaluation:
-    """Train a model in place and return its figures. Raises DataError when it is to distil without a teacher."""
-    check_dense_phase(phase)
-    return run_phase(Phase(DENSE, host, phase, teacher=teacher), images, run, config, progress)
-
-
-def finetune(
-    model: nn.Module,
-    images: Images,
-    run: RunFolder,
-    config: LoopConfig,
-    phase: PhaseConfig,
-    progress: PhaseProgress,
-    teacher: nn.Module | None = None,
-) -> Evaluation:
-    """Fine-tune a pruned model in place, by the teacher too if the phase distils, and return its figures."""
-    return run_phase(Phase(FINETUNE, model, phase, teacher=teacher), images, run, config, progress)
-
-
 def search(
     host: nn.Module,
-    images: Images,
     limits: dict[str, Any],
-    run: RunFolder,
-    config: LoopConfig,
     phase: SearchConfig,
-    progress: PhaseProgress,
+    run: Run,
     multiple: int | None = None,
     teacher: nn.Module | None = None,
 ) -> tuple[nn.Module, Architecture]:
@@ -299,20 +244,17 @@ def search(
 
     Args:
         host: the dense model; it stays as it is.
-        images: training and validation images.
         limits: the budget, `{"macs": 500_000_000}` or `{"params": ...}`.
-        run: the run folder.
-        config: settings of the run.
         phase: settings of the search.
-        progress: where to show progress.
+        run: images, run folder and settings.
         multiple: FFN widths and ranks are multiples of it.
         teacher: whom the search distils from, if it does.
     """
-    set_seed(config.seed)
+    set_seed(run.config.seed)
     net = searchable_for(host, phase)
     loss = BudgetLoss(net, weight=phase.budget_weight, **limits)
-    run_phase(Phase(SEARCH, net, phase, loss, teacher), images, run, config, progress)
-    return net, _decided(run, lambda: decide(net, multiple=multiple, **limits))
+    run_phase(Phase(SEARCH, net, phase, loss, teacher), run)
+    return net, _decided(run.folder, lambda: decide(net, multiple=multiple, **limits))
 
 
 def searchable_for(host: nn.Module, phase: SearchConfig) -> nn.Module:
@@ -321,11 +263,7 @@ def searchable_for(host: nn.Module, phase: SearchConfig) -> nn.Module:
 
 
 def calibration(images: Images, seed: int, count: int) -> list[Tensor]:
-    """Return the first so many training images of a run's seed as batches [B, channels, height, width].
-
-    Raises:
-        DataError: an image cannot be read.
-    """
+    """Return the first so many training images of a run's seed as batches [B, channels, height, width]."""
     set_seed(seed)
     batches: list[Tensor] = []
     missing = count
@@ -337,36 +275,23 @@ def calibration(images: Images, seed: int, count: int) -> list[Tensor]:
     return batches
 
 
-def decide_from_scores(
-    host: nn.Module,
-    images: Sequence[Tensor],
-    limits: dict[str, Any],
-    run: RunFolder,
-    config: CompressConfig,
-    progress: PhaseProgress,
+def _decide_by_scores(
+    host: nn.Module, limits: dict[str, Any], images: Sequence[Tensor], config: CompressConfig, run: Run
 ) -> Architecture:
-    """Return the architecture that scores choose, without a search. A continued run keeps what it has written.
-
-    Args:
-        host: the dense model.
-        images: calibration images, [B, channels, height, width] a batch.
-        limits: the budget, `{"macs": 500_000_000}` or `{"params": ...}`.
-        run: the run folder, which gets the scores and the architecture.
-        config: says whether scores are there already, and what ranks and widths are multiples of.
-        progress: where to show progress.
-    """
-    if run.architecture.is_file():
+    """Return the architecture that scores choose. A continued run keeps its own, and scores once."""
+    folder = run.folder
+    if folder.architecture.is_file():
         ((metric, target),) = limits.items()
-        run.check_architecture(network_costs(host)[metric], target)
-        return Architecture.load(run.architecture)
+        folder.check_architecture(network_costs(host)[metric], target)
+        return Architecture.load(folder.architecture)
 
     def by_scores() -> Architecture:
-        folder = run.path if run.scores.is_file() or config.scores is None else Path(config.scores)
-        if folder == run.path and not run.scores.is_file():
-            run.write_scores(_score(host, images, config.multiple, progress))
-        return decide(host, multiple=config.multiple, scores=Scores.load(folder), **limits)
+        if config.scores is None and not folder.scores.is_file():
+            folder.write_scores(_score(host, images, config.multiple, run.progress))
+        scores = Scores.load(folder.path if config.scores is None else config.scores)
+        return decide(host, multiple=config.multiple, scores=scores, **limits)
 
-    return _decided(run, by_scores)
+    return _decided(folder, by_scores)
 
 
 def _score(host: nn.Module, images: Sequence[Tensor], multiple: int | None, progress: PhaseProgress) -> Scores:
@@ -378,12 +303,12 @@ def _score(host: nn.Module, images: Sequence[Tensor], multiple: int | None, prog
         progress.stop()
 
 
-def _decided(run: RunFolder, make: Callable[[], Architecture]) -> Architecture:
+def _decided(folder: RunFolder, make: Callable[[], Architecture]) -> Architecture:
     """Let one process decide and write; all read what it wrote."""
     if processes().is_main_process:
-        run.write_architecture(make())
+        folder.write_architecture(make())
     processes().wait_for_everyone()
-    return Architecture.load(run.architecture)
+    return Architecture.load(folder.architecture)
 
 
 def figures_of(model: nn.Module, images: Images, config: LoopConfig) -> Evaluation:
@@ -400,8 +325,9 @@ def deployed(model: nn.Module) -> nn.Module:
     return fold(model).eval() if pruned_record(model) is not None else model.eval()
 
 
-def write_model(model: nn.Module, images: Images, figures: Evaluation, folder: Path) -> None:
+def write_model(model: nn.Module, figures: Evaluation, images: Images, folder: Path) -> None:
     """Write a run's model with its preprocessing, classes and figures; a continued run replaces its own."""
     if processes().is_main_process:
         metrics = {name: value for name, value in vars(figures).items() if name != "images"}
-        save(model, folder, preprocessing=images.preprocessing, classes=images.classes, metrics=metrics, overwrite=True)
+        own, classes = images.preprocessing, images.classes
+        save(model, folder, preprocessing=own, classes=classes, metrics=metrics, overwrite=True)

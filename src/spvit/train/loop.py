@@ -7,18 +7,19 @@ epoch), and the state is saved at its end, so a continued run repeats exactly wh
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import set_seed
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from spvit.architecture import KINDS
-from spvit.checkpoint import fit_state, plain_state
+from spvit.checkpoint import fit_state
 from spvit.errors import RunError
 from spvit.hosts.host import logits_of
 from spvit.search.budget_loss import BudgetLoss
@@ -26,12 +27,22 @@ from spvit.search.network import gate_parameters
 from spvit.train.data import Images, mixup_of
 from spvit.train.loaders import UNREAD, repeated_loader, training_loader, validation_loader
 from spvit.train.losses import distillation_loss, hard_distillation_loss, task_loss
-from spvit.train.optimizers import load_moments, moments_of, optimizers
+from spvit.train.optimizers import load_tensors, optimizers, tensors_of
 from spvit.train.processes import processes
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig, check_settings
 from spvit.train.teacher import open_teacher
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the phases of a run share."""
+
+    images: Images
+    folder: RunFolder
+    config: LoopConfig
+    progress: PhaseProgress = field(default_factory=PhaseProgress)
 
 
 @dataclass
@@ -103,63 +114,46 @@ def prepared_loader(images: Images, accelerator: Accelerator) -> Any:
     return prepare_data_loader(loader, accelerator.device, 1, 0, put_on_device=True)
 
 
-def run_phase(
-    phase: Phase, images: Images, run: RunFolder, config: LoopConfig, progress: PhaseProgress | None = None
-) -> Evaluation:
-    """Train a phase's model in place, from the last saved state if the run folder has one; return its final figures.
-
-    Args:
-        phase: what to train.
-        images: the training and validation images.
-        run: the run folder; gets metrics and states.
-        config: settings of the run.
-        progress: where to show progress; None is silent.
+def run_phase(phase: Phase, run: Run) -> Evaluation:
+    """Train a phase's model in place, from the last saved state if the folder has one; return its final figures.
 
     Raises:
         RunError: the loss is not finite; the last saved state stays.
-        DataError: an image cannot be read.
+        DataError: a setting is out of range, or an image cannot be read.
     """
-    return Loop(phase, images, run, config, progress or PhaseProgress(None)).run()
+    return Loop(phase, run).run()
 
 
 class Loop:
     """A phase under way: its parts on their devices, and one step after another."""
 
-    def __init__(
-        self, phase: Phase, images: Images, run: RunFolder, config: LoopConfig, progress: PhaseProgress
-    ) -> None:
+    def __init__(self, phase: Phase, run: Run) -> None:
         check_settings(phase.config)
-        self.phase, self.settings, self.config, self.progress = phase, phase.config, config, progress
-        self.folder = run
+        self.phase, self.settings = phase, phase.config
+        self.folder, self.config, self.progress = run.folder, run.config, run.progress
         self.accelerator = make_accelerator()
-        self.mixup = mixup_of(images.config, len(images.classes), phase.config.label_smoothing)
-        self.train = prepared_loader(images, self.accelerator)
+        self.mixup = mixup_of(run.images.config, len(run.images.classes), phase.config.label_smoothing)
+        self.train = prepared_loader(run.images, self.accelerator)
         self.total = max(1, phase.config.epochs * len(self.train))
         weights, gates = optimizers(phase.model, phase.config, phase.budget is not None, self.total)
-        parts = [phase.model, validation_loader(images), weights] + ([gates] if gates is not None else [])
-        self.model, self.validation, self.weights, *rest = self.accelerator.prepare(*parts)
-        self.gates = rest[0] if rest else None
-        self.teacher = self._teacher(images)
-        self.batch = images.config.batch_size * self.accelerator.num_processes
-        reference = phase.config.reference_batch
-        self.scale = self.batch / reference if reference else 1.0
-        self.average: Any = self._averaged() if phase.config.averaging_epochs > 0 else None
+        prepare = self.accelerator.prepare
+        self.model, self.validation, self.weights = prepare(phase.model, validation_loader(run.images), weights)
+        self.gates = prepare(gates) if gates is not None else None
+        teacher = phase.teacher if phase.config.distillation > 0 else None
+        if teacher is None and phase.config.teacher is not None:
+            teacher = open_teacher(phase.config.teacher, run.images)
+        self.teacher = teacher.to(self.accelerator.device).eval() if teacher is not None else None
+        self.batch = run.images.config.batch_size * self.accelerator.num_processes
+        self.scale = self.batch / phase.config.reference_batch if phase.config.reference_batch else 1.0
+        self.average: Any = None
+        if phase.config.averaging_epochs > 0:
+            # After so many epochs as the average reaches back, 1/e of it is left of where it started.
+            decay = math.exp(-1 / (phase.config.averaging_epochs * len(self.train)))
+            self.average = ModelEmaV3(self._plain(), decay=decay)
 
-    def _teacher(self, images: Images) -> nn.Module | None:
-        teacher = self.phase.teacher if self.settings.distillation > 0 else None
-        if teacher is None and self.settings.teacher is not None:
-            teacher = open_teacher(self.settings.teacher, images)
-        return teacher.to(self.accelerator.device).eval() if teacher is not None else None
-
-    def _averaged(self) -> Any:
-        """Return timm's running average of the weights.
-
-        After so many epochs as it reaches back, 1/e of it is left of where it started.
-        """
-        from timm.utils import ModelEmaV3
-
-        decay = math.exp(-1 / (self.settings.averaging_epochs * len(self.train)))
-        return ModelEmaV3(self.accelerator.unwrap_model(self.model), decay=decay)
+    def _plain(self) -> nn.Module:
+        plain: nn.Module = self.accelerator.unwrap_model(self.model)
+        return plain
 
     def _judged(self) -> nn.Module:
         """Return the model that is evaluated, and whose weights are kept: the average if there is one."""
@@ -188,7 +182,7 @@ class Loop:
             self.progress.stop()
         if figures is None:
             figures = self._evaluate()
-        plain = self.accelerator.unwrap_model(self.model)
+        plain = self._plain()
         if self.average is not None:
             plain.load_state_dict(self.average.module.state_dict())
         best = self.folder.best(self.phase.name) if self.settings.keep_best else None
@@ -212,7 +206,8 @@ class Loop:
     def _epoch(self, epoch: int) -> None:
         # All processes draw the images' order alike, what else is drawn differs by process. Nothing that was drawn
         # before counts, so a state holds no random numbers.
-        seed = _epoch_seed(self.config.seed, self.phase.name, epoch)
+        letters = sum(map(ord, self.phase.name))
+        seed = (self.config.seed * 1_000_003 + letters * 10_007 + epoch * 101) % 2**31
         set_seed(seed)
         self.train.set_epoch(seed)
         shared = getattr(self.train, "synchronized_generator", None)
@@ -228,8 +223,7 @@ class Loop:
             values = self.step(images, targets, epoch, step, learning_rate)
             self.progress.advance(values["loss"], values)
             if (step + 1) % self.config.log_every == 0 or index + 1 == len(self.train):
-                seconds = time.perf_counter() - started
-                rate = self.batch * (index + 1) / seconds
+                rate = self.batch * (index + 1) / (time.perf_counter() - started)
                 standing = self._standing()
                 self.progress.stand(standing)
                 self._record({"event": "step", "epoch": epoch + 1, "step": step + 1, **values, **standing,
@@ -265,7 +259,7 @@ class Loop:
                 optimizer.step()
                 optimizer.zero_grad()
         if self.average is not None:
-            self.average.update(self.accelerator.unwrap_model(self.model))
+            self.average.update(self._plain())
         return figures
 
     def _agreement(self, logits: Tensor, images: Tensor) -> Tensor:
@@ -283,11 +277,9 @@ class Loop:
         return min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
 
     def _set_learning_rates(self, step: int) -> float:
-        settings = self.settings
-        warmup = int(settings.warmup_epochs * len(self.train))
-        rate = self.scale * learning_rate_at(
-            step, self.total, warmup, settings.learning_rate, settings.minimum_learning_rate
-        )
+        peak, minimum = self.settings.learning_rate, self.settings.minimum_learning_rate
+        warmup = int(self.settings.warmup_epochs * len(self.train))
+        rate = self.scale * learning_rate_at(step, self.total, warmup, peak, minimum)
         for group in self.weights.param_groups:
             group["lr"] = rate
         return rate
@@ -311,19 +303,15 @@ class Loop:
             self.folder.record(self.phase.name, values)
 
     def _parts(self) -> dict[str, Any]:
-        """Return what a state holds by name: the models and optimizers."""
-        model = self.accelerator.unwrap_model(self.model)
-        parts = {"model": model, "weights": self.weights, "gates": self.gates}
-        return {**parts, "average": self.average.module if self.average is not None else None}
+        """Return what a state holds: the models and optimizers, by name."""
+        average = self.average.module if self.average is not None else None
+        parts = {"model": self._plain(), "average": average, "weights": self.weights, "gates": self.gates}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def _save(self, epoch: int, figures: Evaluation) -> None:
         if self.accelerator.is_main_process:
-            tensors = {
-                f"{name}.{key}": value
-                for name, part in self._parts().items()
-                if part is not None
-                for key, value in (plain_state(part) if isinstance(part, nn.Module) else moments_of(part)).items()
-            }
+            found = {name: tensors_of(part) for name, part in self._parts().items()}
+            tensors = {f"{name}.{key}": value for name, own in found.items() for key, value in own.items()}
             self.folder.save_state(self.phase.name, epoch, tensors, {"figures": vars(figures)})
         self.accelerator.wait_for_everyone()
 
@@ -336,22 +324,18 @@ class Loop:
         if state is None:
             return 0, None
         for name, part in self._parts().items():
-            own = {key[len(name) + 1 :]: value for key, value in state.tensors.items() if key.startswith(f"{name}.")}
-            if isinstance(part, nn.Module):
-                fit_state(part, own, f"of epoch {done} of {self.phase.name}")
-            elif part is not None:
-                load_moments(part, own)
+            prefix = f"{name}."
+            own = {key.removeprefix(prefix): value for key, value in state.tensors.items() if key.startswith(prefix)}
+            load_tensors(part, own, f"of epoch {done} of {self.phase.name}")
         return done, Evaluation(**state.values["figures"])
 
     def _stop_diverged(self, loss: float, epoch: int, step: int, learning_rate: float) -> None:
         standing = ""
-        if self.phase.budget is not None:
+        if self.gates is not None:
             logits = torch.cat([parameter.detach().flatten() for parameter in gate_parameters(self.phase.model)])
             kinds = ", ".join(f"{count} {kind}" for kind, count in self._standing()["kinds"].items())
             gates = f"gate logits {logits.min().item():.3g} to {logits.max().item():.3g}"
-            assert self.gates is not None
-            rate = self.gates.param_groups[0]["lr"]
-            standing = f", attention {kinds}, {gates}, gate learning rate {rate:.3g}"
+            standing = f", attention {kinds}, {gates}, gate learning rate {self.gates.param_groups[0]['lr']:.3g}"
         saved = self.folder.newest_state(self.phase.name)
         kept = f"the last good state is {saved}" if saved else "no epoch was finished yet"
         raise RunError(
@@ -367,7 +351,3 @@ def learning_rate_at(step: int, total: int, warmup: int, peak: float, minimum: f
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
     return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def _epoch_seed(seed: int, phase: str, epoch: int) -> int:
-    return (seed * 1_000_003 + sum(ord(letter) for letter in phase) * 10_007 + epoch * 101) % 2**31

@@ -9,6 +9,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from spvit.checkpoint import fit_state, plain_state
 from spvit.models import undecayed
 from spvit.search.network import gate_parameters
 from spvit.train.settings import PhaseConfig
@@ -37,19 +38,27 @@ def optimizers(model: nn.Module, settings: PhaseConfig, gated: bool, steps: int)
     return weights, AdamW(gates, lr=gate_learning_rate(settings, steps), weight_decay=0.0)
 
 
-def moments_of(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return an optimizer's running moments and steps under `INDEX.NAME`; its settings are those of the phase."""
-    states: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
+def tensors_of(part: nn.Module | Optimizer) -> dict[str, Tensor]:
+    """Return a model's weights, or an optimizer's moments and steps under `INDEX.NAME`, on the CPU.
+
+    An optimizer's other settings are those of the phase.
+    """
+    if isinstance(part, nn.Module):
+        return plain_state(part)
+    states: dict[int, dict[str, Tensor]] = part.state_dict()["state"]
     return {f"{index}.{name}": value.cpu() for index, state in states.items() for name, value in state.items()}
 
 
-def load_moments(optimizer: Optimizer, moments: Mapping[str, Tensor]) -> None:
-    """Put back what `moments_of` returned."""
+def load_tensors(part: nn.Module | Optimizer, tensors: Mapping[str, Tensor], name: str) -> None:
+    """Put back what `tensors_of` returned. Raises CheckpointError when it does not fit; `name` is for the message."""
+    if isinstance(part, nn.Module):
+        fit_state(part, tensors, name)
+        return
     states: dict[int, dict[str, Any]] = {}
-    for key, value in moments.items():
-        index, _, name = key.partition(".")
-        states.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+    for key, value in tensors.items():
+        index, _, own = key.partition(".")
+        states.setdefault(int(index), {})[own] = value
+    part.load_state_dict({"state": states, "param_groups": part.state_dict()["param_groups"]})
 
 
 def gate_learning_rate(settings: PhaseConfig, steps: int) -> float:

@@ -41,20 +41,8 @@ STATE_FORMAT = 2
 """Version of the states; those of the first were pickles, which are not read."""
 
 FIXED = (
-    "model",
-    "model_args",
-    "pretrained",
-    "checkpoint",
-    "data",
-    "macs",
-    "params",
-    "seed",
-    "architecture",
-    "scores",
-    "initialise",
-    "repair",
-    "calibration_images",
-    "multiple",
+    *("model", "model_args", "pretrained", "checkpoint", "data", "macs", "params", "seed", "architecture", "scores"),
+    *("initialise", "repair", "calibration_images", "multiple"),
 )
 """Options that a continued run shares with the run that it continues, so that all files belong together."""
 
@@ -127,15 +115,7 @@ class RunFolder:
         return self.settings
 
     def check_continued(self, before: Any, options: Any) -> None:
-        """Refuse options with which the run cannot be continued.
-
-        Args:
-            before: the options of the run.
-            options: those to continue it with, of the same command.
-
-        Raises:
-            RunFolderError: names the first option that differs where it must not.
-        """
+        """Raise RunFolderError when options differ from those of the run before where they must not."""
         for name in FIXED:
             if getattr(options, name, None) != getattr(before, name, None):
                 raise RunFolderError(
@@ -211,8 +191,7 @@ class RunFolder:
         """Return the last saved state of a phase, or None.
 
         Raises:
-            RunFolderError: another version of spvit wrote it.
-            CheckpointError, RunFolderError: it is damaged.
+            CheckpointError, RunFolderError: it is damaged, or another version of spvit wrote it.
         """
         newest = self.newest_state(phase)
         if newest is None:
