@@ -90,7 +90,8 @@ def test_compress_without_a_search_decides_repairs_and_continues(capsys, recipe,
     assert "finetune epoch 1/1" in text
     assert "after pruning and repair: accuracy" in text
     assert {path.name for path in out.iterdir()} == {
-        "architecture.json", "config.yaml", "metrics.jsonl", "model.json", "model.safetensors", "state", "summary.json",
+        "architecture.json", "config.yaml", "metrics.jsonl", "model.json", "model.safetensors", "scores.json",
+        "scores.safetensors", "state", "summary.json",
     }  # fmt: skip
     assert _phases(out) == {"finetune"}
     before = (out / "architecture.json").read_text()
@@ -132,7 +133,8 @@ def test_compress_without_training_leaves_what_pruning_gave(capsys, recipe, trai
     repaired = words == ["--no-train"]
     assert ("after pruning and repair: accuracy" in text) == repaired
     assert {path.name for path in out.iterdir()} == {
-        "architecture.json", "config.yaml", "model.json", "model.safetensors", "summary.json",
+        "architecture.json", "config.yaml", "model.json", "model.safetensors", "scores.json", "scores.safetensors",
+        "summary.json",
     }  # fmt: skip
     summary = json.loads((out / "summary.json").read_text())
     assert summary["pruned"] == summary["after_pruning"]

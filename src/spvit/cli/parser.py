@@ -7,7 +7,8 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+import yaml
+from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, get_loader, set_loader, set_parsing_settings
 
 from spvit.errors import SpvitError
 
@@ -95,6 +96,20 @@ class Help(DefaultHelpFormatter):
         return f"{text}{given}." if text else ""
 
 
+def _plain_yaml(text: str) -> Any:
+    """Read YAML as jsonargparse does, but for the names of classes, which it would import."""
+
+    def names_code(value: Any) -> bool:
+        if isinstance(value, dict):
+            return "class_path" in value or any(map(names_code, value.values()))
+        return isinstance(value, list) and any(map(names_code, value))
+
+    settings = get_loader("yaml")(text)
+    if names_code(settings):
+        raise yaml.YAMLError("settings are numbers, text and lists; class_path would run code")
+    return settings
+
+
 def command_parser(
     name: str, options: type, summary: str = "", shown: Sequence[str] = (), defaults: Sequence[str] = ()
 ) -> CommandParser:
@@ -108,7 +123,9 @@ def command_parser(
         defaults: files of settings that stand in place of the defaults.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("plain_yaml", _plain_yaml, exceptions=(yaml.YAMLError,))
     parser = CommandParser(
+        parser_mode="plain_yaml",
         prog=f"spvit {name}",
         description=summary or options.__doc__,
         epilog="A recipe holds the same names: images: {batch_size: 64}. Dashes and underscores are the same here.",
