@@ -88,12 +88,12 @@ class RunFolder:
 
     @contextmanager
     def removed_if_refused(self) -> Iterator[None]:
-        """Remove a new folder when its run is refused before it has written more than its settings."""
-        fresh = not self.used
+        """Remove a new folder when its run is refused before it has written more than its settings and scores."""
+        fresh, first = not self.used, (self.settings, self.scores, self.scores.with_suffix(".safetensors"))
         try:
             yield
         except SpvitError as error:
-            produced = any(path.is_file() and path != self.settings for path in self.path.rglob("*"))
+            produced = any(path.is_file() and path not in first for path in self.path.rglob("*"))
             if fresh and not produced and not isinstance(error, RunError):
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
@@ -230,8 +230,8 @@ class RunFolder:
         """Write what scoring measured, as a whole."""
         with tempfile.TemporaryDirectory(dir=self.path) as partial:
             scores.save(partial)
-            for name in ("scores.safetensors", self.scores.name):  # the second says that both are there
-                (Path(partial) / name).replace(self.path / name)
+            for path in (self.scores.with_suffix(".safetensors"), self.scores):  # the second says that both are there
+                (Path(partial) / path.name).replace(path)
 
     def write_architecture(self, architecture: Architecture) -> None:
         """Write architecture.json. Raises DataError when weights of another one were fine-tuned here already."""
