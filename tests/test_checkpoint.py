@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import stat
@@ -121,6 +122,42 @@ def test_saving_what_cannot_be_rebuilt_leaves_nothing_behind(tmp_path: Path) -> 
         with pytest.raises(UnsupportedHostError, match=message):
             spvit.save(model, tmp_path / "folder")
         assert not (tmp_path / "folder").exists()
+
+
+class Adapted(nn.Linear):
+    """A linear layer with a low-rank addition, as adapters make them."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features)
+        self.load_state_dict(linear.state_dict())
+        self.lora_a = nn.Parameter(torch.ones(2, linear.in_features))
+
+
+def test_what_load_could_not_rebuild_is_not_saved(tmp_path: Path) -> None:
+    host, net = make_net("class_token")
+    pruned = spvit.prune(host, spvit.decide(net), weights=net)
+    shorter, adapted, wider = (copy.deepcopy(model) for model in (pruned, pruned, host))
+    shorter.prune_intermediate_layers([1])
+    adapted.blocks[3].attn.qkv = Adapted(adapted.blocks[3].attn.qkv)
+    wider.head = nn.Linear(24, 11)
+    for model, message in (
+        (shorter, r"its blocks\.2\.\S+ is missing, but \[.*\] in what spvit\.load would rebuild"),
+        (adapted, r"its blocks\.3\.attn\.qkv\.lora_a is \[2, 24\], but missing in what .*model\.merge_and_unload\(\)"),
+        (wider, r"its head\.weight is \[11, 24\], but \[7, 24\] in what"),
+    ):
+        with pytest.raises(CheckpointError, match=f"this model cannot be saved: {message}"):
+            spvit.save(model, tmp_path / "folder")
+        assert not (tmp_path / "folder").exists()
+
+
+def test_files_without_the_input_size_are_read(tmp_path: Path) -> None:
+    host, net = make_net("class_token")
+    model = spvit.fold(spvit.prune(host, spvit.decide(net), weights=net))
+    spvit.save(model, tmp_path, preprocessing=LOOKS)
+    found = describe(tmp_path)
+    edit(tmp_path, input_size=...)
+    assert describe(tmp_path) == found
+    assert found.input_size == images(host).shape[1:]
 
 
 def test_files_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:

@@ -144,8 +144,8 @@ def save(
     if key is not None:
         raise CheckpointError(
             f"this model cannot be saved: its {key} is {_shape(own, key)}, but {_shape(rebuilt, key)} in what "
-            "spvit.load would rebuild; save a model that spvit pruned or timm made, unchanged but for its weights (of "
-            "LoRA: call merge_and_unload() first)"
+            "spvit.load would rebuild; its layers must be those of timm, transformers or spvit.prune (merge adapters "
+            "first: model.merge_and_unload())"
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(model, folder / WEIGHTS)
@@ -171,30 +171,31 @@ def describe(folder: str | Path) -> Description:
             f'{path} is not a model of this version, expected "format": "{FORMAT}", "version": {VERSION}'
         )
     known = [item.name for item in fields(Description)]
-    for name in data:
-        if name not in known:
-            raise CheckpointError(f"{path}: unknown field {name!r}, expected {', '.join(known)}")
+    unknown = next((name for name in data if name not in known), None)
+    if unknown is not None:
+        raise CheckpointError(f"{path}: unknown field {unknown!r}, expected {', '.join(known)}")
     try:
-        if data.get("architecture") is not None:
-            data["architecture"] = architecture_from_dict(data["architecture"])
-        if data.get("preprocessing") is not None:
-            values = data["preprocessing"]
-            mean, std = tuple(values.pop("mean")), tuple(values.pop("std"))
-            data["preprocessing"] = Preprocessing(mean, std, **values)
-        for name in ("classes", "input_size"):
-            if data.get(name) is not None:
-                data[name] = tuple(data[name])
-        description = Description(**data)
+        description = Description(**{name: _read_field(name, value) for name, value in data.items()})
     except ArchitectureError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(f"{path}: a field is missing or of the wrong kind ({error}); write it anew") from error
-    if description.input_size is not None:
-        return description
-    # Files of former versions do not say it.
-    with torch.device("meta"):
-        host = _built(replace(description, architecture=None, folded=False), path)
-    return replace(description, input_size=family_of(host).input_size(host))
+    if description.input_size is None:  # files of former versions do not say it
+        with torch.device("meta"):
+            host = _built(replace(description, architecture=None, folded=False), path)
+        description = replace(description, input_size=family_of(host).input_size(host))
+    return description
+
+
+def _read_field(name: str, value: Any) -> Any:
+    """Return a field of a description from what JSON has for it."""
+    if value is None:
+        return None
+    if name == "architecture":
+        return architecture_from_dict(value)
+    if name == "preprocessing":
+        return Preprocessing(**{**value, "mean": tuple(value["mean"]), "std": tuple(value["std"])})
+    return tuple(value) if name in ("classes", "input_size") else value
 
 
 def load(folder: str | Path) -> nn.Module:
@@ -233,9 +234,9 @@ def _rebuilt(description: Description) -> nn.Module:
 
 
 def check_timm_model(name: str, arguments: Mapping[str, Any]) -> None:
-    """Raise ModelError unless a name is that of a registered timm model, and all arguments are those of its classes.
+    """Raise ModelError unless timm has registered the model and its classes have all of the arguments.
 
-    So no argument names a file, a hub or code: `timm.create_model` would take `checkpoint_path` or `pretrained_cfg`.
+    So none names a file, a hub or code: `timm.create_model` would take `checkpoint_path` or `pretrained_cfg`.
     """
     import timm
 
@@ -354,15 +355,8 @@ def _shape(state: Mapping[str, Tensor], key: str) -> str:
 
 
 def _to_json(description: Description) -> str:
-    data = {"format": FORMAT, "version": VERSION, "host": description.host, "folded": description.folded}
-    data["input_size"] = description.input_size
-    if description.preprocessing is not None:
-        data["preprocessing"] = asdict(description.preprocessing)
-    if description.classes is not None:
-        data["classes"] = list(description.classes)
-    if description.metrics:
-        data["metrics"] = description.metrics
-    text = json.dumps(data, indent=2)
+    own = {name: value for name, value in asdict(replace(description, architecture=None)).items() if value is not None}
+    text = json.dumps({"format": FORMAT, "version": VERSION, **own}, indent=2)
     if description.architecture is None:
         return text + "\n"
     return text[: text.rindex("\n}")] + ',\n  "architecture": ' + description.architecture.to_json().rstrip() + "\n}\n"
