@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,15 @@ import yaml
 import spvit
 from command import RECIPES, TINY, measure_briefly
 from spvit.architecture import architectures, dense
-from spvit.budget import Budget, human
+from spvit.budget import human
 from spvit.checkpoint import Preprocessing
 from spvit.cli.main import main, parse
+from spvit.cli.parser import DEMO
 from spvit.replacements.costs import network_costs
 from spvit.train.data import load_images, mixup_of
 from spvit.zoo import unfolded_params
 from training import photographs
 
-DEMO = files("spvit.cli") / "digits.yaml"
 MEASURED = ("digits", "fashion_mnist")
 
 # SPViT's published tables (method.md 6): top-1 and top-5 without and with distillation, params, FLOPs; and what the
@@ -96,7 +95,7 @@ def test_budget_and_its_weight_are_those_of_the_published_architecture(name: str
     assert costs["params"].of(architecture) == figures["deployed_params"]
     if name != "deit_small_3.3g":  # its published 16.4M is not what its published architecture has
         assert f"{unfolded_params(host, architecture) / 1e6:.1f}M" == figures["params"]
-    assert Budget.parse(**options.limits()).target(costs["macs"]) == pytest.approx(figures["deployed_macs"], rel=1e-4)
+    assert options.budget().target(costs["macs"]) == pytest.approx(figures["deployed_macs"], rel=1e-4)
     assert figures["published_lambda"] == weight
     assert options.search.budget_weight == pytest.approx(weight * (costs["macs"].dense / 1e9) ** 2, rel=1e-3)
     assert human(costs["macs"].dense) != human(figures["deployed_macs"])
@@ -194,7 +193,7 @@ def test_drop_path_is_the_same_in_the_searched_and_the_pruned_network() -> None:
 def test_the_demonstration_is_the_digits_recipe() -> None:
     name, demo = parse(["demo"])
     assert (name, demo.output, demo.seed) == ("demo", "runs/demo", 0)
-    assert demo == options_of("digits")
+    assert asdict(demo) == asdict(options_of("digits"))
     changed = parse(["demo", "--output", "out", "--macs", "30%", "--seed", "1"])[1]
     assert changed == replace(demo, output="out", macs="30%", seed=1)
 

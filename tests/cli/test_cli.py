@@ -32,8 +32,8 @@ def trained(tmp_path: Path) -> str:
     return trained_weights(tmp_path)
 
 
-@pytest.fixture
-def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def _brief(monkeypatch: pytest.MonkeyPatch) -> None:
     measure_briefly(monkeypatch)
 
 
@@ -42,7 +42,7 @@ def test_compress_then_evaluate_profile_and_load(capsys, recipe, tmp_path: Path)
     settings = recipe(dense=SHORT, search=SHORT, finetune=SHORT, log_every=4)
     code, text, problems = run(capsys, "compress", "--recipe", settings, "--output", str(out), "--macs", "60%")
     assert (code, problems) == (0, "")
-    for words in ("dense epoch 1/1", "search epoch 1/1", "finetune epoch 1/1", "latency, batch 64", f'load("{out}")'):
+    for words in ("dense epoch 1/1", "search epoch 1/1", "finetune epoch 1/1", "latency, batch 1", f'load("{out}")'):
         assert words in text
     assert {path.name for path in out.iterdir()} == {
         "architecture.json", "config.yaml", "dense", "metrics.jsonl", "model.json", "model.safetensors", "state",
@@ -80,7 +80,6 @@ def _phases(folder: Path) -> set[str]:
     return {json.loads(line)["phase"] for line in (folder / "metrics.jsonl").read_text().splitlines()}
 
 
-@pytest.mark.usefixtures("brief")
 def test_compress_without_a_search_decides_repairs_and_continues(capsys, recipe, trained, tmp_path: Path) -> None:
     out = tmp_path / "run"
     settings = recipe(checkpoint=trained, finetune={"warmup_epochs": 0.0}, calibration_images=300)
@@ -121,7 +120,6 @@ def test_compress_without_a_search_decides_repairs_and_continues(capsys, recipe,
     refused(capsys, "scores, without a search, not by a search", "compress", *searching)
 
 
-@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("words", [["--no-train"], ["--train-epochs", "0", "--repair", "false"]])
 def test_compress_without_training_leaves_what_pruning_gave(capsys, recipe, trained, tmp_path: Path, words) -> None:
     out = tmp_path / "run"
@@ -149,6 +147,20 @@ def test_compress_without_training_leaves_what_pruning_gave(capsys, recipe, trai
         assert states_equal(spvit.load(out), model)
 
 
+def test_scores_of_a_run_decide_another_budget(capsys, recipe, trained, tmp_path: Path, monkeypatch) -> None:
+    words = ["compress", "--recipe", recipe(checkpoint=trained, calibration_images=200), "--no-train"]
+    assert run(capsys, *words, "--output", str(tmp_path / "a"), "--macs", "80%")[0] == 0
+    monkeypatch.setattr("spvit.train.compress.score", None)  # nothing is scored again
+    again = ["--scores", str(tmp_path / "a"), "--output", str(tmp_path / "b"), "--macs", "60%"]
+    code, text, problems = run(capsys, *words, *again)
+    assert (code, problems) == (0, "")
+    assert "share" in text
+    kept = [spvit.Architecture.load(tmp_path / name / "architecture.json") for name in "ab"]
+    costs = [spvit.cost(micro_host(), architecture)["macs"] for architecture in kept]
+    assert costs[1] / costs[0] == pytest.approx(60 / 80, rel=0.01)
+    refused(capsys, "holds no scores", *words, "--output", str(tmp_path / "c"), "--scores", str(tmp_path / "none"))
+
+
 def test_hugging_face_model_is_compressed_and_loaded(capsys, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
@@ -167,29 +179,21 @@ def test_hugging_face_model_is_compressed_and_loaded(capsys, tmp_path: Path) -> 
     assert run(capsys, "evaluate", "--model", str(out), "--data", str(images))[0] == 0
 
 
-def test_killed_run_continues_to_the_same_model(recipe, tmp_path: Path) -> None:
-    settings = recipe(
-        dense={"epochs": 2, "warmup_epochs": 0.0},
-        search={"epochs": 2, "warmup_epochs": 0.0},
-        finetune=SHORT,
-        log_every=1,
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def command(folder: Path, *more: str) -> list[str]:
-        return [sys.executable, "-m", "spvit.cli", "compress", "--output", str(folder), *more]
-
+def test_killed_run_continues_to_the_same_model(capsys, recipe, tmp_path: Path) -> None:
+    search = {"epochs": 2, "warmup_epochs": 0.0}
+    settings = recipe(dense=SHORT, search=search, finetune=SHORT, log_every=1)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
-    subprocess.run(command(whole, "--recipe", settings), check=True, **quiet)
-    process = subprocess.Popen(command(killed, "--recipe", settings), **quiet)
+    assert run(capsys, "compress", "--output", str(whole), "--recipe", settings)[0] == 0
+    command = [sys.executable, "-m", "spvit.cli", "compress", "--output", str(killed), "--recipe", settings]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
     metrics = killed / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and '"search", "event": "step"' in metrics.read_text()):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "model.safetensors").exists()
-    subprocess.run(command(killed, "--resume"), check=True, **quiet)
+    assert run(capsys, "compress", "--output", str(killed), "--resume")[0] == 0
     assert states_equal(spvit.load(whole), spvit.load(killed))
 
 
@@ -380,9 +384,9 @@ def test_help_is_short_and_says_how_to_list_the_rest(capsys, name: str) -> None:
 def test_help_of_compress_has_groups_units_and_defaults(capsys) -> None:
     text = help_of(capsys, "compress", "--help")
     for words in (
-        "model and data: --model", "budget, one of the two: --macs", "what to do: --train-epochs", "run: --recipe",
-        "Budget in MACs of one image", "Images a step on each device (default: 64)", "--no-train", "--dry-run",
-        "--help-all List every option",
+        "model and data: --model", "budget, one of the two: --macs", "what to do: --scores", "run: --recipe",
+        "Budget in MACs of one image", "Images a step on each device (default: 64)", "--train-epochs", "--no-train",
+        "--dry-run", "--help-all List every option",
     ):  # fmt: skip
         assert words in text
     assert "--search.budget-weight" not in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import yaml
 from accelerate.utils import set_seed
@@ -14,14 +15,7 @@ from spvit.architecture import Architecture, architectures, dense
 from spvit.benchmark import Latency, measure_latencies
 from spvit.budget import human
 from spvit.checkpoint import save
-from spvit.cli.convert import (
-    Published,
-    architecture_name,
-    indicated_architecture,
-    model_name,
-    read_published,
-    rebuild,
-)
+from spvit.cli import convert
 from spvit.cli.inputs import model_and_images
 from spvit.cli.options import (
     CompressCommand,
@@ -42,14 +36,7 @@ from spvit.hosts.recognise import family_of
 from spvit.models import ModelConfig, OpenedModel, open_model
 from spvit.replacements.costs import network_costs
 from spvit.surgery import prune, pruned_record
-from spvit.train.compress import (
-    check_decision,
-    deployed,
-    figures_of,
-    run_compress,
-    search,
-    write_model,
-)
+from spvit.train.compress import check_decision, deployed, figures_of, run_compress, search, write_model
 from spvit.train.loop import Phase, Run, run_phase
 from spvit.train.processes import processes
 from spvit.train.progress import PhaseProgress
@@ -130,10 +117,14 @@ def compress_command(options: CompressCommand, console: Console) -> None:
     result = run_compress(model, options.budget(), options, run)
     if not processes().is_main_process:
         return
-    rows = {"dense": result.host, "pruned": result.model}
-    costs = {name: {"params": count_params(row), "macs": _macs(row)} for name, row in rows.items()}
-    console.print(block_table(result.architecture, network_costs(result.host), "architecture"))
-    console.print(comparison_table({"dense": result.dense, "pruned": result.pruned}, costs, _latencies(rows)))
+    costs = network_costs(result.host)
+    spent = {
+        "dense": {metric: cost.dense for metric, cost in costs.items()},
+        "pruned": {metric: cost.of(result.architecture) for metric, cost in costs.items()},
+    }
+    latencies = _latencies({"dense": result.host, "pruned": result.model})
+    console.print(block_table(result.architecture, costs, "architecture"))
+    console.print(comparison_table({"dense": result.dense, "pruned": result.pruned}, spent, latencies))
     after = f"accuracy right after pruning {result.after_pruning.accuracy:.2%}"
     _say_where(console, run.folder.path, f"attention: {kinds_text(result.architecture)}; {after}")
 
@@ -179,63 +170,60 @@ def profile_command(options: ProfileCommand, console: Console) -> None:
 
 def convert_command(options: ConvertCommand, console: Console) -> None:
     """Write a checkpoint of others in spvit's format, and say what it was recognised as."""
-    folder = Path(options.output)
-    if folder.is_file() or RunFolder(folder).used:
-        raise RunFolderError(f"output {folder} is in use; name a new or empty folder")
+    run = RunFolder(options.output)
+    if run.path.is_file() or run.used:
+        raise RunFolderError(f"output {run.path} is in use; name a new or empty folder")
     if options.model_args and options.model is None:
         raise ModelError(f"model_args {options.model_args} need the timm model that they are for; name it with --model")
-    published = read_published(options.checkpoint)
+    published = convert.read_published(options.checkpoint)
     if published.form == "indicators":
-        _convert_indicators(published, options, folder, console)
+        _convert_indicators(published, options, run, console)
         return
-    indicators = read_published(options.indicators) if options.indicators is not None else None
-    name = options.model or model_name(published)
-    opened = _random_host(name, published, options)
+    indicators = convert.read_published(options.indicators) if options.indicators is not None else None
+    name = options.model or convert.model_name(published)
+    opened = _random_host(name, {"num_classes": published.classes(), **options.model_args})
     try:
-        model = rebuild(published, opened.model, indicators)
+        model = convert.rebuild(published, opened.model, indicators)
     except CheckpointError as error:
         hint = "" if options.model is not None else ", told by its shapes; --model names another"
         raise CheckpointError(f"{error} (model {name}{hint})") from error
-    save(model, folder, preprocessing=opened.preprocessing)
-    lines = [f"{options.checkpoint}: {published.described()}; model {name}, {published.classes()} classes"]
+    save(model, run.path, preprocessing=opened.preprocessing)
+    lines = [f"{published.path}: {published.described()}; model {name}, {published.classes()} classes"]
     record = pruned_record(model)
     if record is not None:
-        lines += _architecture_lines(record.architecture)
+        lines += _kept_lines(record.architecture, indicated=published.form == "dense")
         if indicators is None and any(len(block.ffn.units) < block.ffn.width for block in record.architecture.blocks):
             lines.append("the file does not say which FFN units it kept, so the first stand for them; see --indicators")
-        if published.form == "dense":
-            lines.append(_attention_line(record.architecture))
-    _say_where(console, folder, "\n".join(lines))
+    _say_where(console, run.path, *lines)
 
 
-def _random_host(name: str, published: Published, options: ConvertCommand) -> OpenedModel:
-    classes = {} if published.form == "indicators" else {"num_classes": published.classes()}
-    return open_model(ModelConfig(model=name, model_args={**classes, **options.model_args}, pretrained=False))
-
-
-def _convert_indicators(published: Published, options: ConvertCommand, folder: Path, console: Console) -> None:
+def _convert_indicators(
+    published: convert.Published, options: ConvertCommand, run: RunFolder, console: Console
+) -> None:
     """Write the architecture of an indicator file, which holds no weights."""
     if options.indicators is not None:
-        raise CheckpointError(f"{options.checkpoint} is an FFN indicator file itself; --indicators goes with weights")
-    host = _random_host(options.model, published, options).model if options.model is not None else None
-    architecture = indicated_architecture(published, host)
-    folder.mkdir(parents=True, exist_ok=True)
-    RunFolder(folder).write_architecture(architecture)
-    lines = [f"{options.checkpoint}: {published.described()}", *_architecture_lines(architecture)]
-    lines += [_attention_line(architecture), f"architecture in {RunFolder(folder).architecture}, for spvit finetune"]
-    say(console, *lines)
+        raise CheckpointError(f"{published.path} is an FFN indicator file itself; --indicators goes with weights")
+    host = _random_host(options.model, options.model_args).model if options.model is not None else None
+    architecture = convert.indicated_architecture(published, host)
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.write_architecture(architecture)
+    lines = [f"{published.path}: {published.described()}", *_kept_lines(architecture, indicated=True)]
+    say(console, *lines, f"architecture in {run.architecture}, for spvit finetune")
 
 
-def _architecture_lines(architecture: Architecture) -> list[str]:
+def _random_host(name: str, arguments: dict[str, Any]) -> OpenedModel:
+    return open_model(ModelConfig(model=name, model_args=arguments, pretrained=False))
+
+
+def _kept_lines(architecture: Architecture, indicated: bool) -> list[str]:
+    """Return what is kept in words; of an architecture that indicators say, where its attention is from too."""
     widths = ", ".join(f"{len(block.ffn.units)}/{block.ffn.width}" for block in architecture.blocks)
-    return [f"attention: {kinds_text(architecture)}; skip adds: {architecture.skip_rule}", f"FFN units: {widths}"]
-
-
-def _attention_line(architecture: Architecture) -> str:
-    name = architecture_name(architecture.widths())
-    if name is None:
-        return "an indicator file says nothing of attention, so all of it stays"
-    return f"attention as in the published architecture of these widths, {name}"
+    lines = [f"attention: {kinds_text(architecture)}; skip adds: {architecture.skip_rule}", f"FFN units: {widths}"]
+    if indicated:
+        name = convert.architecture_name(architecture.widths())
+        known = f"attention as in the published architecture of these widths, {name}"
+        lines.append(known if name else "an indicator file says nothing of attention, so all of it stays")
+    return lines
 
 
 def _pruned_to(host: nn.Module, architecture: Architecture, name: str) -> nn.Module:
@@ -247,13 +235,10 @@ def _pruned_to(host: nn.Module, architecture: Architecture, name: str) -> nn.Mod
 
 def _named_architecture(name: str) -> Architecture:
     published = architectures()
-    if name in published:
-        return published[name]
-    if not Path(name).is_file():
-        raise ArchitectureError(
-            f"architecture {name!r} is neither a file nor a published one; published are {', '.join(published)}"
-        )
-    return Architecture.load(name)
+    if name not in published and not Path(name).is_file():
+        known = ", ".join(published)
+        raise ArchitectureError(f"architecture {name!r} is neither a file nor a published one; published are {known}")
+    return published[name] if name in published else Architecture.load(name)
 
 
 def _latencies(models: dict[str, nn.Module]) -> dict[str, list[Latency]]:
@@ -266,5 +251,5 @@ def _macs(model: nn.Module) -> int:
     return count_macs(model, lambda twin: twin(example_images(twin)))
 
 
-def _say_where(console: Console, folder: Path, text: str) -> None:
-    say(console, text, f'files in {folder}; load the model with spvit.load("{folder}")')
+def _say_where(console: Console, folder: Path, *lines: str) -> None:
+    say(console, *lines, f'files in {folder}; load the model with spvit.load("{folder}")')

@@ -9,67 +9,32 @@ import dataclasses
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.logging import RichHandler
 
-from spvit.cli import commands
-from spvit.cli.options import (
-    CompressCommand,
-    ConvertCommand,
-    EvaluateCommand,
-    FinetuneCommand,
-    ProfileCommand,
-    RunCommand,
-    SearchCommand,
-    TrainCommand,
-)
+from spvit.cli import commands as run
+from spvit.cli import options as cli
 from spvit.cli.parser import CommandParser, Help, command_parser
 from spvit.errors import RunError, SpvitError
 from spvit.train.processes import processes
 from spvit.train.run_folder import RunFolder
 
-
-@dataclass(frozen=True)
-class Command:
-    """A sub-command."""
-
-    options: type
-    run: Callable[[Any, Console], None]
-    shown: tuple[str, ...] = ()
-    """Options that `--help` shows; all when empty."""
-    recipes: tuple[str, ...] = ()
-    """Files of settings that stand in place of the defaults."""
-    summary: str = ""
-    """What it does; what its options say when empty."""
-
-
-RUN = ("model", "checkpoint", "data", "images.batch-size", "recipe", "output", "seed", "resume")
-BUDGET = ("macs", "params")
 COMMANDS = {
-    "compress": Command(
-        CompressCommand, commands.compress_command, (*RUN, *BUDGET, "train-epochs", "no-train", "scores", "dry-run")
-    ),
-    "train": Command(TrainCommand, commands.train_command, (*RUN, "dense.epochs", "dense.learning-rate")),
-    "search": Command(SearchCommand, commands.search_command, (*RUN, *BUDGET, "search.epochs")),
-    "finetune": Command(FinetuneCommand, commands.finetune_command, (*RUN, "architecture", "finetune.epochs")),
-    "evaluate": Command(EvaluateCommand, commands.evaluate_command, (*RUN[:5], "precision")),
-    "profile": Command(ProfileCommand, commands.profile_command),
-    "convert": Command(ConvertCommand, commands.convert_command),
-    "demo": Command(
-        CompressCommand,
-        commands.compress_command,
-        ("output", "macs", "seed", "resume"),
-        (str(Path(__file__).with_name("digits.yaml")),),
-        "Compress a small vision transformer on handwritten digits, end to end.",
-    ),
+    "compress": (cli.CompressCommand, run.compress_command),
+    "train": (cli.TrainCommand, run.train_command),
+    "search": (cli.SearchCommand, run.search_command),
+    "finetune": (cli.FinetuneCommand, run.finetune_command),
+    "evaluate": (cli.EvaluateCommand, run.evaluate_command),
+    "profile": (cli.ProfileCommand, run.profile_command),
+    "convert": (cli.ConvertCommand, run.convert_command),
+    "demo": (cli.DemoCommand, run.compress_command),
 }
+"""Options and function of every sub-command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,9 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet_libraries(problems)
     try:
         name, options = parse(sys.argv[1:] if arguments is None else arguments)
-        writes = isinstance(options, RunCommand) and not getattr(options, "dry_run", False)
+        function: Any = COMMANDS[name][1]
+        writes = isinstance(options, cli.RunCommand) and not getattr(options, "dry_run", False)
         with RunFolder(options.output).removed_if_refused() if writes else nullcontext():
-            COMMANDS[name].run(options, console)
+            function(options, console)
     except RunError as error:
         return _complain(problems, str(error), 1)
     except SpvitError as error:
@@ -100,16 +66,15 @@ def parse(arguments: Sequence[str]) -> tuple[str, Any]:
         RunFolderError: `--resume` on a folder whose run had other settings, or none.
     """
     name, words = _name(arguments[:1]), list(arguments[1:])
-    command = COMMANDS[name]
-    parser = command_parser(name, command.options, command.summary, command.shown, command.recipes)
+    parser = command_parser(name, COMMANDS[name][0])
     values = parser.parse_args(words)
     if not (values.get("resume") and values.get("output")):
-        return name, _options(command, parser, values)
-    run = RunFolder.open(values.output, resume=True)
-    before = parser.parse_path(run.settings_of("compress" if name == "demo" else name))
+        return name, _options(name, parser, values)
+    folder = RunFolder.open(values.output, resume=True)
+    before = parser.parse_args(["--recipe", str(folder.settings_of("compress" if name == "demo" else name))])
     # The run's own settings come first, so that what is given now takes precedence over them.
-    options = _options(command, parser, parser.parse_args(words, namespace=before))
-    run.check_continued(_options(command, parser, before), options)
+    options = _options(name, parser, parser.parse_args(words, namespace=before))
+    folder.check_continued(_options(name, parser, before), options)
     return name, options
 
 
@@ -117,17 +82,17 @@ def _name(arguments: Sequence[str]) -> str:
     about = "Compress a vision transformer to a budget."
     parser = CommandParser(prog="spvit", description=about, formatter_class=Help, exit_on_error=False)
     subcommands = parser.add_subcommands(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        subcommands.add_subcommand(name, ArgumentParser(), help=command.summary or command.options.__doc__)
+    for name, (options, _) in COMMANDS.items():
+        subcommands.add_subcommand(name, ArgumentParser(), help=options.__doc__)
     return parser.parse_args(arguments).command
 
 
-def _options(command: Command, parser: CommandParser, values: Namespace) -> Any:
+def _options(name: str, parser: CommandParser, values: Namespace) -> Any:
     missing = [words for key, words in parser.needed.items() if values.get(key) is None]
     if missing:
         raise SpvitError(f"the following options are required: {', '.join(missing)}; see {parser.prog} --help")
-    made = parser.instantiate(values)
-    return command.options(**{field.name: made[field.name] for field in dataclasses.fields(command.options)})
+    made, options = parser.instantiate(values), COMMANDS[name][0]
+    return options(**{field.name: made[field.name] for field in dataclasses.fields(options)})
 
 
 def _quiet_libraries(problems: Console) -> None:

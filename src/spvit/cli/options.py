@@ -71,6 +71,11 @@ class CompressCommand(BudgetOptions, CompressConfig, RunCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DemoCommand(CompressCommand):
+    """Compress a small vision transformer on handwritten digits, end to end."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneCommand(RunCommand):
     """Fine-tune a pruned model."""
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, get_loader, set_loader, set_parsing_settings
+from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from spvit.errors import SpvitError
 
+DEMO = Path(__file__).with_name("digits.yaml")
+"""The recipe of the demonstration."""
 _HEADINGS = {
     "model and data": ("model", "checkpoint", "data", "images.batch-size"),
     "budget, one of the two": ("macs", "params"),
-    "what to do": (),
+    "what to do": ("architecture", "scores", "train-epochs", "no-train"),
+    "phases": ("dense.epochs", "search.epochs", "finetune.epochs"),
     "run": ("recipe", "output", "seed", "resume", "dry-run", "help", "help-all"),
 }
+"""Options of the short help."""
+_SHOWN_OF_DEMO = ("macs", "output", "seed", "resume", "help", "help-all")
 _EXPECTED = {
     "int": "a whole number",
     "float": "a number",
@@ -30,8 +34,6 @@ _EXPECTED = {
 class CommandParser(ArgumentParser):
     """Options with dashes or underscores in their names; `--flag`, `--flag true` and `--no-flag` for yes and no."""
 
-    shown: Sequence[str]
-    """Options of the short help."""
     needed: dict[str, str]
     """What must be given, by key, as the user types it. The settings of a run to continue may give it too."""
 
@@ -42,6 +44,13 @@ class CommandParser(ArgumentParser):
             settings |= {"action": ActionYesNo(no_prefix="no-"), "nargs": "?"}
         dashed = [name.replace("_", "-") if name.startswith("--") else name for name in names]
         return super().add_argument(*dict.fromkeys([*dashed, *names]), **settings)
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """Parse as jsonargparse does. Raises SpvitError: an option or value is wrong, or names code to import."""
+        try:
+            return super().parse_args(*args, **kwargs)
+        except ImportError as error:
+            raise SpvitError(f"a setting names code, which is never run: {error}") from error
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise SpvitError with jsonargparse's message in plain words and one line."""
@@ -64,17 +73,16 @@ class CommandParser(ArgumentParser):
 
 
 class _ShortHelp(argparse.Action):
-    """`--help`: print the options that the parser shows, and end."""
+    """`--help`: print the options that most people need, and end."""
 
     def __call__(self, parser: Any, *_: Any) -> None:
         """Leave the parser, which is not used again, with those options alone."""
-        shown = [*parser.shown, "help", "help-all"]
-        headed = {name for names in _HEADINGS.values() for name in names}
+        have, demo = parser._option_string_actions, bool(parser.default_config_files)
         parser._action_groups = []
         for title, names in _HEADINGS.items():
-            own = names or [name for name in shown if name not in headed]
-            actions = [parser._option_string_actions.get(f"--{name}") for name in own if name in shown]
-            parser.add_argument_group(title)._group_actions = [action for action in actions if action is not None]
+            own = [name for name in names if f"--{name}" in have and (not demo or name in _SHOWN_OF_DEMO)]
+            if title != "phases" or "--train-epochs" not in have:
+                parser.add_argument_group(title)._group_actions = [have[f"--{name}"] for name in own]
         parser.print_help()
         parser.exit()
 
@@ -96,68 +104,41 @@ class Help(DefaultHelpFormatter):
         return f"{text}{given}." if text else ""
 
 
-def _plain_yaml(text: str) -> Any:
-    """Read YAML as jsonargparse does, but for the names of classes, which it would import."""
-
-    def names_code(value: Any) -> bool:
-        if isinstance(value, dict):
-            return "class_path" in value or any(map(names_code, value.values()))
-        return isinstance(value, list) and any(map(names_code, value))
-
-    settings = get_loader("yaml")(text)
-    if names_code(settings):
-        raise yaml.YAMLError("settings are numbers, text and lists; class_path would run code")
-    return settings
-
-
-def command_parser(
-    name: str, options: type, summary: str = "", shown: Sequence[str] = (), defaults: Sequence[str] = ()
-) -> CommandParser:
-    """Return the parser of a command.
-
-    Args:
-        name: the command.
-        options: dataclass of its options; those that are not keyword-only may be given in order, without names.
-        summary: what it does; the options' docstring when empty.
-        shown: options of its short help; all when empty.
-        defaults: files of settings that stand in place of the defaults.
-    """
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    set_loader("plain_yaml", _plain_yaml, exceptions=(yaml.YAMLError,))
+def command_parser(name: str, options: type) -> CommandParser:
+    """Return the parser of a command, whose options are a dataclass; those not keyword-only may be given in order."""
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True,
+        instantiate_subclass_spec_in_any=False,  # nothing in a recipe is imported or run
+        import_path_denylist=["*"],
+    )
     parser = CommandParser(
-        parser_mode="plain_yaml",
         prog=f"spvit {name}",
-        description=summary or options.__doc__,
+        description=options.__doc__,
         epilog="A recipe holds the same names: images: {batch_size: 64}. Dashes and underscores are the same here.",
         formatter_class=Help,
-        default_config_files=list(defaults),
+        default_config_files=[DEMO] if name == "demo" else [],
         exit_on_error=False,
         allow_abbrev=False,
         add_help=False,
         print_config=None,
     )
-    parser.add_argument(
-        "--recipe", action="config", help="YAML file with any of these settings; of several, later ones win."
-    )
+    parser.add_argument("--recipe", action="config", help="YAML file of settings; of several, later ones win.")
     parser.add_class_arguments(options, None, as_group=False, as_positional=True)
+    have = parser._option_string_actions
     if name == "profile":
         parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="The same as --model.")
-    if "train-epochs" in shown:
+    if "--train-epochs" in have:
         zero = {"dest": "train_epochs", "action": "store_const", "const": 0, "default": argparse.SUPPRESS}
         parser.add_argument("--no-train", "--no_train", **zero, help="Train nothing: --train-epochs 0.")
-    if shown:
+    if "--data" in have:
         parser.add_argument("--help", "-h", action=_ShortHelp, nargs=0, default=argparse.SUPPRESS, help="Show this.")
         parser.add_argument("--help-all", action="help", help="List every option, those of each phase too.")
     else:
         parser.add_argument("--help", "-h", "--help-all", action="help", help="Show this.")
-    parser.shown = shown
-    parser.needed = {
-        action.dest: (action.option_strings or [action.dest.upper()])[0]
-        for action in parser._actions
-        if action.required
-    }
-    for action in parser._actions:
+    required = [action for action in parser._actions if action.required]
+    parser.needed = {action.dest: (action.option_strings or [action.dest.upper()])[0] for action in required}
+    for action in required:
         action.required = False
     words = [word if word.isupper() else f"{word} {word[2:].upper()}" for word in parser.needed.values()]
-    parser.usage = " ".join([parser.prog, *(words if not defaults else []), "[options]"])
+    parser.usage = " ".join([parser.prog, *(words if name != "demo" else []), "[options]"])
     return parser
