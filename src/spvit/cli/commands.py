@@ -42,7 +42,6 @@ from spvit.train.processes import processes
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import DENSE, FINETUNE, RunFolder
 from spvit.train.settings import LoopConfig, check_settings
-from spvit.train.teacher import check_dense_phase
 from spvit.zoo import unfolded_params
 
 NOT_SETTINGS = ("resume", "dry_run")
@@ -68,7 +67,6 @@ def _open(name: str, options: RunCommand, trains_head: bool, console: Console) -
 def train_command(options: TrainCommand, console: Console) -> None:
     """Train a dense model and write it."""
     model, run = _open("train", options, True, console)
-    check_dense_phase(options.dense)
     figures = run_phase(Phase(DENSE, model, options.dense), run)
     write_model(model, figures, run.images, run.folder.path)
     _say_where(console, run.folder.path, f"accuracy {figures.accuracy:.2%}")

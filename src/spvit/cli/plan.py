@@ -49,7 +49,7 @@ def print_plan(options: CompressCommand, console: Console) -> None:
         phases.append(Phase("search", net, steps.search, BudgetLoss(net, **steps.limits)))
     phases.append(Phase("finetune", copy.deepcopy(host), steps.finetune))
     for phase in phases:
-        phase.teacher = steps.teacher(phase.config, host)
+        phase.teacher = steps.teacher(phase.config, host if phase.name != "dense" else None)
     planned = {phase.name: _planned(phase, images, options, share) for phase in phases if phase.config.epochs > 0}
     lines = [f"plan of spvit compress to {options.output}; nothing is written", f"model: {options.model}"]
     for metric, cost in costs.items():

@@ -31,8 +31,8 @@ from spvit.train.loop import Evaluation, Phase, Run, evaluate, make_accelerator,
 from spvit.train.processes import processes
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import DENSE, FINETUNE, SEARCH, RunFolder
-from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
-from spvit.train.teacher import check_dense_phase, open_teachers
+from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig, check_settings
+from spvit.train.teacher import open_teachers
 
 CALIBRATION_IMAGES = 1024
 
@@ -83,7 +83,7 @@ class Steps:
     teachers: dict[str, nn.Module]
     """The teachers that settings name, each opened once."""
 
-    def teacher(self, phase: PhaseConfig, dense: nn.Module) -> nn.Module | None:
+    def teacher(self, phase: PhaseConfig, dense: nn.Module | None) -> nn.Module | None:
         """Return who teaches a phase: whom its settings name, or else the dense model; None when it does not distil."""
         if phase.distillation == 0:
             return None
@@ -152,7 +152,7 @@ def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: R
     run.folder.path.mkdir(parents=True, exist_ok=True)
     dense = copy.deepcopy(host).to(processes().device)
     if config.dense.epochs > 0:
-        teacher = steps.teacher(config.dense, dense)
+        teacher = steps.teacher(config.dense, None)
         dense_figures = run_phase(Phase(DENSE, dense, config.dense, teacher=teacher), run)
         write_model(dense, dense_figures, run.images, run.folder.dense)
     else:
@@ -215,9 +215,9 @@ def check_compress(
         raise RunFolderError(
             f"nothing is to be trained, but search.epochs is {searching.epochs}; leave one of the two out"
         )
-    if config.dense.epochs > 0:
-        check_dense_phase(config.dense)
     phases = [config.dense, *([] if searching is None else [searching]), finetuning]
+    for phase in phases:
+        check_settings(phase)
     return Steps(limits, searching, finetuning, open_teachers(phases, images, weights))
 
 

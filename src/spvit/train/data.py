@@ -83,20 +83,14 @@ class Images:
     config: ImageConfig
 
 
+@dataclass(frozen=True)
 class TransformedImages(Dataset[Any]):
     """Applies a transform to (path or array, class) pairs; reports what cannot be read with its path."""
 
-    def __init__(
-        self,
-        items: Items,
-        transform: Callable[[Image.Image], Tensor],
-        channels: int,
-        skip_corrupt: bool = False,
-    ) -> None:
-        self.items = items
-        self.transform = transform
-        self.mode = "L" if channels == 1 else "RGB"
-        self.skip_corrupt = skip_corrupt
+    items: Items
+    transform: Callable[[Image.Image], Tensor]
+    channels: int
+    skip_corrupt: bool
 
     def __len__(self) -> int:
         return len(self.items)
@@ -104,7 +98,7 @@ class TransformedImages(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
         source, target = self.items[index]
         try:
-            image = _open(source).convert(self.mode)
+            image = _open(source).convert("L" if self.channels == 1 else "RGB")
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             message = f"image {source} cannot be read ({reason}); remove it, or pass --images.skip_corrupt true"
@@ -124,17 +118,7 @@ def _open(source: Any) -> Image.Image:
 
 
 def load_images(source: str, config: ImageConfig, size: tuple[int, int, int], preprocessing: Preprocessing) -> Images:
-    """Return the images of a source, prepared for a model.
-
-    Args:
-        source: as for `find_images`.
-        config: how to read and augment.
-        size: (channels, height, width) that the model takes.
-        preprocessing: normalisation and resizing of the model; what `config` says takes precedence.
-
-    Raises:
-        DataError: nothing is found, a class is missing or empty, or an option is out of range.
-    """
+    """Return the images that `find_images` finds, as `images_of` prepares them. Raises DataError as both do."""
     return images_of(*find_images(source, config), config, size, preprocessing)
 
 
@@ -162,19 +146,24 @@ def images_of(
     size: tuple[int, int, int],
     preprocessing: Preprocessing,
 ) -> Images:
-    """Return images from (path, array or PIL image, class) pairs; the rest is as for `load_images`.
+    """Return images prepared for a model, augmented and normalised.
+
+    Args:
+        train: as `find_images` returns them; so are `validation` and `classes`.
+        config: how to read and augment.
+        size: (channels, height, width) that the model takes.
+        preprocessing: normalisation and resizing of the model; what `config` says takes precedence.
 
     Raises:
         DataError: an option is out of range.
     """
-    _check(config)
     preprocessing = Preprocessing(
         config.mean or preprocessing.mean,
         config.std or preprocessing.std,
         preprocessing.interpolation,
         config.crop or preprocessing.crop,
     )
-    _check_channels(preprocessing, size[0])
+    _check(config, preprocessing, size[0])
     training, evaluation = transforms(config, size, preprocessing)
     channels, skip = size[0], config.skip_corrupt
     train_images: Dataset[Any] = TransformedImages(train, training, channels, skip)
@@ -189,7 +178,7 @@ def images_of(
     return Images(Subset(train_images, order[config.held_out :]), held_out, classes, preprocessing, config)
 
 
-def _check(config: ImageConfig) -> None:
+def _check(config: ImageConfig, preprocessing: Preprocessing, channels: int) -> None:
     for name, least in (("batch_size", 1), ("workers", 0), ("held_out", 0), ("repeated_augmentation", 0)):
         value = getattr(config, name)
         if value < least:
@@ -199,8 +188,6 @@ def _check(config: ImageConfig) -> None:
     if (config.mixup > 0 or config.cutmix > 0) and config.batch_size % 2:
         raise DataError(f"images.batch_size is {config.batch_size}; mixup and cutmix need an even one")
 
-
-def _check_channels(preprocessing: Preprocessing, channels: int) -> None:
     for name in ("mean", "std"):
         values = getattr(preprocessing, name)
         if len(values) != channels:
@@ -215,14 +202,10 @@ def transforms(
     """Return timm's training and evaluation transforms of PIL images to tensors [channels, height, width]."""
     from timm.data import create_transform
 
-    shared = {
-        "input_size": size,
-        "interpolation": preprocessing.interpolation,
-        "mean": preprocessing.mean,
-        "std": preprocessing.std,
-    }
+    shared = {name: getattr(preprocessing, name) for name in ("interpolation", "mean", "std")}
     try:
         training = create_transform(
+            size,
             is_training=True,
             scale=config.crop_scale,
             ratio=config.crop_ratio,
@@ -240,7 +223,7 @@ def transforms(
             f"images.auto_augment {config.auto_augment!r} is not one of timm's; give one such as rand-m9-mstd0.5-inc1, "
             "augmix-m5-w4-d2 or original"
         ) from error
-    return keep_a_bit(training), create_transform(is_training=False, crop_pct=preprocessing.crop, **shared)
+    return keep_a_bit(training), create_transform(size, crop_pct=preprocessing.crop, **shared)
 
 
 def mixup_of(config: ImageConfig, classes: int, smoothing: float) -> Callable[[Tensor, Tensor], Any] | None:

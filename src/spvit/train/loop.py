@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from spvit.architecture import KINDS
 from spvit.checkpoint import fit_state
-from spvit.errors import RunError
+from spvit.errors import DataError, RunError
 from spvit.hosts.host import logits_of
 from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import gate_parameters
@@ -142,6 +142,11 @@ class Loop:
         teacher = phase.teacher if phase.config.distillation > 0 else None
         if teacher is None and phase.config.teacher is not None:
             teacher = open_teacher(phase.config.teacher, run.images)
+        if teacher is None and phase.config.distillation > 0:
+            raise DataError(
+                f"{phase.name}.distillation is {phase.config.distillation}, but nobody teaches; name a teacher with "
+                f"--{phase.name}.teacher, or leave distillation out"
+            )
         self.teacher = teacher.to(self.accelerator.device).eval() if teacher is not None else None
         self.batch = run.images.config.batch_size * self.accelerator.num_processes
         self.scale = self.batch / phase.config.reference_batch if phase.config.reference_batch else 1.0
