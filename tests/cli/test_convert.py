@@ -313,7 +313,7 @@ def test_convert_writes_a_model_that_loads(capsys, family: str, tmp_path: Path) 
     assert "7 classes" in text
     assert "attention: 1 msa, 1 conv3, 1 conv1, 1 skip; skip adds: normalised_input" in text
     assert "FFN units: 24/72, 24/72" in text
-    assert "does not say which FFN units it kept" in text
+    assert "does not list which FFN units it kept" in text
     assert f'load("{out}")' in text
     assert sorted(file.name for file in out.iterdir()) == ["model.json", "model.safetensors"]
     assert describe(out).preprocessing == Preprocessing()
@@ -324,14 +324,14 @@ def test_convert_writes_a_model_that_loads(capsys, family: str, tmp_path: Path) 
     ffn = str(indicators(tmp_path / "ffn.pth", kept))
     code, text, _ = run(capsys, "convert", str(path), str(tmp_path / "b"), *MICRO[family], "--indicators", ffn)
     assert code == 0
-    assert "does not say" not in text
+    assert "does not list" not in text
     assert describe(tmp_path / "b").architecture.blocks[1].ffn.units[:2] == (1, 4)
 
     dense = str(write(tmp_path / "dense.pth", make(("dense",) * 4)))
     code, text, _ = run(capsys, "convert", dense, str(tmp_path / "c"), *MICRO[family], "--indicators", ffn)
     assert code == 0
     assert f"dense {name} checkpoint" in text
-    assert "says nothing of attention, so all of it stays" in text
+    assert "lists no attention layers, so all of them stay" in text
     assert describe(tmp_path / "c").architecture.widths() == (24, 24, *(len(v) // 3 for v in list(kept.values())[2:]))
 
 
@@ -342,7 +342,7 @@ def test_convert_of_an_indicator_file_writes_an_architecture(capsys, tmp_path: P
         code, text, problems = run(capsys, "convert", path, str(tmp_path / name), *options)
         assert (code, problems) == (0, "")
         assert f"{path}: published FFN indicator file, DeiT layout" in text
-        assert "all of it stays" in text
+        assert "all of them stay" in text
         assert [file.name for file in (tmp_path / name).iterdir()] == ["architecture.json"]
         found = spvit.Architecture.load(tmp_path / name / "architecture.json")
         assert found.kinds() == ("msa",) * 4
@@ -531,7 +531,7 @@ def test_weights_and_indicators_are_not_taken_for_each_other(tmp_path: Path) -> 
         ("width 24 and [4] blocks, expected a DeiT of a known size (tiny: 192 and [12], ", "DEIT OUT"),
         ("blocks.0 to blocks.3, but this VisionTransformer has 12, blocks.0", "DEIT OUT --model deit_tiny_patch16_224"),
         ("(model deit_tiny_patch16_224)", "DEIT OUT --model deit_tiny_patch16_224"),
-        ("(model deit_tiny_patch16_224, told by its shapes; --model names another)", "LARGE OUT"),
+        ("(model deit_tiny_patch16_224, determined by its shapes; --model names another)", "LARGE OUT"),
         ("is [1, 577, 192] there, but [1, 197, 192] in the model", "LARGE OUT"),
         ("is neither a timm model nor", "DEIT OUT --model deit_huge"),
         (

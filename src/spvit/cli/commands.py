@@ -183,7 +183,7 @@ def convert_command(options: ConvertCommand, console: Console) -> None:
     try:
         model = convert.rebuild(published, opened.model, indicators)
     except CheckpointError as error:
-        hint = "" if options.model is not None else ", told by its shapes; --model names another"
+        hint = "" if options.model is not None else ", determined by its shapes; --model names another"
         raise CheckpointError(f"{error} (model {name}{hint})") from error
     save(model, run.path, preprocessing=opened.preprocessing)
     lines = [f"{published.path}: {published.described()}; model {name}, {published.classes()} classes"]
@@ -191,7 +191,7 @@ def convert_command(options: ConvertCommand, console: Console) -> None:
     if record is not None:
         lines += _kept_lines(record.architecture, indicated=published.form == "dense")
         if indicators is None and any(len(block.ffn.units) < block.ffn.width for block in record.architecture.blocks):
-            lines.append("the file does not say which FFN units it kept, so the first stand for them; see --indicators")
+            lines.append("the file does not list which FFN units it kept; the first stand for them, see --indicators")
     _say_where(console, run.path, *lines)
 
 
@@ -220,7 +220,7 @@ def _kept_lines(architecture: Architecture, indicated: bool) -> list[str]:
     if indicated:
         name = convert.architecture_name(architecture.widths())
         known = f"attention as in the published architecture of these widths, {name}"
-        lines.append(known if name else "an indicator file says nothing of attention, so all of it stays")
+        lines.append(known if name else "an indicator file lists no attention layers, so all of them stay")
     return lines
 
 

@@ -93,7 +93,7 @@ class Published:
     path: str
     layout: Layout
     form: str
-    """`dense`, `unfolded`, `folded`, or `indicators` for a file that says which FFN units stay, and no more."""
+    """`dense`, `unfolded`, `folded`, or `indicators` for a file that lists the FFN units that stay, and no more."""
     state: dict[str, Tensor]
     blocks: tuple[str, ...]
     """Prefix of every block, in order."""
@@ -113,7 +113,7 @@ def read_published(path: str | Path) -> Published:
     """Read a file and recognise what it is.
 
     Raises:
-        CheckpointError: the file is damaged, or its layout is none of the known ones; says what was found.
+        CheckpointError: the file is damaged, or its layout is none of the known ones.
     """
     state = read_weights(path)
     for layout in (DEIT, SWIN):
@@ -182,8 +182,8 @@ def architecture_name(widths: Sequence[int]) -> str | None:
 def indicated_architecture(indicators: Published, host: nn.Module | None = None) -> Architecture:
     """Return the architecture of an indicator file.
 
-    The file says nothing of attention. Where its widths are those of a published architecture, the attention kinds are
-    that one's; otherwise all attention stays.
+    The file does not list attention layers. If its widths are those of a published architecture, attention is as there;
+    otherwise all attention stays.
 
     Args:
         indicators: the file.
@@ -226,8 +226,8 @@ def rebuild(published: Published, host: nn.Module, indicators: Published | None 
     Args:
         published: a recognised checkpoint.
         host: a dense timm model of its size; it stays as it is.
-        indicators: which FFN units are kept: those to keep of a dense checkpoint, or those that a fine-tuned one kept.
-            Without, the first units of every FFN stand for those that a fine-tuned checkpoint kept.
+        indicators: the FFN units to keep of a dense checkpoint, or those that a fine-tuned one kept; without it, the
+            first units of every FFN stand for those that a fine-tuned checkpoint kept.
 
     Raises:
         CheckpointError: the checkpoint or the indicators do not fit the host.
@@ -307,10 +307,10 @@ def _converted(
 def _packed(part: Mapping[str, Tensor], dim: int, where: str) -> dict[str, Tensor]:
     """Return an attention layer's weights with query, key and value projections packed: qkv.weight [3 D, D]."""
     own = {key: value for key, value in part.items() if not key.startswith(("qk.", "v."))}
-    query_key, value = _need(part, "qk.weight", where, (2 * dim, dim)), _need(part, "v.weight", where, (dim, dim))
-    own["qkv.weight"] = torch.cat([query_key, value])
-    if "qk.bias" in part or "v.bias" in part:
-        own["qkv.bias"] = torch.cat([_need(part, "qk.bias", where, (2 * dim,)), _need(part, "v.bias", where, (dim,))])
+    for name, shape in (("weight", (dim,)), ("bias", ())):
+        if name == "weight" or "qk.bias" in part or "v.bias" in part:
+            query_key = _need(part, f"qk.{name}", where, (2 * dim, *shape))
+            own[f"qkv.{name}"] = torch.cat([query_key, _need(part, f"v.{name}", where, (dim, *shape))])
     return own
 
 

@@ -39,7 +39,7 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    # Of several processes one reports; each says what went wrong with it.
+    # Of several processes one reports progress; each reports its own errors.
     console, problems = Console(quiet=not processes().is_main_process), Console(stderr=True)
     _quiet_libraries(problems)
     try:

@@ -1,6 +1,6 @@
-"""What each command can be told: dataclasses whose attribute docstrings are the command line's help.
+"""The options of each command: dataclasses whose attribute docstrings are the help.
 
-A recipe (YAML) holds the same names. The resolved values of a run stand in its config.yaml.
+A recipe (YAML) holds the same names. The config.yaml of a run holds its resolved values.
 """
 
 # No postponed annotations here and where these classes inherit from: jsonargparse reads the types from the classes.
@@ -15,17 +15,23 @@ from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunCommand(ModelConfig, LoopConfig):
-    """What every command that trains is told."""
+class DataOptions:
+    """The images."""
 
     data: str
     """A folder with train/ and val/ (a folder a class in each), a torchvision data set (CIFAR10), or digits."""
+    images: ImageConfig = field(default_factory=ImageConfig)
+    """How images are read, augmented and batched."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCommand(DataOptions, ModelConfig, LoopConfig):
+    """Options of every command that trains."""
+
     output: str
     """Run folder to write: metrics, states, architecture, model. It must be new or empty, or see resume."""
     resume: bool = False
-    """Continue the run that the output folder holds, with its settings."""
-    images: ImageConfig = field(default_factory=ImageConfig)
-    """How images are read, augmented and batched."""
+    """Continue the run in the output folder, with its settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +44,7 @@ class TrainCommand(RunCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetOptions:
-    """How much the pruned model may cost: one of the two, or else half of the MACs."""
+    """The cost of the pruned model: one of the two, or else half of the MACs."""
 
     macs: str | int | None = None
     """Budget in MACs of one image: a share of the dense model's (50%), an amount (1.0G, 300M), or a whole number. 50%
@@ -66,8 +72,8 @@ class CompressCommand(BudgetOptions, CompressConfig, RunCommand):
     """Compress a model to a budget."""
 
     dry_run: bool = False
-    """Print the plan of the run, with time and memory from a few steps on this machine, and write nothing. Pre-trained
-    weights are not loaded; an imagenet folder that does not exist is stood in for."""
+    """Print the plan of the run, with time and memory from a few steps on this machine, and write nothing. It loads no
+    pre-trained weights, and takes noise for the images of a folder imagenet that does not exist."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +92,11 @@ class FinetuneCommand(RunCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateCommand(ModelConfig):
+class EvaluateCommand(DataOptions, ModelConfig):
     """Measure a model's accuracy."""
 
-    data: str
-    """A folder with train/ and val/, a torchvision data set (CIFAR10), or digits."""
     precision: str = "fp32"
     """`fp32`, or `bf16` for mixed precision."""
-    images: ImageConfig = field(default_factory=ImageConfig)
-    """How images are read and batched."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +118,8 @@ class ConvertCommand:
     output: str
     """Folder to write: the model, or architecture.json for an indicator file. It must be new or empty."""
     model: str | None = None
-    """timm model that the checkpoint is of; when absent, told by the shapes (DeiT and Swin, tiny to base, 224 px)."""
+    """timm model of the checkpoint; when absent, determined by the shapes (DeiT and Swin, tiny to base, 224 px)."""
     model_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of timm.create_model, such as {"img_size": 384}; they need model."""
     indicators: str | None = None
-    """An FFN indicator file that says which FFN units are kept."""
+    """An FFN indicator file, which lists the FFN units that are kept."""

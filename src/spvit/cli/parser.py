@@ -114,7 +114,7 @@ def command_parser(name: str, options: type) -> CommandParser:
     parser = CommandParser(
         prog=f"spvit {name}",
         description=options.__doc__,
-        epilog="A recipe holds the same names: images: {batch_size: 64}. Dashes and underscores are the same here.",
+        epilog="A recipe holds the same names: images: {batch_size: 64}. Dashes and underscores are the same.",
         formatter_class=Help,
         default_config_files=[DEMO] if name == "demo" else [],
         exit_on_error=False,
@@ -122,7 +122,7 @@ def command_parser(name: str, options: type) -> CommandParser:
         add_help=False,
         print_config=None,
     )
-    parser.add_argument("--recipe", action="config", help="YAML file of settings; of several, later ones win.")
+    parser.add_argument("--recipe", action="config", help="YAML file of settings; later files take precedence.")
     parser.add_class_arguments(options, None, as_group=False, as_positional=True)
     have = parser._option_string_actions
     if name == "profile":
