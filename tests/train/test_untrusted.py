@@ -42,7 +42,7 @@ def pickles(marker: Path) -> list[bytes]:
     """Return harmful files: a bare pickle, and what torch.save makes of it."""
     saved = marker.with_name("harmful.pth")
     torch.save({"model": {"weight": Harmful(marker)}}, saved)
-    return [pickle.dumps(Harmful(marker)), saved.read_bytes()]
+    return [pickle.dumps(Harmful(marker), protocol=2), saved.read_bytes()]
 
 
 def test_harmful_content_would_run_if_it_were_trusted(tmp_path: Path) -> None:

@@ -280,12 +280,12 @@ def _decide_by_scores(
 ) -> Architecture:
     """Return the architecture that scores choose. A continued run keeps its own, and scores once."""
     folder = run.folder
-    if folder.architecture.is_file():
-        ((metric, target),) = limits.items()
-        folder.check_architecture(network_costs(host)[metric], target)
-        return Architecture.load(folder.architecture)
 
     def by_scores() -> Architecture:
+        if folder.architecture.is_file():
+            ((metric, target),) = limits.items()
+            folder.check_architecture(network_costs(host)[metric], target)
+            return Architecture.load(folder.architecture)
         if config.scores is None and not folder.scores.is_file():
             folder.write_scores(_score(host, images, config.multiple, run.progress))
         scores = Scores.load(folder.path if config.scores is None else config.scores)

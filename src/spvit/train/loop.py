@@ -317,22 +317,21 @@ class Loop:
         if self.accelerator.is_main_process:
             found = {name: tensors_of(part) for name, part in self._parts().items()}
             tensors = {f"{name}.{key}": value for name, own in found.items() for key, value in own.items()}
-            self.folder.save_state(self.phase.name, epoch, tensors, {"figures": vars(figures)})
+            self.folder.save_state(self.phase.name, epoch, tensors, vars(figures))
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> tuple[int, Evaluation | None]:
         """Load the last saved state, if any; return the epochs done and the figures then."""
-        state = self.folder.read_state(self.phase.name)
-        done = state.epoch if state is not None else 0
+        done, tensors, figures = self.folder.read_state(self.phase.name)
         if self.accelerator.is_main_process:
             self.folder.rewind(self.phase.name, done)
-        if state is None:
+        if done == 0:
             return 0, None
         for name, part in self._parts().items():
             prefix = f"{name}."
-            own = {key.removeprefix(prefix): value for key, value in state.tensors.items() if key.startswith(prefix)}
+            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             load_tensors(part, own, f"of epoch {done} of {self.phase.name}")
-        return done, Evaluation(**state.values["figures"])
+        return done, Evaluation(**figures)
 
     def _stop_diverged(self, loss: float, epoch: int, step: int, learning_rate: float) -> None:
         standing = ""

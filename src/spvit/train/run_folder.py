@@ -21,7 +21,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +44,6 @@ FIXED = (
     *("initialise", "repair", "calibration_images", "multiple"),
 )
 """Options that a continued run shares with the run that it continues, so that all files belong together."""
-
-
-@dataclass(frozen=True)
-class State:
-    """What a phase had reached at the end of an epoch."""
-
-    epoch: int
-    """Epochs done."""
-    tensors: dict[str, Tensor]
-    values: dict[str, Any]
 
 
 class RunFolder:
@@ -173,29 +162,29 @@ class RunFolder:
         """Return the folder of the last saved state; None when no epoch was finished."""
         return max(self.states(phase).glob("epoch-*"), default=None)
 
-    def save_state(self, phase: str, epoch: int, tensors: dict[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Write the state at the end of an epoch; those before it go."""
+    def save_state(self, phase: str, epoch: int, tensors: dict[str, Tensor], figures: Mapping[str, float]) -> None:
+        """Write the state at the end of an epoch, with its evaluation; those before it go."""
         final = self.states(phase) / f"epoch-{epoch:04d}"
         partial = final.with_name(f".partial-{epoch:04d}")
         for old in (partial, final):
             shutil.rmtree(old, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file(tensors, partial / "state.safetensors")
-        write_text(partial / "state.json", json.dumps({"format": STATE_FORMAT, **values}))
+        write_text(partial / "state.json", json.dumps({"format": STATE_FORMAT, "figures": figures}))
         partial.rename(final)
         for old in self.states(phase).glob("epoch-*"):
             if old.name < final.name:
                 shutil.rmtree(old)
 
-    def read_state(self, phase: str) -> State | None:
-        """Return the last saved state of a phase, or None.
+    def read_state(self, phase: str) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
+        """Return the epochs that a phase has done, its last saved state, and its figures; 0 and nothing if none.
 
         Raises:
-            CheckpointError, RunFolderError: it is damaged, or another version of spvit wrote it.
+            CheckpointError, RunFolderError: the state is damaged, or another version of spvit wrote it.
         """
         newest = self.newest_state(phase)
         if newest is None:
-            return None
+            return 0, {}, {}
         file = newest / "state.json"
         values = _read_json(file) if file.is_file() else {}
         if values.pop("format", None) != STATE_FORMAT:
@@ -203,8 +192,7 @@ class RunFolder:
                 f"output {self.path} holds a run of another version of spvit, whose state {newest} is not read; begin "
                 "the run again in another folder"
             )
-        epoch = int(newest.name.removeprefix("epoch-"))
-        return State(epoch, read_weights(newest / "state.safetensors"), values)
+        return int(newest.name.removeprefix("epoch-")), read_weights(newest / "state.safetensors"), values["figures"]
 
     def offer_best(self, phase: str, epoch: int, accuracy: float, model: nn.Module) -> None:
         """Keep a model's weights if none had a higher accuracy: of equals the later ones, which trained longer."""
