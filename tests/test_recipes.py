@@ -15,14 +15,14 @@ import yaml
 
 import spvit
 from command import RECIPES, TINY, measure_briefly
-from spvit.architecture import architectures, dense
+from spvit.architecture import dense
 from spvit.budget import human
 from spvit.checkpoint import Preprocessing
 from spvit.cli.main import main, parse
 from spvit.cli.parser import DEMO
 from spvit.replacements.costs import network_costs
 from spvit.train.data import load_images, mixup_of
-from spvit.zoo import unfolded_params
+from spvit.zoo import architectures, unfolded_params
 from training import photographs
 
 MEASURED = ("digits", "fashion_mnist")

@@ -29,13 +29,13 @@ from published_files import (
     swin_logits,
     swin_state,
 )
-from spvit.architecture import architectures
 from spvit.checkpoint import Preprocessing, describe
 from spvit.cli.convert import indicated_architecture, model_name, read_published, rebuild
 from spvit.cost import count_params
 from spvit.errors import CheckpointError
 from spvit.models import ModelConfig, open_model
 from spvit.surgery import pruned_record
+from spvit.zoo import architectures
 from tiny import CLASSES, assert_close, assert_differ, images, logits
 
 UNFOLDED = ("conv3", "conv1", "skip", "msa")

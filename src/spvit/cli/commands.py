@@ -11,7 +11,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from torch import nn
 
-from spvit.architecture import Architecture, architectures, dense
+from spvit.architecture import Architecture, dense
 from spvit.benchmark import Latency, measure_latencies
 from spvit.budget import human
 from spvit.checkpoint import save
@@ -42,7 +42,7 @@ from spvit.train.processes import processes
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import DENSE, FINETUNE, RunFolder
 from spvit.train.settings import LoopConfig, check_settings
-from spvit.zoo import unfolded_params
+from spvit.zoo import architectures, unfolded_params
 
 NOT_SETTINGS = ("resume", "dry_run")
 BATCHES = (1, 64)
