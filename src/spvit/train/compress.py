@@ -287,20 +287,14 @@ def _decide_by_scores(
             folder.check_architecture(network_costs(host)[metric], target)
             return Architecture.load(folder.architecture)
         if config.scores is None and not folder.scores.is_file():
-            folder.write_scores(_score(host, images, config.multiple, run.progress))
+            with run.progress.bar("scores", len(Host.of(host).blocks)):
+                multiple = config.multiple or DEFAULT_MULTIPLE
+                found = score(host, images, multiple=multiple, report=lambda *done: run.progress.step())
+            folder.write_scores(found)
         scores = Scores.load(folder.path if config.scores is None else config.scores)
         return decide(host, multiple=config.multiple, scores=scores, **limits)
 
     return _decided(folder, by_scores)
-
-
-def _score(host: nn.Module, images: Sequence[Tensor], multiple: int | None, progress: PhaseProgress) -> Scores:
-    """Score a host under a bar that moves with the blocks."""
-    progress.start("scores", len(Host.of(host).blocks), 0)
-    try:
-        return score(host, images, multiple=multiple or DEFAULT_MULTIPLE, report=lambda *done: progress.step(""))
-    finally:
-        progress.stop()
 
 
 def _decided(folder: RunFolder, make: Callable[[], Architecture]) -> Architecture:

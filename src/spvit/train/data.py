@@ -15,7 +15,6 @@ from torch.utils.data import Dataset, Subset
 
 from spvit.checkpoint import Preprocessing
 from spvit.errors import DataError
-from spvit.train.augmentation import keep_a_bit
 
 DIGITS = "digits"
 DIGITS_HELD_OUT = 360
@@ -223,7 +222,23 @@ def transforms(
             f"images.auto_augment {config.auto_augment!r} is not one of timm's; give one such as rand-m9-mstd0.5-inc1, "
             "augmix-m5-w4-d2 or original"
         ) from error
-    return keep_a_bit(training), create_transform(size, crop_pct=preprocessing.crop, **shared)
+    return _keep_a_bit(training), create_transform(size, crop_pct=preprocessing.crop, **shared)
+
+
+def _keep_a_bit(training: Any) -> Any:
+    """Let posterizing keep one bit at least: where timm keeps none, Pillow 13 raises ValueError."""
+    for part in training.transforms:
+        groups = [getattr(part, "ops", []), *getattr(part, "policy", [])]
+        for operation in (operation for group in groups for operation in group):
+            if getattr(operation, "name", "").startswith("Posterize"):
+                operation.aug_fn = _posterize
+    return training
+
+
+def _posterize(image: Image.Image, bits: int, **others: Any) -> Any:
+    from timm.data.auto_augment import posterize
+
+    return posterize(image, max(1, bits), **others)
 
 
 def mixup_of(config: ImageConfig, classes: int, smoothing: float) -> Callable[[Tensor, Tensor], Any] | None:

@@ -171,8 +171,7 @@ class Loop:
         if done == 0 and self.settings.keep_best:
             figures = self._evaluate()
             self._offer(0, figures)
-        self.progress.start(self.phase.name, epochs * len(self.train), done * len(self.train))
-        try:
+        with self.progress.bar(self.phase.name, epochs * len(self.train), done * len(self.train)):
             for epoch in range(done, epochs):
                 self._epoch(epoch)
                 figures = self._evaluate()
@@ -182,9 +181,6 @@ class Loop:
                 self._save(epoch + 1, figures)
                 self.progress.stand(standing)
                 self.progress.epoch(epoch + 1, epochs, figures.accuracy)
-        finally:
-            # A bar left running would hide the terminal's cursor under the message of what went wrong.
-            self.progress.stop()
         if figures is None:
             figures = self._evaluate()
         plain = self._plain()
@@ -226,7 +222,7 @@ class Loop:
             step = epoch * len(self.train) + index
             learning_rate = self._set_learning_rates(step)
             values = self.step(images, targets, epoch, step, learning_rate)
-            self.progress.advance(values["loss"], values)
+            self.progress.step(values)
             if (step + 1) % self.config.log_every == 0 or index + 1 == len(self.train):
                 rate = self.batch * (index + 1) / (time.perf_counter() - started)
                 standing = self._standing()

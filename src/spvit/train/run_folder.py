@@ -72,7 +72,7 @@ class RunFolder:
 
     @property
     def used(self) -> bool:
-        """Whether the folder exists and is not empty."""
+        """Whether the folder holds anything."""
         return self.path.is_dir() and any(self.path.iterdir())
 
     @contextmanager
@@ -98,7 +98,7 @@ class RunFolder:
         """Return config.yaml. Raises RunFolderError when there is none, or it is of another command."""
         if not self.settings.is_file():
             raise RunFolderError(f"output {self.path} holds no {self.settings.name}, so its run cannot be continued")
-        first = self.settings.read_text(encoding="utf-8").partition("\n")[0]
+        first = self.settings.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
         if first != _heading(command):
             raise RunFolderError(f"output {self.path} holds a run of {first[2:]!r}, not of 'spvit {command}'")
         return self.settings
@@ -111,14 +111,14 @@ class RunFolder:
                     f"output {self.path} holds a run with --{name} {getattr(before, name)}, not "
                     f"{getattr(options, name)}; continue it with its own, or name another folder"
                 )
-        ways = [_way_to_decide(settings) for settings in (before, options)]
-        if ways[0] != ways[1]:
+        own, other = (_way_to_decide(settings) for settings in (before, options))
+        if own != other:
             raise RunFolderError(
-                f"output {self.path} holds a run that decides by {ways[0]}, not by {ways[1]}; continue it with its own "
+                f"output {self.path} holds a run that decides by {own}, not by {other}; continue it with its own "
                 "search.epochs, or name another folder"
             )
         tuned = self.has_begun(FINETUNE)
-        decided = tuned or self.architecture.exists() or self.has_begun(SEARCH)
+        decided = tuned or self.scores.exists() or self.architecture.exists() or self.has_begun(SEARCH)
         for phase, over in ((DENSE, decided), (SEARCH, tuned)):
             changed = _first_changed(getattr(before, phase, None), getattr(options, phase, None))
             if over and changed is not None:
@@ -259,12 +259,10 @@ def _heading(command: str) -> str:
     return f"# spvit {command}"
 
 
-def _way_to_decide(options: Any) -> str | None:
-    """Return how a command decides what to keep; None when it does not."""
-    searching = getattr(options, SEARCH, None)
-    if searching is None:
-        return None
-    return "a search" if searching.epochs > 0 else "scores, without a search"
+def _way_to_decide(options: Any) -> str:
+    """Return how a command decides what to keep, if it does."""
+    searching = hasattr(options, SEARCH) and options.search.epochs > 0
+    return "a search" if searching else "scores, without a search"
 
 
 def _first_changed(before: Any, settings: Any) -> str | None:
