@@ -16,17 +16,8 @@ from spvit.benchmark import Latency, measure_latencies
 from spvit.budget import human
 from spvit.checkpoint import save
 from spvit.cli import convert
+from spvit.cli import options as cli
 from spvit.cli.inputs import model_and_images
-from spvit.cli.options import (
-    CompressCommand,
-    ConvertCommand,
-    EvaluateCommand,
-    FinetuneCommand,
-    ProfileCommand,
-    RunCommand,
-    SearchCommand,
-    TrainCommand,
-)
 from spvit.cli.plan import print_plan
 from spvit.cli.show import block_table, comparison_table, kinds_text, latency_text, say
 from spvit.cost import count_macs, count_params
@@ -48,7 +39,7 @@ NOT_SETTINGS = ("resume", "dry_run")
 BATCHES = (1, 64)
 
 
-def _open(name: str, options: RunCommand, trains_head: bool, console: Console) -> tuple[nn.Module, Run]:
+def _open(name: str, options: cli.RunCommand, trains_head: bool, console: Console) -> tuple[nn.Module, Run]:
     """Return the model of a run, and the run with its settings written."""
     folder = RunFolder.open(options.output, options.resume)
     set_seed(options.seed)
@@ -64,7 +55,7 @@ def _open(name: str, options: RunCommand, trains_head: bool, console: Console) -
     return opened.model, Run(images, folder, options, PhaseProgress(console))
 
 
-def train_command(options: TrainCommand, console: Console) -> None:
+def train_command(options: cli.TrainCommand, console: Console) -> None:
     """Train a dense model and write it."""
     model, run = _open("train", options, True, console)
     figures = run_phase(Phase(DENSE, model, options.dense), run)
@@ -72,7 +63,7 @@ def train_command(options: TrainCommand, console: Console) -> None:
     _say_where(console, run.folder.path, f"accuracy {figures.accuracy:.2%}")
 
 
-def search_command(options: SearchCommand, console: Console) -> None:
+def search_command(options: cli.SearchCommand, console: Console) -> None:
     """Search, and write the architecture and the pruned model as the search left it."""
     host, run = _open("search", options, False, console)
     check_settings(options.search)
@@ -86,7 +77,7 @@ def search_command(options: SearchCommand, console: Console) -> None:
     _say_where(console, run.folder.path, f"accuracy {figures.accuracy:.2%} before fine-tuning")
 
 
-def finetune_command(options: FinetuneCommand, console: Console) -> None:
+def finetune_command(options: cli.FinetuneCommand, console: Console) -> None:
     """Fine-tune a pruned model, or a dense one after pruning it to an architecture, and write it folded."""
     architecture = Architecture.load(options.architecture) if options.architecture is not None else None
     model, run = _open("finetune", options, False, console)
@@ -106,7 +97,7 @@ def finetune_command(options: FinetuneCommand, console: Console) -> None:
     _say_where(console, run.folder.path, f"accuracy {figures.accuracy:.2%}")
 
 
-def compress_command(options: CompressCommand, console: Console) -> None:
+def compress_command(options: cli.CompressCommand, console: Console) -> None:
     """Compress a model to a budget; or print what that would take."""
     if options.dry_run:
         print_plan(options, console)
@@ -127,7 +118,7 @@ def compress_command(options: CompressCommand, console: Console) -> None:
     _say_where(console, run.folder.path, f"attention: {kinds_text(result.architecture)}; {after}")
 
 
-def evaluate_command(options: EvaluateCommand, console: Console) -> None:
+def evaluate_command(options: cli.EvaluateCommand, console: Console) -> None:
     """Print a model's figures on the validation images."""
     opened, images = model_and_images(options)
     figures = figures_of(opened.model, images, LoopConfig(precision=options.precision))
@@ -135,7 +126,7 @@ def evaluate_command(options: EvaluateCommand, console: Console) -> None:
     say(console, f"{shares}, loss {figures.loss:.4f}, {figures.images:,} images")
 
 
-def profile_command(options: ProfileCommand, console: Console) -> None:
+def profile_command(options: cli.ProfileCommand, console: Console) -> None:
     """Print the costs of a model by block, dense against pruned; those of a published one as published too."""
     # Costs do not depend on weights, so none are downloaded.
     model = open_model(options, weights=False).model
@@ -166,7 +157,7 @@ def profile_command(options: ProfileCommand, console: Console) -> None:
             say(console, *(f"{name}: {latency_text(latency)}" for latency in latencies))
 
 
-def convert_command(options: ConvertCommand, console: Console) -> None:
+def convert_command(options: cli.ConvertCommand, console: Console) -> None:
     """Write a checkpoint of others in spvit's format, and say what it was recognised as."""
     run = RunFolder(options.output)
     if run.path.is_file() or run.used:
@@ -196,7 +187,7 @@ def convert_command(options: ConvertCommand, console: Console) -> None:
 
 
 def _convert_indicators(
-    published: convert.Published, options: ConvertCommand, run: RunFolder, console: Console
+    published: convert.Published, options: cli.ConvertCommand, run: RunFolder, console: Console
 ) -> None:
     """Write the architecture of an indicator file, which holds no weights."""
     if options.indicators is not None:

@@ -63,26 +63,15 @@ class Layout:
     """Which kernel position each column of `head_probs` belongs to."""
     model: str
     """timm's names of the sizes below, with the place of the size."""
-    sizes: dict[str, tuple[int, tuple[int, ...]]]
+    sizes: Mapping[str, tuple[int, tuple[int, ...]]]
     """First width D and blocks a stage, by size."""
 
 
-DEIT = Layout(
-    "DeiT",
-    r"blocks\.(\d+)",
-    0.01,
-    tuple(range(POSITIONS)),
-    "deit_{}_patch16_224",
-    {"tiny": (192, (12,)), "small": (384, (12,)), "base": (768, (12,))},
-)
-SWIN = Layout(
-    "Swin",
-    r"layers\.(\d+)\.blocks\.(\d+)",
-    100.0,
-    (CENTRE, *(position for position in range(POSITIONS) if position != CENTRE)),
-    "swin_{}_patch4_window7_224",
-    {"tiny": (96, (2, 2, 6, 2)), "small": (96, (2, 2, 18, 2)), "base": (128, (2, 2, 18, 2))},
-)
+_DEIT_SIZES = {"tiny": (192, (12,)), "small": (384, (12,)), "base": (768, (12,))}
+_SWIN_SIZES = {"tiny": (96, (2, 2, 6, 2)), "small": (96, (2, 2, 18, 2)), "base": (128, (2, 2, 18, 2))}
+_CENTRE_FIRST = (CENTRE, *(position for position in range(POSITIONS) if position != CENTRE))
+DEIT = Layout("DeiT", r"blocks\.(\d+)", 0.01, tuple(range(POSITIONS)), "deit_{}_patch16_224", _DEIT_SIZES)
+SWIN = Layout("Swin", r"layers\.(\d+)\.blocks\.(\d+)", 100.0, _CENTRE_FIRST, "swin_{}_patch4_window7_224", _SWIN_SIZES)
 
 logger = logging.getLogger("spvit")
 
