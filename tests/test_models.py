@@ -113,6 +113,14 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         open_model(ModelConfig(model=MODEL, model_args={"colour": 1}, pretrained=False))
 
 
+def test_published_models_take_the_arguments_of_their_hosts() -> None:
+    arguments = {"img_size": 96, "num_classes": 3}
+    config = ModelConfig(model="spvit_deit_tiny_patch16_224", model_args=arguments, pretrained=False)
+    assert open_model(config).model(torch.zeros(1, 3, 96, 96)).shape == (1, 3)
+    with pytest.raises(ModelError, match="'checkpoint_path' is no argument of the model deit_tiny_patch16_224"):
+        open_model(ModelConfig(model=config.model, model_args={"checkpoint_path": "x"}, pretrained=False))
+
+
 def test_unsupported_family_is_named() -> None:
     with pytest.raises(UnsupportedHostError, match=r"ResNet is not a supported model family; supported are timm"):
         open_model(ModelConfig(model="resnet18", pretrained=False))

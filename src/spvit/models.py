@@ -106,7 +106,7 @@ def _open_timm(config: ModelConfig, classes: int | None, any_family: bool, weigh
     import timm
     from timm.data import resolve_data_config
 
-    import spvit.zoo  # noqa: F401  timm then knows the published models
+    from spvit.zoo import architectures, host_name  # with it timm knows the published models
 
     name = config.model.split(".")[0]
     if not timm.is_model(name):
@@ -116,7 +116,7 @@ def _open_timm(config: ModelConfig, classes: int | None, any_family: bool, weigh
             f"model {config.model!r} is neither a timm model nor a folder that spvit wrote, and does not start with "
             f"hf:{hint}"
         )
-    check_timm_model(name, config.model_args)
+    check_timm_model(host_name(name) if name in architectures() else name, config.model_args)
     arguments = {**({} if classes is None else {"num_classes": classes}), **config.model_args}
     pretrained = config.pretrained and config.checkpoint is None
     if pretrained and weights:
