@@ -15,6 +15,7 @@ import torch
 
 import spvit
 from spvit.architecture import FFN, Architecture, Attention, Block
+from spvit.cost import count_params
 from spvit.errors import BudgetError, CalibrationError, DataError, RunError, RunFolderError
 from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import gated_layers, make_searchable, search_record
@@ -280,6 +281,11 @@ def test_compress_without_a_folder_returns_a_plain_model(monkeypatch: pytest.Mon
     config = CompressConfig(search=short_search(1), finetune=short(1))
     small = compress(micro_host(), digits(), "70%", config=config)
     assert small(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    host, config = micro_host(), CompressConfig(train_epochs=0, calibration_images=128)
+    small = compress(host, digits(), params="80%", config=config)
+    assert spvit.cost(host)["params"] * 0.8 == pytest.approx(count_params(small), rel=0.005)
+    with pytest.raises(BudgetError, match="one of macs or params, found both"):
+        compress(host, digits(), "50%", params="50%")
     assert not list(tmp_path.iterdir())
 
 

@@ -191,7 +191,7 @@ def check_compress(
 ) -> Steps:
     """Refuse a compression that cannot work before anything is trained; return what it will do.
 
-    Without `weights` those of the teachers are not loaded.
+    Without `weights` those of the teachers are not loaded, nor is the host expected to have its own.
     """
     if config.initialise not in ("search", "host"):
         raise RunFolderError(f"initialise is {config.initialise!r}, expected search or host")
@@ -206,7 +206,9 @@ def check_compress(
                 f"scores {config.scores} are of the model as it is, and decide without a search; leave them out, or "
                 "dense.epochs and search.epochs"
             )
-        Scores.load(config.scores).check(Host.of(host))
+        scores = Scores.load(config.scores)
+        if weights:
+            scores.check(Host.of(host))
     searching = config.search if config.search.epochs > 0 else None
     finetuning = config.finetune
     if config.train_epochs is not None:
