@@ -28,7 +28,7 @@ from spvit.train.data import ImageConfig, Images, find_images
 from spvit.train.loaders import training_loader
 from spvit.train.loop import Loop, Phase, Run
 from spvit.train.optimizers import tensors_of
-from spvit.train.run_folder import RunFolder
+from spvit.train.run_folder import DENSE, FINETUNE, SEARCH, RunFolder
 
 IMAGENET_TRAIN, IMAGENET_VALIDATION, IMAGENET_CLASSES = 1_281_167, 50_000, 1000
 STEPS, BATCH_ON_CPU = 3, 8
@@ -43,13 +43,13 @@ def print_plan(options: CompressCommand, console: Console) -> None:
     host, costs = opened.model, network_costs(opened.model)
     steps = check_compress(host, images, options.budget(), options, weights=False)
     [(budgeted, share)] = [(metric, target / costs[metric].dense) for metric, target in steps.limits.items()]
-    phases = [Phase("dense", copy.deepcopy(host), options.dense)]
+    phases = [Phase(DENSE, copy.deepcopy(host), options.dense)]
     if steps.search is not None:
         net = searchable_for(host, steps.search)
-        phases.append(Phase("search", net, steps.search, BudgetLoss(net, **steps.limits)))
-    phases.append(Phase("finetune", copy.deepcopy(host), steps.finetune))
+        phases.append(Phase(SEARCH, net, steps.search, BudgetLoss(net, **steps.limits)))
+    phases.append(Phase(FINETUNE, copy.deepcopy(host), steps.finetune))
     for phase in phases:
-        phase.teacher = steps.teacher(phase.config, host if phase.name != "dense" else None)
+        phase.teacher = steps.teacher(phase.config, host if phase.name != DENSE else None)
     planned = {phase.name: _planned(phase, images, options, share) for phase in phases if phase.config.epochs > 0}
     lines = [f"plan of spvit compress to {options.output}; nothing is written", f"model: {options.model}"]
     for metric, cost in costs.items():
@@ -103,7 +103,7 @@ def _planned(phase: Phase, images: Images, options: CompressCommand, share: floa
         "gate learning rate": f"{loop.gates.param_groups[0]['lr']:.3g}" if loop.gates is not None else "",
         "teacher": "" if loop.teacher is None else config.teacher or "dense model",
         "memory a device": f"{human(memory)}B",
-        "time": str(timedelta(seconds=round(seconds * share if phase.name == "finetune" else seconds))),
+        "time": str(timedelta(seconds=round(seconds * share if phase.name == FINETUNE else seconds))),
     }
 
 
