@@ -261,8 +261,8 @@ def _check_transformers_model(source: Mapping[str, Any]) -> None:
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint file: `.safetensors`, or a `.pth` (read with `weights_only=True`).
 
-    A `.pth` may keep the weights under `model` or `state_dict`, as the published DeiT files do; what stands beside
-    them (optimizer, settings, moving averages) is left out.
+    A `.pth` may keep the weights under `model` or `state_dict`, as the published DeiT files do; anything else in it
+    (optimizer, settings, moving averages) is left out.
 
     Raises:
         CheckpointError: the file is missing, damaged, or holds no weights.

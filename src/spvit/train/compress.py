@@ -84,7 +84,7 @@ class Steps:
     """The teachers that settings name, each opened once."""
 
     def teacher(self, phase: PhaseConfig, dense: nn.Module | None) -> nn.Module | None:
-        """Return who teaches a phase: whom its settings name, or else the dense model; None when it does not distil."""
+        """Return a phase's teacher: the one its settings name, or the dense model; None when it does not distil."""
         if phase.distillation == 0:
             return None
         return dense if phase.teacher is None else self.teachers[phase.teacher]
@@ -250,7 +250,7 @@ def search(
         phase: settings of the search.
         run: images, run folder and settings.
         multiple: FFN widths and ranks are multiples of it.
-        teacher: whom the search distils from, if it does.
+        teacher: the teacher of a search that distils.
     """
     set_seed(run.config.seed)
     net = searchable_for(host, phase)
@@ -265,7 +265,7 @@ def searchable_for(host: nn.Module, phase: SearchConfig) -> nn.Module:
 
 
 def calibration(images: Images, seed: int, count: int) -> list[Tensor]:
-    """Return the first so many training images of a run's seed as batches [B, channels, height, width]."""
+    """Return `count` training images, drawn by the seed, as batches [B, channels, height, width]."""
     set_seed(seed)
     batches: list[Tensor] = []
     missing = count

@@ -54,7 +54,7 @@ class Phase:
     config: PhaseConfig
     budget: BudgetLoss | None = None
     teacher: nn.Module | None = None
-    """Who teaches; when absent whom the settings name."""
+    """The teacher of distillation; when absent the one that the settings name is opened."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Loop:
             teacher = open_teacher(phase.config.teacher, run.images)
         if teacher is None and phase.config.distillation > 0:
             raise DataError(
-                f"{phase.name}.distillation is {phase.config.distillation}, but nobody teaches; name a teacher with "
+                f"{phase.name}.distillation is {phase.config.distillation}, but there is no teacher; name one with "
                 f"--{phase.name}.teacher, or leave distillation out"
             )
         self.teacher = teacher.to(self.accelerator.device).eval() if teacher is not None else None
