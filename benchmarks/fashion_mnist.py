@@ -28,6 +28,7 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
+from spvit.hosts.base import network_costs
 from torch import nn
 from torch.utils.data import Subset
 
@@ -38,14 +39,21 @@ from spvit.budget import human, parse_budget
 from spvit.checkpoint import Preprocessing, describe, replace_atomically
 from spvit.cost import NetworkCost, count_macs, count_params
 from spvit.hosts import family_of
-from spvit.hosts.base import network_costs
 from spvit.repair import repair
-from spvit.train.compress import CompressConfig, deployed, figures_of, train_dense
+from spvit.train.compress import (
+    CALIBRATION_IMAGES,
+    CompressConfig,
+    calibration,
+    check_decision,
+    deployed,
+    figures_of,
+    search,
+)
 from spvit.train.data import ImageConfig, Images, load_images
-from spvit.train.deciding import CALIBRATION_IMAGES, calibration, search
 from spvit.train.loaders import training_loader
-from spvit.train.loop import Phase, run_phase
+from spvit.train.loop import Phase, Run, run_phase
 from spvit.train.progress import PhaseProgress
+from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -132,7 +140,7 @@ class Bench:
             with tempfile.TemporaryDirectory() as temporary:
                 phase = Phase("finetune", model, config, teacher=teacher)
                 loop = replace(self.loop, seed=self.options.finetune_seed)
-                after = run_phase(phase, self.images, Path(temporary), loop, self.progress)
+                after = run_phase(phase, Run(self.images, RunFolder(temporary), loop, self.progress))
         seconds = time.perf_counter() - started
         model = deployed(model)
         macs = self.macs(model)
@@ -229,11 +237,10 @@ class Bench:
             shared |= {"budget_weight": options.budget_weight, "budget_warmup": 0.0}
         config = SearchConfig(**shared, gate_learning_rate=options.gate_learning_rate)
         images = calibration(self.images, options.seed, CALIBRATION_IMAGES)
-        limits: dict[str, str | int] = {"macs": budget}
+        limits = check_decision(self.dense, parse_budget(macs=budget), None)
         with tempfile.TemporaryDirectory() as temporary:
-            net, architecture = search(
-                self.dense, self.images, limits, Path(temporary), self.loop, config, self.progress, calibrating=images
-            )
+            run = Run(self.images, RunFolder(temporary), self.loop, self.progress)
+            net, architecture = search(self.dense, limits, config, run)
         self.note(str(architecture))
         searching = time.perf_counter() - started
         for name in starts:
@@ -291,7 +298,7 @@ def kept_dense(
         model = make()
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as temporary:
-            train_dense(model, images, Path(temporary), loop, phase, progress)
+            run_phase(Phase("dense", model, phase), Run(images, RunFolder(temporary), loop, progress))
         metrics = {"seconds": time.perf_counter() - started}
         spvit.save(model, folder, preprocessing=images.preprocessing, metrics=metrics)
     return spvit.load(folder), describe(folder).metrics["seconds"]

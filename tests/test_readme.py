@@ -10,6 +10,7 @@ import torch
 import yaml
 
 import spvit
+from spvit.budget import Budget
 from spvit.cli.main import parse
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -38,7 +39,7 @@ def test_recipe_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(recipe)
     name, options = parse(["compress", "--recipe", str(tmp_path / "recipe.yaml"), "--output", "out"])
     assert name == "compress"
-    assert options.limits() == {"macs": "1.5G"}
+    assert options.budget() == Budget.parse(macs="1.5G")
     assert options.finetune.distillation == yaml.safe_load(recipe)["finetune"]["distillation"] == 0.5
 
 
