@@ -23,8 +23,7 @@ from spvit.hosts.base import network_costs
 from spvit.ranking import Ranking
 from spvit.repair import PREFIX_RULE, SKIP_RULE
 from spvit.scores import BlockScores, score
-from test_surgery import BOTH
-from tiny import HOSTS, images, logits, make_host
+from tiny import BOTH, HOSTS, images, logits, make_host
 
 Sites = list[list[tuple[int, float]]]
 

@@ -23,9 +23,13 @@ from spvit.pruned import BottleneckConv
 from spvit.searchable import SearchableAttention
 from spvit.surgery import gated_layers, pruned_record, search_record
 from tiny import (
+    BLOCKS,
+    BOTH,
+    EVERYTHING,
     FAMILY_OF,
     HOSTS,
     MIXED,
+    WIDTH,
     assert_close,
     assert_differ,
     backward,
@@ -38,10 +42,6 @@ from tiny import (
     randomise,
     with_kinds,
 )
-
-BOTH = ["class_token", "huggingface"]
-WIDTH, BLOCKS = 72, 4
-EVERYTHING = dense([WIDTH] * BLOCKS)
 
 
 class Wrapper(nn.Module):

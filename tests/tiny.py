@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import spvit
-from spvit.architecture import KINDS, Architecture, Attention
+from spvit.architecture import KINDS, Architecture, Attention, dense
 from spvit.hosts import family_of
 from spvit.hosts.base import logits_of
 from spvit.surgery import gated_layers
@@ -19,8 +19,8 @@ from spvit.surgery import gated_layers
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 MIXED = ("conv3", "skip", "conv1", "msa")  # attention last: class tokens see what convolutions did only through it
 CLASSES = 7
-
-# Threads gain nothing on tensors this small, and cost a hundredfold when another process holds a core.
+WIDTH, BLOCKS = 72, 4  # FFN units and blocks of all hosts but Swin, whose widths differ
+EVERYTHING = dense([WIDTH] * BLOCKS)
 
 
 def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
@@ -90,6 +90,7 @@ HOSTS: dict[str, Callable[[], nn.Module]] = {
 _FAMILIES = {"huggingface": "huggingface", "swin": "timm_swin"}
 # All but Swin: their blocks are alike, and their attention can be narrowed (tests/test_swin.py has the others' repair).
 ALIKE = [name for name in HOSTS if not name.startswith("swin")]
+BOTH = ["class_token", "huggingface"]  # one host a library, with the same widths
 FAMILY_OF = {name: _FAMILIES.get(name.split("_")[0], "timm") for name in HOSTS}
 
 

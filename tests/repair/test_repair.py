@@ -22,9 +22,11 @@ from spvit.moments import RIDGE, WANTED_TOKENS
 from spvit.narrowing import JITTER
 from spvit.pruned import NarrowAttention
 from spvit.repair import LINEAR_SIDE
-from test_surgery import BOTH, EVERYTHING
 from tiny import (
     ALIKE,
+    BOTH,
+    EVERYTHING,
+    WIDTH,
     assert_close,
     assert_differ,
     images,
@@ -33,7 +35,6 @@ from tiny import (
     make_net,
 )
 
-WIDTH = 72
 UNITS = (tuple(range(0, 72, 3)), tuple(range(40)), (5, 9, 70, 71), tuple(range(71)))
 CALIBRATION = 16
 SOME = ["class_token", "huggingface_options", "registers", "average_pooling", "no_biases", "residual_post_norm"]

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_searchable import DIM, DOUBLE, GRID, HEADS, make_layer, tokens
 from torch import nn
 
 import reference
 import spvit
+from layers import DIM, DOUBLE, GRID, HEADS, make_layer, tokens
 from spvit import kernels
 from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.hosts.timm_vit import read_attention

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 import reference
 import spvit
+from layers import DIM, DOUBLE, HEADS, gate, make_attention, make_layer, tokens
 from spvit.architecture import KINDS
 from spvit.gated_linear import GatedLinear
-from spvit.hosts import family_of_library
-from spvit.pruned import Grid
-from spvit.searchable import SearchableAttention, candidate_mixture, gate_sensitivity
+from spvit.searchable import candidate_mixture, gate_sensitivity
 from spvit.surgery import gated_layers
 from tiny import (
     MIXED,
@@ -33,38 +32,7 @@ from tiny import (
     randomise,
 )
 
-DIM, HEADS, GRID = 24, 3, (3, 4)
 PATTERNS = list(itertools.product([False, True], repeat=3))
-DOUBLE = torch.float64
-
-
-def _attention(library: str, bias: bool) -> nn.Module:
-    if library == "timm":
-        from timm.layers import Attention
-
-        return Attention(DIM, HEADS, qkv_bias=bias, proj_bias=bias)
-    vit = pytest.importorskip("transformers.models.vit.modeling_vit")
-    config = vit.ViTConfig(hidden_size=DIM, num_attention_heads=HEADS, qkv_bias=bias, attn_implementation="sdpa")
-    return vit.ViTAttention(config)
-
-
-def make_layer(library: str = "timm", bias: bool = True, prefix_tokens: int = 1) -> SearchableAttention:
-    """Return a randomised gated attention layer in training mode, in double precision."""
-    layer = SearchableAttention(
-        _attention(library, bias),
-        family_of_library({"timm": "timm", "huggingface": "transformers"}[library]).access,
-        prefix_tokens=prefix_tokens,
-        grid=Grid(*GRID),
-        temperature=0.01,
-    )
-    return randomise(layer).to(DOUBLE).train()
-
-
-def tokens(prefix_tokens: int = 1, batch: int = 2) -> Tensor:
-    """Return random normalised tokens that need a gradient."""
-    generator = torch.Generator().manual_seed(3)
-    shape = (batch, prefix_tokens + GRID[0] * GRID[1], DIM)
-    return torch.randn(shape, generator=generator, dtype=DOUBLE).requires_grad_()
 
 
 def observe(layer: nn.Module, x: Tensor, *args: Any) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
@@ -291,9 +259,7 @@ def test_bfloat16_autocast_stays_close_to_float32(name: str, kinds: tuple[str, .
 
 
 def test_layers_start_from_equal_heads_and_fresh_batch_norms() -> None:
-    layer = SearchableAttention(
-        _attention("timm", True), family_of_library("timm").access, prefix_tokens=1, grid=Grid(*GRID), temperature=0.01
-    )
+    layer = gate(make_attention("timm", True))
     assert (layer.head_logits == 1).all()
     assert layer.head_logits.shape == (HEADS, 9)
     assert layer.gate_logits.shape == (3,)
