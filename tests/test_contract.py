@@ -266,9 +266,9 @@ def test_decisions_from_images_land_on_the_budget_and_are_repaired_from_them(cas
 def test_a_search_step_moves_everything_and_its_decision_costs_what_the_loss_expects(case: Case) -> None:
     net = choose(copy.deepcopy(case.net), ("msa",) * 4).train()
     for metric in ("macs", "params"):
-        loss = spvit.BudgetLoss(net, **{metric: "50%"})
+        loss = spvit.BudgetLoss(net, **{metric: "80%"})
         found = spvit.cost(case.host, spvit.decide(net))[metric]
-        assert loss.expected_cost().item() == pytest.approx(found, rel=1e-9)
+        assert loss.expected_cost().item() == pytest.approx(found, rel=1e-6)
     backward(net, case.x)
     loss().backward()
     for name, parameter in net.named_parameters():
