@@ -72,15 +72,8 @@ def choose(
     """Return the architecture with the least sum of scores that costs at most the target, or None if none does.
 
     Dynamic programming over the sites, on costs in whole steps of 1/512 of the target for all sites together, rounded
-    up so that the target holds.
-
-    Args:
-        scores: of every block.
-        cost: the host's, in the target's metric.
-        target: MACs or parameters.
-        multiple: FFN widths are multiples of it, or all units.
-        wanted: the cost is to be at least this where there is such a choice.
-        attends: at least one block is to keep attention.
+    up so that the target holds. The cost is at least `wanted` where there is such a choice; with `attends` some block
+    keeps attention.
     """
     sites = _sites(scores, cost, multiple)
     limits = (target - cost.fixed, wanted - cost.fixed)

@@ -59,15 +59,11 @@ def paired_ranks(ranks: Sequence[int]) -> list[int]:
 def attention_errors(pair: BlockPair, ranks: Sequence[int]) -> dict[Attention, Missed]:
     """Return how much of a dense attention layer's output each narrower layer misses after its repair.
 
-    Norms over the dimensions of a head or over all outputs forbid some: then queries and keys keep all dimensions, or
-    values and heads do.
+    The whole layer is left out; nothing is returned for a layer that cannot be narrowed.
 
     Args:
         pair: a dense block, and the inputs that repairs are fitted to.
         ranks: that queries and keys, and values, may have beside all dimensions, ascending.
-
-    Returns:
-        The error of each choice but the whole layer; empty when the layer cannot be narrowed.
     """
     site = pair.sites.attention
     if not (site.narrows_queries or site.narrows_values):
@@ -97,12 +93,7 @@ def _value_fits(
 ) -> dict[int | None, tuple[float, Ranking]]:
     """Return by value rank what all heads miss of the dense output, and what is missed beyond that as heads leave.
 
-    Args:
-        pair: a dense block.
-        queries: the rank of queries and keys.
-        value_ranks: None for all dimensions.
-        second_moment: of the layer's inputs.
-        total: variance of the dense layer's output, summed over its dimensions.
+    total: variance of the dense layer's output, summed over its dimensions.
     """
     heads = pair.sites.attention.heads
     weights, moments = rotated_queries(pair, queries, second_moment)
@@ -152,14 +143,9 @@ class _Left:
 
 
 def rank_units(covariance: Tensor, out_weight: Tensor, ridge: float) -> Ranking:
-    """Return a ranking by backward elimination, each time of those whose loss the rest repairs best.
+    """Return a ranking of units: they leave in up to 64 groups, those with the least loss taken alone first.
 
-    Inputs leave in up to 64 groups, those with the least loss taken alone first.
-
-    Args:
-        covariance: of the inputs, [K, K].
-        out_weight: [D, K].
-        ridge: relative to the mean variance.
+    covariance: of the units, [K, K]; out_weight: [D, K]; ridge: relative to the mean variance.
     """
     units = len(covariance)
     kept = _Left(covariance, out_weight, ridge)
@@ -181,13 +167,9 @@ def rank_units(covariance: Tensor, out_weight: Tensor, ridge: float) -> Ranking:
 
 
 def rank_heads(covariance: Tensor, out_weight: Tensor, heads: int, ridge: float) -> Ranking:
-    """Return a ranking of heads by backward elimination, each time of the one whose loss the rest repairs best.
+    """Return a ranking of heads: each time the one leaves whose loss the others repair best.
 
-    Args:
-        covariance: of the outputs of all heads side by side, [H V, H V].
-        out_weight: [D, H V].
-        heads: H.
-        ridge: relative to the mean variance.
+    covariance: of the outputs of all heads side by side, [H V, H V]; out_weight: [D, H V].
     """
     kept, left = _Left(covariance, out_weight, ridge), list(range(heads))
     removed: list[int] = []

@@ -19,6 +19,7 @@ from spvit.hosts.host import Host
 from spvit.hosts.sites import AttentionSite
 from spvit.replacements import replacement
 from spvit.replacements.ffn import narrow_linear
+from spvit.replacements.skip import NoNorm
 
 
 def put(model: nn.Module, path: str, module: nn.Module, undo: ExitStack) -> None:
@@ -97,25 +98,15 @@ def _watched(host: Host, blocks: Sequence[int], undo: ExitStack) -> dict[int, Gr
 def replace_attention(
     host: Host, index: int, kept: Attention, rules: Rules, grids: dict[int, Grid], undo: ExitStack, **hints: Any
 ) -> None:
-    """Put what an architecture keeps of an attention layer in its place, in the host's model.
-
-    Args:
-        host: its model is dense at this block, and changed in place.
-        index: of the block.
-        kept: what stays of the attention.
-        rules: of the architecture.
-        grids: of the patches, by block.
-        undo: takes the change back.
-        hints: as in `Replacement.make`.
-    """
+    """Put what an architecture keeps of a block's attention in its place, in the host's model; hints: as for `make`."""
     site = host.blocks[index].attention
     layer = host.model.get_submodule(site.path)
     module = replacement(kept.kind).make(layer, site, kept, rules, grids.get(index, Grid(*site.grid)), **hints)
     if module is layer:
         return
     if kept.kind == "skip" and rules.skip != "normalised_input" and site.norm is not None:
-        norm = host.model.get_submodule(site.norm)  # nothing else reads it
-        put(host.model, site.norm, nn.Identity().train(norm.training), undo)
+        no_norm = NoNorm(next(layer.parameters())).train(layer.training)  # nothing else reads the norm
+        put(host.model, site.norm, no_norm, undo)
     module.requires_grad_(next(layer.parameters()).requires_grad)
     put_attention(host, site, module.train(layer.training), undo)
 

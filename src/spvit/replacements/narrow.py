@@ -38,22 +38,24 @@ class NarrowAttention(nn.Module):
     Takes the arguments of that layer; a mask is added to the logits. The softmax keeps the original layer's scale.
     """
 
-    def __init__(self, weights: AttentionWeights, layer: nn.Module, site: AttentionSite) -> None:
-        """Take over weights; scale, dropout and norms come from the dense layer at the site."""
+    def __init__(self, layer: nn.Module, site: AttentionSite, kept: Attention) -> None:
+        """Make room for what is kept of the dense layer at a site; its weights are loaded next."""
         super().__init__()
-        heads, rank, dim = weights.query_weight.shape
-        value_rank = weights.value_weight.shape[1]
-        like: dict[str, Any] = {"device": weights.query_weight.device, "dtype": weights.query_weight.dtype}
-        self.heads, self.query_key_rank, self.value_rank = heads, rank, value_rank
+        values, out = (layer.get_submodule(name) for name in (site.value.linear, site.out))
+        assert isinstance(values, nn.Linear)
+        like: dict[str, Any] = {"device": values.weight.device, "dtype": values.weight.dtype}
+        self.heads = site.heads if kept.heads is None else len(kept.heads)
+        self.query_key_rank = site.head_width if kept.query_key_rank is None else kept.query_key_rank
+        self.value_rank = site.head_width if kept.value_rank is None else kept.value_rank
         self.scale, self.dropout = site.scale, site.dropout
-        biased, out_biased = weights.value_bias is not None, weights.out_bias is not None
-        self.qkv = nn.utils.skip_init(nn.Linear, dim, heads * (2 * rank + value_rank), bias=biased, **like)
+        rows, biased = self.heads * (2 * self.query_key_rank + self.value_rank), values.bias is not None
+        self.qkv = nn.utils.skip_init(nn.Linear, site.dim, rows, bias=biased, **like)
         self.query_norm, self.key_norm, self.out_norm = (
             nn.Identity() if name is None else layer.get_submodule(name) for name in site.norms
         )
-        self.proj = nn.utils.skip_init(nn.Linear, heads * value_rank, dim, bias=out_biased, **like)
+        columns, biased = self.heads * self.value_rank, out.bias is not None
+        self.proj = nn.utils.skip_init(nn.Linear, columns, site.dim, bias=biased, **like)
         self.out_drop = nn.Dropout(site.out_dropout)
-        self.load(weights)
 
     @torch.no_grad()
     def load(self, weights: AttentionWeights) -> None:
@@ -70,9 +72,10 @@ class NarrowAttention(nn.Module):
 
     def heads_out(self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Return the outputs of all heads side by side, [B, N, H V], which the output projection takes."""
-        sizes = [self.heads * self.query_key_rank] * 2 + [self.heads * self.value_rank]
+        packed, keys, values = self.qkv(x), self.heads * self.query_key_rank, 2 * self.heads * self.query_key_rank
         query, key, value = (
-            part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).split(sizes, dim=2)
+            part.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for part in (packed[..., :keys], packed[..., keys:values], packed[..., values:])
         )  # [B, H, N, R], twice, and [B, H, N, V]
         query, key = self.query_norm(query), self.key_norm(key)
         # The CPU's fused attention wants equal widths; what is filled up with zeros changes nothing.
@@ -115,9 +118,10 @@ class _Narrow:
         """Whole, it is the layer itself; narrow, from its weights alone, as if its inputs were white noise."""
         if not kept.narrowed():
             return layer
-        weights = read_weights(layer, site)
-        narrow = _first_dimensions(weights, kept) if fitted else narrow_blindly(weights, kept)
-        return NarrowAttention(narrow, layer, site)
+        module = NarrowAttention(layer, site, kept)
+        if not fitted:
+            module.load(narrow_blindly(read_weights(layer, site), kept))
+        return module
 
     def fit(self, module: nn.Module, pair: BlockPair, kept: Attention) -> None:
         """Rotate queries and keys, then values, by how they vary; fit the output projection to the dense output."""
@@ -156,13 +160,8 @@ REPLACEMENT = _Narrow()
 def fitted_output(prior: Tensor, covariance: Tensor, cross: Tensor, moments: Moments) -> Tensor:
     """Return the output projection [D, X] that best gives the dense output from narrow heads, drawn towards a prior.
 
-    The one owner of this formula: the repair uses it, and the estimate of what a narrower layer misses.
-
-    Args:
-        prior: [D, X].
-        covariance: of the narrow heads' outputs side by side, [X, X].
-        cross: with the dense layer's output, [X, D].
-        moments: that both come from, which say how many tokens there were.
+    covariance: of the narrow heads' outputs side by side, [X, X]; cross: with the dense output, [X, D]; both from the
+    moments, which say how many tokens there were. The repair and the estimate of what is missed share this formula.
     """
     return prior + regression(covariance, cross - covariance @ prior.T, ridge_for(moments, len(covariance))).T
 
@@ -178,18 +177,13 @@ def inputs_of_attention(pair: BlockPair) -> Tensor:
 def rotated_queries(pair: BlockPair, kept: Attention, second_moment: Tensor) -> tuple[AttentionWeights, Moments]:
     """Return the kept heads with queries and keys at the kept rank, and the moments of their and the dense outputs.
 
-    Args:
-        pair: the block.
-        kept: heads and query/key rank; values stay whole.
-        second_moment: as `inputs_of_attention` returns it.
-
-    Returns:
-        The weights, and moments of the heads' outputs side by side [H E] and of the dense layer's output [D].
+    The heads' outputs, of whole values, are side by side [H E]. second_moment: as `inputs_of_attention` returns it.
     """
     site = pair.sites.attention
     layer = pair.host.model.get_submodule(site.path)
     weights = narrow_heads(pair.host.weights(pair.index), kept, second_moment)
-    whole = NarrowAttention(weights, layer, site).eval()
+    whole = NarrowAttention(layer, site, replace(kept, value_rank=None)).eval()
+    whole.load(weights)
     moments = Moments()
     for x, wanted in zip(pair.arriving(site.path), pair.wanted(site.path)):
         moments.add(whole.heads_out(x), wanted)
@@ -267,18 +261,6 @@ def _some_heads(weights: AttentionWeights, kept: Attention) -> AttentionWeights:
     return AttentionWeights(**by_head, out_weight=weights.out_weight.detach()[:, heads], out_bias=out_bias)
 
 
-def _first_dimensions(weights: AttentionWeights, kept: Attention) -> AttentionWeights:
-    """Return weights of the kept shapes: of the kept heads the first dimensions, whatever they hold."""
-    whole = _some_heads(weights, kept)
-    narrow: dict[str, Any] = {}
-    ranks = {"query": kept.query_key_rank, "key": kept.query_key_rank, "value": kept.value_rank}
-    for name, rank in ranks.items():
-        for part in (f"{name}_weight", f"{name}_bias"):
-            tensor = getattr(whole, part)
-            narrow[part] = None if tensor is None else tensor[:, :rank]
-    return replace(whole, **narrow, out_weight=whole.out_weight[..., : kept.value_rank])
-
-
 def value_directions(weights: AttentionWeights, covariances: Tensor) -> Tensor:
     """Return the directions [H, E, E] of each head's outputs, those first that predict its contribution best.
 
@@ -305,12 +287,7 @@ def narrow_values(
     """Return weights whose values have the kept rank, and the map [H, V, E] from the heads' former outputs to theirs.
 
     The output projection is the one that best predicts each head's contribution from its kept directions alone.
-
-    Args:
-        weights: values and outputs whole.
-        directions: as `value_directions` returns them, [H, E, E].
-        kept: its value rank counts.
-        covariances: of the heads' outputs, [H, E, E].
+    directions, covariances of the heads' outputs: [H, E, E].
     """
     like, rotation = weights.value_weight, directions[:, : kept.value_rank]
     out_weights = []

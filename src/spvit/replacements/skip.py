@@ -46,6 +46,14 @@ class Skip(nn.Module):
         return f"rule={self.rule!r}"
 
 
+class NoNorm(nn.Identity):
+    """Stands where the norm of a skipped layer was; its empty `weight` says device and dtype, as timm's Swin asks."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", parameter.detach().new_empty(0), persistent=False)
+
+
 class Constant(nn.Module):
     """A vector for each prefix token and one for all grid tokens: `bias` [P + 1, D]."""
 

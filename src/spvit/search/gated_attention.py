@@ -44,7 +44,9 @@ def candidate_mixture(gates: Tensor) -> Tensor:
 def gate_sensitivity(bits: tuple[bool, ...]) -> list[list[float]]:
     """Return d(mixture) / d(gates) at sampled gates: one row a gate, one column a candidate (msa, conv3, conv1).
 
-    The columns that are zero throughout are candidates whose values are not needed at all.
+    For example all three open: attention is chosen, c1 and c2 are detached, and c3 = b1 b2 b3 gives every gate the row
+    (1, -1, 0): closing any of them would put conv3 in attention's place. Columns that are zero throughout are
+    candidates whose values are not needed at all.
     """
     gates = torch.tensor([float(bit) for bit in bits], requires_grad=True)
     with torch.enable_grad():
@@ -111,12 +113,7 @@ class Drawn:
         return {self.kind} | {name for name, column in columns if any(column)}
 
     def answer(self, outputs: dict[str, Tensor], silent: Sequence[Tensor]) -> Tensor:
-        """Return the chosen output [B, N, D], which then gives the gates their gradients.
-
-        Args:
-            outputs: [B, N, D] of what is needed, by kind.
-            silent: tensors that receive a gradient of zero.
-        """
+        """Return the chosen one of outputs [B, N, D]; it gives the gates their gradients, and silent tensors zero."""
         differences, rows = _differences(self.sensitivity, outputs)
         return _Choose.apply(outputs[self.kind], self.gates, rows, len(differences), *differences, *silent)
 
@@ -150,7 +147,7 @@ class GatedAttention(nn.Module):
 
     def decided(self) -> str:
         """Return the kind that the gates choose in evaluation: `msa`, `conv3`, `conv1` or `skip`."""
-        return _kind(self.draws.decided_bits(self))
+        return NESTED[opened(self.draws.decided_bits(self))]
 
     def head_mix(self) -> Tensor:
         """Return S [H, K]."""
@@ -181,7 +178,7 @@ class GatedAttention(nn.Module):
         gates = straight_through(self.gate_logits, self.draws.noise(self))
         bits = self.draws.sampled_bits(self)
         gates_learn = torch.is_grad_enabled() and gates.requires_grad
-        return Drawn(gates, _kind(bits), gate_sensitivity(bits) if gates_learn else [])
+        return Drawn(gates, NESTED[opened(bits)], gate_sensitivity(bits) if gates_learn else [])
 
     def _convolve(self, x: Tensor, kind: str) -> Tensor:
         """Return one convolution candidate by its kernels, as the pruned network computes it: [B, N, D]."""
@@ -230,8 +227,7 @@ class GatedAttention(nn.Module):
     def _convolve_values(self, x: Tensor, kind: str, needed: set[str], values: Tensor | None) -> dict[str, Tensor]:
         """Return the outputs [B, N, D] of the convolutions that are needed, and update both batch norms' statistics.
 
-        Args:
-            values: what attention computed as values, or None when it did not run.
+        values: what attention computed as values, or None when it did not run.
         """
         weights = read_weights(self.attention, self.site)
         heads, width = weights.value_weight.shape[:2]
@@ -275,10 +271,6 @@ class GatedAttention(nn.Module):
         if kind == "skip":
             silent.append(x)
         return silent
-
-
-def _kind(bits: Sequence[bool]) -> str:
-    return NESTED[opened(bits)]
 
 
 def gradients_if(condition: bool) -> torch.autograd.grad_mode.set_grad_enabled:

@@ -16,12 +16,7 @@ from spvit.search.network import gated_layers, search_record
 
 
 def decide_by_gates(net: nn.Module, budget: Budget | None, multiple: int | None) -> Architecture:
-    """Return the architecture that gates choose; with a budget the FFN widths are shifted until the cost meets it.
-
-    Args:
-        net: what `make_searchable` returned, searched.
-        budget: None for exactly what the network computes in evaluation mode.
-        multiple: of FFN widths; None for the default (without a budget 1).
+    """Return the architecture that the gates of a searched network choose, as `decide` says.
 
     Raises:
         BudgetError: the budget cannot be reached; names the smallest or largest cost that can.
