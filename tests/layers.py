@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from spvit.pruned import Grid
+from spvit.searchable import SearchableAttention
 from torch import Tensor, nn
 
 from spvit.hosts import family_of_library
-from spvit.pruned import Grid
-from spvit.searchable import SearchableAttention
 from tiny import randomise
 
 DIM, HEADS, GRID = 24, 3, (3, 4)

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from spvit.gated_linear import GatedLinear
+from spvit.kernels import AttentionWeights
+from spvit.pruned import BottleneckConv, Grid, Skip
+from spvit.searchable import SearchableAttention
 from torch import Tensor, nn
 
 import reference
 import spvit
 from spvit import kernels
 from spvit.cost import NetworkCost
-from spvit.gated_linear import GatedLinear
 from spvit.hosts import family_of_library
 from spvit.hosts.timm_swin import WindowedGrid
-from spvit.kernels import AttentionWeights
-from spvit.pruned import BottleneckConv, Grid, Skip
-from spvit.searchable import SearchableAttention
 from tiny import assert_close
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"

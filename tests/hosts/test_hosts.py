@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from spvit.hosts.base import GridTracker, example_images, logits_of, network_costs
+from spvit.pruned import Grid
 from torch import Tensor, nn
 
 import spvit
 from spvit.errors import UnsupportedHostError
 from spvit.hosts import family_of, family_of_library, registrations
-from spvit.hosts.base import GridTracker, example_images, logits_of, network_costs
-from spvit.pruned import Grid
 from tiny import FAMILY_OF, HOSTS, assert_close, images, logits, make_host
 
 timm = pytest.importorskip("timm")

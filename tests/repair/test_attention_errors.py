@@ -7,14 +7,14 @@ import math
 
 import pytest
 import torch
+from spvit.attention_errors import Missed, attention_errors, paired_ranks
+from spvit.blockwise import Layer, block_inputs, evaluating, reached
+from spvit.install import installed
 from torch import Tensor, nn
 
 import spvit
 from spvit.architecture import FFN, Architecture, Attention, Block
-from spvit.attention_errors import Missed, attention_errors, paired_ranks
-from spvit.blockwise import Layer, block_inputs, evaluating, reached
 from spvit.hosts import family_of
-from spvit.install import installed
 from spvit.repair import repair_block
 from tiny import images, make_host
 

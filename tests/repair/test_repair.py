@@ -9,21 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from spvit.blockwise import evaluating, reached
+from spvit.hosts.base import BlockSites
+from spvit.narrowing import JITTER
+from spvit.pruned import NarrowAttention
 from torch import Tensor, nn
 
 import reference
 import spvit
 from spvit.architecture import FFN, Architecture, Attention, Block
-from spvit.blockwise import evaluating, reached
 from spvit.errors import CalibrationError
 from spvit.hosts import family_of
-from spvit.hosts.base import BlockSites
 from spvit.moments import RIDGE, WANTED_TOKENS
-from spvit.narrowing import JITTER
-from spvit.pruned import NarrowAttention
 from spvit.repair import LINEAR_SIDE
 from tiny import (
-    ALIKE,
     BOTH,
     EVERYTHING,
     WIDTH,
@@ -302,16 +301,6 @@ def test_emptied_ffns_leave_their_mean_if_there_is_a_bias_for_it(name: str) -> N
         assert found.bias is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ALIKE)
-def test_keeping_everything_changes_no_bit(name: str, dtype: torch.dtype) -> None:
-    host = make_host(name, dtype)
-    model = spvit.prune(host, EVERYTHING, repair=images(host, 2))
-    assert list(model.state_dict()) == list(host.state_dict())
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in host.state_dict().items())
-    assert torch.equal(logits(model, images(host)), logits(host, images(host)))
-
-
 def test_what_pruning_leaves_whole_keeps_its_weights_bit_for_bit() -> None:
     host = make_host("class_token")
     kept = architecture(Attention(), Attention("conv1"), Attention(), ATTENTION["narrow"], units=WHOLE)
@@ -325,33 +314,6 @@ def test_what_pruning_leaves_whole_keeps_its_weights_bit_for_bit() -> None:
     for key in ("blocks.2.mlp.fc1.weight", "blocks.2.mlp.fc1.bias"):
         assert torch.equal(state[key], own[key][[1, 2, 3]])
     assert_differ(state["blocks.2.mlp.fc2.bias"], own["blocks.2.mlp.fc2.bias"])
-
-
-@pytest.mark.parametrize("name", ALIKE)
-def test_repair_brings_outputs_nearer_on_images_it_has_not_seen(name: str) -> None:
-    host = make_host(name, torch.float32)
-    x = images(host, 24, seed=9)
-    expected = logits(host, x)
-    kept = Attention(value_rank=4) if name != "options" else Attention()
-    pruned = architecture(kept, Attention("conv1"), prefix_rule="linear", units=(UNITS[1],))
-    errors = []
-    for repair in (None, images(host, 48)):
-        model = spvit.prune(host, pruned, repair=repair)
-        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-        errors.append(float((logits(model, x) - expected).square().mean()))
-    assert errors[1] < 0.5 * errors[0]
-    low = make_host(name, torch.bfloat16)
-    assert logits(spvit.prune(low, pruned, repair=images(low, 24)), images(low)).isfinite().all()
-
-
-def test_the_repaired_model_folds_saves_and_copies(tmp_path: Any) -> None:
-    host = make_host("class_token")
-    kept = architecture(*ATTENTION.values(), prefix_rule="linear", skip_rule="mean")
-    model = spvit.prune(host, kept, repair=images(host, CALIBRATION))
-    x = images(host, seed=5)
-    expected = logits(model, x)
-    for twin in (spvit.fold(model), copy.deepcopy(model), spvit.load(spvit.save(model, tmp_path))):
-        assert_close(logits(twin, x), expected)
 
 
 def test_repair_aims_at_the_searched_weights() -> None:

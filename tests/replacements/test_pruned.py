@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from spvit.narrowing import narrow_blindly
+from spvit.pruned import BottleneckConv, Constant, Grid, NarrowAttention, Skip, as_map, as_tokens, narrow_linear
+from spvit.searchable import SearchableAttention
 from torch import nn
 
 import reference
@@ -17,9 +20,6 @@ from layers import DIM, DOUBLE, GRID, HEADS, make_layer, tokens
 from spvit import kernels
 from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.hosts.timm_vit import read_attention
-from spvit.narrowing import narrow_blindly
-from spvit.pruned import BottleneckConv, Constant, Grid, NarrowAttention, Skip, as_map, as_tokens, narrow_linear
-from spvit.searchable import SearchableAttention
 from tiny import assert_all_close, assert_close, assert_differ, make_host, randomise
 
 
@@ -239,21 +239,6 @@ def test_narrow_attention_can_be_copied_pickled_and_printed() -> None:
     for twin in (copy.deepcopy(narrow), pickle.loads(pickle.dumps(narrow))):
         assert torch.equal(twin(tokens()), narrow(tokens()))
     assert [part.shape for part in (narrow.qkv.weight, narrow.proj.weight)] == [(12, DIM), (DIM, 2)]
-
-
-@pytest.mark.parametrize("name", ["class_token", "huggingface"])
-def test_flags_dtype_and_device_survive_narrowing(name: str) -> None:
-    blocks = {"class_token": "blocks", "huggingface": "vit.layers"}[name]
-    kept = tuple(Block(attention, FFN(72, tuple(range(9)))) for attention in (*NARROW.values(), Attention("skip")))
-    host = make_host(name, torch.bfloat16).to("meta").train()
-    host.get_submodule(f"{blocks}.0").eval().requires_grad_(False)
-    host.get_submodule(f"{blocks}.2").requires_grad_(False)
-    model = spvit.prune(host, Architecture(kept, skip_rule="mean"))
-    for module_name, module in model.named_modules():
-        assert module.training == (not f"{module_name}.".startswith(f"{blocks}.0.")), module_name
-    for parameter_name, parameter in model.named_parameters():
-        assert parameter.requires_grad == (not parameter_name.startswith((f"{blocks}.0.", f"{blocks}.2.")))
-        assert (parameter.dtype, parameter.device.type) == (torch.bfloat16, "meta")
 
 
 def test_constants_are_one_a_prefix_token_and_one_for_the_rest() -> None:

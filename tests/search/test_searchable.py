@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from spvit.gated_linear import GatedLinear
+from spvit.searchable import candidate_mixture, gate_sensitivity
 from torch import Tensor, nn
 
 import reference
 import spvit
 from layers import DIM, DOUBLE, HEADS, gate, make_attention, make_layer, tokens
 from spvit.architecture import KINDS
-from spvit.gated_linear import GatedLinear
-from spvit.searchable import candidate_mixture, gate_sensitivity
 from spvit.surgery import gated_layers
 from tiny import (
     MIXED,
