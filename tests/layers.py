@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from spvit.pruned import Grid
-from spvit.searchable import SearchableAttention
+from spvit.search.gated_attention import GatedAttention
 from torch import Tensor, nn
 
-from spvit.hosts import family_of_library
+from spvit.hosts.recognise import family_of_library
 from tiny import randomise
 
 DIM, HEADS, GRID = 24, 3, (3, 4)
@@ -26,9 +26,9 @@ def make_attention(library: str, bias: bool) -> nn.Module:
     return vit.ViTAttention(config)
 
 
-def gate(attention: nn.Module, library: str = "timm", prefix_tokens: int = 1) -> SearchableAttention:
+def gate(attention: nn.Module, library: str = "timm", prefix_tokens: int = 1) -> GatedAttention:
     """Return a gated layer around a dense one, as it starts."""
-    return SearchableAttention(
+    return GatedAttention(
         attention,
         family_of_library({"timm": "timm", "huggingface": "transformers"}[library]).access,
         prefix_tokens=prefix_tokens,
@@ -37,7 +37,7 @@ def gate(attention: nn.Module, library: str = "timm", prefix_tokens: int = 1) ->
     )
 
 
-def make_layer(library: str = "timm", bias: bool = True, prefix_tokens: int = 1) -> SearchableAttention:
+def make_layer(library: str = "timm", bias: bool = True, prefix_tokens: int = 1) -> GatedAttention:
     """Return a randomised gated attention layer in training mode, in double precision."""
     return randomise(gate(make_attention(library, bias), library, prefix_tokens)).to(DOUBLE).train()
 

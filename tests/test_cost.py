@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from spvit.gates import expected
-from spvit.hosts.base import network_costs
+from spvit.search.gates import expected
+from spvit.replacements.costs import network_costs
 from torch import nn
 
 import reference
@@ -17,7 +17,7 @@ from spvit.architecture import FFN, KINDS, PREFIX_RULES, SKIP_RULES, Architectur
 from spvit.budget import Budget, human, parse_budget
 from spvit.cost import BlockCost, NetworkCost, count_macs, count_params
 from spvit.errors import BudgetError
-from spvit.hosts import family_of
+from spvit.hosts.host import Host
 from tiny import ALIKE, HOSTS, MIXED, assert_close, ffn_widths, images, make_host
 
 COST = NetworkCost("macs", 1000, (BlockCost(400, 300, 60, 2, 50), BlockCost(500, 310, 70, 3, 40)))
@@ -36,7 +36,7 @@ def test_predicted_params_hold_under_the_published_skip_rule() -> None:
     host = make_host("class_token", torch.float32)
     architecture = replace(_architecture(MIXED, tuple(UNITS.values())), skip_rule="normalised_input")
     small = spvit.fold(spvit.prune(host, architecture))
-    assert network_costs(family_of(host), host)["params"].of(architecture) == count_params(small)
+    assert network_costs(host)["params"].of(architecture) == count_params(small)
 
 
 @pytest.mark.parametrize("prefix_rule", PREFIX_RULES)
@@ -47,21 +47,21 @@ def test_predicted_costs_hold_under_every_rule(name: str, skip_rule: str, prefix
     kinds = ("skip", "conv1", "conv3", "skip")
     architecture = replace(_architecture(kinds, tuple(UNITS.values())), prefix_rule=prefix_rule, skip_rule=skip_rule)
     small = spvit.fold(spvit.prune(host, architecture))
-    costs, x = network_costs(family_of(host), host), images(host, batch=1)
+    costs, x = network_costs(host), images(host, batch=1)
     assert costs["macs"].of(architecture) == count_macs(small, lambda twin: twin(x.to("meta")))
     assert costs["params"].of(architecture) == count_params(small)
 
 
 def test_all_heads_and_dimensions_cost_as_much_as_the_whole_layer() -> None:
     host = make_host("huggingface_options", torch.float32)
-    for cost in network_costs(family_of(host), host).values():
+    for cost in network_costs(host).values():
         for kept in (Attention(heads=(0, 1, 2)), Attention(query_key_rank=16, value_rank=16), Attention()):
             assert cost.blocks[0].attention_kept(kept, "linear", "mean") == cost.blocks[0].msa
 
 
 def test_costs_are_the_formulas_of_the_method() -> None:
     host = make_host("class_token", torch.float32)
-    costs = network_costs(family_of(host), host)["macs"]
+    costs = network_costs(host)["macs"]
     n, grid, d, e = 17, 16, 24, 8
     dimension = n * (2 * d + n)  # of one head: two projections, one of the two attention products
     block = BlockCost(
@@ -109,8 +109,8 @@ def test_published_architectures_cost_what_the_method_says(name: str) -> None:
     architecture = spvit.architectures()[name]
     with torch.device("meta"):
         host = timm.create_model(host_name)
-    costs = network_costs(family_of(host), host)
-    kinds, sites = architecture.kinds(), family_of(host).blocks(host)
+    costs = network_costs(host)
+    kinds, sites = architecture.kinds(), Host.of(host).blocks
     # The printed parameters count each convolution's batch norm (a scale and a shift a channel), which folding removes.
     norms = sum(2 * site.attention.head_width for site, kind in zip(sites, kinds) if kind.startswith("conv"))
     found = {"params": costs["params"].of(architecture) + norms, "macs": costs["macs"].of(architecture)}
@@ -183,7 +183,7 @@ def test_expected_cost_learns_as_the_method_says() -> None:
     ],
 )
 def test_budgets_that_can_be_stated(stated: dict[str, Any], metric: str, fraction: float, amount: int) -> None:
-    assert parse_budget(**stated) == Budget(metric, fraction, amount)
+    assert Budget.parse(**stated) == Budget(metric, fraction, amount)
 
 
 WORDS = ["", "half", "50 percent", "-5%", "1e9", "1.0g", "1,000", "1.0GG", "%", "1.", "5 0%", "inf", "nan"]
@@ -194,31 +194,31 @@ OTHER_TYPES = [0, -3, 0.5, True, b"50%", ("50%",)]
 @pytest.mark.parametrize("value", [*WORDS, *FRACTIONS, *OTHER_TYPES])
 def test_malformed_budgets_are_refused(value: Any) -> None:
     with pytest.raises(BudgetError, match=r'macs budget .* is malformed, expected a share like "50%", an amount like'):
-        parse_budget(macs=value)
+        Budget.parse(macs=value)
 
 
 @pytest.mark.parametrize("value", ["0%", "0.0%", "101%", "1000%"])
 def test_shares_out_of_range_are_refused(value: str) -> None:
     with pytest.raises(BudgetError, match=f"params budget '{value}' is out of range, expected above 0% and at most"):
-        parse_budget(params=value)
+        Budget.parse(params=value)
 
 
 def test_a_budget_is_exactly_one_metric() -> None:
     with pytest.raises(BudgetError, match="one of macs or params, found neither"):
-        parse_budget()
+        Budget.parse()
     with pytest.raises(BudgetError, match="one of macs or params, found both"):
-        parse_budget(macs="50%", params="50%")
+        Budget.parse(macs="50%", params="50%")
 
 
 def test_budget_targets() -> None:
-    assert parse_budget(macs="75%").target(COST) == round(0.75 * COST.dense)
-    assert parse_budget(macs="1.5k").target(COST) == 1500
-    assert parse_budget(macs=COST.dense).target(COST) == COST.dense
-    assert parse_budget(macs=COST.smallest).target(COST) == COST.smallest == 1000
+    assert Budget.parse(macs="75%").target(COST) == round(0.75 * COST.dense)
+    assert Budget.parse(macs="1.5k").target(COST) == 1500
+    assert Budget.parse(macs=COST.dense).target(COST) == COST.dense
+    assert Budget.parse(macs=COST.smallest).target(COST) == COST.smallest == 1000
     with pytest.raises(BudgetError, match=r"a budget of 5,000 macs is above the dense model's 2,120; ask for 100%"):
-        parse_budget(macs="5k").target(COST)
+        Budget.parse(macs="5k").target(COST)
     with pytest.raises(BudgetError, match=r"a budget of 212 macs \(10\.0%\) cannot be reached: .* 1k \(47\.2%, 1,000 "):
-        parse_budget(macs="10%").target(COST)
+        Budget.parse(macs="10%").target(COST)
 
 
 @pytest.mark.parametrize(

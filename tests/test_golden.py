@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from spvit.gated_linear import GatedLinear
-from spvit.kernels import AttentionWeights
+from spvit.search.gated_linear import GatedLinear
+from spvit.replacements.kernels import AttentionWeights
 from spvit.pruned import BottleneckConv, Grid, Skip
-from spvit.searchable import SearchableAttention
+from spvit.search.gated_attention import GatedAttention
 from torch import Tensor, nn
 
 import reference
 import spvit
-from spvit import kernels
+from spvit.replacements import kernels
 from spvit.cost import NetworkCost
-from spvit.hosts import family_of_library
+from spvit.hosts.recognise import family_of_library
 from spvit.hosts.timm_swin import WindowedGrid
 from tiny import assert_close
 
@@ -48,7 +48,7 @@ def _deit() -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def make_layer(deit: dict[str, Tensor]) -> SearchableAttention:
+def make_layer(deit: dict[str, Tensor]) -> GatedAttention:
     """Return the gated layer of `deit_attention` as it was before any training pass."""
     from timm.layers import Attention
 
@@ -56,7 +56,7 @@ def make_layer(deit: dict[str, Tensor]) -> SearchableAttention:
     for part in ("weight", "bias"):
         getattr(attention.qkv, part).copy_(torch.cat([deit[f"w.qk.{part}"], deit[f"w.v.{part}"]]))
         getattr(attention.proj, part).copy_(deit[f"w.proj.{part}"])
-    layer = SearchableAttention(
+    layer = GatedAttention(
         attention,
         family_of_library("timm").access,
         prefix_tokens=PREFIX,
@@ -191,7 +191,7 @@ def test_budget() -> None:
 
 
 @torch.no_grad()
-def make_window_layer(swin: dict[str, Tensor], grid: WindowedGrid) -> SearchableAttention:
+def make_window_layer(swin: dict[str, Tensor], grid: WindowedGrid) -> GatedAttention:
     """Return the gated layer of `swin_attention`, in evaluation mode."""
     from timm.models.swin_transformer import WindowAttention
 
@@ -201,7 +201,7 @@ def make_window_layer(swin: dict[str, Tensor], grid: WindowedGrid) -> Searchable
         getattr(attention.proj, part).copy_(swin[f"w.proj.{part}"])
     attention.relative_position_bias_table.copy_(swin["w.relative_position_bias_table"])
     access = family_of_library("timm", "SwinTransformer").access
-    layer = SearchableAttention(attention, access, prefix_tokens=0, grid=grid, temperature=swin["w.alpha"].item())
+    layer = GatedAttention(attention, access, prefix_tokens=0, grid=grid, temperature=swin["w.alpha"].item())
     layer.head_logits[:, PUBLISHED_ORDER] = swin["w.head_probs"]
     _load_batchnorm(layer.bn1, swin, "bn_1x1")
     _load_batchnorm(layer.bn3, swin, "bn_3x3")

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from spvit.gated_linear import GatedLinear
+from spvit.search.gated_linear import GatedLinear
 from spvit.pruned import BottleneckConv
-from spvit.searchable import SearchableAttention
+from spvit.search.gated_attention import GatedAttention
 from torch import nn
 
 import spvit
@@ -106,7 +106,7 @@ def test_gates_sit_where_other_code_looks_for_them() -> None:
     host, net = make_net("class_token")
     assert type(net) is type(host)
     for block in net.blocks:
-        assert type(block.attn) is SearchableAttention
+        assert type(block.attn) is GatedAttention
         assert type(block.mlp.fc2) is GatedLinear
         assert block.attn.gate_logits.shape == (3,)
         assert block.attn.head_logits.shape == (3, 9)

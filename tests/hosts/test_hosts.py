@@ -154,12 +154,12 @@ def test_input_size_can_change_before_a_search() -> None:
     host = make_host("class_token")
     host.set_input_size((96, 64))
     assert family_of(host).input_size(host) == (3, 96, 64)
-    assert family_of(host).blocks(host)[0].attention.grid == (6, 4)
+    assert Host.of(host).blocks[0].attention.grid == (6, 4)
 
 
 def test_costs_of_all_metrics() -> None:
     host = make_host("class_token")
-    costs = network_costs(family_of(host), host)
+    costs = network_costs(host)
     assert {metric: cost.metric for metric, cost in costs.items()} == {"macs": "macs", "params": "params"}
 
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from spvit.ranking import STEPS, rank_heads, rank_units
+from spvit.repair.errors import STEPS, rank_heads, rank_units
 from torch import Tensor
 
 from spvit.moments import damped

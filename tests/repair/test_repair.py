@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from spvit.blockwise import evaluating, reached
+from spvit.hosts.walk import evaluating, reached
 from spvit.hosts.base import BlockSites
-from spvit.narrowing import JITTER
+from spvit.replacements.narrow import JITTER
 from spvit.pruned import NarrowAttention
 from torch import Tensor, nn
 
@@ -19,9 +19,9 @@ import reference
 import spvit
 from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.errors import CalibrationError
-from spvit.hosts import family_of
+from spvit.hosts.host import Host
 from spvit.moments import RIDGE, WANTED_TOKENS
-from spvit.repair import LINEAR_SIDE
+from spvit.repair.repair import LINEAR_SIDE
 from tiny import (
     BOTH,
     EVERYTHING,
@@ -230,7 +230,7 @@ def check_prefix(module: nn.Module, arriving: Tensor, wanted: Tensor, out: Tenso
 
 def check(model: nn.Module, host: nn.Module, kept: Architecture, x: Tensor) -> None:
     """Check every layer that pruning changed."""
-    for sites, block in zip(family_of(host).blocks(host), kept.blocks):
+    for sites, block in zip(Host.of(host).blocks, kept.blocks):
         path = sites.attention.path
         if block.attention.kind in ("conv3", "conv1"):
             check_convolution(model, host, sites, x)
@@ -274,7 +274,7 @@ def test_prefix_tokens_follow_the_rule_of_the_architecture(rule: str, name: str)
 def test_ffn_units_are_repaired_by_the_published_formula(name: str) -> None:
     host = make_host(name)
     x = images(host, CALIBRATION)
-    sites = family_of(host).blocks(host)[0].ffn
+    sites = Host.of(host).blocks[0].ffn
     kept = list(UNITS[0])
     removed = [unit for unit in range(WIDTH) if unit not in kept]
     (hidden,) = reference.flat(seen(host, sites.second, x)[0])

@@ -8,9 +8,9 @@ import math
 
 import pytest
 import torch
-from spvit.attention_errors import Missed
-from spvit.blockwise import Layer, block_inputs
-from spvit.scores import (
+from spvit.repair.errors import Missed
+from spvit.hosts.walk import Layer, block_inputs
+from spvit.repair.scores import (
     FITTING,
     FLOOR,
     MEASURED_SHARES,
@@ -32,8 +32,8 @@ from torch.nn import functional as F
 import spvit
 from spvit.architecture import FFN, Architecture, Attention, Block, dense
 from spvit.errors import CalibrationError
-from spvit.hosts import family_of
-from spvit.repair import PREFIX_RULE, SKIP_RULE
+from spvit.hosts.host import Host
+from spvit.repair.repair import PREFIX_RULE, SKIP_RULE
 from tiny import ALIKE, assert_close, images, logits, make_host
 
 WIDTH = 72
@@ -57,7 +57,7 @@ def divergence(host: nn.Module, index: int, kept: Block, x: Tensor) -> float:
 def test_measured_scores_are_what_pruning_to_one_candidate_does(name: str) -> None:
     host = make_host(name)
     x = images(host, 24)
-    head_width = family_of(host).blocks(host)[0].attention.head_width
+    head_width = Host.of(host).blocks[0].attention.head_width
     ranks = (head_width // 4, head_width // 2)
     measured = [Attention(**{name: rank}) for name in ("query_key_rank", "value_rank") for rank in ranks]
     for index, found in enumerate(scored(host, multiple=head_width // 4)):
@@ -101,7 +101,7 @@ def test_scores_do_not_depend_on_flags_or_batches_and_leave_the_host_alone() -> 
 def test_the_head_is_the_host_behind_its_last_block(name: str) -> None:
     host = make_host(name)
     x = images(host, 3)
-    blocks = family_of(host).blocks(host)
+    blocks = Host.of(host).blocks
     outputs: list[Tensor] = []
     handle = host.get_submodule(blocks[-1].path).register_forward_hook(
         lambda module, args, out: outputs.append(out[0] if isinstance(out, tuple) else out)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from spvit.kernels import AttentionWeights
+from spvit.replacements.kernels import AttentionWeights
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spvit import kernels
+from spvit.replacements import kernels
 from tiny import assert_all_close, assert_close
 
 HEADS, WIDTH, DIM = 3, 4, 12

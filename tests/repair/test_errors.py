@@ -7,15 +7,15 @@ import math
 
 import pytest
 import torch
-from spvit.attention_errors import Missed, attention_errors, paired_ranks
-from spvit.blockwise import Layer, block_inputs, evaluating, reached
-from spvit.install import installed
+from spvit.repair.errors import Missed, attention_errors, paired_ranks
+from spvit.hosts.walk import Layer, block_inputs, evaluating, reached
+from spvit.replacements.install import installed
 from torch import Tensor, nn
 
 import spvit
 from spvit.architecture import FFN, Architecture, Attention, Block
-from spvit.hosts import family_of
-from spvit.repair import repair_block
+from spvit.hosts.host import Host
+from spvit.repair.repair import repair_block
 from tiny import images, make_host
 
 UNITS = 72
@@ -53,7 +53,7 @@ def test_errors_are_those_of_repaired_layers(name: str) -> None:
     host = make_host(name)
     x, ridge = images(host, 24), 1e-9
     errors = errors_of(host, x, ridge)
-    heads = family_of(host).blocks(host)[1].attention.heads
+    heads = Host.of(host).blocks[1].attention.heads
     assert len(errors) == heads * (len(RANKS) + 1) ** 2 - 1
     for kept, missed in errors.items():
         expected = repaired_error(host, x, kept, ridge)
@@ -103,7 +103,7 @@ def test_unequal_ranks_attend_as_equal_ones_with_zeros(name: str, dtype: torch.d
     kept = Attention("msa", (0, 2), 3, 5)
     blocks = [Block(kept, FFN.whole(UNITS))] * 4
     model = spvit.prune(host, Architecture(tuple(blocks)), repair=images(host, 16)).eval()
-    layer: nn.Module = model.get_submodule(family_of(host).blocks(host)[0].attention.path)
+    layer: nn.Module = model.get_submodule(Host.of(host).blocks[0].attention.path)
     x = torch.randn(2, 17, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.no_grad():
         projected = layer.qkv(x)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from spvit.hosts.base import network_costs
+from spvit.replacements.costs import network_costs
 from spvit.pruned import Grid
 from torch import nn
 
@@ -19,9 +19,9 @@ import spvit
 from spvit.architecture import dense
 from spvit.cli.main import main
 from spvit.cost import count_macs, count_params
-from spvit.hosts import family_of
+from spvit.hosts.host import Host
 from spvit.hosts.timm_swin import WindowedGrid
-from spvit.surgery import gated_layers
+from spvit.search.network import gated_layers
 from tiny import (
     FAMILY_OF,
     MIXED,
@@ -110,7 +110,7 @@ def test_fused_attention_gives_its_values_too() -> None:
 
 def test_costs_are_the_formulas_of_the_method() -> None:
     host = make_host("swin", torch.float32)
-    costs = network_costs(family_of(host), host)["macs"]
+    costs = network_costs(host)["macs"]
     for block, n, d, e in zip(costs.blocks, (256, 256, 64, 64), (24, 24, 48, 48), (8, 8, 12, 12)):
         assert block.msa == 4 * n * d**2 + 2 * d * n * 16
         assert (block.conv3, block.conv1, block.unit) == (10 * d * e * n, 2 * d * e * n, 2 * n * d)
@@ -123,7 +123,7 @@ def test_costs_are_the_formulas_of_the_method() -> None:
 def test_costs_follow_the_input_size(size: tuple[int, int], kinds: tuple[str, ...]) -> None:
     host = make_host("swin", torch.float32)
     host.set_input_size(size)
-    costs = network_costs(family_of(host), host)
+    costs = network_costs(host)
     architecture = with_kinds(dense(ffn_widths(host)), *kinds)
     small = spvit.fold(spvit.prune(host, architecture))
     x = images(host, batch=1)

@@ -11,18 +11,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from spvit.hosts.base import network_costs
-from spvit.ranking import Ranking
-from spvit.scores import BlockScores, score
+from spvit.replacements.costs import network_costs
+from spvit.repair.errors import Ranking
+from spvit.repair.scores import BlockScores, score
 
 import spvit
 from spvit.architecture import Architecture, Attention, dense
-from spvit.budget import parse_budget
+from spvit.budget import Budget
 from spvit.cost import BlockCost, NetworkCost
 from spvit.decide import STEPS_PER_SITE, TOLERANCE, _least_sum, choose
 from spvit.errors import BudgetError, CalibrationError, UnsupportedHostError
-from spvit.hosts import family_of
-from spvit.repair import PREFIX_RULE, SKIP_RULE
+from spvit.hosts.host import Host
+from spvit.repair.repair import PREFIX_RULE, SKIP_RULE
 from tiny import BOTH, images, make_host
 
 Sites = list[list[tuple[int, float]]]
@@ -155,11 +155,11 @@ def test_decisions_land_just_below_the_budget(name: str, metric: str, monkeypatc
     host = make_host(name)
     scores = score(host, family_of(host), images(host, 24), 8)
     monkeypatch.setattr(sys.modules["spvit.decide"], "score", lambda *arguments: scores)  # they take most of the time
-    cost = network_costs(family_of(host), host)[metric]
+    cost = network_costs(host)[metric]
     found = []
     for budget in ("52%", "60%", "75%", "93%", round(0.8 * cost.dense)):
         architecture = spvit.decide(host, calibration=[], **{metric: budget})
-        target = parse_budget(**{metric: budget}).target(cost)
+        target = Budget.parse(**{metric: budget}).target(cost)
         assert (1 - TOLERANCE) * target <= cost.of(architecture) <= target
         assert (architecture.prefix_rule, architecture.skip_rule) == (PREFIX_RULE, SKIP_RULE)
         assert Architecture.from_json(architecture.to_json()) == architecture
@@ -175,14 +175,14 @@ def test_heads_with_dead_dimensions_are_narrowed() -> None:
         for layer in host.vit.layers:
             for projection in (layer.attention.q_proj, layer.attention.v_proj):
                 projection.weight.unflatten(0, (3, 16))[:, 8:].zero_()
-    cost = network_costs(family_of(host), host)["macs"]
+    cost = network_costs(host)["macs"]
     narrow = Attention("msa", query_key_rank=8, value_rank=8)
     for budget in ("75%", "85%"):  # at 85% there is more to spend than narrow attention takes
         architecture = spvit.decide(host, macs=budget, calibration=images(host, 24))
         found = [block.attention for block in architecture.blocks]
         assert found == [narrow] * 4 if budget == "75%" else narrow in found
         assert "msa 8/8" in str(architecture)
-        assert 0.995 <= cost.of(architecture) / parse_budget(macs=budget).target(cost) <= 1
+        assert 0.995 <= cost.of(architecture) / Budget.parse(macs=budget).target(cost) <= 1
 
 
 @pytest.mark.parametrize("multiple", [None, 4, 2])
@@ -198,7 +198,7 @@ def test_units_that_are_not_used_do_not_keep_a_decision_from_its_budget() -> Non
     with torch.no_grad():
         for block in host.blocks:
             block.mlp.fc2.weight[:, ::2] = 0
-    cost = network_costs(family_of(host), host)["macs"]
+    cost = network_costs(host)["macs"]
     for share in (0.9, 0.97):
         architecture = spvit.decide(host, macs=f"{share:.0%}", calibration=images(host, 24))
         assert 0.995 * share <= cost.of(architecture) / cost.dense <= share
@@ -210,7 +210,7 @@ def test_units_that_are_not_used_do_not_keep_a_decision_from_its_budget() -> Non
 def test_budgets_below_the_smallest_name_it_and_it_is_reached(metric: str) -> None:
     host = make_host("class_token")
     x = images(host, 16)
-    cost = network_costs(family_of(host), host)[metric]
+    cost = network_costs(host)[metric]
     with pytest.raises(
         BudgetError, match="cannot be reached with FFN widths that are multiples of 1: the sma"
     ) as caught:
@@ -224,7 +224,7 @@ def test_budgets_below_the_smallest_name_it_and_it_is_reached(metric: str) -> No
 def test_a_class_token_keeps_some_attention_to_the_image() -> None:
     for name, kept in (("class_token", 1), ("average_pooling", 0)):
         host = make_host(name)
-        cost = network_costs(family_of(host), host)["macs"]
+        cost = network_costs(host)["macs"]
         x = images(host, 24)
         with pytest.raises(BudgetError, match="the smallest reachable is") as caught:
             spvit.decide(host, macs=cost.smallest, calibration=x)
@@ -251,6 +251,6 @@ def test_decisions_that_cannot_be_made_are_refused() -> None:
     with pytest.raises(CalibrationError, match="one calibration image is too few"):
         spvit.decide(host, macs="50%", calibration=x[:1])
     with pytest.raises(
-        UnsupportedHostError, match="attn is a SearchableAttention, but timm VisionTransformer hosts are"
+        UnsupportedHostError, match="attn is a GatedAttention, but timm VisionTransformer hosts are"
     ):
         spvit.decide(spvit.make_searchable(host), macs="50%", calibration=x)

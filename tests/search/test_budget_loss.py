@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import reference
 import spvit
 from spvit.errors import BudgetError, NotSearchableError
-from spvit.surgery import gated_layers, search_record
+from spvit.search.network import gated_layers, search_record
 from spvit.train.losses import BUDGET_WEIGHT, distillation_loss, task_loss
 from tiny import MIXED, assert_close, choose, images, logits, make_host, make_net
 

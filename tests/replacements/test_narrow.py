@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from spvit.kernels import AttentionWeights, Projections
-from spvit.narrowing import (
+from spvit.replacements.kernels import AttentionWeights, Projections
+from spvit.replacements.narrow import (
     LONGEST,
     low_rank_logits,
     narrow_blindly,
@@ -25,7 +25,7 @@ import reference
 import spvit
 from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.errors import ArchitectureError, CalibrationError
-from spvit.hosts import family_of
+from spvit.hosts.host import Host
 from tiny import ALIKE, assert_close, assert_differ, images, logits, make_host, randomise
 
 DOUBLE = torch.float64
@@ -234,7 +234,7 @@ def test_pruned_hosts_compute_what_their_weights_say(name: str, kept: Attention)
     host = make_host(name)
     model = spvit.prune(host, with_attention(kept))
     expected = copy.deepcopy(host)
-    for sites in family_of(host).blocks(host):
+    for sites in Host.of(host).blocks:
         layer = family_of(host).access.read_projections(host.get_submodule(sites.attention.path))
         narrow = narrow_blindly(layer, kept)
         view = SimpleNamespace(**vars(narrow), scale=layer.scale)

@@ -9,21 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from spvit.narrowing import narrow_blindly
+from spvit.replacements.narrow import narrow_blindly
 from spvit.pruned import BottleneckConv, Constant, Grid, NarrowAttention, Skip, as_map, as_tokens, narrow_linear
-from spvit.searchable import SearchableAttention
+from spvit.search.gated_attention import GatedAttention
 from torch import nn
 
 import reference
 import spvit
 from layers import DIM, DOUBLE, GRID, HEADS, make_layer, tokens
-from spvit import kernels
+from spvit.replacements import kernels
 from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.hosts.timm_vit import read_attention
 from tiny import assert_all_close, assert_close, assert_differ, make_host, randomise
 
 
-def _bottleneck(layer: SearchableAttention, kind: str, returns_tuple: bool = False) -> BottleneckConv:
+def _bottleneck(layer: GatedAttention, kind: str, returns_tuple: bool = False) -> BottleneckConv:
     convert, batchnorm = {
         "conv3": (kernels.conv3_weights, layer.bn3),
         "conv1": (kernels.conv1_weights, layer.bn1),

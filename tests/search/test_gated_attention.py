@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from spvit.gated_linear import GatedLinear
-from spvit.searchable import candidate_mixture, gate_sensitivity
+from spvit.search.gated_linear import GatedLinear
+from spvit.search.gated_attention import candidate_mixture, gate_sensitivity
 from torch import Tensor, nn
 
 import reference
 import spvit
 from layers import DIM, DOUBLE, HEADS, gate, make_attention, make_layer, tokens
 from spvit.architecture import KINDS
-from spvit.surgery import gated_layers
+from spvit.search.network import gated_layers
 from tiny import (
     MIXED,
     assert_all_close,
