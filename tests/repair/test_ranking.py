@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 import torch
-from spvit.repair.errors import STEPS, rank_heads, rank_units
 from torch import Tensor
 
 from spvit.moments import damped
+from spvit.repair.errors import STEPS, rank_heads, rank_units
 from tiny import assert_close
 
 DOUBLE = torch.float64
