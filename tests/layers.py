@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from spvit.pruned import Grid
-from spvit.search.gated_attention import GatedAttention
 from torch import Tensor, nn
 
-from spvit.hosts.recognise import family_of_library
+from spvit.hosts.grid import Grid
+from spvit.hosts.sites import AttentionSite, Rows
+from spvit.replacements.install import answer_as_tuple
+from spvit.search.gated_attention import GatedAttention
 from tiny import randomise
 
 DIM, HEADS, GRID = 24, 3, (3, 4)
@@ -26,15 +29,35 @@ def make_attention(library: str, bias: bool) -> nn.Module:
     return vit.ViTAttention(config)
 
 
+def site_of(library: str = "timm", prefix_tokens: int = 1) -> AttentionSite:
+    """Return the site of such a layer."""
+    projections = {
+        "timm": {"query": Rows("qkv"), "key": Rows("qkv", DIM), "value": Rows("qkv", 2 * DIM), "out": "proj"},
+        "huggingface": {"query": Rows("q_proj"), "key": Rows("k_proj"), "value": Rows("v_proj"), "out": "o_proj"},
+    }
+    return AttentionSite(
+        path="",
+        norm=None,
+        **projections[library],
+        dim=DIM,
+        heads=HEADS,
+        head_width=DIM // HEADS,
+        prefix_tokens=prefix_tokens,
+        grid=GRID,
+        keys=prefix_tokens + GRID[0] * GRID[1],
+        narrows_queries=True,
+        narrows_values=True,
+        scale=(DIM // HEADS) ** -0.5,
+        returns_tuple=library == "huggingface",
+    )
+
+
 def gate(attention: nn.Module, library: str = "timm", prefix_tokens: int = 1) -> GatedAttention:
     """Return a gated layer around a dense one, as it starts."""
-    return GatedAttention(
-        attention,
-        family_of_library({"timm": "timm", "huggingface": "transformers"}[library]).access,
-        prefix_tokens=prefix_tokens,
-        grid=Grid(*GRID),
-        temperature=0.01,
-    )
+    layer = GatedAttention(attention, site_of(library, prefix_tokens), Grid(*GRID), 0.01)
+    if library == "huggingface":
+        layer.register_forward_hook(answer_as_tuple)
+    return layer
 
 
 def make_layer(library: str = "timm", bias: bool = True, prefix_tokens: int = 1) -> GatedAttention:
@@ -47,3 +70,13 @@ def tokens(prefix_tokens: int = 1, batch: int = 2) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     shape = (batch, prefix_tokens + GRID[0] * GRID[1], DIM)
     return torch.randn(shape, generator=generator, dtype=DOUBLE).requires_grad_()
+
+
+def observe(layer: nn.Module, x: Tensor, *args: Any) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Return output, gradients (of x too) and buffers after a forward and backward pass."""
+    out = layer(x, *args)
+    out = out[0] if isinstance(out, tuple) else out
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(4), dtype=DOUBLE)).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    buffers = {name: buffer.clone() for name, buffer in layer.named_buffers() if "num_batches" not in name}
+    return out.detach(), {"x": x.grad, **gradients}, buffers

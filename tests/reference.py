@@ -140,7 +140,7 @@ def bottleneck(x: Tensor, layer: Any, bn: nn.BatchNorm2d, positions: list[int], 
             if v.bias is not None:
                 bias = bias + shares[i] * v.bias[rows]
         mixed[p] = (kernel, bias, out)
-    tokens = x[:, layer.prefix_tokens :]
+    tokens = x[:, layer.site.prefix_tokens :]
     hidden = []
     for row in range(height):
         for column in range(columns):
@@ -154,7 +154,7 @@ def bottleneck(x: Tensor, layer: Any, bn: nn.BatchNorm2d, positions: list[int], 
     out = activated @ sum(mixed[p][2] for p in positions).T
     if o.bias is not None:
         out = out + o.bias
-    return torch.cat([x[:, : layer.prefix_tokens], out], dim=1)
+    return torch.cat([x[:, : layer.site.prefix_tokens], out], dim=1)
 
 
 def sample(logits: Tensor, uniforms: Tensor | None) -> Tensor:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import copy
 import itertools
-from typing import Any
 
 import pytest
 import torch
-from spvit.search.gated_linear import GatedLinear
-from spvit.search.gated_attention import candidate_mixture, gate_sensitivity
-from torch import Tensor, nn
 
 import reference
 import spvit
-from layers import DIM, DOUBLE, HEADS, gate, make_attention, make_layer, tokens
+from layers import DIM, DOUBLE, HEADS, gate, make_attention, make_layer, observe, tokens
 from spvit.architecture import KINDS
+from spvit.search.gated_attention import candidate_mixture, gate_sensitivity
 from spvit.search.network import gated_layers
 from tiny import (
+    HOSTS,
     MIXED,
+    ONE_A_FAMILY,
     assert_all_close,
     assert_close,
     assert_differ,
@@ -33,16 +32,6 @@ from tiny import (
 )
 
 PATTERNS = list(itertools.product([False, True], repeat=3))
-
-
-def observe(layer: nn.Module, x: Tensor, *args: Any) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Return output, gradients (of x too) and buffers after a forward and backward pass."""
-    out = layer(x, *args)
-    out = out[0] if isinstance(out, tuple) else out
-    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(4), dtype=DOUBLE)).sum().backward()
-    gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
-    buffers = {name: buffer.clone() for name, buffer in layer.named_buffers() if "num_batches" not in name}
-    return out.detach(), {"x": x.grad, **gradients}, buffers
 
 
 @pytest.mark.parametrize("bits", PATTERNS)
@@ -156,7 +145,9 @@ def test_the_grid_must_fit_the_tokens() -> None:
         layer.train(training)
         with torch.no_grad():
             layer.gate_logits.fill_(-1).neg_() if training else layer.gate_logits.copy_(torch.tensor([1.0, -1, 1]))
-        with pytest.raises(ValueError, match="got 12 tokens, expected 1 prefix tokens and a grid of 3 x 4"):
+        with pytest.raises(
+            ValueError, match="got 11 grid tokens, expected a grid of 3 x 4; call the whole model"
+        ):
             layer(tokens()[:, 1:])
 
 
@@ -171,24 +162,6 @@ def test_mixture_and_sensitivity_follow_the_formula(bits: tuple[bool, ...]) -> N
         (gradient,) = torch.autograd.grad(expected[column], gates, retain_graph=True, allow_unused=True)
         found = [row[column] for row in gate_sensitivity(bits)]
         assert found == ([0.0] * 3 if gradient is None else gradient.tolist())
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-def test_gated_linear_equals_the_reference(bias: bool, training: bool) -> None:
-    layer = randomise(GatedLinear(nn.Linear(16, 6, bias=bias))).to(DOUBLE).train(training)
-    uniforms = torch.rand(16, generator=torch.Generator().manual_seed(2), dtype=DOUBLE) if training else None
-    layer.draws.fix_uniforms(uniforms)
-    hidden = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
-    twin = reference.install(copy.deepcopy(layer), uniforms)
-    out, gradients, _ = observe(layer, hidden.clone().requires_grad_())
-    expected_out, expected_gradients, _ = observe(twin, hidden.clone().requires_grad_())
-    assert_close(out, expected_out)
-    if not training:  # a threshold has no gradient
-        assert gradients.pop("gate_logits") is None
-        assert expected_gradients.pop("gate_logits") is None
-    assert_all_close(gradients, expected_gradients)
-    assert 0 < (layer.linear.weight.grad == 0).all(dim=0).sum() < 16
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -221,6 +194,13 @@ def test_a_whole_network_learns_as_the_reference_does(name: str, size: tuple[int
             assert_close(own, other)
 
 
+@pytest.mark.parametrize("name", [name for name in HOSTS if name != "options"])  # whose norms the reference leaves out
+def test_a_whole_network_answers_as_the_reference_does(name: str) -> None:
+    host, net = make_net(name, ("msa", "conv3", "conv3", "msa"))
+    x = images(host)
+    assert_close(logits(net, x), logits(reference.install(copy.deepcopy(net), None), x))
+
+
 @pytest.mark.parametrize("bits", [(True, True, True), (True, True, False), (True, False, False)])
 @pytest.mark.parametrize("batch", [1, 5, 7])
 def test_batches_of_any_size_equal_the_reference(batch: int, bits: tuple[bool, ...]) -> None:
@@ -235,7 +215,7 @@ def test_batches_of_any_size_equal_the_reference(batch: int, bits: tuple[bool, .
 
 
 @pytest.mark.parametrize("kinds", [MIXED, ("msa",) * 4])
-@pytest.mark.parametrize("name", ["class_token", "huggingface"])
+@pytest.mark.parametrize("name", ONE_A_FAMILY)
 def test_bfloat16_autocast_stays_close_to_float32(name: str, kinds: tuple[str, ...]) -> None:
     host, net = make_net(name, dtype=torch.float32)
     net.train()
@@ -270,6 +250,7 @@ def test_layers_start_from_equal_heads_and_fresh_batch_norms() -> None:
 
 
 def test_temperature_is_the_family_s_unless_given() -> None:
+    assert {layer.temperature for layer, _ in gated_layers(make_net("swin")[1])} == {100.0}
     host, net = make_net("class_token")
     assert {layer.temperature for layer, _ in gated_layers(net)} == {0.01}
     warm = choose(randomise(spvit.make_searchable(host, temperature=1.0), seed=1), MIXED)
