@@ -10,17 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from spvit.replacements.costs import network_costs
-from spvit.pruned import Grid
 from torch import nn
 
 import reference
 import spvit
-from spvit.architecture import dense
+from spvit.architecture import Attention, dense
 from spvit.cli.main import main
 from spvit.cost import count_macs, count_params
-from spvit.hosts.host import Host
+from spvit.hosts.grid import Grid
 from spvit.hosts.timm_swin import WindowedGrid
+from spvit.replacements.costs import network_costs
 from spvit.search.network import gated_layers
 from tiny import (
     FAMILY_OF,
@@ -80,8 +79,8 @@ def test_replaced_blocks_shuffle_nothing_and_kept_blocks_are_as_they_were() -> N
     assert seen == {conv3.attn: (2, 16 * 16, 24), skip.attn: (2, 8 * 8, 48)}
     for block, size in ((conv3, (16, 16)), (skip, (8, 8))):
         assert (block.window_size, block.shift_size, block.attn_mask) == (size, (0, 0), None)
-    assert type(skip.norm1) is nn.Identity
-    assert not list(skip.attn.parameters())
+    assert isinstance(skip.norm1, nn.Identity)
+    assert not [*skip.attn.parameters(), *skip.norm1.parameters(), *skip.norm1.state_dict()]
     for block, own in ((kept, blocks_of(host)[0]), (last, blocks_of(host)[3])):
         assert type(block.attn) is type(own.attn)
         assert (block.window_size, block.shift_size) == (own.window_size, own.shift_size)
@@ -112,13 +111,14 @@ def test_costs_are_the_formulas_of_the_method() -> None:
     host = make_host("swin", torch.float32)
     costs = network_costs(host)["macs"]
     for block, n, d, e in zip(costs.blocks, (256, 256, 64, 64), (24, 24, 48, 48), (8, 8, 12, 12)):
-        assert block.msa == 4 * n * d**2 + 2 * d * n * 16
-        assert (block.conv3, block.conv1, block.unit) == (10 * d * e * n, 2 * d * e * n, 2 * n * d)
+        assert block.attention(Attention()) == 4 * n * d**2 + 2 * d * n * 16
+        assert (block.kinds["conv3"].whole, block.kinds["conv1"].whole) == (10 * d * e * n, 2 * d * e * n)
+        assert block.unit == 2 * n * d
     merging = 64 * (4 * 24) * 48
     assert costs.fixed == 256 * 12 * 24 + merging + 48 * 7
 
 
-@pytest.mark.parametrize("kinds", [MIXED, MIXES["shifted conv3"]])
+@pytest.mark.parametrize("kinds", [MIXED, ("skip", "conv3", "msa", "conv3")])
 @pytest.mark.parametrize("size", [(24, 40), (30, 34), (32, 32)])
 def test_costs_follow_the_input_size(size: tuple[int, int], kinds: tuple[str, ...]) -> None:
     host = make_host("swin", torch.float32)
@@ -152,7 +152,7 @@ def test_a_swin_is_compressed_and_profiled_from_the_command_line(capsys: Any, tm
     small = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 2]}
     model = ["--model", "swin_tiny_patch4_window7_224", "--model_args", json.dumps({**small, "window_size": 2})]
     model += ["--pretrained", "false"]
-    images = {"batch_size": 128, "mean": [0.5], "std": [0.5], "crop": 1.0, "flip": 0.0}
+    images = {"batch_size": 512, "mean": [0.5], "std": [0.5], "crop": 1.0, "flip": 0.0}
     shared = [*model, "--data", "digits", "--images", json.dumps(images), "--macs", "60%"]
     epochs = [f"--{phase}.epochs=1" for phase in ("dense", "search", "finetune")]
     assert main(["compress", *shared, *epochs, "--output", str(tmp_path / "run")]) == 0
