@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from spvit.search.gates import expected
-from spvit.replacements.costs import network_costs
 from torch import nn
 
 import reference
 import spvit
 from spvit.architecture import FFN, KINDS, PREFIX_RULES, SKIP_RULES, Architecture, Attention, Block
-from spvit.budget import Budget, human, parse_budget
+from spvit.budget import Budget, human
 from spvit.cost import BlockCost, NetworkCost, count_macs, count_params
 from spvit.errors import BudgetError
 from spvit.hosts.host import Host
-from tiny import ALIKE, HOSTS, MIXED, assert_close, ffn_widths, images, make_host
+from spvit.replacements.costs import network_costs
+from spvit.search.gates import expected
+from tiny import MIXED, assert_close, images, make_host
 
 COST = NetworkCost("macs", 1000, (BlockCost(400, 300, 60, 2, 50), BlockCost(500, 310, 70, 3, 40)))
 NESTED_GATES = {"msa": (1, 1, 1), "conv3": (1, 1, 0), "conv1": (1, 0, 0), "skip": (0, 0, 0)}

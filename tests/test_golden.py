@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from spvit.search.gated_linear import GatedLinear
-from spvit.replacements.kernels import AttentionWeights
 from spvit.pruned import BottleneckConv, Grid, Skip
-from spvit.search.gated_attention import GatedAttention
 from torch import Tensor, nn
 
 import reference
 import spvit
-from spvit.replacements import kernels
 from spvit.cost import NetworkCost
 from spvit.hosts.recognise import family_of_library
 from spvit.hosts.timm_swin import WindowedGrid
+from spvit.replacements import kernels
+from spvit.replacements.kernels import AttentionWeights
+from spvit.search.gated_attention import GatedAttention
+from spvit.search.gated_linear import GatedLinear
 from tiny import assert_close
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import yaml
+from spvit.hosts.base import network_costs
 
 import spvit
 from spvit.architecture import architectures, dense
@@ -20,7 +21,6 @@ from spvit.checkpoint import Preprocessing
 from spvit.cli.demo import demo_settings
 from spvit.cli.main import main, parse
 from spvit.hosts import family_of
-from spvit.hosts.base import network_costs
 from spvit.train.data import load_images, mixup_of
 from spvit.zoo import unfolded_params
 from training import photographs

@@ -145,9 +145,7 @@ def test_the_grid_must_fit_the_tokens() -> None:
         layer.train(training)
         with torch.no_grad():
             layer.gate_logits.fill_(-1).neg_() if training else layer.gate_logits.copy_(torch.tensor([1.0, -1, 1]))
-        with pytest.raises(
-            ValueError, match="got 11 grid tokens, expected a grid of 3 x 4; call the whole model"
-        ):
+        with pytest.raises(ValueError, match="got 11 grid tokens, expected a grid of 3 x 4; call the whole model"):
             layer(tokens()[:, 1:])
 
 
