@@ -29,25 +29,31 @@ def make_attention(library: str, bias: bool) -> nn.Module:
     return vit.ViTAttention(config)
 
 
-def site_of(library: str = "timm", prefix_tokens: int = 1) -> AttentionSite:
-    """Return the site of such a layer."""
+def site_of(
+    library: str = "timm",
+    prefix_tokens: int = 1,
+    dim: int = DIM,
+    heads: int = HEADS,
+    grid: tuple[int, int] = GRID,
+) -> AttentionSite:
+    """Return the site of a lone layer."""
     projections = {
-        "timm": {"query": Rows("qkv"), "key": Rows("qkv", DIM), "value": Rows("qkv", 2 * DIM), "out": "proj"},
+        "timm": {"query": Rows("qkv"), "key": Rows("qkv", dim), "value": Rows("qkv", 2 * dim), "out": "proj"},
         "huggingface": {"query": Rows("q_proj"), "key": Rows("k_proj"), "value": Rows("v_proj"), "out": "o_proj"},
     }
     return AttentionSite(
         path="",
         norm=None,
         **projections[library],
-        dim=DIM,
-        heads=HEADS,
-        head_width=DIM // HEADS,
+        dim=dim,
+        heads=heads,
+        head_width=dim // heads,
         prefix_tokens=prefix_tokens,
-        grid=GRID,
-        keys=prefix_tokens + GRID[0] * GRID[1],
+        grid=grid,
+        keys=prefix_tokens + grid[0] * grid[1],
         narrows_queries=True,
         narrows_values=True,
-        scale=(DIM // HEADS) ** -0.5,
+        scale=(dim // heads) ** -0.5,
         returns_tuple=library == "huggingface",
     )
 

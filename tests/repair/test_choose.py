@@ -14,7 +14,7 @@ import spvit
 from spvit.architecture import REPAIRED, Architecture, Attention, dense
 from spvit.budget import TOLERANCE, Budget
 from spvit.cost import AttentionCost, BlockCost, NetworkCost
-from spvit.errors import BudgetError, CalibrationError
+from spvit.errors import BudgetError, CalibrationError, NotSearchableError
 from spvit.repair.choose import STEPS_PER_SITE, _least_sum, choose
 from spvit.repair.errors import Ranking
 from spvit.repair.scores import BlockScores
