@@ -5,6 +5,7 @@ Section numbers are those of the specification. Shapes: B batch, N tokens, d wid
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,16 +86,22 @@ def map_to_windows(tokens: Tensor, grid: Any) -> Tensor:
     return torch.stack(windows, dim=1).flatten(0, 1)
 
 
-def window_msa(x: Tensor, attention: Any, mask: Tensor | None) -> Tensor:
-    """Self-attention of windows, one at a time: relative position bias and mask added to the scores (Swin)."""
-    heads, (q, k, v, o) = projections(attention)
-    width = len(v.weight) // heads
-    rows, columns = attention.window_size
+@functools.cache
+def relative_index(rows: int, columns: int) -> Tensor:
+    """Return which row of the bias table stands between any two tokens of a window (Swin)."""
     index = torch.zeros(rows * columns, rows * columns, dtype=torch.long)
     for a in range(rows * columns):
         for b in range(rows * columns):
             down, across = a // columns - b // columns, a % columns - b % columns
             index[a, b] = (down + rows - 1) * (2 * columns - 1) + across + columns - 1
+    return index
+
+
+def window_msa(x: Tensor, attention: Any, mask: Tensor | None) -> Tensor:
+    """Self-attention of windows, one at a time: relative position bias and mask added to the scores (Swin)."""
+    heads, (q, k, v, o) = projections(attention)
+    width = len(v.weight) // heads
+    index = relative_index(*attention.window_size)
     windows = []
     for number, window in enumerate(x):
         queries, keys, values = q(window), k(window), v(window)

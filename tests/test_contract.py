@@ -185,7 +185,7 @@ def test_what_is_not_replaced_keeps_its_modules_keys_and_tensors(case: Case, rep
             assert torch.equal(state[key], value), key
 
 
-COSTED = {"-".join(kinds): tuple(Attention(kind) for kind in kinds) for kinds in TURNS} | {
+COSTED = {"-".join(kinds): tuple(Attention(kind) for kind in kinds) for kinds in TURNS[:2]} | {
     "narrow": (
         Attention(heads=(1,)),
         Attention(query_key_rank=3, value_rank=5),
@@ -203,13 +203,13 @@ def test_costs_are_those_that_pytorch_counts(case: Case, kept: str) -> None:
     units = [(0, 5, 70), tuple(range(1, widths[1], 2)), (), tuple(range(widths[3]))]
     blocks = tuple(Block(own, FFN(*ffn)) for own, ffn in zip(COSTED[kept], zip(widths, units)))
     whole = Architecture(blocks)
-    rules = list(COSTED).index(kept) % 2
-    architecture = replace(whole, prefix_rule="linear", skip_rule="mean") if rules else whole
+    architecture = whole if kept == "-".join(MIXED) else replace(whole, prefix_rule="linear", skip_rule="mean")
     if kept == "narrow" and not case.narrowable:
         with pytest.raises(spvit.ArchitectureError, match="block 0: "):
             spvit.cost(case.dense, architecture)
         return
     small = spvit.fold(spvit.prune(case.dense, architecture))
+    x = x.to("meta") if kept == "narrow" else x
     assert spvit.cost(case.dense, architecture) == {"macs": count_macs(small, x), "params": _params(small)}
     if kept == "narrow":
         assert spvit.cost(host, architecture) == spvit.cost(case.dense, architecture)

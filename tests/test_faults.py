@@ -212,7 +212,7 @@ def host_with_classes(name: str, classes: int) -> nn.Module:
     return randomise(host).double().eval()
 
 
-@pytest.mark.parametrize("classes", [0, 1, 2])
+@pytest.mark.parametrize("classes", [0, 1])
 @pytest.mark.parametrize("name", ONE_A_FAMILY)
 def test_hosts_of_few_classes_or_none_are_decided_by_what_their_outputs_say(name: str, classes: int) -> None:
     host = host_with_classes(name, classes)
@@ -468,7 +468,7 @@ def test_the_searched_network_may_sit_in_a_module_with_parameters_of_its_own(nam
 # Programs made of pruned models.
 
 
-@pytest.mark.parametrize("name", ["registers", "average_pooling", "options", "swin_options", "huggingface_options"])
+@pytest.mark.parametrize("name", ["registers", "average_pooling", "swin_options"])
 def test_what_is_decided_and_repaired_is_exported_with_a_free_batch(name: str) -> None:
     host = make_host(name)
     x = images(host, 16)
@@ -511,17 +511,12 @@ def test_feature_extraction_by_tracing_works_on_pruned_models() -> None:
     assert_close(found["head"].detach(), logits(small, images(host)))
 
 
-@pytest.mark.parametrize("name", ["dynamic", "dynamic_padded"])
-def test_images_of_any_size_are_exported(name: str) -> None:
-    host = make_host(name)
+def test_images_of_any_size_are_exported() -> None:
+    host = make_host("dynamic")
     small = spvit.fold(spvit.prune(host, mixed(host), repair=images(host, 32)))
     free = torch.export.Dim.DYNAMIC
-    shapes = ({0: free, 2: free, 3: free},)
-    try:
-        torch.export.export(host, (images(host, 2, size=(96, 128)),), dynamic_shapes=shapes)
-    except Exception:
-        pytest.skip("the host itself cannot be exported so")
-    program = torch.export.export(small, (images(host, 2, size=(96, 128)),), dynamic_shapes=shapes).module()
+    x = images(host, 2, size=(96, 128))
+    program = torch.export.export(small, (x,), dynamic_shapes=({0: free, 2: free, 3: free},)).module()
     for batch, size in ((3, (96, 160)), (5, (160, 96)), (2, (64, 64))):
         x = images(host, batch, size=size)
         assert_close(logits(program, x), logits(small, x))
