@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import dataclass
 
 from torch import nn
@@ -53,7 +54,8 @@ def _advice(model: nn.Module) -> str:
     inside = next((name for name, part in model.named_modules() if name and _registration_of(part)), None)
     if inside is not None:
         cls = type(model.get_submodule(inside)).__name__
-        return f"its {cls} inside is: pass model.{inside}"
+        expression = re.sub(r"\.(\d+)", r"[\1]", f"model.{inside}")
+        return f"its {cls} inside is: pass {expression}"
     supported = {library: [] for library in (item.library for item in REGISTRATIONS)}  # type: dict[str, list[str]]
     for item in REGISTRATIONS:
         supported[item.library] += item.classes
