@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from spvit.pruned import NarrowAttention
 from torch import nn
 
 import spvit
@@ -29,7 +30,6 @@ from spvit.checkpoint import (
 )
 from spvit.errors import CheckpointError, UnsupportedHostError
 from spvit.hosts import family_of
-from spvit.pruned import NarrowAttention
 from spvit.surgery import pruned_record
 from test_surgery import EVERYTHING
 from tiny import HOSTS, assert_close, images, logits, make_host, make_net, randomise

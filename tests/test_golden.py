@@ -10,14 +10,17 @@ from torch import Tensor, nn
 
 import spvit
 from golden import DIM, HEADS, golden, load_batchnorm, make_layer, needs_golden
-from spvit import kernels
+from layers import site_of
 from spvit.cost import NetworkCost
-from spvit.gated_linear import GatedLinear
-from spvit.hosts import family_of_library
+from spvit.hosts.grid import Grid
+from spvit.hosts.recognise import family_of_library
 from spvit.hosts.timm_swin import WindowedGrid
-from spvit.kernels import AttentionWeights
-from spvit.pruned import BottleneckConv, Grid, Skip
-from spvit.searchable import SearchableAttention
+from spvit.hosts.weights import AttentionWeights
+from spvit.replacements import kernels
+from spvit.replacements.bottleneck import BottleneckConv
+from spvit.replacements.skip import Skip
+from spvit.search.gated_attention import GatedAttention
+from spvit.search.gated_linear import GatedLinear
 from tiny import assert_close
 
 pytestmark = needs_golden
@@ -41,8 +44,8 @@ def test_attention_in_evaluation(deit: dict[str, Tensor], kind: str) -> None:
 
 
 def test_skip_of_the_published_fine_tuning_is_the_normalised_input(deit: dict[str, Tensor]) -> None:
-    assert torch.equal(Skip("normalised_input", returns_tuple=False)(deit["x"]), deit["finetune.skip"])
-    assert torch.equal(Skip("zero", returns_tuple=False)(deit["x"]), deit["eval.skip"])
+    assert torch.equal(Skip("normalised_input")(deit["x"]), deit["finetune.skip"])
+    assert torch.equal(Skip("zero")(deit["x"]), deit["eval.skip"])
 
 
 @pytest.mark.parametrize("bits", ["000", "010", "011", "100", "101", "110", "111"])
@@ -128,7 +131,7 @@ def test_budget() -> None:
             attention.gate_logits.copy_(kernel)
             ffn.gate_logits.copy_(units)
     architecture = spvit.decide(net)
-    attention_macs = sum(published.attention(kind) for kind in architecture.kinds())
+    attention_macs = sum(published.attention(block.attention) for block in architecture.blocks)
     assert_close(torch.tensor([float(attention_macs)]), tensors["att_flops"])
     assert_close(torch.tensor([float(sum(architecture.widths()) * published.unit)]), tensors["ffn_flops"])
     assert_close(loss.expected_cost().detach(), tensors["flops"].squeeze())
@@ -142,7 +145,7 @@ def test_budget() -> None:
 
 
 @torch.no_grad()
-def make_window_layer(swin: dict[str, Tensor], grid: WindowedGrid) -> SearchableAttention:
+def make_window_layer(swin: dict[str, Tensor], grid: WindowedGrid) -> GatedAttention:
     """Return the gated layer of `swin_attention`, in evaluation mode."""
     from timm.models.swin_transformer import WindowAttention
 
@@ -151,8 +154,8 @@ def make_window_layer(swin: dict[str, Tensor], grid: WindowedGrid) -> Searchable
         getattr(attention.qkv, part).copy_(torch.cat([swin[f"w.qk.{part}"], swin[f"w.v.{part}"]]))
         getattr(attention.proj, part).copy_(swin[f"w.proj.{part}"])
     attention.relative_position_bias_table.copy_(swin["w.relative_position_bias_table"])
-    access = family_of_library("timm", "SwinTransformer").access
-    layer = SearchableAttention(attention, access, prefix_tokens=0, grid=grid, temperature=swin["w.alpha"].item())
+    site = site_of("timm", 0, DIM, HEADS, (grid.height, grid.width))
+    layer = GatedAttention(attention, site, grid, swin["w.alpha"].item())
     layer.head_logits[:, PUBLISHED_ORDER] = swin["w.head_probs"]
     load_batchnorm(layer.bn1, swin, "bn_1x1")
     load_batchnorm(layer.bn3, swin, "bn_3x3")
@@ -183,8 +186,13 @@ def test_swin_convolutions_on_the_whole_map(kind: str) -> None:
     width = DIM // HEADS
     head_logits = torch.empty_like(swin["w.head_probs"])
     head_logits[:, PUBLISHED_ORDER] = swin["w.head_probs"]
+    value = swin["w.v.weight"].unflatten(0, (HEADS, width))
     weights = AttentionWeights(
-        swin["w.v.weight"].unflatten(0, (HEADS, width)),
+        value,  # queries and keys have no part in convolutions
+        None,
+        value,
+        None,
+        value,
         swin["w.v.bias"].unflatten(0, (HEADS, width)),
         swin["w.proj.weight"].unflatten(1, (HEADS, width)),
         swin["w.proj.bias"],
@@ -193,7 +201,7 @@ def test_swin_convolutions_on_the_whole_map(kind: str) -> None:
     convert = kernels.conv3_weights if kind == "conv3" else kernels.conv1_weights
     bn = nn.BatchNorm2d(width)
     load_batchnorm(bn, swin, "bn_3x3" if kind == "conv3" else "bn_1x1")
-    bottleneck = BottleneckConv(convert(mix, weights), bn, 0, Grid(8, 8), returns_tuple=False).eval()
+    bottleneck = BottleneckConv(convert(mix, weights), bn, 0, Grid(8, 8)).eval()
     with torch.no_grad():
         assert_close(bottleneck(swin["map.x"]), swin[f"map.{kind}"])
         bottleneck.fold_batchnorm()
