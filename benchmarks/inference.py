@@ -27,6 +27,7 @@ from spvit.architecture import Architecture
 from spvit.benchmark import Latency, measure_latencies
 from spvit.hosts import family_of
 from spvit.hosts.base import network_costs
+from spvit.zoo import host_name
 
 COUNTED = {
     "aten::addmm",
@@ -37,11 +38,6 @@ COUNTED = {
 }
 PROFILED_PASSES = 10
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def dense_name(name: str) -> str:
-    """Return the timm model that a published architecture is of."""
-    return name.removeprefix("spvit_").replace("_11g", "")
 
 
 def rounded(architecture: Architecture, multiple: int) -> Architecture:
@@ -81,7 +77,7 @@ def measure(
     """Return a row for every dtype and batch size of one published architecture."""
     torch.manual_seed(0)
     architecture = rounded(spvit.architectures()[name], multiple)
-    dense = timm.create_model(dense_name(name)).eval()
+    dense = timm.create_model(host_name(name)).eval()
     family = family_of(dense)
     cost = network_costs(family, dense)["macs"]
     size = family.input_size(dense)
