@@ -1,28 +1,60 @@
-"""spvit: turn a pre-trained vision transformer into a smaller, faster one of self-attention and convolution.
+"""spvit: make a pre-trained vision transformer smaller and faster, to a budget.
 
-net = spvit.make_searchable(host)                  # gates; trains like any module
-loss = task_loss + spvit.BudgetLoss(net, macs="50%")()
-architecture = spvit.decide(net, macs="50%")       # frozen data
-small = spvit.fold(spvit.prune(host, architecture, weights=net))
+Route B, without training: score what each replacement costs, choose within the budget, prune, repair.
+
+    scores = spvit.score(host, images)                            # unlabelled images; once
+    architecture = spvit.decide(host, macs="50%", scores=scores)  # frozen data; any number of budgets
+    small = spvit.fold(spvit.prune(host, architecture, repair=images))
+
+Route A, as published (SPViT, TPAMI 2024): gates on the replacements learn with the weights in a single path.
+
+    net = spvit.make_searchable(host)                             # trains like the host
+    loss = task_loss + spvit.BudgetLoss(net, macs="50%")()
+    small = spvit.fold(spvit.prune(host, spvit.decide(net, macs="50%"), weights=net))
+
+Rooms: hosts/ where the layers are; replacements/ what may stand there; repair/ route B; search/ route A; train/ one
+loop, one run folder; cli/ the command.
 """
 
+import importlib
 from typing import Any
 
 from spvit.architecture import Architecture, architectures
-from spvit.checkpoint import load, save
+from spvit.checkpoint import Description, Preprocessing, describe, load, save
 from spvit.decide import decide
 from spvit.errors import (
     ArchitectureError,
     BudgetError,
     CalibrationError,
     CheckpointError,
+    DataError,
+    ModelError,
     NotSearchableError,
+    RunError,
+    RunFolderError,
+    SpvitError,
     UnsupportedHostError,
+    ZooError,
 )
-from spvit.surgery import fold, gate_parameters, make_searchable, prune
-from spvit.train.losses import BudgetLoss
+from spvit.hosts.host import Host
+from spvit.repair.scores import Scores, score
+from spvit.replacements.costs import cost
+from spvit.search.budget_loss import BudgetLoss
+from spvit.search.network import gate_parameters, make_searchable
+from spvit.surgery import fold, prune
 
 __version__ = "0.1.0"
+
+# These bring Accelerate or timm, which load model libraries; importing spvit must load none.
+_LATER = {
+    "CompressConfig": "spvit.train.compress",
+    "ImageConfig": "spvit.train.data",
+    "Images": "spvit.train.data",
+    "PhaseConfig": "spvit.train.settings",
+    "SearchConfig": "spvit.train.settings",
+    "compress": "spvit.train.compress",
+    "create_model": "spvit.zoo",
+}
 
 __all__ = [
     "Architecture",
@@ -32,29 +64,39 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "CompressConfig",
+    "DataError",
+    "Description",
+    "Host",
+    "ImageConfig",
+    "Images",
+    "ModelError",
     "NotSearchableError",
+    "PhaseConfig",
+    "Preprocessing",
+    "RunError",
+    "RunFolderError",
+    "Scores",
+    "SearchConfig",
+    "SpvitError",
     "UnsupportedHostError",
+    "ZooError",
     "architectures",
     "compress",
+    "cost",
     "create_model",
     "decide",
+    "describe",
     "fold",
     "gate_parameters",
     "load",
     "make_searchable",
     "prune",
     "save",
+    "score",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # The loop brings Accelerate, which loads whatever model library is installed; importing spvit must load none.
-    if name in ("CompressConfig", "compress"):
-        from spvit.train import compress
-
-        return getattr(compress, name)
-    if name == "create_model":  # the zoo needs timm
-        from spvit import zoo
-
-        return zoo.create_model
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
     raise AttributeError(f"module 'spvit' has no attribute {name!r}")

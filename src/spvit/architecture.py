@@ -10,16 +10,22 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from spvit.errors import ArchitectureError
 
 DEFAULT_MULTIPLE = 8
 """Widths and ranks are multiples of it unless said otherwise: what hardware computes well."""
 
-KINDS = ("msa", "conv3", "conv1", "skip")
+KINDS = {
+    "msa": "spvit.replacements.narrow:REPLACEMENT",
+    "conv3": "spvit.replacements.bottleneck:CONV3",
+    "conv1": "spvit.replacements.bottleneck:CONV1",
+    "skip": "spvit.replacements.skip:REPLACEMENT",
+}
+"""What may stand where attention was, the costliest first, and where its code is: a new kind is a new line."""
 NARROWINGS = ("heads", "query_key_rank", "value_rank")
-PREFIX_RULES = ("identity", "mean", "linear")
+PREFIX_RULES = ("identity", "linear")
 SKIP_RULES = ("zero", "normalised_input", "mean")
 FORMAT = "spvit-architecture"
 VERSION = 1
@@ -74,6 +80,10 @@ class Attention:
         """Return whether the layer keeps some of its heads or dimensions only."""
         return any(getattr(self, name) is not None for name in NARROWINGS)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is said of the layer, as JSON values."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
     def __str__(self) -> str:
         parts = [self.kind]
         if self.heads is not None:
@@ -116,6 +126,19 @@ class Block:
     ffn: FFN
 
 
+class Rules(NamedTuple):
+    """What convolutions do to prefix tokens, and what skipped layers add."""
+
+    prefix: str = "identity"
+    skip: str = "zero"
+
+
+PUBLISHED = Rules()
+"""The rules of a search as published."""
+REPAIRED = Rules("linear", "mean")
+"""The rules that a repair serves best."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """What every block of a network keeps.
@@ -126,7 +149,7 @@ class Architecture:
     blocks: tuple[Block, ...]
     prefix_rule: str = "identity"
     """What a convolution does to prefix tokens: `identity` passes the layer's own (normalised) input on, as published;
-    `mean` adds a vector for each; `linear` maps them by two linear layers as narrow as the convolution."""
+    `linear` maps them by two linear layers as narrow as the convolution."""
     skip_rule: str = "zero"
     """What a skipped layer adds: `zero`, `normalised_input` as in the published fine-tuned checkpoints, or `mean`, a
     vector for each prefix token and one for all grid tokens."""
@@ -140,6 +163,11 @@ class Architecture:
             )
         if self.skip_rule not in SKIP_RULES:
             raise ArchitectureError(f"skip_rule {self.skip_rule!r} is unknown, expected one of {', '.join(SKIP_RULES)}")
+
+    @property
+    def rules(self) -> Rules:
+        """Both rules together."""
+        return Rules(self.prefix_rule, self.skip_rule)
 
     def kinds(self) -> tuple[str, ...]:
         """Return the attention kind of every block."""
@@ -196,24 +224,8 @@ def dense(widths: Sequence[int]) -> Architecture:
     return Architecture(tuple(Block(Attention(), FFN.whole(width)) for width in widths))
 
 
-def check_same_shape(architecture: Architecture, widths: Sequence[int], host: str) -> None:
-    """Raise ArchitectureError unless the architecture has the block count and FFN widths of a host named `host`."""
-    if len(architecture.blocks) != len(widths):
-        raise ArchitectureError(
-            f"the architecture has {len(architecture.blocks)} blocks, but {host} has {len(widths)}; "
-            "use an architecture that was decided for this host"
-        )
-    for index, (block, width) in enumerate(zip(architecture.blocks, widths)):
-        if block.ffn.width != width:
-            raise ArchitectureError(
-                f"block {index}: the architecture is for an FFN of {block.ffn.width} units, but {host} has {width}; "
-                "use an architecture that was decided for this host"
-            )
-
-
 def _block_to_dict(block: Block) -> dict[str, Any]:
-    attention = {name: value for name, value in vars(block.attention).items() if value is not None}
-    return {"attention": attention, "ffn": {"width": block.ffn.width, "units": block.ffn.units}}
+    return {"attention": block.attention.to_dict(), "ffn": {"width": block.ffn.width, "units": block.ffn.units}}
 
 
 def _take_fields(cls: type, data: Any, where: str, extra: Sequence[str] = ()) -> dict[str, Any]:
@@ -232,21 +244,30 @@ def _tuple(value: Any, where: str) -> tuple[int, ...]:
     return tuple(value)
 
 
+def attention_from_dict(data: Any, where: str) -> Attention:
+    """Build what stands at an attention layer from parsed JSON. Raises ArchitectureError naming the field."""
+    values = _take_fields(Attention, data, where)
+    if values.get("heads") is not None:
+        values["heads"] = _tuple(values["heads"], f"{where} heads")
+    try:
+        return Attention(**values)
+    except ArchitectureError as error:
+        raise ArchitectureError(f"{where.removesuffix(' attention')}: {error}") from error
+
+
 def _block_from_dict(data: Any, where: str) -> Block:
     values = _take_fields(Block, data, where)
     for name in ("attention", "ffn"):
         if name not in values:
             raise ArchitectureError(f"{where}: field {name!r} is missing")
-    attention = _take_fields(Attention, values["attention"], f"{where} attention")
+    attention = attention_from_dict(values["attention"], f"{where} attention")
     ffn = _take_fields(FFN, values["ffn"], f"{where} ffn")
     for name in ("width", "units"):
         if name not in ffn:
             raise ArchitectureError(f"{where} ffn: field {name!r} is missing")
-    if attention.get("heads") is not None:
-        attention["heads"] = _tuple(attention["heads"], f"{where} attention heads")
     ffn["units"] = _tuple(ffn["units"], f"{where} ffn units")
     try:
-        return Block(Attention(**attention), FFN(**ffn))
+        return Block(attention, FFN(**ffn))
     except ArchitectureError as error:
         raise ArchitectureError(f"{where}: {error}") from error
 
@@ -269,7 +290,7 @@ def architecture_from_dict(data: Any) -> Architecture:
 # units kept a block. The publication gives how many units stay, not which; here the first ones stand for them.
 _LETTERS = {"m": "msa", "3": "conv3", "1": "conv1", "s": "skip"}
 _Stage = tuple[int, str, tuple[int, ...]]
-_PUBLISHED: dict[str, tuple[_Stage, ...]] = {
+_PUBLISHED_STAGES: dict[str, tuple[_Stage, ...]] = {
     "spvit_deit_tiny_patch16_224": (
         (768, "11mmmmmmmmmm", (744, 758, 764, 767, 766, 764, 756, 659, 633, 473, 179, 145)),
     ),
@@ -318,7 +339,7 @@ def architectures() -> dict[str, Architecture]:
     skipped layer adds its normalised input, as in the published fine-tuned networks; this matters to Swin's alone, and
     `dataclasses.replace(architecture, skip_rule="zero")` gives the rule of a search.
     """
-    return {name: _published(stages) for name, stages in _PUBLISHED.items()}
+    return {name: _published(stages) for name, stages in _PUBLISHED_STAGES.items()}
 
 
 def _published(stages: Sequence[_Stage]) -> Architecture:

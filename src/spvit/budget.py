@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from spvit.architecture import DEFAULT_MULTIPLE
 from spvit.cost import NetworkCost
 from spvit.errors import BudgetError
 
@@ -18,6 +19,37 @@ class Budget:
     metric: str
     fraction: float | None = None
     amount: int | None = None
+
+    @staticmethod
+    def parse(macs: str | int | None = None, params: str | int | None = None) -> Budget:
+        """Return the budget that exactly one of the two arguments states.
+
+        Args:
+            macs: `"50%"` of the dense cost, `"1.0G"` (k, M, G, T), or a whole number of MACs of one image.
+            params: the same, in parameters.
+
+        Raises:
+            BudgetError: none or both are given, or the text is none of these.
+        """
+        given = [(metric, value) for metric, value in (("macs", macs), ("params", params)) if value is not None]
+        if len(given) != 1:
+            found = "both" if given else "neither"
+            raise BudgetError(f'a budget is one of macs or params, found {found}; write for example macs="50%"')
+        metric, value = given[0]
+        if isinstance(value, bool) or not isinstance(value, (str, int)):
+            raise _malformed(metric, value)
+        match = _BUDGET.fullmatch(str(value))
+        if match is None:
+            raise _malformed(metric, value)
+        number, unit = Fraction(match[1]), match[2]
+        if unit == "%":
+            if not 0 < number <= 100:
+                raise BudgetError(f"{metric} budget {value!r} is out of range, expected above 0% and at most 100%")
+            return Budget(metric, fraction=float(number / 100))
+        amount = number * _UNITS[unit]
+        if amount.denominator != 1 or amount < 1:
+            raise _malformed(metric, value)
+        return Budget(metric, amount=int(amount))
 
     def target(self, cost: NetworkCost) -> int:
         """Return the target in MACs or parameters. Raises BudgetError when no architecture costs that."""
@@ -36,39 +68,13 @@ class Budget:
         return target
 
 
+TOLERANCE = 0.005
+"""How near to its budget an architecture is to come, as a share of it."""
+MULTIPLES = (DEFAULT_MULTIPLE, 4, 2, 1)
+"""What widths and ranks are multiples of, in the order in which they are tried where none is asked for."""
+
 _BUDGET = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([%kKMGT]?)\s*")
 _UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-def parse_budget(macs: str | int | None = None, params: str | int | None = None) -> Budget:
-    """Return the budget that exactly one of the two arguments states.
-
-    Args:
-        macs: `"50%"` of the dense cost, `"1.0G"` (k, M, G, T), or a whole number of MACs of one image.
-        params: the same, in parameters.
-
-    Raises:
-        BudgetError: none or both are given, or the text is none of these.
-    """
-    given = [(metric, value) for metric, value in (("macs", macs), ("params", params)) if value is not None]
-    if len(given) != 1:
-        found = "both" if given else "neither"
-        raise BudgetError(f'a budget is one of macs or params, found {found}; write for example macs="50%"')
-    metric, value = given[0]
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise _malformed(metric, value)
-    match = _BUDGET.fullmatch(str(value))
-    if match is None:
-        raise _malformed(metric, value)
-    number, unit = Fraction(match[1]), match[2]
-    if unit == "%":
-        if not 0 < number <= 100:
-            raise BudgetError(f"{metric} budget {value!r} is out of range, expected above 0% and at most 100%")
-        return Budget(metric, fraction=float(number / 100))
-    amount = number * _UNITS[unit]
-    if amount.denominator != 1 or amount < 1:
-        raise _malformed(metric, value)
-    return Budget(metric, amount=int(amount))
 
 
 def _malformed(metric: str, value: object) -> BudgetError:
@@ -93,3 +99,11 @@ def check_multiple(multiple: int | None) -> None:
     """Raise BudgetError unless widths and ranks can be multiples of it; None is for a default."""
     if multiple is not None and multiple < 1:
         raise BudgetError(f"multiple is {multiple}, expected 1 or more units")
+
+
+def too_coarse(multiple: int, metric: str, target: int) -> BudgetError:
+    """Return the error that says that no widths of a multiple come near enough to a target."""
+    return BudgetError(
+        f"no FFN widths that are multiples of {multiple} come within 0.5% of {target:,} {metric}; use a smaller "
+        "multiple or another budget"
+    )

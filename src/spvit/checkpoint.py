@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from spvit.architecture import Architecture, architecture_from_dict
 from spvit.errors import ArchitectureError, CheckpointError, UnsupportedHostError
-from spvit.hosts import family_of, family_of_library
+from spvit.hosts.recognise import family_of, family_of_library
 from spvit.surgery import fold, prune, pruned_record
 
 FORMAT = "spvit-model"

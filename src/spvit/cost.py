@@ -15,18 +15,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from spvit.architecture import Architecture, Attention, Block
+from spvit.architecture import PUBLISHED, Architecture, Attention, Block, Rules
 
 METRICS = ("macs", "params")
+
+
+@dataclass(frozen=True)
+class AttentionCost:
+    """What one kind of replacement costs at one attention site."""
+
+    whole: int
+    """With all heads and dimensions, under rules that cost nothing."""
+    query_key: int = 0
+    """One dimension of the queries and keys of one head."""
+    value: int = 0
+    """One dimension of the values of one head."""
+    rules: Mapping[str, int] = field(default_factory=dict)
+    """What the architecture's rules for prefix tokens or for skipped layers add."""
 
 
 @dataclass(frozen=True)
 class BlockCost:
     """What the parts of one block cost, in MACs or parameters."""
 
-    msa: int
-    conv3: int
-    conv1: int
+    kinds: Mapping[str, AttentionCost]
+    """By kind of what stands where the attention layer was."""
     unit: int
     """One hidden unit of the FFN."""
     units: int
@@ -35,34 +48,25 @@ class BlockCost:
     """Heads of the attention before pruning."""
     head_width: int = 0
     """Dimensions of a head before pruning."""
-    query_key: int = 0
-    """One dimension of the queries and keys of one head."""
-    value: int = 0
-    """One dimension of the values of one head."""
-    prefix_rules: Mapping[str, int] = field(default_factory=dict)
-    """What rules for prefix tokens add to a convolution."""
-    skip_rules: Mapping[str, int] = field(default_factory=dict)
-    """What rules for skipped layers cost."""
 
-    def attention(self, kind: str) -> int:
-        """Return the cost of an attention kind, with all heads and dimensions, and rules that cost nothing."""
-        return {"msa": self.msa, "conv3": self.conv3, "conv1": self.conv1, "skip": 0}[kind]
+    @property
+    def dense(self) -> int:
+        """The cost of keeping everything."""
+        return self.attention(Attention()) + self.unit * self.units
 
-    def attention_kept(self, attention: Attention, prefix_rule: str = "identity", skip_rule: str = "zero") -> int:
+    def attention(self, kept: Attention, rules: Rules = PUBLISHED) -> int:
         """Return the cost of what stands where the attention layer was."""
-        if attention.kind == "skip":
-            return self.skip_rules.get(skip_rule, 0)
-        if attention.kind != "msa":
-            return self.attention(attention.kind) + self.prefix_rules.get(prefix_rule, 0)
-        heads = self.heads if attention.heads is None else len(attention.heads)
-        query_key = self.head_width if attention.query_key_rank is None else attention.query_key_rank
-        value = self.head_width if attention.value_rank is None else attention.value_rank
-        removed = self.heads * self.head_width * (self.query_key + self.value)
-        return self.msa - removed + heads * (query_key * self.query_key + value * self.value)
+        cost = self.kinds[kept.kind]
+        heads = self.heads if kept.heads is None else len(kept.heads)
+        query_key = self.head_width if kept.query_key_rank is None else kept.query_key_rank
+        value = self.head_width if kept.value_rank is None else kept.value_rank
+        removed = self.heads * self.head_width * (cost.query_key + cost.value)
+        narrowed = heads * (query_key * cost.query_key + value * cost.value)
+        return cost.whole - removed + narrowed + sum(cost.rules.get(rule, 0) for rule in rules)
 
-    def kept(self, block: Block, prefix_rule: str, skip_rule: str) -> int:
+    def of(self, block: Block, rules: Rules) -> int:
         """Return the cost of what an architecture keeps of the block."""
-        return self.attention_kept(block.attention, prefix_rule, skip_rule) + self.unit * len(block.ffn.units)
+        return self.attention(block.attention, rules) + self.unit * len(block.ffn.units)
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,8 @@ class NetworkCost:
 
     def of(self, architecture: Architecture) -> int:
         """Return the cost of an architecture."""
-        rules = (architecture.prefix_rule, architecture.skip_rule)
-        return self.fixed + sum(cost.kept(block, *rules) for cost, block in zip(self.blocks, architecture.blocks))
+        pairs = zip(self.blocks, architecture.blocks)
+        return self.fixed + sum(cost.of(block, architecture.rules) for cost, block in pairs)
 
     def expected(self, attention: Tensor, units: Sequence[Tensor]) -> Tensor:
         """Return the cost of gates given in expectation, differentiable.
@@ -87,7 +91,7 @@ class NetworkCost:
             units: for each block, the sum of its expected FFN gates, a scalar.
         """
         nested = ("skip", "conv1", "conv3", "msa")
-        spent = [[block.attention_kept(Attention(kind)) for kind in nested] for block in self.blocks]
+        spent = [[block.attention(Attention(kind)) for kind in nested] for block in self.blocks]
         closed = sum(kinds[0] for kinds in spent)
         steps = attention.new_tensor([[high - low for low, high in itertools.pairwise(kinds)] for kinds in spent])
         unit = attention.new_tensor([block.unit for block in self.blocks])
@@ -101,7 +105,7 @@ class NetworkCost:
     @property
     def dense(self) -> int:
         """The cost of keeping everything."""
-        return self.fixed + sum(block.msa + block.unit * block.units for block in self.blocks)
+        return self.fixed + sum(block.dense for block in self.blocks)
 
 
 def count_macs(model: nn.Module, run: Callable[[nn.Module], object]) -> int:

@@ -12,7 +12,7 @@ from torch import nn
 
 from spvit.checkpoint import DESCRIPTION, Preprocessing, describe, fit_state, load, read_weights, timm_state
 from spvit.errors import ModelError, UnsupportedHostError
-from spvit.hosts import family_of
+from spvit.hosts.recognise import family_of
 
 HUGGING_FACE = "hf:"
 

@@ -120,7 +120,7 @@ def _shapes(x: Tensor, y: Tensor) -> list[tuple[int, ...]]:
     return [(inputs,), (outputs,), (inputs, inputs), (inputs, outputs)]
 
 
-def ridge_for(moments: Moments, inputs: int | None = None, ridge: float = RIDGE) -> float:
+def ridge_for(moments: Moments, inputs: int | None = None) -> float:
     """Return the ridge for a number of inputs, relative to their mean variance: more than asked when tokens are few.
 
     Raises:
@@ -133,7 +133,7 @@ def ridge_for(moments: Moments, inputs: int | None = None, ridge: float = RIDGE)
             f"{-(-inputs // 4)} are needed, {WANTED_TOKENS * inputs} or more are wanted; give more calibration images"
         )
     missing = max(0.0, WANTED_TOKENS * inputs / moments.count - 1)
-    return ridge + 0.01 * missing
+    return RIDGE + 0.01 * missing
 
 
 def damped(covariance: Tensor, ridge: float) -> Tensor:

@@ -13,12 +13,12 @@ import timm
 from timm.models import register_model
 from torch import nn
 
-from spvit.architecture import Architecture, architectures
+from spvit.architecture import Architecture, Attention, architectures
 from spvit.cost import count_params
 from spvit.errors import ZooError
-from spvit.hosts import family_of
-from spvit.hosts.base import network_costs
-from spvit.kernels import POSITIONS
+from spvit.hosts.host import Host
+from spvit.replacements.costs import network_costs
+from spvit.replacements.kernels import POSITIONS
 from spvit.surgery import prune
 
 
@@ -60,17 +60,18 @@ def unfolded_params(host: nn.Module, architecture: Architecture) -> int:
         host: the dense model.
         architecture: what is kept of it.
     """
-    family = family_of(host)
-    cost = network_costs(family, host)["params"]
+    dense = Host.of(host)
+    cost = network_costs(dense)["params"]
     total = cost.of(architecture)
-    for sites, block, kind in zip(family.blocks(host), cost.blocks, architecture.kinds()):
+    for index, kind in enumerate(architecture.kinds()):
         if kind not in ("conv3", "conv1"):
             continue
-        shared = family.access.read(host.get_submodule(sites.attention.path))
-        whole = sum(tensor.numel() for tensor in vars(shared).values() if tensor is not None)
-        mix_and_norm = sites.attention.heads * POSITIONS + 2 * sites.attention.head_width
-        norm = 0 if sites.attention.norm is None else count_params(host.get_submodule(sites.attention.norm))
-        total += whole + mix_and_norm - (block.attention(kind) - norm)
+        site, weights = dense.blocks[index].attention, dense.weights(index)
+        shared = (weights.value_weight, weights.value_bias, weights.out_weight, weights.out_bias)
+        whole = sum(tensor.numel() for tensor in shared if tensor is not None)
+        mix_and_norm = site.heads * POSITIONS + 2 * site.head_width
+        norm = 0 if site.norm is None else count_params(dense.model.get_submodule(site.norm))
+        total += whole + mix_and_norm - (cost.blocks[index].attention(Attention(kind)) - norm)
     return total
 
 

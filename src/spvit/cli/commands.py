@@ -41,9 +41,10 @@ from spvit.cli.plan import print_plan
 from spvit.cli.show import block_table, comparison_table, kinds_text
 from spvit.cost import count_macs, count_params
 from spvit.errors import ArchitectureError, CheckpointError, ModelError, RunFolderError
-from spvit.hosts import family_of
-from spvit.hosts.base import example_images, network_costs
+from spvit.hosts.host import example_images
+from spvit.hosts.recognise import family_of
 from spvit.models import ModelConfig, OpenedModel, open_model
+from spvit.replacements.costs import network_costs
 from spvit.surgery import prune, pruned_record
 from spvit.train.compress import (
     Compressed,
@@ -99,8 +100,7 @@ def _plain(value: Any) -> Any:
 
 
 def _macs(model: nn.Module) -> int:
-    family = family_of(model)
-    return count_macs(model, lambda twin: twin(example_images(family, twin)))
+    return count_macs(model, lambda twin: twin(example_images(twin)))
 
 
 def _shared(options: RunCommand) -> LoopConfig:
@@ -131,7 +131,7 @@ def search_command(options: SearchCommand, console: Console) -> None:
         PhaseProgress(console),
         options.multiple,
     )
-    console.print(block_table(architecture, network_costs(family_of(opened.model), opened.model), "architecture"))
+    console.print(block_table(architecture, network_costs(opened.model), "architecture"))
     pruned = prune(opened.model, architecture, weights=net)
     figures = figures_of(pruned, images, shared)
     write_model(pruned, images, figures, folder)
@@ -195,7 +195,7 @@ def profile_command(options: ProfileCommand, console: Console) -> None:
     if record is not None and options.architecture is not None:
         raise ArchitectureError(f"{options.model} is pruned already; name a dense model with --architecture")
     host = family_of(model).build(family_of(model).source(model)) if record is not None else model
-    costs = network_costs(family_of(host), host)
+    costs = network_costs(host)
     if record is not None:
         architecture = record.architecture
     elif options.architecture is not None:
@@ -300,7 +300,7 @@ def _named_architecture(name: str) -> Architecture:
 
 def _print_latencies(models: dict[str, nn.Module], console: Console) -> None:
     for batch in BATCHES:
-        images = example_images(family_of(models["dense"]), models["dense"], batch)
+        images = example_images(models["dense"], batch)
         for name, latency in zip(models, measure_latencies(list(models.values()), images)):
             console.print(
                 f"{name}: {latency.latency_ms:.2f} ms (spread {latency.spread_ms:.2f}) at batch {batch}, "
@@ -313,11 +313,9 @@ def _print_latencies(models: dict[str, nn.Module], console: Console) -> None:
 
 def _show_compressed(result: Compressed, folder: Path, console: Console) -> None:
     host, model = result.host, result.model
-    console.print(block_table(result.architecture, network_costs(family_of(host), host), "architecture"))
+    console.print(block_table(result.architecture, network_costs(host), "architecture"))
     rows = {"dense": host, "pruned": model}
-    latencies = {
-        batch: measure_latencies(list(rows.values()), example_images(family_of(host), host, batch)) for batch in BATCHES
-    }
+    latencies = {batch: measure_latencies(list(rows.values()), example_images(host, batch)) for batch in BATCHES}
     console.print(
         comparison_table(
             {"dense": result.dense, "pruned": result.pruned},

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from spvit.architecture import FFN, Architecture, Attention, Block, architectures
 from spvit.checkpoint import fit_state, read_weights, timm_state
 from spvit.errors import CheckpointError
-from spvit.hosts import family_of
-from spvit.hosts.base import AttentionSite, BlockSites
-from spvit.kernels import CENTRE, POSITIONS, AttentionWeights, BottleneckWeights, conv1_weights, conv3_weights, head_mix
+from spvit.hosts.recognise import family_of
+from spvit.hosts.sites import AttentionSite, BlockSites
+from spvit.hosts.weights import AttentionWeights
+from spvit.replacements.kernels import CENTRE, POSITIONS, BottleneckWeights, conv1_weights, conv3_weights, head_mix
 from spvit.surgery import prune
 
 INDICATOR = "mlp.assigned_indicator_index"
@@ -341,7 +342,12 @@ def _unfolded(
     head_logits = torch.empty_like(_need(part, "head_probs", where, (heads, POSITIONS)))
     head_logits[:, list(layout.positions)] = part["head_probs"]
     by_head = (heads, site.head_width)
+    none = part["v.weight"].new_zeros(heads, 0, dim)  # a convolution has no queries and keys
     shared = AttentionWeights(
+        query_weight=none,
+        query_bias=None,
+        key_weight=none,
+        key_bias=None,
         value_weight=_need(part, "v.weight", where, (dim, dim)).unflatten(0, by_head),
         value_bias=_need(part, "v.bias", where, (dim,)).unflatten(0, by_head) if "v.bias" in part else None,
         out_weight=_need(part, "proj.weight", where, (dim, dim)).unflatten(1, by_head),

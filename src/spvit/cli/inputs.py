@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 from spvit.errors import DataError, ModelError
-from spvit.hosts import family_of
+from spvit.hosts.recognise import family_of
 from spvit.models import HUGGING_FACE, ModelConfig, OpenedModel, number_of_classes, open_model
 from spvit.train.data import ImageConfig, Images, load_images
 

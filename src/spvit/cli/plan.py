@@ -17,20 +17,20 @@ from rich.table import Table
 from torch import nn
 
 from spvit.architecture import Architecture
-from spvit.budget import human, parse_budget
+from spvit.budget import Budget, human
 from spvit.checkpoint import Preprocessing
 from spvit.cli.inputs import check_trained, model_and_images
 from spvit.cli.options import CompressCommand
 from spvit.decide import decide
 from spvit.errors import BudgetError, RunFolderError
-from spvit.hosts import family_of
-from spvit.hosts.base import network_costs
-from spvit.surgery import gated_layers, make_searchable, prune
+from spvit.replacements.costs import network_costs
+from spvit.search.budget_loss import BudgetLoss
+from spvit.search.network import gated_layers, make_searchable
+from spvit.surgery import prune
 from spvit.train.compress import check_compress, check_folder
 from spvit.train.data import ImageConfig, Images, images_of, load_images
 from spvit.train.deciding import searchable_for
 from spvit.train.loop import Phase, learning_rate_at, make_accelerator, prepared_loader
-from spvit.train.losses import BudgetLoss
 from spvit.train.optimizers import gate_learning_rate
 from spvit.train.rehearsal import Rehearsal, rehearse
 from spvit.train.settings import PhaseConfig, SearchConfig
@@ -96,7 +96,7 @@ def print_plan(options: CompressCommand, console: Console) -> None:
         phases.append(planned(Phase("dense", copy.deepcopy(host), options.dense)))
     if searching is not None:
         net = searchable_for(host, searching)
-        loss = BudgetLoss(net, weight=searching.budget_weight, **budget)
+        loss = BudgetLoss(net, weight=searching.budget_weight, budget=Budget.parse(**budget))
         phases.append(planned(Phase("search", net, searching, loss, _own_teacher(host, searching))))
     if finetuning.epochs > 0:
         pruned = prune(host, architecture)
@@ -155,8 +155,8 @@ def _print_header(
     devices: int,
     console: Console,
 ) -> None:
-    costs = network_costs(family_of(host), host)
-    budget = parse_budget(**options.limits())
+    costs = network_costs(host)
+    budget = Budget.parse(**options.limits())
     asked = costs[budget.metric]
     train, validation = _counts(images)
     stand_in = f" ({options.data} is not there; noise stands for its pictures)" if _stands_in(options.data) else ""

@@ -28,8 +28,8 @@ def block_table(architecture: Architecture, costs: dict[str, NetworkCost], title
         row = []
         for metric in ("params", "macs"):
             cost = costs[metric].blocks[index]
-            kept = cost.kept(block, architecture.prefix_rule, architecture.skip_rule)
-            row += [human(kept), human(cost.msa + cost.unit * cost.units)]
+            kept = cost.of(block, architecture.rules)
+            row += [human(kept), human(cost.dense)]
         units = f"{len(block.ffn.units)}/{block.ffn.width}"
         table.add_row(str(index), str(block.attention), units, *row)
     fixed = [human(costs[metric].fixed) for metric in ("params", "params", "macs", "macs")]
@@ -46,7 +46,7 @@ def block_table(architecture: Architecture, costs: dict[str, NetworkCost], title
 def kinds_text(architecture: Architecture) -> str:
     """Return how many layers are of each kind, in words, narrowed ones apart."""
     found = ["narrow msa" if block.attention.narrowed() else block.attention.kind for block in architecture.blocks]
-    return ", ".join(f"{found.count(kind)} {kind}" for kind in (KINDS[0], "narrow msa", *KINDS[1:]) if kind in found)
+    return ", ".join(f"{found.count(kind)} {kind}" for kind in ("msa", "narrow msa", *list(KINDS)[1:]) if kind in found)
 
 
 def comparison_table(

@@ -10,40 +10,8 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.vit import modeling_vit
 
 from spvit.errors import UnsupportedHostError
-from spvit.hosts.base import AttentionSite, BlockSites, FFNSite, GridTracker, expect
-from spvit.kernels import AttentionWeights, Projections
-from spvit.pruned import Grid
-from spvit.searchable import AttentionAccess
-
-
-def read_attention(attention: nn.Module) -> AttentionWeights:
-    """Return the shared weights of a Hugging Face attention layer, whose projections are separate."""
-    layer: Any = attention
-    split = (layer.num_attention_heads, layer.head_dim)
-    value_bias = layer.v_proj.bias
-    return AttentionWeights(
-        value_weight=layer.v_proj.weight.unflatten(0, split),
-        value_bias=None if value_bias is None else value_bias.unflatten(0, split),
-        out_weight=layer.o_proj.weight.unflatten(1, split),
-        out_bias=layer.o_proj.bias,
-    )
-
-
-def read_projections(attention: nn.Module) -> Projections:
-    """Return all weights of a Hugging Face attention layer."""
-    layer: Any = attention
-    split = (layer.num_attention_heads, layer.head_dim)
-    query, key = layer.q_proj, layer.k_proj
-    return Projections(
-        query_weight=query.weight.unflatten(0, split),
-        query_bias=None if query.bias is None else query.bias.unflatten(0, split),
-        key_weight=key.weight.unflatten(0, split),
-        key_bias=None if key.bias is None else key.bias.unflatten(0, split),
-        shared=read_attention(attention),
-        scale=layer.scaling,
-        dropout=layer.attention_dropout,
-        out_dropout=0.0,
-    )
+from spvit.hosts.grid import Grid, GridTracker
+from spvit.hosts.sites import AttentionSite, BlockSites, FFNSite, Rows, Undo, expect, expect_linear
 
 
 class HuggingFaceViT:
@@ -51,66 +19,82 @@ class HuggingFaceViT:
 
     name = "Hugging Face ViTForImageClassification"
     temperature = 0.01
-    access = AttentionAccess(
-        read=read_attention, value_projection="v_proj", returns_tuple=True, read_projections=read_projections
-    )
 
-    def blocks(self, host: nn.Module) -> tuple[BlockSites, ...]:
+    def blocks(self, model: nn.Module) -> tuple[BlockSites, ...]:
         """Return the sites of every block."""
-        vit = cast(ViTForImageClassification, host).vit
+        vit = cast(ViTForImageClassification, model).vit
         if not hasattr(vit, "layers") or not hasattr(modeling_vit, "ViTMLP"):
             raise UnsupportedHostError(
                 f"this version of transformers lays {self.name} out differently; install the one of spvit[hf]"
             )
-        grid = self._grid(host)
-        return tuple(self._block(vit, index, grid) for index in range(len(vit.layers)))
+        grid = self._grid(model)
+        return tuple(self._block(model, index, grid) for index in range(len(vit.layers)))
 
-    def _block(self, vit: Any, index: int, grid: tuple[int, int]) -> BlockSites:
+    def _block(self, model: nn.Module, index: int, grid: tuple[int, int]) -> BlockSites:
         path = f"vit.layers.{index}"
-        layer = vit.layers[index]
+        layer: Any = model.get_submodule(path)
         expect(layer.attention, modeling_vit.ViTAttention, f"{path}.attention", self.name)
         expect(layer.mlp, modeling_vit.ViTMLP, f"{path}.mlp", self.name)
         attention = layer.attention
+        parts = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2"]
+        expect_linear(model, [f"{path}.{part}" for part in parts], self.name)
         return BlockSites(
             path,
             AttentionSite(
                 path=f"{path}.attention",
                 norm=f"{path}.layernorm_before",
+                query=Rows("q_proj"),
+                key=Rows("k_proj"),
+                value=Rows("v_proj"),
+                out="o_proj",
                 dim=attention.q_proj.in_features,
                 heads=attention.num_attention_heads,
                 head_width=attention.head_dim,
                 prefix_tokens=1,
                 grid=grid,
                 keys=1 + grid[0] * grid[1],
+                narrows_queries=True,
+                narrows_values=True,
+                scale=attention.scaling,
+                dropout=attention.attention_dropout,
+                returns_tuple=True,
             ),
             FFNSite(f"{path}.mlp.fc1", f"{path}.mlp.fc2", layer.mlp.fc1.out_features),
         )
 
-    def _patch_size(self, host: nn.Module) -> tuple[int, int]:
-        return _pair(cast(ViTForImageClassification, host).config.patch_size)
+    def _patch_size(self, model: nn.Module) -> tuple[int, int]:
+        return _pair(cast(ViTForImageClassification, model).config.patch_size)
 
-    def input_size(self, host: nn.Module) -> tuple[int, int, int]:
-        """Return (channels, height, width) of the images that the host takes."""
-        config = cast(ViTForImageClassification, host).config
-        return (config.num_channels, *_pair(config.image_size))
-
-    def track_grids(self, host: nn.Module, blocks: Sequence[int], whole: bool) -> dict[int, Grid]:
-        """Return the one grid of all blocks, kept at the size of the images, which `interpolate_pos_encoding` frees."""
-        grid = Grid(*self._grid(host))
-        if blocks:
-            embeddings: Any = cast(ViTForImageClassification, host).vit.embeddings
-            tracker = GridTracker(grid, self._patch_size(host), pads=False)
-            embeddings.patch_embeddings.register_forward_pre_hook(tracker)
-        return dict.fromkeys(blocks, grid)
-
-    def _grid(self, host: nn.Module) -> tuple[int, int]:
-        patch = self._patch_size(host)
-        _, height, width = self.input_size(host)
+    def _grid(self, model: nn.Module) -> tuple[int, int]:
+        patch = self._patch_size(model)
+        _, height, width = self.input_size(model)
         return (height // patch[0], width // patch[1])
 
-    def source(self, host: nn.Module) -> dict[str, Any]:
-        """Return the host's configuration."""
-        config = cast(ViTForImageClassification, host).config
+    def input_size(self, model: nn.Module) -> tuple[int, int, int]:
+        """Return (channels, height, width) of the images that the model takes."""
+        config = cast(ViTForImageClassification, model).config
+        return (config.num_channels, *_pair(config.image_size))
+
+    def classes(self, model: nn.Module) -> int:
+        """Return how many classes the head tells apart; 0 when the model has no head."""
+        vit = cast(ViTForImageClassification, model)
+        return 0 if isinstance(vit.classifier, nn.Identity) else vit.config.num_labels
+
+    def watch_grids(self, model: nn.Module, blocks: Sequence[int]) -> tuple[dict[int, Grid], list[Undo]]:
+        """Return the one grid of all blocks, kept at the size of the images, which `interpolate_pos_encoding` frees."""
+        if not blocks:
+            return {}, []
+        grid = Grid(*self._grid(model))
+        embeddings: Any = cast(ViTForImageClassification, model).vit.embeddings
+        tracker = GridTracker(grid, self._patch_size(model), pads=False)
+        handle = embeddings.patch_embeddings.register_forward_pre_hook(tracker)
+        return dict.fromkeys(blocks, grid), [handle.remove]
+
+    whole_grids = watch_grids
+
+    def source(self, model: nn.Module) -> dict[str, Any]:
+        """Return the model's configuration."""
+        config = cast(ViTForImageClassification, model).config
         return {"library": "transformers", "config": config.to_diff_dict(), "attention": config._attn_implementation}
 
     def build(self, source: dict[str, Any]) -> nn.Module:

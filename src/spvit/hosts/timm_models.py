@@ -8,20 +8,13 @@ import timm
 from torch import nn
 
 from spvit.errors import UnsupportedHostError
-from spvit.kernels import AttentionWeights
+from spvit.hosts.sites import Rows
 
 
-def read_packed_attention(qkv: nn.Linear, proj: nn.Linear, heads: int) -> AttentionWeights:
-    """Return the shared weights of an attention layer whose query, key and value projections are one linear layer."""
-    width = proj.in_features // heads
-    value_rows = slice(2 * heads * width, 3 * heads * width)
-    bias: nn.Parameter | None = qkv.bias
-    return AttentionWeights(
-        value_weight=qkv.weight[value_rows].unflatten(0, (heads, width)),
-        value_bias=None if bias is None else bias[value_rows].unflatten(0, (heads, width)),
-        out_weight=proj.weight.unflatten(1, (heads, width)),
-        out_bias=proj.bias,
-    )
+def packed(heads: int, head_width: int) -> tuple[Rows, Rows, Rows]:
+    """Return where queries, keys and values are made in a layer that packs them as timm does."""
+    rows = heads * head_width
+    return Rows("qkv"), Rows("qkv", rows), Rows("qkv", 2 * rows)
 
 
 def describe_timm_model(host: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,17 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spvit.errors import UnsupportedHostError
-from spvit.hosts.base import AttentionSite, BlockSites, FFNSite, expect
-from spvit.hosts.timm_models import describe_timm_model, make_timm_model, read_packed_attention
-from spvit.kernels import AttentionWeights
-from spvit.pruned import Grid
-from spvit.searchable import AttentionAccess
-
-
-def read_attention(attention: nn.Module) -> AttentionWeights:
-    """Return the shared weights of a window attention, whose query, key and value projections are packed."""
-    layer = cast(WindowAttention, attention)
-    return read_packed_attention(layer.qkv, layer.proj, layer.num_heads)
+from spvit.hosts.grid import Grid
+from spvit.hosts.sites import AttentionSite, BlockSites, FFNSite, Undo, expect, expect_linear
+from spvit.hosts.timm_models import describe_timm_model, make_timm_model, packed
 
 
 @dataclass
@@ -91,6 +84,8 @@ class WholeMap:
         height, width = arguments[0].shape[1:3]
         self.grid.height, self.grid.width = height, width
         block.window_size, block.window_area = (height, width), height * width
+        # The model's set_input_size brings a shift and its mask back.
+        block.shift_size, block.attn_mask = (0, 0), None
 
 
 class TimmSwin:
@@ -98,43 +93,46 @@ class TimmSwin:
 
     name = "timm SwinTransformer"
     temperature = 100.0
-    access = AttentionAccess(read=read_attention, value_projection="qkv", returns_tuple=False)
 
-    def blocks(self, host: nn.Module) -> tuple[BlockSites, ...]:
+    def blocks(self, model: nn.Module) -> tuple[BlockSites, ...]:
         """Return the sites of every block."""
-        return tuple(self._block(host, path, block) for path, block in self._walk(host))
+        return tuple(self._block(model, path, block) for path, block in self._walk(model))
 
-    def _walk(self, host: nn.Module) -> Iterator[tuple[str, SwinTransformerBlock]]:
-        for index, stage in enumerate(cast(SwinTransformer, host).layers):
+    def _walk(self, model: nn.Module) -> Iterator[tuple[str, SwinTransformerBlock]]:
+        for index, stage in enumerate(cast(SwinTransformer, model).layers):
             expect(stage, SwinTransformerStage, f"layers.{index}", self.name)
             for inner, block in enumerate(cast(SwinTransformerStage, stage).blocks):
                 path = f"layers.{index}.blocks.{inner}"
                 expect(block, SwinTransformerBlock, path, self.name)
                 yield path, cast(SwinTransformerBlock, block)
 
-    def _block(self, host: nn.Module, path: str, block: SwinTransformerBlock) -> BlockSites:
+    def _block(self, model: nn.Module, path: str, block: SwinTransformerBlock) -> BlockSites:
+        expect(block.attn, WindowAttention, f"{path}.attn", self.name)
+        expect(block.mlp, Mlp, f"{path}.mlp", self.name)
         attention, ffn = cast(WindowAttention, block.attn), cast(Mlp, block.mlp)
-        expect(attention, WindowAttention, f"{path}.attn", self.name)
-        expect(ffn, Mlp, f"{path}.mlp", self.name)
-        for owner, name, parts in ((attention, "attn", ("qkv", "proj")), (ffn, "mlp", ("fc1", "fc2"))):
-            for part in parts:
-                expect(getattr(owner, part), nn.Linear, f"{path}.{name}.{part}", self.name)
+        expect_linear(model, [f"{path}.{part}" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")], self.name)
         if not isinstance(ffn.norm, nn.Identity):
             raise UnsupportedHostError(
                 f"{path}.mlp.norm is a {type(ffn.norm).__name__} over the hidden units, which pruning would change; "
                 "use a model without a norm there"
             )
         grid = _windowed(block)
+        heads, head_width = attention.num_heads, attention.proj.in_features // attention.num_heads
+        query, key, value = packed(heads, head_width)
         stage = path.partition(".blocks.")[0]
-        reduces = path.endswith(".blocks.0") and not isinstance(host.get_submodule(f"{stage}.downsample"), nn.Identity)
+        reduces = path.endswith(".blocks.0") and not isinstance(model.get_submodule(f"{stage}.downsample"), nn.Identity)
         return BlockSites(
             path,
             AttentionSite(
                 path=f"{path}.attn",
                 norm=f"{path}.norm1",
+                query=query,
+                key=key,
+                value=value,
+                out="proj",
                 dim=attention.qkv.in_features,
-                heads=attention.num_heads,
-                head_width=attention.proj.in_features // attention.num_heads,
+                heads=heads,
+                head_width=head_width,
                 prefix_tokens=0,
                 grid=(grid.height, grid.width),
                 keys=attention.window_area,
@@ -145,32 +143,42 @@ class TimmSwin:
             before=f"{stage}.downsample" if reduces else None,
         )
 
-    def input_size(self, host: nn.Module) -> tuple[int, int, int]:
-        """Return (channels, height, width) of the images that the host takes."""
-        embed = cast(SwinTransformer, host).patch_embed
+    def input_size(self, model: nn.Module) -> tuple[int, int, int]:
+        """Return (channels, height, width) of the images that the model takes."""
+        embed = cast(SwinTransformer, model).patch_embed
         return (embed.proj.in_channels, embed.img_size[0], embed.img_size[1])
 
-    def track_grids(self, host: nn.Module, blocks: Sequence[int], whole: bool) -> dict[int, Grid]:
-        """Return a grid a block, which each block keeps at its own map."""
+    def classes(self, model: nn.Module) -> int:
+        """Return how many classes the head tells apart; 0 when the model has no head."""
+        return cast(SwinTransformer, model).num_classes
+
+    def watch_grids(self, model: nn.Module, blocks: Sequence[int]) -> tuple[dict[int, Grid], list[Undo]]:
+        """Return a windowed grid a block, which each block keeps at its own map."""
         grids: dict[int, Grid] = {}
-        every = [block for _, block in self._walk(host)]
+        undos: list[Undo] = []
+        every = [block for _, block in self._walk(model)]
+        for index in blocks:
+            grids[index] = windowed = _windowed(every[index])
+            undos.append(every[index].register_forward_pre_hook(WindowTracker(windowed)).remove)
+        return grids, undos
+
+    def whole_grids(self, model: nn.Module, blocks: Sequence[int]) -> tuple[dict[int, Grid], list[Undo]]:
+        """Return a grid a block, which each block keeps at its own map and hands on as one window."""
+        grids: dict[int, Grid] = {}
+        undos: list[Undo] = []
+        every = [block for _, block in self._walk(model)]
         for index in blocks:
             block = every[index]
-            if whole:
-                size = block.input_resolution
-                grids[index] = Grid(*size)
-                block.window_size, block.window_area = size, math.prod(size)
-                block.shift_size, block.attn_mask = (0, 0), None
-                block.register_forward_pre_hook(WholeMap(grids[index]))
-            else:
-                windowed = _windowed(block)
-                grids[index] = windowed
-                block.register_forward_pre_hook(WindowTracker(windowed))
-        return grids
+            grids[index] = Grid(*block.input_resolution)
+            undos += [partial(_restore, block, _windows_of(block))]
+            undos += [block.register_forward_pre_hook(WholeMap(grids[index])).remove]
+            block.window_size, block.window_area = block.input_resolution, math.prod(block.input_resolution)
+            block.shift_size, block.attn_mask = (0, 0), None
+        return grids, undos
 
-    def source(self, host: nn.Module) -> dict[str, Any]:
-        """Return the timm model name and arguments that the host was created with."""
-        return describe_timm_model(host)
+    def source(self, model: nn.Module) -> dict[str, Any]:
+        """Return the timm model name and arguments that the model was created with."""
+        return describe_timm_model(model)
 
     def build(self, source: dict[str, Any]) -> nn.Module:
         """Make a timm model from its name and arguments."""
@@ -180,6 +188,15 @@ class TimmSwin:
 def _windowed(block: SwinTransformerBlock) -> WindowedGrid:
     height, width = block.input_resolution
     return WindowedGrid(height, width, block.window_size, block.shift_size)
+
+
+def _windows_of(block: SwinTransformerBlock) -> dict[str, Any]:
+    return {name: getattr(block, name) for name in ("window_size", "window_area", "shift_size", "attn_mask")}
+
+
+def _restore(block: SwinTransformerBlock, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(block, name, value)
 
 
 FAMILY = TimmSwin()

@@ -16,7 +16,7 @@ from torch import nn
 from spvit.architecture import Architecture
 from spvit.checkpoint import Preprocessing, save, write_text
 from spvit.errors import RunFolderError
-from spvit.hosts import family_of
+from spvit.hosts.recognise import family_of
 from spvit.surgery import fold, prune, pruned_record
 from spvit.train.data import ImageConfig, Images, load_images
 from spvit.train.deciding import (

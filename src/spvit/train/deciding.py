@@ -10,17 +10,18 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from spvit.architecture import Architecture
-from spvit.budget import check_multiple, human, parse_budget
+from spvit.budget import TOLERANCE, Budget, check_multiple, human
 from spvit.checkpoint import write_text
-from spvit.decide import TOLERANCE, decide
+from spvit.decide import decide
 from spvit.errors import BudgetError, DataError
-from spvit.hosts import family_of
-from spvit.hosts.base import network_costs
-from spvit.surgery import check_dense, make_searchable
+from spvit.hosts.host import Host
+from spvit.hosts.recognise import family_of
+from spvit.replacements.costs import network_costs
+from spvit.search.budget_loss import BudgetLoss
+from spvit.search.network import make_searchable
 from spvit.train.data import Images
 from spvit.train.loaders import training_loader
 from spvit.train.loop import STATE, Phase, run_phase
-from spvit.train.losses import BudgetLoss
 from spvit.train.processes import processes
 from spvit.train.progress import PhaseProgress
 from spvit.train.settings import LoopConfig, SearchConfig
@@ -58,7 +59,7 @@ def search(
     """
     set_seed(config.seed)
     net = searchable_for(host, phase)
-    loss = BudgetLoss(net, weight=phase.budget_weight, **budget)
+    loss = BudgetLoss(net, weight=phase.budget_weight, budget=Budget.parse(**budget))
     teacher = host if phase.distillation > 0 else None
     run_phase(Phase("search", net, phase, loss, teacher), images, folder, config, progress)
     architecture = decide(net, multiple=multiple, macs=budget.get("macs"), params=budget.get("params"))
@@ -78,10 +79,10 @@ def check_decision(host: nn.Module, budget: dict[str, str | int], multiple: int 
         NotSearchableError, UnsupportedHostError: the model is not a dense host of a supported family.
         BudgetError: the budget or the multiple is malformed, or the budget is out of reach.
     """
-    check_dense(host)
+    Host.of(host)
     check_multiple(multiple)
-    parsed = parse_budget(**budget)
-    parsed.target(network_costs(family_of(host), host)[parsed.metric])
+    parsed = Budget.parse(**budget)
+    parsed.target(network_costs(host)[parsed.metric])
 
 
 def check_calibration_images(count: int) -> None:
@@ -165,8 +166,8 @@ def _write(architecture: Architecture, folder: Path) -> None:
 
 def _check_written(architecture: Architecture, host: nn.Module, budget: dict[str, str | int], path: Path) -> None:
     """Raise BudgetError when an architecture that a run has written is not of the budget that it is continued with."""
-    parsed = parse_budget(**budget)
-    cost = network_costs(family_of(host), host)[parsed.metric]
+    parsed = Budget.parse(**budget)
+    cost = network_costs(host)[parsed.metric]
     target, own = parsed.target(cost), cost.of(architecture)
     if abs(own - target) > TOLERANCE * target:
         raise BudgetError(

@@ -24,12 +24,13 @@ from torch.utils.data import DataLoader
 from spvit.architecture import KINDS
 from spvit.checkpoint import write_text
 from spvit.errors import DataError, RunError
-from spvit.hosts.base import logits_of
-from spvit.surgery import gate_parameters
+from spvit.hosts.host import logits_of
+from spvit.search.budget_loss import BudgetLoss
+from spvit.search.network import gate_parameters
 from spvit.train.best import BestWeights
 from spvit.train.data import Images, mixup_of
 from spvit.train.loaders import UNREAD, repeated_loader, training_loader, validation_loader
-from spvit.train.losses import BudgetLoss, distillation_loss, hard_distillation_loss, task_loss
+from spvit.train.losses import distillation_loss, hard_distillation_loss, task_loss
 from spvit.train.optimizers import optimizers
 from spvit.train.progress import PhaseProgress
 from spvit.train.settings import LoopConfig, PhaseConfig, check_settings

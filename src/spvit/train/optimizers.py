@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from spvit.surgery import gate_parameters
+from spvit.search.network import gate_parameters
 from spvit.train.settings import PhaseConfig
 
 PUBLISHED_GATE_TRAVEL = 12.5  # learning rate 1e-3 over 10 epochs of 1,250 steps (paper section 4)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from spvit.hosts.base import logits_of
+from spvit.hosts.host import logits_of
 from spvit.train.data import Images
 from spvit.train.loaders import training_loader
 from spvit.train.loop import Loop, Phase

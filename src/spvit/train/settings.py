@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from spvit.errors import DataError
-from spvit.train.losses import BUDGET_WEIGHT
+from spvit.search.budget_loss import BUDGET_WEIGHT
 
 KINDS_OF_DISTILLATION = ("soft", "hard")
 LARGEST_SEED = 2**32

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from spvit.checkpoint import Preprocessing
 from spvit.errors import DataError, ModelError, UnsupportedHostError
-from spvit.hosts import family_of
-from spvit.hosts.base import logits_of
+from spvit.hosts.host import logits_of
+from spvit.hosts.recognise import family_of
 from spvit.models import ModelConfig, number_of_classes, open_model
 from spvit.train.data import Images
 from spvit.train.settings import PhaseConfig, check_settings

@@ -6,6 +6,7 @@ This file knows nothing of attention.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,9 +24,7 @@ def log_odds(uniform: Tensor) -> Tensor:
 def straight_through(logits: Tensor, noise: Tensor) -> Tensor:
     """Return sampled gates: 0 or 1 in value, with the gradient of the soft sample (paper section 3.3).
 
-    Args:
-        logits: [gates].
-        noise: [gates], the log odds of a uniform draw.
+    noise: the log odds of a uniform draw.
     """
     sample = noise + logits
     soft = torch.sigmoid(sample)
@@ -47,10 +46,9 @@ def nest(gates: Tensor) -> Tensor:
     """Return cumulative products along the last axis: a costlier choice needs every cheaper gate open.
 
     Where a choice and the next costlier one are both open, the cheaper is detached, which slows the cheap gates down
-    (paper section 3.3).
+    (paper section 3.3). gates: [..., gates], each 0 or 1 in value.
 
-    Args:
-        gates: [..., gates], each 0 or 1 in value.
+    For example three gates 1, 1, 0 give 1, 1, 0: two are open, so the choice is the second, and the first is detached.
     """
     nested = torch.cumprod(gates, dim=-1)
     taken_over = nested[..., 1:] > 0.5
@@ -98,23 +96,13 @@ class GateDraws:
     @torch.no_grad()
     def _draw(self) -> None:
         logits = [_logits(member) for member in self.members]
-        sizes = [len(item) for item in logits]
-        device = logits[0].device
-        uniforms = torch.rand(sum(sizes), device=device) if self._fixed is None else self._fixed.to(device)
-        noises = log_odds(uniforms).to(logits[0].dtype).split(sizes)
-        self._noise = {id(member): noise for member, noise in zip(self.members, noises)}
-        samples = [noise + item for noise, item in zip(noises, logits)]
-        self._read_bits({id(member): sample for member, sample in zip(self.members, samples)})
-
-    def _read_bits(self, samples: dict[int, Tensor]) -> None:
-        if not self.counted:
-            return
-        bits = (torch.cat([samples[id(member)] for member in self.counted]) > 0).tolist()
-        self._bits = {}
-        for member in self.counted:
-            count = _logits(member).numel()
-            self._bits[id(member)] = tuple(bits[:count])
-            bits = bits[count:]
+        sizes, like = [len(item) for item in logits], logits[0]
+        uniforms = torch.rand(sum(sizes), device=like.device) if self._fixed is None else self._fixed.to(like.device)
+        noises = log_odds(uniforms).to(like.dtype).split(sizes)
+        self._noise = dict(zip(map(id, self.members), noises))
+        samples = [self._noise[id(member)] + _logits(member) for member in self.counted]
+        bits = iter((torch.cat(samples) > 0).tolist() if samples else [])
+        self._bits = {id(member): tuple(itertools.islice(bits, len(own))) for member, own in zip(self.counted, samples)}
 
     def noise(self, member: nn.Module) -> Tensor:
         """Return the noise of a module for this forward pass: [gates]. The first module in training draws for all."""
@@ -132,18 +120,8 @@ class GateDraws:
         """Return the gates that are open in evaluation, as booleans."""
         return tuple(is_open(_logits(member)).tolist())
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> GateDraws:
-        # A draw is keyed by module identity, so it cannot be carried over to copies; it is drawn anew there.
-        import copy
-
-        twin = GateDraws()
-        memo[id(self)] = twin
-        twin.members = copy.deepcopy(self.members, memo)
-        twin.counted = copy.deepcopy(self.counted, memo)
-        twin._fixed = copy.deepcopy(self._fixed, memo)
-        return twin
-
     def __getstate__(self) -> dict[str, Any]:
+        # Draws are keyed by module identity, so copies and files leave them out and draw anew.
         return {**self.__dict__, "_noise": {}, "_bits": {}}
 
 

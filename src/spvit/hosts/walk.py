@@ -1,4 +1,4 @@
-"""Passes images through a network block by block: what arrives at a module, what it gives, and the next block's input.
+"""Passes images through a network block by block: what arrives at a module, its output, and the next block's input.
 
 Shapes: B batch, N tokens = P prefix tokens + G grid tokens, D width.
 """
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from spvit.errors import CalibrationError
-from spvit.hosts.base import BlockSites, Family
-from spvit.moments import RIDGE
+from spvit.hosts.host import Host
+from spvit.hosts.sites import BlockSites
 
 BATCH = 64
 
@@ -28,28 +28,35 @@ class _Reached(Exception):
         self.value = value
 
 
-def calibration_batches(images: Tensor | Iterable[Any], family: Family, host: nn.Module) -> list[Tensor]:
+def calibration_batches(host: Host, images: Tensor | Iterable[Any]) -> list[Tensor]:
     """Return calibration images as batches [B, channels, height, width] on the host's device, in its dtype.
 
     Args:
-        images: a tensor of images, or batches of them; of a batch that is a tuple or list, as loaders give, the first
-            item counts.
-        family: the host's.
         host: the model that takes them.
+        images: a tensor of images, or batches of them. Of a batch that is a tuple or list, as loaders give, the first
+            item counts; of a dictionary `pixel_values`.
 
     Raises:
-        CalibrationError: there are none, they are not of the size that the host takes, or not finite.
+        CalibrationError: there are none, they are not of the size that the host takes, raw bytes, or not finite.
     """
-    batches = images.split(BATCH) if isinstance(images, Tensor) else images
-    parameter, size = next(host.parameters()), family.input_size(host)
+    parameter = next(host.model.parameters())
+    if parameter.is_meta:
+        raise CalibrationError("the model is on the meta device, so its weights have no values; load them first")
     prepared = []
-    for batch in batches:
+    for batch in images.split(BATCH) if isinstance(images, Tensor) else images:
+        if isinstance(batch, Mapping):
+            batch = batch.get("pixel_values")
         tensor = batch[0] if isinstance(batch, (tuple, list)) else batch
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape[1:]) != size:
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape[1:]) != host.input_size:
             found = list(tensor.shape[1:]) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise CalibrationError(
-                f"calibration images are {found}, expected tensors of [batch, {', '.join(map(str, size))}] as the "
-                "model takes them"
+                f"calibration images are {found}, expected tensors of "
+                f"[batch, {', '.join(map(str, host.input_size))}] as the model takes them"
+            )
+        if not tensor.is_floating_point():
+            raise CalibrationError(
+                f"calibration images are {str(tensor.dtype).removeprefix('torch.')}, expected floating-point numbers "
+                "normalised as in training: (images / 255 - mean) / std"
             )
         if not tensor.isfinite().all():
             raise CalibrationError("calibration images hold values that are not finite; check how they are read")
@@ -62,7 +69,7 @@ def calibration_batches(images: Tensor | Iterable[Any], family: Family, host: nn
 
 @contextmanager
 def where_float64_is(*models: nn.Module) -> Iterator[None]:
-    """Have models on the CPU meanwhile that are on a device without float64, which MPS is."""
+    """Move models to the CPU inside the context if their device lacks float64 (MPS)."""
     some = [(model, next(model.parameters(), None)) for model in models]
     away = [(model, weight.device) for model, weight in some if weight is not None and weight.device.type == "mps"]
     for model, _ in away:
@@ -76,7 +83,7 @@ def where_float64_is(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models in evaluation mode without gradients where float64 is, and back as they were at the end."""
+    """Put models in evaluation mode without gradients in the context, where float64 is; restore every flag after."""
     flags = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -110,37 +117,53 @@ def reached(run: nn.Module, x: Tensor, module: nn.Module, output: bool) -> Tenso
     raise CalibrationError(f"the model's {type(module).__name__} was not reached; its forward pass leaves it out")
 
 
-def block_inputs(model: nn.Module, sites: BlockSites, batches: Iterable[Tensor]) -> list[Tensor]:
-    """Return what a block takes, [B, N, D] a batch of images."""
-    block = model.get_submodule(sites.path)
-    return [reached(model, batch, block, output=False) for batch in batches]
+def first_inputs(host: Host, batches: Iterable[Tensor]) -> list[Tensor]:
+    """Return what the first block takes, [B, N, D] a batch of images."""
+    block = host.model.get_submodule(host.blocks[0].path)
+    return [reached(host.model, batch, block, output=False) for batch in batches]
 
 
-def advance(model: nn.Module, sites: BlockSites, following: BlockSites | None, x: Tensor) -> Tensor:
-    """Return the input of the following block from that of this one (of the last one: its output)."""
-    out = model.get_submodule(sites.path)(x)
+def through(host: Host, index: int, x: Tensor) -> Tensor:
+    """Return what the next block takes, [B, N, D], from a block's input; after the last block, its output."""
+    out = host.model.get_submodule(host.blocks[index].path)(x)
     out = out[0] if isinstance(out, tuple) else out
-    between = following.before if following is not None else None
-    return model.get_submodule(between)(out) if between is not None else out
+    between = host.blocks[index + 1].before if index + 1 < len(host.blocks) else None
+    return out if between is None else host.model.get_submodule(between)(out)
+
+
+def advance(host: Host, index: int, inputs: list[Tensor]) -> None:
+    """Replace a block's inputs by those of the next block, in place, batch by batch."""
+    for number, x in enumerate(inputs):
+        inputs[number] = through(host, index, x)
 
 
 @dataclass(frozen=True)
-class Layer:
+class BlockPair:
     """One block of the pruned model beside the dense one, with the inputs that each has: lists of [B, N, D]."""
 
     model: nn.Module
-    host: nn.Module
-    family: Family
-    sites: BlockSites
+    host: Host
+    index: int
     inputs: list[Tensor]
     dense_inputs: list[Tensor]
-    ridge: float = RIDGE
     known: Mapping[str, list[Tensor]] = field(default_factory=dict)
-    """What modules of the dense block give, by path, for those that need not run again."""
+    """Outputs of modules of the dense block, by path, for those that need not run again."""
 
-    def knowing(self, path: str) -> Layer:
-        """Return the same layer that has run a module of the dense block once, for several fits to what it gives."""
+    @property
+    def sites(self) -> BlockSites:
+        """Where the block's layers are."""
+        return self.host.blocks[self.index]
+
+    def knowing(self, path: str) -> BlockPair:
+        """Return the same pair that has run a module of the dense block once, for several fits to its output."""
         return replace(self, known={path: list(self.wanted(path))})
+
+    def thinned(self, tokens: int) -> BlockPair:
+        """Return a pair of dense blocks with as many of its images, evenly from all, as have so many tokens."""
+        step = max(1, sum(x.shape[:-1].numel() for x in self.dense_inputs) // tokens)
+        inputs = [x[::step] for x in self.dense_inputs]
+        known = {path: [out[::step] for out in outputs] for path, outputs in self.known.items()}
+        return replace(self, inputs=inputs, dense_inputs=inputs, known=known)
 
     def arriving(self, path: str) -> Iterator[Tensor]:
         """Yield what arrives at a module of the pruned block."""
@@ -148,8 +171,8 @@ class Layer:
         return (reached(block, x, module, output=False) for x in self.inputs)
 
     def wanted(self, path: str) -> Iterator[Tensor]:
-        """Yield what a module of the dense block gives."""
+        """Yield the output of a module of the dense block."""
         if path in self.known:
             return iter(self.known[path])
-        block, module = self.host.get_submodule(self.sites.path), self.host.get_submodule(path)
+        block, module = self.host.model.get_submodule(self.sites.path), self.host.model.get_submodule(path)
         return (reached(block, x, module, output=True) for x in self.dense_inputs)

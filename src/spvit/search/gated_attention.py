@@ -10,7 +10,7 @@ Where attention works in windows, [B, N, D] stands for [B x windows, tokens of o
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,31 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spvit import kernels
-from spvit.architecture import KINDS
-from spvit.gates import INITIAL_LOGIT, GateDraws, nest, opened, straight_through
-from spvit.kernels import CENTRE, POSITIONS, AttentionWeights, Projections
-from spvit.pruned import Grid, as_map, as_tokens
+from spvit.hosts.grid import Grid, as_tokens
+from spvit.hosts.sites import AttentionSite
+from spvit.hosts.weights import AttentionWeights, read_weights
+from spvit.replacements import kernels
+from spvit.replacements.bottleneck import Searched
+from spvit.replacements.kernels import CENTRE, POSITIONS
+from spvit.search.gates import INITIAL_LOGIT, GateDraws, nest, opened, straight_through
 
-CANDIDATES = ("msa", "conv3", "conv1")
-
-
-def no_projections(attention: nn.Module) -> None:
-    """Say that an attention layer cannot be narrowed."""
-
-
-@dataclass(frozen=True)
-class AttentionAccess:
-    """How to reach into a host's attention layer. `read` is a module-level function, so that layers can be copied."""
-
-    read: Callable[[nn.Module], AttentionWeights]
-    """Returns the weights that the convolutions share."""
-    value_projection: str
-    """Name, inside the attention layer, of the linear layer whose last outputs are the values."""
-    returns_tuple: bool
-    """Whether the layer answers `(output, attention weights)`."""
-    read_projections: Callable[[nn.Module], Projections | None] = no_projections
-    """Returns all of the layer's weights, or None when it does more than plain attention and cannot be narrowed."""
+NESTED = ("skip", "conv1", "conv3", "msa")
+"""What a layer becomes by how many of its nested gates are open (paper section 3.3)."""
+CANDIDATES = NESTED[:0:-1]
 
 
 def candidate_mixture(gates: Tensor) -> Tensor:
@@ -58,7 +44,9 @@ def candidate_mixture(gates: Tensor) -> Tensor:
 def gate_sensitivity(bits: tuple[bool, ...]) -> list[list[float]]:
     """Return d(mixture) / d(gates) at sampled gates: one row a gate, one column a candidate (msa, conv3, conv1).
 
-    The columns that are zero throughout are candidates whose values are not needed at all.
+    For example all three open: attention is chosen, c1 and c2 are detached, and c3 = b1 b2 b3 gives every gate the row
+    (1, -1, 0): closing any of them would put conv3 in attention's place. Columns that are zero throughout are
+    candidates whose values are not needed at all.
     """
     gates = torch.tensor([float(bit) for bit in bits], requires_grad=True)
     with torch.enable_grad():
@@ -125,17 +113,12 @@ class Drawn:
         return {self.kind} | {name for name, column in columns if any(column)}
 
     def answer(self, outputs: dict[str, Tensor], silent: Sequence[Tensor]) -> Tensor:
-        """Return the chosen output [B, N, D], which then gives the gates their gradients.
-
-        Args:
-            outputs: [B, N, D] of what is needed, by kind.
-            silent: tensors that receive a gradient of zero.
-        """
+        """Return the chosen one of outputs [B, N, D]; it gives the gates their gradients, and silent tensors zero."""
         differences, rows = _differences(self.sensitivity, outputs)
         return _Choose.apply(outputs[self.kind], self.gates, rows, len(differences), *differences, *silent)
 
 
-class SearchableAttention(nn.Module):
+class GatedAttention(nn.Module):
     """An attention layer that may become a 3 x 3 or 1 x 1 convolution of its own weights, or nothing.
 
     Three nested gates choose. It is called as the original layer is, and answers in the same form. Attributes:
@@ -143,22 +126,15 @@ class SearchableAttention(nn.Module):
     """
 
     def __init__(
-        self,
-        attention: nn.Module,
-        access: AttentionAccess,
-        *,
-        prefix_tokens: int,
-        grid: Grid,
-        temperature: float,
-        draws: GateDraws | None = None,
+        self, attention: nn.Module, site: AttentionSite, grid: Grid, temperature: float, draws: GateDraws | None = None
     ) -> None:
+        """Wrap the layer of a site; the grid is as its attention gets it. Without draws the layer draws for itself."""
         super().__init__()
-        value_weight = access.read(attention).value_weight
+        value_weight = read_weights(attention, site).value_weight
         heads, width = value_weight.shape[:2]
         like: dict[str, Any] = {"device": value_weight.device, "dtype": value_weight.dtype}
         self.attention = attention
-        self.access = access
-        self.prefix_tokens = prefix_tokens
+        self.site = site
         self.grid = grid
         self.temperature = temperature
         self.gate_logits = nn.Parameter(torch.full((3,), INITIAL_LOGIT, **like))
@@ -171,7 +147,7 @@ class SearchableAttention(nn.Module):
 
     def decided(self) -> str:
         """Return the kind that the gates choose in evaluation: `msa`, `conv3`, `conv1` or `skip`."""
-        return _kind(self.draws.decided_bits(self))
+        return NESTED[opened(self.draws.decided_bits(self))]
 
     def head_mix(self) -> Tensor:
         """Return S [H, K]."""
@@ -183,39 +159,46 @@ class SearchableAttention(nn.Module):
             kind = self.decided()
             if kind == "msa":
                 return self.attention(x, *args, **kwargs)
-            return self._answer(self._convolve(x, kind) if kind != "skip" else torch.zeros_like(x))
-        return self._answer(self._search(x, args, kwargs))
+            return self._convolve(x, kind) if kind != "skip" else torch.zeros_like(x)
+        return self._search(x, args, kwargs)
 
-    def _answer(self, out: Tensor) -> Any:
-        return (out, None) if self.access.returns_tuple else out
+    def searched(self, kind: str) -> Searched | None:
+        """Return what the search has found for a kind: head mix and batch norm of a convolution."""
+        if kind not in ("conv3", "conv1"):
+            return None
+        return Searched(self.head_mix(), self.bn3 if kind == "conv3" else self.bn1)
+
+    def set_window_size(self, window_size: tuple[int, int]) -> None:
+        """Change the windows of the original layer, as timm's Swin asks for; the grid follows the block."""
+        layer: Any = self.attention
+        layer.set_window_size(window_size)
 
     def _draw(self) -> Drawn:
         """Return what is drawn for this forward pass."""
         gates = straight_through(self.gate_logits, self.draws.noise(self))
         bits = self.draws.sampled_bits(self)
         gates_learn = torch.is_grad_enabled() and gates.requires_grad
-        return Drawn(gates, _kind(bits), gate_sensitivity(bits) if gates_learn else [])
+        return Drawn(gates, NESTED[opened(bits)], gate_sensitivity(bits) if gates_learn else [])
 
     def _convolve(self, x: Tensor, kind: str) -> Tensor:
         """Return one convolution candidate by its kernels, as the pruned network computes it: [B, N, D]."""
-        weights = self.access.read(self.attention)
-        tokens = self.grid.gather(x, self.prefix_tokens)  # [B, G, D]
-        size = (self.grid.height, self.grid.width)
+        weights = read_weights(self.attention, self.site)
+        tokens = self.grid.gather(x, self.site.prefix_tokens)  # [B, G, D]
         if kind == "conv3":
             conv3 = kernels.conv3_weights(self.head_mix(), weights)
-            hidden = F.conv2d(as_map(tokens, size), conv3.in_weight, conv3.in_bias, padding=1)
+            hidden = F.conv2d(self.grid.as_map(tokens), conv3.in_weight, conv3.in_bias, padding=1)
             return self._finish(x, self.bn3(hidden), conv3.out_weight, weights)
         conv1 = kernels.conv1_weights(self.head_mix(), weights)
-        hidden = as_map(F.linear(tokens, conv1.in_weight, conv1.in_bias), size)
+        hidden = self.grid.as_map(F.linear(tokens, conv1.in_weight, conv1.in_bias))
         return self._finish(x, self.bn1(hidden), conv1.out_weight, weights)
 
     def _finish(self, x: Tensor, normalised: Tensor, out_weight: Tensor, weights: AttentionWeights) -> Tensor:
         """Return a bottleneck's output, shaped as x, from its batch-normalised activations [B, E, height, width]."""
         hidden = self.grid.scatter(as_tokens(torch.relu(normalised)))
         out = F.linear(hidden, out_weight, weights.out_bias)
-        if self.prefix_tokens == 0:
+        if self.site.prefix_tokens == 0:
             return out
-        return torch.cat([x[:, : self.prefix_tokens].to(out.dtype), out], dim=1)
+        return torch.cat([x[:, : self.site.prefix_tokens].to(out.dtype), out], dim=1)
 
     def _search(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         drawn = self._draw()
@@ -231,21 +214,22 @@ class SearchableAttention(nn.Module):
     def _attend(self, x: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return the original layer's output [B, N, D] and the values it computed, bias included, [B, N, H E]."""
         captured: list[Tensor] = []
-        projection = self.attention.get_submodule(self.access.value_projection)
+        projection = self.attention.get_submodule(self.site.value.linear)
         handle = projection.register_forward_hook(lambda module, inputs, output: captured.append(output.detach()))
         try:
             out = self.attention(x, *args, **kwargs)
         finally:
             handle.remove()
-        return (out[0] if self.access.returns_tuple else out), captured[0]
+        rows = self.site.heads * self.site.head_width
+        values = captured[0][..., self.site.value.start : self.site.value.start + rows]
+        return (out[0] if isinstance(out, tuple) else out), values
 
     def _convolve_values(self, x: Tensor, kind: str, needed: set[str], values: Tensor | None) -> dict[str, Tensor]:
         """Return the outputs [B, N, D] of the convolutions that are needed, and update both batch norms' statistics.
 
-        Args:
-            values: what attention computed as values, or None when it did not run.
+        values: what attention computed as values, or None when it did not run.
         """
-        weights = self.access.read(self.attention)
+        weights = read_weights(self.attention, self.site)
         heads, width = weights.value_weight.shape[:2]
         size = (self.grid.height, self.grid.width)
         outputs = {}
@@ -253,13 +237,13 @@ class SearchableAttention(nn.Module):
             mix = self.head_mix()
             bias = kernels.mixed_value_bias(mix, weights)  # [K, E]
             if kind == "conv3" or values is None:
-                tokens = F.linear(self.grid.gather(x, self.prefix_tokens), weights.value_weight.flatten(0, 1))
+                tokens = F.linear(self.grid.gather(x, self.site.prefix_tokens), weights.value_weight.flatten(0, 1))
                 included = None
             else:
-                tokens, included = self.grid.gather(values[..., -heads * width :], self.prefix_tokens), bias
+                tokens, included = self.grid.gather(values, self.site.prefix_tokens), bias
             summed, centre = kernels.convolve_values(tokens.unflatten(2, (heads, width)), mix, size, included)
             summed = summed + bias.sum(0)  # [B, G, E]
-            normalised = self.bn3(as_map(summed, size))
+            normalised = self.bn3(self.grid.as_map(summed))
             if "conv3" in needed:
                 out_weight = kernels.mixed_out_weight(mix, weights)
                 outputs["conv3"] = self._finish(x, normalised, out_weight, weights)
@@ -267,7 +251,7 @@ class SearchableAttention(nn.Module):
             outputs["conv1"] = self._convolve(x, "conv1")
             return outputs
         with torch.no_grad():
-            normalised = self.bn1(as_map(centre + bias[CENTRE], size))
+            normalised = self.bn1(self.grid.as_map(centre + bias[CENTRE]))
             if "conv1" in needed:
                 out_weight = kernels.mixed_out_weight(mix[:, CENTRE : CENTRE + 1], weights)
                 outputs["conv1"] = self._finish(x, normalised, out_weight, weights)
@@ -287,10 +271,6 @@ class SearchableAttention(nn.Module):
         if kind == "skip":
             silent.append(x)
         return silent
-
-
-def _kind(bits: Sequence[bool]) -> str:
-    return KINDS[len(KINDS) - 1 - opened(bits)]
 
 
 def gradients_if(condition: bool) -> torch.autograd.grad_mode.set_grad_enabled:

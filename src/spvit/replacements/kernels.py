@@ -1,4 +1,4 @@
-"""The algebra that turns attention weights into convolution kernels, and batch-norm folding: pure and differentiable.
+"""The algebra that turns attention weights into convolution kernels: pure and differentiable.
 
 Every formula has its one owner here (method: paper section 3.2). The search mixes *values* and pruning mixes *weights*;
 both read the same head mix.
@@ -13,52 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from spvit.hosts.weights import AttentionWeights
 
 POSITIONS = 9
 CENTRE = 4
-
-
-@dataclass(frozen=True)
-class AttentionWeights:
-    """The weights of one attention layer that the convolutions share, split by head. Views: gradients flow to the host.
-
-    value_weight: [H, E, D]; value_bias: [H, E] or None; out_weight: [D, H, E]; out_bias: [D] or None.
-    """
-
-    value_weight: Tensor
-    value_bias: Tensor | None
-    out_weight: Tensor
-    out_bias: Tensor | None
-
-
-@dataclass(frozen=True)
-class Projections:
-    """All that one plain attention layer computes with, split by head; what is None is not there.
-
-    query_weight, key_weight: [H, E, D]; query_bias, key_bias: [H, E] or None.
-    """
-
-    query_weight: Tensor
-    query_bias: Tensor | None
-    key_weight: Tensor
-    key_bias: Tensor | None
-    shared: AttentionWeights
-    scale: float
-    """Factor of the logits before the softmax."""
-    dropout: float
-    """Dropout probability of the attention weights."""
-    out_dropout: float
-    """Dropout probability of the output."""
-    query_norm: nn.Module | None = None
-    """Norm over the dimensions of a head's queries, which forbids to change them."""
-    key_norm: nn.Module | None = None
-    out_norm: nn.Module | None = None
-    """Norm over all heads' outputs, which forbids to change heads and values."""
-
-    def plain(self) -> bool:
-        """Return whether nothing but the projections acts on a head's dimensions, so that they can be rotated."""
-        return self.query_norm is None and self.key_norm is None and self.out_norm is None
 
 
 @dataclass(frozen=True)
@@ -72,24 +32,6 @@ class BottleneckWeights:
     in_bias: Tensor
     out_weight: Tensor
     out_bias: Tensor
-
-
-@dataclass(frozen=True)
-class NarrowWeights:
-    """The weights of attention with some of its heads and dimensions, heads alike.
-
-    query_weight, key_weight: [H, R, D]; value_weight: [H, V, D]; out_weight: [D, H, V]; biases: [H, R], [H, V] and [D],
-    None where the layer has none.
-    """
-
-    query_weight: Tensor
-    query_bias: Tensor | None
-    key_weight: Tensor
-    key_bias: Tensor | None
-    value_weight: Tensor
-    value_bias: Tensor | None
-    out_weight: Tensor
-    out_bias: Tensor | None
 
 
 def offsets(position: int) -> tuple[int, int]:
@@ -212,16 +154,6 @@ def _overlap(position: int, grid: tuple[int, int]) -> tuple[tuple[slice, ...], t
     here = (slice(max(0, -row), height - max(0, row)), slice(max(0, -column), width - max(0, column)))
     there = (slice(max(0, row), height + min(0, row)), slice(max(0, column), width + min(0, column)))
     return (slice(None), *here), (slice(None), *there)
-
-
-def fold_batchnorm(weight: Tensor, bias: Tensor, batchnorm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Return weight [E, ...] and bias [E] of a linear map with the evaluation-mode batch norm after it folded in."""
-    mean, variance = batchnorm.running_mean, batchnorm.running_var
-    assert mean is not None
-    assert variance is not None
-    scale = batchnorm.weight / torch.sqrt(variance + batchnorm.eps)
-    shape = (-1, *[1] * (weight.dim() - 1))
-    return weight * scale.view(shape), (bias - mean) * scale + batchnorm.bias
 
 
 def _out_bias(weights: AttentionWeights) -> Tensor:

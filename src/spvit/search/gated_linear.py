@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spvit.gates import INITIAL_LOGIT, GateDraws, is_open, straight_through
+from spvit.search.gates import INITIAL_LOGIT, GateDraws, is_open, straight_through
 
 
 class GatedLinear(nn.Module):

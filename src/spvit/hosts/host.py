@@ -1,0 +1,114 @@
+"""The host: the user's model with all that spvit knows of it, made once at the edge and passed everywhere."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spvit.cost import count_macs, count_params
+from spvit.errors import NotSearchableError, UnsupportedHostError
+from spvit.hosts.recognise import family_of
+from spvit.hosts.sites import BlockSites, Family
+from spvit.hosts.weights import AttentionWeights, read_weights
+
+RECORD = "spvit_record"
+"""Attribute in which a searchable or pruned model keeps what spvit knows of it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Host:
+    """A dense model of a supported family and where its layers are."""
+
+    model: nn.Module
+    family: Family
+    blocks: tuple[BlockSites, ...]
+    input_size: tuple[int, int, int]
+    """(channels, height, width) of the images that it takes."""
+
+    @staticmethod
+    def of(model: nn.Module | Host) -> Host:
+        """Return the host that a model is; a Host is returned as it is.
+
+        Raises:
+            UnsupportedHostError: the model's family, or a part of it, is not known.
+            NotSearchableError: the model is searchable or pruned already.
+        """
+        if isinstance(model, Host):
+            return model
+        if getattr(model, RECORD, None) is not None:
+            raise NotSearchableError("this model is already searchable or pruned by spvit; start from the dense host")
+        family = family_of(model)
+        blocks = family.blocks(model)
+        _check_blocks_differ(model, blocks)
+        return Host(model, family, blocks, family.input_size(model))
+
+    def on(self, model: nn.Module) -> Host:
+        """Return the same host on a copy of its model."""
+        return replace(self, model=model)
+
+    @property
+    def name(self) -> str:
+        """How messages call it: its class."""
+        return f"this {type(self.model).__name__}"
+
+    def weights(self, index: int) -> AttentionWeights:
+        """Return the weights of a block's attention layer."""
+        site = self.blocks[index].attention
+        return read_weights(self.model.get_submodule(site.path), site)
+
+    @cached_property
+    def totals(self) -> dict[str, int]:
+        """What the whole model costs, by metric: MACs of one image, counted, and parameters."""
+        macs = count_macs(self.model, lambda twin: twin(example_images(twin)))
+        return {"macs": macs, "params": count_params(self.model)}
+
+    def fingerprint(self) -> str:
+        """Return a short text that differs when weights do: of the first numbers of every parameter."""
+        digest = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            digest.update(f"{name} {list(parameter.shape)}".encode())
+            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def _check_blocks_differ(model: nn.Module, blocks: tuple[BlockSites, ...]) -> None:
+    """Raise UnsupportedHostError when two blocks share a layer, which cannot become two different things."""
+    first: dict[int, str] = {}
+    for block in blocks:
+        for path in (block.attention.path, block.ffn.first, block.ffn.second):
+            other = first.setdefault(id(model.get_submodule(path)), path)
+            if other != path:
+                raise UnsupportedHostError(
+                    f"{path} and {other} are the same module, used twice; give each block weights of its own "
+                    "(copy.deepcopy the block)"
+                )
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """Return (channels, height, width) of the images that a model takes, dense or pruned."""
+    return family_of(model).input_size(model)
+
+
+def example_images(model: nn.Module, batch: int = 1) -> Tensor:
+    """Return zero images that a model takes, dense or pruned: [batch, channels, height, width], in its dtype."""
+    parameter = next(model.parameters())
+    return torch.zeros(batch, *input_size(model), dtype=parameter.dtype, device=parameter.device)
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the class logits [B, classes] from whatever a host's forward returned."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise UnsupportedHostError(
+        f"cannot find class logits in a {type(output).__name__}; expected a tensor or an object with .logits"
+    )

@@ -1,0 +1,168 @@
+"""Where the layers of a host are, and what a family of hosts has to say: locations and plain numbers, as data.
+
+Weights are read and replacements are put in place by dotted names, so that no host's forward is ever touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+from spvit.errors import UnsupportedHostError
+from spvit.hosts.grid import Grid
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where queries, keys or values of all heads are made: H x E rows of a linear layer, a head after another."""
+
+    linear: str
+    """Name of the linear layer inside the attention layer."""
+    start: int = 0
+    """First row."""
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """Where an attention layer sits and what it works on."""
+
+    path: str
+    """Dotted name of the layer in the host."""
+    norm: str | None
+    """Dotted name of the norm that feeds this layer alone and goes when the layer is skipped; None to keep it."""
+    query: Rows
+    key: Rows
+    value: Rows
+    out: str
+    """Name of the output projection inside the layer."""
+    dim: int
+    heads: int
+    head_width: int
+    prefix_tokens: int
+    grid: tuple[int, int]
+    """(height, width) of the patch grid at the host's own input size."""
+    keys: int
+    """Tokens that each query attends to."""
+    windows: int = 1
+    """Windows that an image's tokens go in, of `keys` tokens each, padding included; 1: all tokens are one."""
+    layout: Grid | None = None
+    """How attention gets the grid, where it does not get its tokens row-major behind the prefix tokens."""
+    narrows_queries: bool = False
+    """Whether queries and keys may have fewer dimensions: nothing but the projections acts on them."""
+    narrows_values: bool = False
+    """Whether values may have fewer dimensions, and heads may go."""
+    scale: float = 1.0
+    """Factor of the logits before the softmax."""
+    dropout: float = 0.0
+    """Dropout probability of the attention weights."""
+    out_dropout: float = 0.0
+    """Dropout probability of the output."""
+    norms: tuple[str | None, str | None, str | None] = (None, None, None)
+    """Names, inside the layer, of norms over a head's queries, over its keys, and over the outputs of all heads."""
+    returns_tuple: bool = False
+    """Whether the layer answers `(output, None)`."""
+
+    def own_grid(self) -> Grid:
+        """Return how attention gets the grid of images of the host's own size; it does not follow other sizes."""
+        return Grid(*self.grid) if self.layout is None else self.layout
+
+    @property
+    def tokens(self) -> int:
+        """All tokens of one image."""
+        return self.prefix_tokens + self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class FFNSite:
+    """Where an FFN sits."""
+
+    first: str
+    """Dotted name of its first linear layer in the host."""
+    second: str
+    """Dotted name of its second linear layer in the host."""
+    units: int
+
+
+@dataclass(frozen=True)
+class BlockSites:
+    """A block and its two sites."""
+
+    path: str
+    """Dotted name of the block in the host: a module that maps tokens [B, N, D] to tokens of the same shape."""
+    attention: AttentionSite
+    ffn: FFNSite
+    before: str | None = None
+    """Dotted name of a module that stands between the previous block and this one; None when nothing does."""
+
+
+Undo = Callable[[], object]
+"""Takes one change of a model back."""
+
+
+class Family(Protocol):
+    """What a family of hosts has to say. Methods take a model of the family's class, dense or pruned."""
+
+    name: str
+    """How messages and files call the family."""
+    temperature: float
+    """Default temperature of the head mix (alpha)."""
+
+    def blocks(self, model: nn.Module) -> tuple[BlockSites, ...]:
+        """Return the sites of every block of a dense model. Raises UnsupportedHostError naming an unknown part."""
+        ...
+
+    def input_size(self, model: nn.Module) -> tuple[int, int, int]:
+        """Return (channels, height, width) of the images that the model takes."""
+        ...
+
+    def classes(self, model: nn.Module) -> int:
+        """Return how many classes the head tells apart; 0 when the model has no head."""
+        ...
+
+    def watch_grids(self, model: nn.Module, blocks: Sequence[int]) -> tuple[dict[int, Grid], list[Undo]]:
+        """Return the grids of blocks by index, as their attention gets them, kept at the size of the images by hooks.
+
+        Attention stays as it is. What was changed of the model, the undos take back.
+        """
+        ...
+
+    def whole_grids(self, model: nn.Module, blocks: Sequence[int]) -> tuple[dict[int, Grid], list[Undo]]:
+        """Return the same for blocks whose attention is replaced: they hand the whole grid on, as tokens row-major."""
+        ...
+
+    def source(self, model: nn.Module) -> dict[str, Any]:
+        """Return what `build` needs to make the same dense model again, as JSON. Raises UnsupportedHostError."""
+        ...
+
+    def build(self, source: dict[str, Any]) -> nn.Module:
+        """Make a dense model with random weights from what `source` returned."""
+        ...
+
+
+def expect(module: nn.Module, cls: type, path: str, family: str) -> None:
+    """Raise UnsupportedHostError unless the module at a dotted name is of exactly this class.
+
+    Subclasses compute something else with the same weights: a LoRA layer adds its adapter, a quantised one unpacks.
+    """
+    found = type(module)
+    if found is cls:
+        return
+    advice = ""
+    if cls is nn.Linear:
+        advice = (
+            "; merge adapters first (model = model.merge_and_unload()), prune before you quantise, and take off "
+            "parametrisations"
+        )
+    raise UnsupportedHostError(
+        f"{path} is a {found.__module__}.{found.__qualname__}, but {family} hosts are supported with exactly "
+        f"{cls.__module__}.{cls.__qualname__} there{advice}"
+    )
+
+
+def expect_linear(model: nn.Module, paths: Iterable[str], family: str) -> None:
+    """Raise UnsupportedHostError unless the modules at these dotted names are plain linear layers."""
+    for path in paths:
+        expect(model.get_submodule(path), nn.Linear, path, family)

@@ -1,0 +1,62 @@
+"""Every changed layer is one regression: what pruning removed is predicted from what stays, from unlabelled images.
+
+Each layer that pruning changed is solved as a least-squares problem: its inputs are those of the network pruned so far,
+its target is the dense layer's output. Images pass block by block; second moments are summed up as they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from spvit.architecture import Architecture, Block
+from spvit.hosts.host import Host
+from spvit.hosts.walk import BlockPair, advance, calibration_batches, evaluating, first_inputs
+from spvit.replacements import replacement
+from spvit.replacements.ffn import fit_ffn
+
+
+def repair(model: nn.Module, host: Host, architecture: Architecture, images: Tensor | Iterable[Any]) -> None:
+    """Set the weights of a pruned model in place so that it does on these images what the host does.
+
+    What pruning left whole keeps its weights, bit for bit.
+
+    Args:
+        model: the host's model pruned to the architecture, on the same device.
+        host: the dense model.
+        architecture: what the model keeps.
+        images: as in `calibration_batches`.
+
+    Raises:
+        CalibrationError: the images do not fit the host, are too few, or lead to activations that are not finite.
+    """
+    pruned = host.on(model)
+    with evaluating(model, host.model):
+        dense_inputs = first_inputs(host, calibration_batches(host, images))
+        inputs, untouched = list(dense_inputs), True
+        for index, kept in enumerate(architecture.blocks):
+            repair_block(BlockPair(model, host, index, inputs, dense_inputs), kept)
+            untouched = untouched and not changed(kept)
+            if index + 1 == len(host.blocks):
+                return
+            if not untouched:  # until something is pruned both networks are one
+                advance(pruned, index, inputs)
+            advance(host, index, dense_inputs)
+            if untouched:
+                inputs = list(dense_inputs)
+
+
+def changed(kept: Block) -> bool:
+    """Return whether pruning changes a block."""
+    return kept.attention.kind != "msa" or kept.attention.narrowed() or len(kept.ffn.units) < kept.ffn.width
+
+
+def repair_block(pair: BlockPair, kept: Block) -> None:
+    """Repair one block in place: its attention, then its FFN behind the repaired attention."""
+    attention = kept.attention
+    if attention.kind != "msa" or attention.narrowed():
+        replacement(attention.kind).fit(pair.model.get_submodule(pair.sites.attention.path), pair, attention)
+    if len(kept.ffn.units) < kept.ffn.width:
+        fit_ffn(pair)

@@ -1,0 +1,325 @@
+"""What each candidate of each site costs in agreement with the dense network, measured on calibration images.
+
+A candidate is installed alone in an otherwise dense network, repaired, and the divergence of the network's outputs is
+taken on images that the repair has not seen. Some widths of an FFN and some narrower attention layers are measured; the
+scores of all others follow from what they miss of their layer's output (`interpolation`), which is known for each.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spvit.architecture import DEFAULT_MULTIPLE, FFN, KINDS, Attention, Block, attention_from_dict, narrow_ranks
+from spvit.budget import check_multiple
+from spvit.errors import ArchitectureError, CalibrationError
+from spvit.hosts.host import Host, logits_of
+from spvit.hosts.walk import BATCH, BlockPair, advance, calibration_batches, evaluating, first_inputs, reached, through
+from spvit.moments import Moments, ridge_for
+from spvit.repair.errors import Ranking, attention_errors, paired_ranks, rank_units
+from spvit.repair.interpolation import FLOOR, by_errors, interpolated_widths, measured_choices, with_all_ranks
+from spvit.repair.repair import repair_block
+from spvit.replacements import replacement
+from spvit.replacements.ffn import correct
+from spvit.replacements.install import installed
+
+MEASURED_SHARES = (1 / 8, 1 / 4, 1 / 2)
+"""Shares of an FFN's units at which the divergence is measured."""
+MEASURING = (96, 20_000)
+"""Measure on at most 96 images, or on as many as hold 20,000 tokens of the first block if that is more: they pass
+through most of the network for every candidate."""
+FITTING = (256, 50_000)
+"""The same for what the repair of candidates is fitted to; the repair at pruning takes all images."""
+LOCAL_TOKENS = 12_000
+"""Tokens, where there are so many, on which the errors of narrower layers are taken: each rank is a pass of them."""
+FORMAT, VERSION = "spvit-scores", 1
+DESCRIPTION, TENSORS = "scores.json", "scores.safetensors"
+
+
+@dataclass(frozen=True)
+class BlockScores:
+    """How much the network's outputs diverge for what one block may become; 0 for keeping it whole."""
+
+    attention: tuple[tuple[Attention, float], ...]
+    """Candidates with their scores."""
+    ranking: Ranking
+    """The FFN's units, the most needed first."""
+    ffn: tuple[float, ...]
+    """Scores by how many units are kept, 0 to all."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What scoring measured of a host: any number of budgets follow from it."""
+
+    blocks: tuple[BlockScores, ...]
+    multiple: int
+    """What the ranks of narrower attention are multiples of."""
+    weights: str
+    """Fingerprint of the host's weights."""
+
+    def check(self, host: Host) -> None:
+        """Raise CalibrationError unless the scores are of this host."""
+        if self.weights != host.fingerprint():
+            raise CalibrationError(
+                f"the scores are of other weights than {host.name} has; score it again with spvit.score(host, images)"
+            )
+
+    def save(self, folder: str | Path) -> None:
+        """Write the scores to a folder, as scores.json and scores.safetensors."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, Tensor] = {}
+        candidates = []
+        for index, block in enumerate(self.blocks):
+            candidates.append([attention.to_dict() for attention, _ in block.attention])
+            numbers = {
+                "attention": [score for _, score in block.attention],
+                "errors": block.ranking.errors,
+                "ffn": block.ffn,
+            }
+            tensors |= {f"{index}.{name}": torch.tensor(own, dtype=torch.float64) for name, own in numbers.items()}
+            tensors[f"{index}.units"] = torch.tensor(block.ranking.units)
+        data = {
+            "format": FORMAT,
+            "version": VERSION,
+            "multiple": self.multiple,
+            "weights": self.weights,
+            "attention": candidates,
+        }
+        save_file(tensors, folder / TENSORS)
+        (folder / DESCRIPTION).write_text(json.dumps(data) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(folder: str | Path) -> Scores:
+        """Read the scores of a folder. Raises CalibrationError naming the folder when they are missing or damaged."""
+        path = Path(folder) / DESCRIPTION
+        try:
+            data, tensors = json.loads(path.read_text(encoding="utf-8")), load_file(Path(folder) / TENSORS)
+            if (data["format"], data["version"]) != (FORMAT, VERSION):
+                raise ValueError(f'expected "format": "{FORMAT}", "version": {VERSION}')
+            blocks = []
+            for index, candidates in enumerate(data["attention"]):
+                own = {name: tensors[f"{index}.{name}"].tolist() for name in ("attention", "errors", "ffn", "units")}
+                attention = [attention_from_dict(item, f"block {index} attention") for item in candidates]
+                ranking = Ranking(tuple(own["units"]), tuple(own["errors"]))
+                pairs = tuple(zip(attention, own["attention"], strict=True))
+                blocks.append(BlockScores(pairs, ranking, tuple(own["ffn"])))
+            return Scores(tuple(blocks), int(data["multiple"]), str(data["weights"]))
+        except (OSError, ValueError, KeyError, TypeError, ArchitectureError, SafetensorError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise CalibrationError(
+                f"{folder} holds no scores that can be read ({reason}); make them with spvit.score(host, images)"
+            ) from error
+
+
+class _Passing(nn.Module):
+    """Stands where a block was and passes its first argument on, or what it has been given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: Tensor | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x: [B, N, D]."""
+        return x if self.given is None else self.given
+
+
+class Head:
+    """What a host does behind its last block, as a function of that block's output."""
+
+    def __init__(self, host: Host, images: Tensor) -> None:
+        blocks = {block.path: _Passing() for block in host.blocks}
+        memo: dict[int, Any] = {id(host.model.get_submodule(path)): passing for path, passing in blocks.items()}
+        self._shell = copy.deepcopy(host.model, memo)
+        self._last = blocks[host.blocks[-1].path]
+        self._image = images[:1]
+
+    def __call__(self, out: Tensor) -> Tensor:
+        """Return logits [B, classes] from the last block's output [B, N, D]."""
+        self._last.given = out
+        return logits_of(self._shell(self._image))
+
+
+def divergence(found: Tensor, dense: Tensor, classes: int) -> tuple[float, float]:
+    """Return how far outputs are from the dense ones, and what to divide that by once it is summed over batches.
+
+    With two classes or more it is the divergence of their probabilities, in nats, and the number of images. Features,
+    and a single logit, have no probabilities: then it is the squared error, and the dense outputs' variance.
+
+    Args:
+        found: logits or features, [B, classes] or [B, ..., D].
+        dense: the same of the dense network.
+        classes: that the head tells apart; 0 without a head.
+    """
+    if classes >= 2:
+        pair = (F.log_softmax(found.double(), dim=1), F.log_softmax(dense.double(), dim=1))
+        return float(F.kl_div(*pair, reduction="sum", log_target=True)), float(len(found))
+    found, dense = found.double().flatten(0, -2), dense.double().flatten(0, -2)
+    return float((found - dense).square().sum()), float((dense - dense.mean(0)).square().sum())
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """The dense network, a copy in which candidates take turns, and the dense outputs to compare with."""
+
+    host: Host
+    copy: Host
+    head: Head
+    dense: list[Tensor]
+    classes: int
+
+    def measure(self, index: int, inputs: list[Tensor]) -> float:
+        """Return how far the outputs are from the dense ones when the images enter the copy at a block."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        for x, dense in zip(inputs, self.dense):
+            for number in range(index, len(self.copy.blocks)):
+                x = through(self.copy, number, x)
+            sums += torch.tensor(divergence(self.head(x), dense, self.classes), dtype=torch.float64)
+        total, count = sums.tolist()
+        if not math.isfinite(total):
+            raise CalibrationError(
+                f"the model's outputs are not finite with a candidate of block {index}; check its weights"
+            )
+        return max(total / max(count, FLOOR), FLOOR)
+
+
+def score(
+    host: nn.Module | Host,
+    images: Tensor | Iterable[Any],
+    *,
+    multiple: int = DEFAULT_MULTIPLE,
+    report: Callable[[int, int], object] | None = None,
+) -> Scores:
+    """Return the scores of every block's candidates, once for any number of budgets.
+
+    Args:
+        host: the dense model.
+        images: unlabelled images, normalised as in training, a few hundred or more: a tensor [images, channels, height,
+            width], or batches. About 350 are used, or more of small ones; some fit the repairs, others measure.
+        multiple: ranks of narrow attention are multiples of it.
+        report: called with (blocks scored, blocks) after each.
+
+    Raises:
+        BudgetError: the multiple is not 1 or more.
+        CalibrationError: the images do not fit the host, are too few, or lead to values that are not finite.
+        UnsupportedHostError: the model's family, or a part of it, is not known.
+    """
+    check_multiple(multiple)
+    host = Host.of(host)
+    with evaluating(host.model):
+        site = host.blocks[0].attention
+        # Of a prefix token an image has but one, and its linear map has the host's width of inputs.
+        least = site.dim // 2 if site.prefix_tokens else 0
+        tokens = site.prefix_tokens + math.prod(site.grid)
+        batches = split_images(calibration_batches(host, images), tokens, least)
+        fitting, measuring = (first_inputs(host, part) for part in batches)
+        twin, head = host.on(copy.deepcopy(host.model)), Head(host, batches[0][0])
+        dense = [logits_of(host.model(batch)) for batch in batches[1]]
+        bench = _Bench(host, twin, head, dense, host.family.classes(host.model))
+        blocks = []
+        for index in range(len(host.blocks)):
+            blocks.append(_score_block(bench, index, fitting, measuring, multiple))
+            if report is not None:
+                report(index + 1, len(host.blocks))
+            if index + 1 < len(host.blocks):
+                for inputs in (fitting, measuring):
+                    advance(host, index, inputs)
+    return Scores(tuple(blocks), multiple, host.fingerprint())
+
+
+def split_images(batches: list[Tensor], tokens: int, least: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    """Return batches of the images to fit and of those to measure, each taken evenly from all: every other one of few.
+
+    Args:
+        batches: all images.
+        tokens: of one image.
+        least: images to fit, if there are so many.
+
+    Raises:
+        CalibrationError: there is but one image.
+    """
+    count = sum(len(batch) for batch in batches)
+    if count < 2:
+        raise CalibrationError("one calibration image is too few to fit and measure; give a few hundred or more")
+    images = torch.arange(count)
+    measured, fitted = (max(some, limit // tokens) for some, limit in (MEASURING, FITTING))
+    fitted = max(fitted, least)
+    measures = _spread(count, min(measured, count // 2))
+    others = images[~measures]
+    fitting = others[_spread(len(others), min(fitted, len(others)))]
+    return _taken(batches, fitting), _taken(batches, images[measures])
+
+
+def _spread(count: int, marked: int) -> Tensor:
+    """Return a mask [count] in which so many entries are marked, evenly."""
+    passed = torch.arange(count + 1) * marked // count
+    return passed[1:] > passed[:-1]
+
+
+def _taken(batches: list[Tensor], images: Tensor) -> list[Tensor]:
+    """Return some images, by their ascending numbers among those of all batches, in full batches again."""
+    starts = itertools.accumulate((len(batch) for batch in batches), initial=0)
+    own = [images[(images >= start) & (images < start + len(batch))] - start for start, batch in zip(starts, batches)]
+    return list(torch.cat([batch[index.to(batch.device)] for index, batch in zip(own, batches)]).split(BATCH))
+
+
+def _score_block(
+    bench: _Bench, index: int, fitting: list[Tensor], measuring: list[Tensor], multiple: int
+) -> BlockScores:
+    site = bench.host.blocks[index].attention
+    pair = BlockPair(bench.copy.model, bench.host, index, fitting, fitting).knowing(site.path)
+    units = pair.sites.ffn.units
+
+    def measured(kept: Block, fit: Callable[[Block], object]) -> float:
+        """Install, repair and measure what a block may keep, and put the copy's block back."""
+        with installed(bench.copy, index, kept):
+            fit(kept)
+            return bench.measure(index, measuring)
+
+    def score_of(candidate: Attention) -> float:
+        return measured(Block(candidate, FFN.whole(units)), lambda kept: repair_block(pair, kept))
+
+    ranks = narrow_ranks(site.head_width, multiple)
+    errors = attention_errors(pair.thinned(LOCAL_TOKENS), paired_ranks(ranks))
+    narrow = by_errors({kept: score_of(kept) for kept in measured_choices(errors, site.head_width)}, errors)
+    forms = [kept for kind in KINDS for kept in replacement(kind).forms(site) if kept != Attention()]
+    others = [(kept, score_of(kept)) for kept in forms]
+    second, moments = _into_second(pair)
+    ranking = rank_units(moments.covariance, second.weight, ridge_for(moments))
+
+    def fit_ffn(kept: Block) -> None:
+        narrowed = bench.copy.model.get_submodule(pair.sites.ffn.second)
+        assert isinstance(narrowed, nn.Linear)
+        # Whole attention leaves the FFN the dense one's inputs, so all that its repair needs is in the moments.
+        correct(narrowed, moments.left_out(kept.ffn.units, second.weight))
+
+    widths = sorted({max(1, round(units * share)) for share in MEASURED_SHARES} - {units})
+    points = [
+        (width, measured(Block(Attention(), FFN(units, tuple(sorted(ranking.units[:width])))), fit_ffn))
+        for width in widths
+    ]
+    attention = ((Attention(), 0.0), *with_all_ranks(narrow, ranks), *others)
+    return BlockScores(attention, ranking, interpolated_widths(points, ranking.errors))
+
+
+def _into_second(pair: BlockPair) -> tuple[nn.Linear, Moments]:
+    """Return the second linear layer of the dense block's FFN, and the moments of what it takes."""
+    second = pair.host.model.get_submodule(pair.sites.ffn.second)
+    assert isinstance(second, nn.Linear)
+    moments, block = Moments(), pair.host.model.get_submodule(pair.sites.path)
+    for x in pair.dense_inputs:
+        moments.add(reached(block, x, second, output=False))
+    return second, moments

@@ -1,0 +1,60 @@
+"""What a host costs, block by block: the table that every replacement fills for its own kind."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from spvit.architecture import KINDS, Architecture
+from spvit.cost import BlockCost, NetworkCost
+from spvit.hosts.host import Host
+from spvit.hosts.sites import BlockSites
+from spvit.replacements import replacement
+from spvit.replacements.install import check_fits
+
+METRICS = ("macs", "params")
+
+
+def _block_cost(host: Host, block: BlockSites, metric: str) -> BlockCost:
+    site, ffn = block.attention, block.ffn
+    first, second = host.model.get_submodule(ffn.first), host.model.get_submodule(ffn.second)
+    assert isinstance(first, nn.Linear)
+    assert isinstance(second, nn.Linear)
+    unit = (first.weight.numel() + second.weight.numel()) // ffn.units
+    return BlockCost(
+        {kind: replacement(kind).cost(host, site, metric) for kind in KINDS},
+        unit * site.tokens if metric == "macs" else unit + int(first.bias is not None),
+        ffn.units,
+        site.heads,
+        site.head_width,
+    )
+
+
+def network_costs(model: nn.Module | Host) -> dict[str, NetworkCost]:
+    """Return the costs of a dense model by metric. The fixed part is what its counted total leaves beside the sites."""
+    host = Host.of(model)
+    costs = {}
+    for metric in METRICS:
+        blocks = tuple(_block_cost(host, block, metric) for block in host.blocks)
+        costs[metric] = NetworkCost(metric, host.totals[metric] - sum(block.dense for block in blocks), blocks)
+    return costs
+
+
+def cost(model: nn.Module | Host, architecture: Architecture | None = None) -> dict[str, int]:
+    """Return what a dense model costs, or what an architecture of it would, without pruning.
+
+    Args:
+        model: the dense model.
+        architecture: what would be kept of it; None for all.
+
+    Returns:
+        `macs` of one image at the model's own input size, and `params` as deployed (batch norms folded).
+
+    Raises:
+        ArchitectureError: the architecture is of another model.
+        UnsupportedHostError: the model's family, or a part of it, is not known.
+    """
+    host = Host.of(model)
+    if architecture is not None:
+        check_fits(host, architecture)
+    costs = network_costs(host)
+    return {metric: item.dense if architecture is None else item.of(architecture) for metric, item in costs.items()}

@@ -1,0 +1,63 @@
+"""An FFN with fewer hidden units: its linear layers lose rows and columns, and the second one is corrected.
+
+Sources: CORP (arXiv 2602.05243) for the correction, Variance-Based Pruning (arXiv 2507.12988) for the shift of
+the mean.
+
+Shapes: D width, X inputs and Y outputs of a linear layer, K kept units.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from spvit.hosts.walk import BlockPair
+from spvit.moments import Moments, regression, ridge_for
+
+
+def narrow_linear(linear: nn.Linear, units: Tensor, axis: int) -> nn.Linear:
+    """Return a copy of a linear layer with only these outputs (axis 0) or inputs (axis 1). units: [kept], indices."""
+    weight = linear.weight.detach().index_select(axis, units)
+    bias = linear.bias
+    like = {"device": weight.device, "dtype": weight.dtype}
+    narrow = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None, **like)
+    with torch.no_grad():
+        narrow.weight.copy_(weight)
+        if bias is not None:
+            narrow.bias.copy_(bias.index_select(0, units) if axis == 0 else bias)
+    narrow.weight.requires_grad_(linear.weight.requires_grad)
+    if bias is not None:
+        narrow.bias.requires_grad_(bias.requires_grad)
+    return narrow.train(linear.training)
+
+
+def fit_ffn(pair: BlockPair) -> None:
+    """Correct the second linear layer of the pruned block's FFN so that its output is the dense layer's, in place.
+
+    W <- W + S_yx (S_xx + lI)^-1, y being the dense layer's output less this one's. For an FFN with the inputs of the
+    dense one, y = W2[:, P] h_P is the part of the removed units P, and the correction W2[:, P] S_PK (S_KK + lI)^-1.
+    """
+    path = pair.sites.ffn.second
+    linear = pair.model.get_submodule(path)
+    assert isinstance(linear, nn.Linear)
+    moments = Moments()
+    for x, wanted in zip(pair.arriving(path), pair.wanted(path)):
+        moments.add(x, wanted - linear(x))
+    correct(linear, moments)
+
+
+def correction(moments: Moments, biased: bool) -> tuple[Tensor, Tensor | None]:
+    """Return what to add to a linear layer, weight [Y, X] and bias [Y], given moments of its inputs x and errors y.
+
+    Without a bias to correct, the moments about zero count, as nothing else can take up a mean.
+    """
+    weight = regression(*moments.products(biased), ridge_for(moments)).T
+    return weight, moments.mean_y - weight @ moments.mean_x if biased else None
+
+
+def correct(linear: nn.Linear, moments: Moments) -> None:
+    """Correct a linear layer in place, given moments of its inputs x and errors y."""
+    weight, bias = correction(moments, linear.bias is not None)
+    linear.weight.add_(weight.to(linear.weight))
+    if bias is not None:
+        linear.bias.add_(bias.to(linear.bias))

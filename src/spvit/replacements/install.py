@@ -1,0 +1,136 @@
+"""Puts what an architecture keeps of a block in its place, in a model: the only code that replaces a host's layers.
+
+Every change goes through `put`, which says how to take it back: a verb that fails leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from spvit.architecture import FFN, REPAIRED, Architecture, Attention, Block, Rules
+from spvit.errors import ArchitectureError
+from spvit.hosts.grid import Grid
+from spvit.hosts.host import Host
+from spvit.hosts.sites import AttentionSite
+from spvit.replacements import replacement
+from spvit.replacements.ffn import narrow_linear
+from spvit.replacements.skip import NoNorm
+
+
+def put(model: nn.Module, path: str, module: nn.Module, undo: ExitStack) -> None:
+    """Put a module in the place of the one at a dotted name; closing `undo` puts that one back."""
+    undo.callback(model.set_submodule, path, model.get_submodule(path))
+    model.set_submodule(path, module)
+
+
+def answer_as_tuple(module: nn.Module, args: Any, output: Any) -> Any:
+    """Forward hook: answer `(output, None)`, as the attention layers of some libraries do."""
+    return output if isinstance(output, tuple) else (output, None)
+
+
+def put_attention(host: Host, site: AttentionSite, module: nn.Module, undo: ExitStack) -> None:
+    """Put a module where an attention layer is, which it then answers like, in the host's model."""
+    if site.returns_tuple:
+        module.register_forward_hook(answer_as_tuple)
+    put(host.model, site.path, module, undo)
+
+
+def check_fits(host: Host, architecture: Architecture) -> None:
+    """Raise ArchitectureError when an architecture is of another host, or narrows what cannot be narrowed."""
+    if len(architecture.blocks) != len(host.blocks):
+        raise ArchitectureError(
+            f"the architecture has {len(architecture.blocks)} blocks, but {host.name} has {len(host.blocks)}; "
+            "use an architecture that was decided for this host"
+        )
+    for index, (sites, block) in enumerate(zip(host.blocks, architecture.blocks)):
+        if block.ffn.width != sites.ffn.units:
+            raise ArchitectureError(
+                f"block {index}: the architecture is for an FFN of {block.ffn.width} units, but {host.name} has "
+                f"{sites.ffn.units}; use an architecture that was decided for this host"
+            )
+        reason = _not_narrowed(sites.attention, block.attention, host.family.name)
+        if reason is not None:
+            raise ArchitectureError(f"block {index}: {reason}")
+
+
+def _not_narrowed(site: AttentionSite, kept: Attention, name: str) -> str | None:
+    """Return why an attention layer cannot be narrowed as asked; None when it can."""
+    if not kept.narrowed():
+        return None
+    if not (site.narrows_queries or site.narrows_values):
+        return f"the attention of {name} hosts cannot be narrowed; keep it whole"
+    if kept.heads is not None and kept.heads[-1] >= site.heads:
+        return f"head {kept.heads[-1]} is out of range, {name} has heads 0 to {site.heads - 1} there"
+    for part, rank in (("query_key_rank", kept.query_key_rank), ("value_rank", kept.value_rank)):
+        if rank is not None and rank > site.head_width:
+            return f"{part} is {rank}, expected at most the head width of {name}, {site.head_width}"
+    if kept.query_key_rank is not None and not site.narrows_queries:
+        return (
+            "queries and keys are normalised over the whole head there, so they cannot be narrowed; leave "
+            "query_key_rank out"
+        )
+    if (kept.heads is not None or kept.value_rank is not None) and not site.narrows_values:
+        return (
+            "the outputs of all heads are normalised together there, so heads and values cannot be narrowed; leave "
+            "heads and value_rank out"
+        )
+    return None
+
+
+def whole_grids(host: Host, architecture: Architecture, undo: ExitStack) -> dict[int, Grid]:
+    """Return the grids of the blocks whose attention is replaced, which the host's model then keeps up to date."""
+    replaced = [index for index, kind in enumerate(architecture.kinds()) if kind != "msa"]
+    return _watched(host, replaced, undo)
+
+
+def _watched(host: Host, blocks: Sequence[int], undo: ExitStack) -> dict[int, Grid]:
+    grids, undos = host.family.whole_grids(host.model, blocks)
+    for take_back in undos:
+        undo.callback(take_back)
+    return grids
+
+
+def replace_attention(
+    host: Host, index: int, kept: Attention, rules: Rules, grids: dict[int, Grid], undo: ExitStack, **hints: Any
+) -> None:
+    """Put what an architecture keeps of a block's attention in its place, in the host's model; hints: as for `make`."""
+    site = host.blocks[index].attention
+    layer = host.model.get_submodule(site.path)
+    module = replacement(kept.kind).make(layer, site, kept, rules, grids.get(index, Grid(*site.grid)), **hints)
+    if module is layer:
+        return
+    if kept.kind == "skip" and rules.skip != "normalised_input" and site.norm is not None:
+        no_norm = NoNorm(next(layer.parameters())).train(layer.training)  # nothing else reads the norm
+        put(host.model, site.norm, no_norm, undo)
+    module.requires_grad_(next(layer.parameters()).requires_grad)
+    put_attention(host, site, module.train(layer.training), undo)
+
+
+def narrow_ffn(host: Host, index: int, ffn: FFN, undo: ExitStack) -> None:
+    """Leave the kept units of an FFN only, in the host's model, in place."""
+    if len(ffn.units) == ffn.width:
+        return
+    sites = host.blocks[index].ffn
+    for path, axis in ((sites.first, 0), (sites.second, 1)):
+        linear = host.model.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        units = torch.tensor(ffn.units, dtype=torch.long, device=linear.weight.device)
+        put(host.model, path, narrow_linear(linear, units, axis), undo)
+
+
+@contextmanager
+def installed(host: Host, index: int, kept: Block) -> Iterator[nn.Module]:
+    """Have a block of a dense model keep so much, by the rules that a repair serves best; then put the block back.
+
+    Yields what stands where attention was, its weights still to be fitted.
+    """
+    with ExitStack() as undo:
+        grids = _watched(host, [index] if kept.attention.kind != "msa" else [], undo)
+        replace_attention(host, index, kept.attention, REPAIRED, grids, undo, fitted=True)
+        narrow_ffn(host, index, kept.ffn, undo)
+        yield host.model.get_submodule(host.blocks[index].attention.path)
