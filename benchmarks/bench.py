@@ -22,10 +22,9 @@ from torch.utils.data import Subset
 import spvit
 from reporting import machine, write_results
 from spvit.budget import human
-from spvit.checkpoint import Preprocessing, describe, replace_atomically
+from spvit.checkpoint import replace_atomically
 from spvit.cost import NetworkCost, count_macs, count_params
-from spvit.hosts import family_of
-from spvit.hosts.base import network_costs
+from spvit.replacements.costs import network_costs
 from spvit.train.compress import CompressConfig, deployed, figures_of, train_dense
 from spvit.train.data import ImageConfig, Images, load_images
 from spvit.train.loop import Phase, run_phase
@@ -95,7 +94,7 @@ def open_images(options: argparse.Namespace) -> Images:
         crop_ratio=(0.9, 1.1),
         flip=0.5,
     )
-    images = load_images("FashionMNIST", config, SIZES[options.host], Preprocessing((0.286,), (0.353,), crop=1.0))
+    images = load_images("FashionMNIST", config, SIZES[options.host], spvit.Preprocessing((0.286,), (0.353,), crop=1.0))
     train_count = options.limit or (QUICK_IMAGES if options.quick else None)
     return replace(images, train=_first(images.train, train_count), validation=_first(images.validation, options.limit))
 
@@ -125,7 +124,7 @@ class Bench:
         self.images = open_images(options)
         self.dense, self.dense_accuracy, self.dense_seconds = self._dense()
         self.images = replace(self.images, train=_first(self.images.train, options.images))
-        self.cost: NetworkCost = network_costs(family_of(self.dense), self.dense)["macs"]
+        self.cost: NetworkCost = network_costs(self.dense)["macs"]
         self.rows: list[Row] = []
         self.notes: list[str] = []
 
@@ -145,7 +144,7 @@ class Bench:
                 train_dense(model, self.images, Path(temporary), self.loop, phase, self.progress)
             metrics = {"seconds": time.perf_counter() - started}
             spvit.save(model, folder, preprocessing=self.images.preprocessing, metrics=metrics)
-        dense, seconds = spvit.load(folder), describe(folder).metrics["seconds"]
+        dense, seconds = spvit.load(folder), spvit.describe(folder).metrics["seconds"]
         accuracy = figures_of(dense, self.images, self.loop).accuracy
         self.note(f"dense model of {folder}: accuracy {accuracy:.2%}, trained in {seconds:.0f} s")
         return dense, accuracy, seconds

@@ -104,7 +104,7 @@ def main() -> None:
     arguments = [__file__, *(part for name, value in settings.items() for part in (f"--{name}", value))]
     rows = [{"side": side, **figures_of_process([*arguments, "--side", side], {})} for side in SIDES]
     title = f"{options.model}, {options.size} px, {options.images} images, {options.macs} MACs, fp32"
-    Console().print(table_of(rows, f"{title}, {machine()['threads']} threads"))
+    Console(width=120).print(table_of(rows, f"{title}, {machine()['threads']} threads"))
     write_results(options.json, "deciding", rows, settings=settings)
 
 

@@ -28,7 +28,7 @@ import spvit
 from bench import QUICK_IMAGES, SIZES, Bench, mean_row, own_settings
 from peers import random_architecture, taylor_gradients, torch_pruned_to, torch_pruned_widths
 from reporting import check_free
-from spvit.budget import parse_budget
+from spvit.budget import Budget
 from spvit.train.deciding import CALIBRATION_IMAGES, calibration, search
 from spvit.train.loaders import training_loader
 from spvit.train.settings import SearchConfig
@@ -94,7 +94,7 @@ def searched(bench: Bench, budget: str) -> None:
 
 def randomly_drawn(bench: Bench, budget: str) -> None:
     """Fine-tune architectures drawn at random, and record their mean too."""
-    target = parse_budget(macs=budget).target(bench.cost)
+    target = Budget.parse(macs=budget).target(bench.cost)
     rows = []
     for index in range(bench.options.random):
         started = time.perf_counter()
@@ -114,7 +114,7 @@ def torch_pruning(bench: Bench, budget: str) -> None:
     torch.manual_seed(bench.options.seed)
     batches = itertools.islice(training_loader(bench.images), TAYLOR_BATCHES)
     gradients = taylor_gradients(bench.dense, batches)
-    target = parse_budget(macs=budget).target(bench.cost)
+    target = Budget.parse(macs=budget).target(bench.cost)
     model = torch_pruned_to(bench.dense, gradients, torch.zeros(1, *SIZES["vit"]), bench.macs, target)
     bench.note(f"{budget} Torch-Pruning: {torch_pruned_widths(model)}")
     bench.finish(budget, "Torch-Pruning", started, model)

@@ -23,7 +23,7 @@ from rich.table import Table
 
 import spvit
 from reporting import check_free, figures_of_process, machine, peak_bytes, spread, write_results
-from spvit.surgery import gated_layers
+from spvit.search.network import gated_layers
 
 SIDES = ("dense", "fresh", "half")
 MEMORY_STEPS = 3
