@@ -19,7 +19,7 @@ loop, one run folder; cli/ the command.
 import importlib
 from typing import Any
 
-from spvit.architecture import Architecture, architectures
+from spvit.architecture import Architecture
 from spvit.checkpoint import Description, Preprocessing, describe, load, save
 from spvit.decide import decide
 from spvit.errors import (
@@ -52,6 +52,7 @@ _LATER = {
     "Images": "spvit.train.data",
     "PhaseConfig": "spvit.train.settings",
     "SearchConfig": "spvit.train.settings",
+    "architectures": "spvit.zoo",
     "compress": "spvit.train.compress",
     "create_model": "spvit.zoo",
 }

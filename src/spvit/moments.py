@@ -76,30 +76,29 @@ class Moments:
         assert self._origin_y is not None
         return self._origin_y.double() + self._sums[1] / self.count
 
+    def products(self, centred: bool) -> tuple[Tensor, Tensor]:
+        """Return what a regression takes, [X, X] and [X, Y]: about the means, or about zero where no bias follows."""
+        x, y = self._sums[0] / self.count, self._sums[1] / self.count
+        covariance = self._sums[2] / self.count - torch.outer(x, x)
+        cross = self._sums[3] / self.count - torch.outer(x, y)
+        if centred:
+            return covariance, cross
+        return covariance + torch.outer(self.mean_x, self.mean_x), cross + torch.outer(self.mean_x, self.mean_y)
+
     @property
     def covariance(self) -> Tensor:
         """Covariance of the inputs, [X, X]."""
-        mean = self._sums[0] / self.count
-        return self._sums[2] / self.count - torch.outer(mean, mean)
+        return self.products(centred=True)[0]
 
     @property
     def cross(self) -> Tensor:
         """Covariance of inputs and outputs, [X, Y]."""
-        return self._sums[3] / self.count - torch.outer(self._sums[0] / self.count, self._sums[1] / self.count)
+        return self.products(centred=True)[1]
 
     @property
     def second_x(self) -> Tensor:
         """Second moment of the inputs about zero, [X, X]."""
-        return self.covariance + torch.outer(self.mean_x, self.mean_x)
-
-    @property
-    def second_cross(self) -> Tensor:
-        """Second moment of inputs and outputs about zero, [X, Y]."""
-        return self.cross + torch.outer(self.mean_x, self.mean_y)
-
-    def products(self, centred: bool) -> tuple[Tensor, Tensor]:
-        """Return what a regression takes, [X, X] and [X, Y]: about the means, or about zero where no bias follows."""
-        return (self.covariance, self.cross) if centred else (self.second_x, self.second_cross)
+        return self.products(centred=False)[0]
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -81,7 +81,8 @@ def prune(
         target = dense
         if batches is not None and (inplace or trained is not None):
             target = dense.on(copy.deepcopy(model))
-        grids = whole_grids(pruned, architecture, undo)
+        replaced = [index for index, kind in enumerate(architecture.kinds()) if kind != "msa"]
+        grids = whole_grids(pruned, replaced, undo)
         with where_float64_is(model):
             for index, kept in enumerate(architecture.blocks):
                 found = None if searched is None else searched[index].searched(kept.attention.kind)

@@ -6,20 +6,85 @@ model = timm.create_model("spvit_deit_tiny_patch16_224", num_classes=10)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
 from timm.models import register_model
 from torch import nn
 
-from spvit.architecture import Architecture, Attention, architectures
+from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.cost import count_params
 from spvit.errors import ZooError
 from spvit.hosts.host import Host
 from spvit.replacements.costs import network_costs
 from spvit.replacements.kernels import POSITIONS
 from spvit.surgery import prune
+
+# Read off the published checkpoints (method.md 6), a stage a row: width of the FFNs, attention a letter a block, FFN
+# units kept a block. The publication gives how many units stay, not which; here the first ones stand for them.
+_LETTERS = {"m": "msa", "3": "conv3", "1": "conv1", "s": "skip"}
+_Stage = tuple[int, str, tuple[int, ...]]
+_PUBLISHED: dict[str, tuple[_Stage, ...]] = {
+    "spvit_deit_tiny_patch16_224": (
+        (768, "11mmmmmmmmmm", (744, 758, 764, 767, 766, 764, 756, 659, 633, 473, 179, 145)),
+    ),
+    "spvit_deit_small_patch16_224": (
+        (1536, "1mmmmmmmmmmm", (1304, 1399, 1344, 1214, 1251, 1183, 1140, 925, 742, 391, 104, 103)),
+    ),
+    "spvit_deit_base_patch16_224": (
+        (3072, "11133mmmmmmm", (1118, 489, 1050, 1345, 1336, 1326, 1431, 1564, 1606, 1702, 1290, 190)),
+    ),
+    "spvit_deit_base_11g_patch16_224": (
+        (3072, "1113mmmmmmmm", (1253, 610, 1343, 1912, 2354, 2306, 2483, 2753, 2869, 2860, 2443, 934)),
+    ),
+    "spvit_swin_tiny_patch4_window7_224": (
+        (384, "1s", (186, 152)),
+        (768, "1s", (646, 504)),
+        (1536, "mmmmmm", (1350, 1319, 1289, 1249, 1234, 1082)),
+        (3072, "mm", (3041, 2994)),
+    ),
+    "spvit_swin_small_patch4_window7_224": (
+        (384, "1s", (188, 209)),
+        (768, "mm", (748, 680)),
+        (
+            1536,
+            "mmmmmmmmmmmms1mmss",
+            (1159, 1260, 1127, 1036, 919, 916, 868, 918, 903, 937, 961, 1037, 1063, 996, 888, 866, 741, 509),
+        ),
+        (3072, "mm", (3064, 3051)),
+    ),
+    "spvit_swin_base_patch4_window7_224": (
+        (512, "ms", (311, 303)),
+        (1024, "mm", (1011, 980)),
+        (
+            2048,
+            "mmmmmmmsmmmmmms1ms",
+            (1763, 1673, 1636, 1523, 1410, 1377, 1332, 1345, 1440, 1426, 1400, 1315, 1371, 1321, 1324, 1265, 1127, 734),
+        ),
+        (4096, "mm", (3572, 2931)),
+    ),
+}
+
+
+def architectures() -> dict[str, Architecture]:
+    """Return the published architectures by name (paper, tables of section 4).
+
+    The publication counts the FFN units kept but does not say which they are, so each FFN lists its first units. A
+    skipped layer adds its normalised input, as in the published fine-tuned networks; this matters to Swin's alone, and
+    `dataclasses.replace(architecture, skip_rule="zero")` gives the rule of a search.
+    """
+    return {name: _published(stages) for name, stages in _PUBLISHED.items()}
+
+
+def _published(stages: Sequence[_Stage]) -> Architecture:
+    blocks = [
+        Block(Attention(_LETTERS[letter]), FFN(width, tuple(range(kept))))
+        for width, letters, units in stages
+        for letter, kept in zip(letters, units, strict=True)
+    ]
+    skips = any(block.attention.kind == "skip" for block in blocks)
+    return Architecture(tuple(blocks), skip_rule="normalised_input" if skips else "zero")
 
 
 def host_name(name: str) -> str:

@@ -11,7 +11,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from torch import nn
 
-from spvit.architecture import Architecture, architectures, dense
+from spvit.architecture import Architecture, dense
 from spvit.benchmark import measure_latencies
 from spvit.budget import human
 from spvit.checkpoint import save, write_text
@@ -63,7 +63,7 @@ from spvit.train.processes import processes
 from spvit.train.progress import PhaseProgress
 from spvit.train.settings import LoopConfig
 from spvit.train.teacher import check_phases
-from spvit.zoo import unfolded_params
+from spvit.zoo import architectures, unfolded_params
 
 SETTINGS = "config.yaml"
 NOT_SETTINGS = ("resume", "dry_run")

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from spvit.architecture import FFN, Architecture, Attention, Block, architectures
+from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.checkpoint import fit_state, read_weights, timm_state
 from spvit.errors import CheckpointError
 from spvit.hosts.recognise import family_of
@@ -27,6 +27,7 @@ from spvit.hosts.sites import AttentionSite, BlockSites
 from spvit.hosts.weights import AttentionWeights
 from spvit.replacements.kernels import CENTRE, POSITIONS, BottleneckWeights, conv1_weights, conv3_weights, head_mix
 from spvit.surgery import prune
+from spvit.zoo import architectures
 
 INDICATOR = "mlp.assigned_indicator_index"
 _FORMS = {

@@ -11,17 +11,16 @@ from transformers.models.vit import modeling_vit
 
 from spvit.errors import UnsupportedHostError
 from spvit.hosts.grid import Grid, GridTracker
-from spvit.hosts.sites import AttentionSite, BlockSites, FFNSite, Rows, Undo, expect, expect_linear
+from spvit.hosts.sites import AttentionSite, BlockSites, FFNSite, Rows, Undo, expect
 
 
-class HuggingFaceViT:
+class _HuggingFaceViT:
     """Adapter of ViTForImageClassification."""
 
     name = "Hugging Face ViTForImageClassification"
     temperature = 0.01
 
     def blocks(self, model: nn.Module) -> tuple[BlockSites, ...]:
-        """Return the sites of every block."""
         vit = cast(ViTForImageClassification, model).vit
         if not hasattr(vit, "layers") or not hasattr(modeling_vit, "ViTMLP"):
             raise UnsupportedHostError(
@@ -33,11 +32,18 @@ class HuggingFaceViT:
     def _block(self, model: nn.Module, index: int, grid: tuple[int, int]) -> BlockSites:
         path = f"vit.layers.{index}"
         layer: Any = model.get_submodule(path)
-        expect(layer.attention, modeling_vit.ViTAttention, f"{path}.attention", self.name)
-        expect(layer.mlp, modeling_vit.ViTMLP, f"{path}.mlp", self.name)
+        expect(model, f"{path}.attention", modeling_vit.ViTAttention, self.name)
+        expect(model, f"{path}.mlp", modeling_vit.ViTMLP, self.name)
         attention = layer.attention
-        parts = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2"]
-        expect_linear(model, [f"{path}.{part}" for part in parts], self.name)
+        for part in (
+            "attention.q_proj",
+            "attention.k_proj",
+            "attention.v_proj",
+            "attention.o_proj",
+            "mlp.fc1",
+            "mlp.fc2",
+        ):
+            expect(model, f"{path}.{part}", nn.Linear, self.name)
         return BlockSites(
             path,
             AttentionSite(
@@ -71,12 +77,10 @@ class HuggingFaceViT:
         return (height // patch[0], width // patch[1])
 
     def input_size(self, model: nn.Module) -> tuple[int, int, int]:
-        """Return (channels, height, width) of the images that the model takes."""
         config = cast(ViTForImageClassification, model).config
         return (config.num_channels, *_pair(config.image_size))
 
     def classes(self, model: nn.Module) -> int:
-        """Return how many classes the head tells apart; 0 when the model has no head."""
         vit = cast(ViTForImageClassification, model)
         return 0 if isinstance(vit.classifier, nn.Identity) else vit.config.num_labels
 
@@ -93,12 +97,10 @@ class HuggingFaceViT:
     whole_grids = watch_grids
 
     def source(self, model: nn.Module) -> dict[str, Any]:
-        """Return the model's configuration."""
         config = cast(ViTForImageClassification, model).config
         return {"library": "transformers", "config": config.to_diff_dict(), "attention": config._attn_implementation}
 
     def build(self, source: dict[str, Any]) -> nn.Module:
-        """Make a model from its configuration."""
         config = ViTConfig.from_dict(source["config"], attn_implementation=source["attention"])
         return ViTForImageClassification(config)
 
@@ -107,4 +109,4 @@ def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-FAMILY = HuggingFaceViT()
+FAMILY = _HuggingFaceViT()

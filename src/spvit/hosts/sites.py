@@ -5,7 +5,7 @@ Weights are read and replacements are put in place by dotted names, so that no h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -142,12 +142,12 @@ class Family(Protocol):
         ...
 
 
-def expect(module: nn.Module, cls: type, path: str, family: str) -> None:
+def expect(model: nn.Module, path: str, cls: type, family: str) -> None:
     """Raise UnsupportedHostError unless the module at a dotted name is of exactly this class.
 
     Subclasses compute something else with the same weights: a LoRA layer adds its adapter, a quantised one unpacks.
     """
-    found = type(module)
+    found = type(model.get_submodule(path))
     if found is cls:
         return
     advice = ""
@@ -160,9 +160,3 @@ def expect(module: nn.Module, cls: type, path: str, family: str) -> None:
         f"{path} is a {found.__module__}.{found.__qualname__}, but {family} hosts are supported with exactly "
         f"{cls.__module__}.{cls.__qualname__} there{advice}"
     )
-
-
-def expect_linear(model: nn.Module, paths: Iterable[str], family: str) -> None:
-    """Raise UnsupportedHostError unless the modules at these dotted names are plain linear layers."""
-    for path in paths:
-        expect(model.get_submodule(path), nn.Linear, path, family)

@@ -1,48 +1,85 @@
-"""What the families of timm share: how their models are described and made again, and packed projections."""
+"""What the families of timm share: parts of their blocks, and how their models are described and made again."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import timm
+from timm.layers import Mlp
 from torch import nn
 
 from spvit.errors import UnsupportedHostError
-from spvit.hosts.sites import Rows
+from spvit.hosts.sites import FFNSite, Rows, expect
 
 
-def packed(heads: int, head_width: int) -> tuple[Rows, Rows, Rows]:
-    """Return where queries, keys and values are made in a layer that packs them as timm does."""
-    rows = heads * head_width
-    return Rows("qkv"), Rows("qkv", rows), Rows("qkv", 2 * rows)
+class TimmFamily:
+    """Base of the families of timm."""
 
+    name: str
 
-def describe_timm_model(host: Any) -> dict[str, Any]:
-    """Return the timm model name and arguments that a host was created with, and its class, as JSON values.
+    def expect_parts(self, model: nn.Module, path: str, attention: type) -> None:
+        """Raise UnsupportedHostError unless a block's attention and FFN are timm's own, without norms on its units."""
+        expect(model, f"{path}.attn", attention, self.name)
+        expect(model, f"{path}.mlp", Mlp, self.name)
+        for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+            expect(model, f"{path}.{part}", nn.Linear, self.name)
+        norm = model.get_submodule(f"{path}.mlp.norm")
+        if not isinstance(norm, nn.Identity):
+            raise UnsupportedHostError(
+                f"{path}.mlp.norm is a {type(norm).__name__} over the hidden units, which pruning would change; use a "
+                "model without a norm there (scale_mlp_norm)"
+            )
 
-    Raises:
-        UnsupportedHostError: the host was not made by timm.create_model, or with values that no file can hold.
-    """
-    config = getattr(host, "pretrained_cfg", None)
-    arguments = getattr(host, "_model_args", None)
-    if not config or arguments is None:
-        raise UnsupportedHostError(
-            "this timm model was not made by timm.create_model, so its name and arguments are not known and it "
-            "cannot be rebuilt from a file; make it with timm.create_model"
-        )
-    # reset_classifier leaves the recorded arguments as they were.
-    arguments = {**arguments, "num_classes": host.num_classes, "global_pool": host.global_pool}
-    return {
-        "library": "timm",
-        "class": type(host).__name__,
-        "name": config["architecture"],
-        "arguments": _as_json(arguments),
-    }
+    def parts(self, model: nn.Module, path: str, heads: int, head_width: int) -> tuple[dict[str, Any], FFNSite]:
+        """Return what all attention sites of timm say alike, and the site of the FFN."""
+        block: Any = model.get_submodule(path)
+        rows = heads * head_width
+        attention = {
+            "path": f"{path}.attn",
+            "query": Rows("qkv"),
+            "key": Rows("qkv", rows),
+            "value": Rows("qkv", 2 * rows),
+            "out": "proj",
+            "dim": block.attn.qkv.in_features,
+            "heads": heads,
+            "head_width": head_width,
+        }
+        return attention, FFNSite(f"{path}.mlp.fc1", f"{path}.mlp.fc2", block.mlp.fc1.out_features)
 
+    def input_size(self, model: Any) -> tuple[int, int, int]:
+        """Return (channels, height, width) of the images that the model takes."""
+        embed = model.patch_embed
+        return (embed.proj.in_channels, embed.img_size[0], embed.img_size[1])
 
-def make_timm_model(source: dict[str, Any]) -> nn.Module:
-    """Make a timm model from its name and arguments, with random weights."""
-    return timm.create_model(source["name"], **source["arguments"])
+    def classes(self, model: Any) -> int:
+        """Return how many classes the head tells apart; 0 when the model has no head."""
+        return int(model.num_classes)
+
+    def source(self, model: Any) -> dict[str, Any]:
+        """Return the timm model name and arguments that a model was created with, and its class, as JSON values.
+
+        Raises:
+            UnsupportedHostError: the model was not made by timm.create_model, or with values that no file can hold.
+        """
+        config = getattr(model, "pretrained_cfg", None)
+        arguments = getattr(model, "_model_args", None)
+        if not config or arguments is None:
+            raise UnsupportedHostError(
+                "this timm model was not made by timm.create_model, so its name and arguments are not known and it "
+                "cannot be rebuilt from a file; make it with timm.create_model"
+            )
+        # reset_classifier leaves the recorded arguments as they were.
+        arguments = {**arguments, "num_classes": model.num_classes, "global_pool": model.global_pool}
+        return {
+            "library": "timm",
+            "class": type(model).__name__,
+            "name": config["architecture"],
+            "arguments": _as_json(arguments),
+        }
+
+    def build(self, source: dict[str, Any]) -> nn.Module:
+        """Make a timm model from its name and arguments, with random weights."""
+        return timm.create_model(source["name"], **source["arguments"])
 
 
 def _as_json(arguments: dict[str, Any]) -> dict[str, Any]:

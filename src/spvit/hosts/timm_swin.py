@@ -16,15 +16,13 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from timm.layers import Mlp
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, SwinTransformerStage, WindowAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spvit.errors import UnsupportedHostError
 from spvit.hosts.grid import Grid
-from spvit.hosts.sites import AttentionSite, BlockSites, FFNSite, Undo, expect, expect_linear
-from spvit.hosts.timm_models import describe_timm_model, make_timm_model, packed
+from spvit.hosts.sites import AttentionSite, BlockSites, Undo, expect
+from spvit.hosts.timm_models import TimmFamily
 
 
 @dataclass
@@ -88,69 +86,44 @@ class WholeMap:
         block.shift_size, block.attn_mask = (0, 0), None
 
 
-class TimmSwin:
+class _TimmSwin(TimmFamily):
     """Adapter of timm's SwinTransformer."""
 
     name = "timm SwinTransformer"
     temperature = 100.0
 
     def blocks(self, model: nn.Module) -> tuple[BlockSites, ...]:
-        """Return the sites of every block."""
         return tuple(self._block(model, path, block) for path, block in self._walk(model))
 
     def _walk(self, model: nn.Module) -> Iterator[tuple[str, SwinTransformerBlock]]:
         for index, stage in enumerate(cast(SwinTransformer, model).layers):
-            expect(stage, SwinTransformerStage, f"layers.{index}", self.name)
+            expect(model, f"layers.{index}", SwinTransformerStage, self.name)
             for inner, block in enumerate(cast(SwinTransformerStage, stage).blocks):
                 path = f"layers.{index}.blocks.{inner}"
-                expect(block, SwinTransformerBlock, path, self.name)
+                expect(model, path, SwinTransformerBlock, self.name)
                 yield path, cast(SwinTransformerBlock, block)
 
     def _block(self, model: nn.Module, path: str, block: SwinTransformerBlock) -> BlockSites:
-        expect(block.attn, WindowAttention, f"{path}.attn", self.name)
-        expect(block.mlp, Mlp, f"{path}.mlp", self.name)
-        attention, ffn = cast(WindowAttention, block.attn), cast(Mlp, block.mlp)
-        expect_linear(model, [f"{path}.{part}" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")], self.name)
-        if not isinstance(ffn.norm, nn.Identity):
-            raise UnsupportedHostError(
-                f"{path}.mlp.norm is a {type(ffn.norm).__name__} over the hidden units, which pruning would change; "
-                "use a model without a norm there"
-            )
-        grid = _windowed(block)
-        heads, head_width = attention.num_heads, attention.proj.in_features // attention.num_heads
-        query, key, value = packed(heads, head_width)
+        self.expect_parts(model, path, WindowAttention)
+        attention, grid = cast(WindowAttention, block.attn), _windowed(block)
+        heads = attention.num_heads
+        shared, ffn = self.parts(model, path, heads, attention.proj.in_features // heads)
         stage = path.partition(".blocks.")[0]
         reduces = path.endswith(".blocks.0") and not isinstance(model.get_submodule(f"{stage}.downsample"), nn.Identity)
         return BlockSites(
             path,
             AttentionSite(
-                path=f"{path}.attn",
+                **shared,
                 norm=f"{path}.norm1",
-                query=query,
-                key=key,
-                value=value,
-                out="proj",
-                dim=attention.qkv.in_features,
-                heads=heads,
-                head_width=head_width,
                 prefix_tokens=0,
                 grid=(grid.height, grid.width),
                 keys=attention.window_area,
                 windows=math.prod(grid.windows()),
                 layout=grid,
             ),
-            FFNSite(f"{path}.mlp.fc1", f"{path}.mlp.fc2", ffn.fc1.out_features),
+            ffn,
             before=f"{stage}.downsample" if reduces else None,
         )
-
-    def input_size(self, model: nn.Module) -> tuple[int, int, int]:
-        """Return (channels, height, width) of the images that the model takes."""
-        embed = cast(SwinTransformer, model).patch_embed
-        return (embed.proj.in_channels, embed.img_size[0], embed.img_size[1])
-
-    def classes(self, model: nn.Module) -> int:
-        """Return how many classes the head tells apart; 0 when the model has no head."""
-        return cast(SwinTransformer, model).num_classes
 
     def watch_grids(self, model: nn.Module, blocks: Sequence[int]) -> tuple[dict[int, Grid], list[Undo]]:
         """Return a windowed grid a block, which each block keeps at its own map."""
@@ -176,14 +149,6 @@ class TimmSwin:
             block.shift_size, block.attn_mask = (0, 0), None
         return grids, undos
 
-    def source(self, model: nn.Module) -> dict[str, Any]:
-        """Return the timm model name and arguments that the model was created with."""
-        return describe_timm_model(model)
-
-    def build(self, source: dict[str, Any]) -> nn.Module:
-        """Make a timm model from its name and arguments."""
-        return make_timm_model(source)
-
 
 def _windowed(block: SwinTransformerBlock) -> WindowedGrid:
     height, width = block.input_resolution
@@ -199,4 +164,4 @@ def _restore(block: SwinTransformerBlock, values: dict[str, Any]) -> None:
         setattr(block, name, value)
 
 
-FAMILY = TimmSwin()
+FAMILY = _TimmSwin()

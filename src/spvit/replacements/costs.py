@@ -5,13 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from spvit.architecture import KINDS, Architecture
-from spvit.cost import BlockCost, NetworkCost
+from spvit.cost import METRICS, BlockCost, NetworkCost
 from spvit.hosts.host import Host
 from spvit.hosts.sites import BlockSites
 from spvit.replacements import replacement
 from spvit.replacements.install import check_fits
-
-METRICS = ("macs", "params")
 
 
 def _block_cost(host: Host, block: BlockSites, metric: str) -> BlockCost:

@@ -82,13 +82,8 @@ def _not_narrowed(site: AttentionSite, kept: Attention, name: str) -> str | None
     return None
 
 
-def whole_grids(host: Host, architecture: Architecture, undo: ExitStack) -> dict[int, Grid]:
-    """Return the grids of the blocks whose attention is replaced, which the host's model then keeps up to date."""
-    replaced = [index for index, kind in enumerate(architecture.kinds()) if kind != "msa"]
-    return _watched(host, replaced, undo)
-
-
-def _watched(host: Host, blocks: Sequence[int], undo: ExitStack) -> dict[int, Grid]:
+def whole_grids(host: Host, blocks: Sequence[int], undo: ExitStack) -> dict[int, Grid]:
+    """Return the grids of blocks whose attention is replaced, which the host's model then keeps up to date."""
     grids, undos = host.family.whole_grids(host.model, blocks)
     for take_back in undos:
         undo.callback(take_back)
@@ -130,7 +125,7 @@ def installed(host: Host, index: int, kept: Block) -> Iterator[nn.Module]:
     Yields what stands where attention was, its weights still to be fitted.
     """
     with ExitStack() as undo:
-        grids = _watched(host, [index] if kept.attention.kind != "msa" else [], undo)
+        grids = whole_grids(host, [index] if kept.attention.kind != "msa" else [], undo)
         replace_attention(host, index, kept.attention, REPAIRED, grids, undo, fitted=True)
         narrow_ffn(host, index, kept.ffn, undo)
         yield host.model.get_submodule(host.blocks[index].attention.path)
