@@ -16,7 +16,7 @@ from spvit.cli.main import parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]
-SMALL = {"img_size": 64, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}
+SMALL = {"img_size": 64, "embed_dim": 48, "depth": 3, "num_heads": 3, "mlp_ratio": 8, "num_classes": 10}
 
 
 def blocks(page: Path, language: str) -> list[str]:
