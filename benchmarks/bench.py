@@ -25,10 +25,11 @@ from spvit.budget import human
 from spvit.checkpoint import replace_atomically
 from spvit.cost import NetworkCost, count_macs, count_params
 from spvit.replacements.costs import network_costs
-from spvit.train.compress import CompressConfig, deployed, figures_of, train_dense
+from spvit.train.compress import CompressConfig, deployed, figures_of
 from spvit.train.data import ImageConfig, Images, load_images
-from spvit.train.loop import Phase, run_phase
+from spvit.train.loop import Evaluation, Phase, Run, run_phase
 from spvit.train.progress import PhaseProgress
+from spvit.train.run_folder import DENSE, FINETUNE, RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig
 
 FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
@@ -140,14 +141,18 @@ class Bench:
             torch.manual_seed(self.loop.seed)
             model = make_dense(options.host)
             started = time.perf_counter()
-            with tempfile.TemporaryDirectory() as temporary:
-                train_dense(model, self.images, Path(temporary), self.loop, phase, self.progress)
+            self.train(Phase(DENSE, model, phase), self.loop)
             metrics = {"seconds": time.perf_counter() - started}
             spvit.save(model, folder, preprocessing=self.images.preprocessing, metrics=metrics)
         dense, seconds = spvit.load(folder), spvit.describe(folder).metrics["seconds"]
         accuracy = figures_of(dense, self.images, self.loop).accuracy
         self.note(f"dense model of {folder}: accuracy {accuracy:.2%}, trained in {seconds:.0f} s")
         return dense, accuracy, seconds
+
+    def train(self, phase: Phase, loop: LoopConfig) -> Evaluation:
+        """Train a phase's model in place, in a run folder that is not kept, and return its figures."""
+        with tempfile.TemporaryDirectory() as temporary:
+            return run_phase(phase, Run(self.images, RunFolder(temporary), loop, self.progress))
 
     def note(self, text: str) -> None:
         """Print a line."""
@@ -166,10 +171,8 @@ class Bench:
         teacher = self.dense if config.distillation > 0 else None
         after = before
         if config.epochs > 0:
-            with tempfile.TemporaryDirectory() as temporary:
-                phase = Phase("finetune", model, config, teacher=teacher)
-                loop = replace(self.loop, seed=self.options.finetune_seed)
-                after = run_phase(phase, self.images, Path(temporary), loop, self.progress)
+            phase = Phase(FINETUNE, model, config, teacher=teacher)
+            after = self.train(phase, replace(self.loop, seed=self.options.finetune_seed))
         seconds = time.perf_counter() - started
         model = deployed(model)
         macs = self.macs(model)

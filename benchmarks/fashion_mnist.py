@@ -29,8 +29,10 @@ from bench import QUICK_IMAGES, SIZES, Bench, mean_row, own_settings
 from peers import random_architecture, taylor_gradients, torch_pruned_to, torch_pruned_widths
 from reporting import check_free
 from spvit.budget import Budget
-from spvit.train.deciding import CALIBRATION_IMAGES, calibration, search
+from spvit.train.compress import CALIBRATION_IMAGES, calibration, search
 from spvit.train.loaders import training_loader
+from spvit.train.loop import Run
+from spvit.train.run_folder import RunFolder
 from spvit.train.settings import SearchConfig
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -78,9 +80,8 @@ def searched(bench: Bench, budget: str) -> None:
         shared |= {"budget_weight": options.budget_weight, "budget_warmup": 0.0}
     config = SearchConfig(**shared, gate_learning_rate=options.gate_learning_rate)
     with tempfile.TemporaryDirectory() as temporary:
-        net, architecture = search(
-            bench.dense, bench.images, {"macs": budget}, Path(temporary), bench.loop, config, bench.progress
-        )
+        run = Run(bench.images, RunFolder(temporary), bench.loop, bench.progress)
+        net, architecture = search(bench.dense, {"macs": budget}, config, run)
     bench.note(str(architecture))
     searching = time.perf_counter() - started
     images = calibration(bench.images, options.seed, CALIBRATION_IMAGES)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import reference
 import spvit
+from golden import DIM, HEADS, golden, load_batchnorm, make_layer, needs_golden
 from spvit import kernels
 from spvit.cost import NetworkCost
 from spvit.gated_linear import GatedLinear
@@ -21,63 +20,15 @@ from spvit.pruned import BottleneckConv, Grid, Skip
 from spvit.searchable import SearchableAttention
 from tiny import assert_close
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the golden files are not at {GOLDEN}")
 pytestmark = needs_golden
 
-DIM, HEADS, GRID, PREFIX = 48, 3, (5, 5), 1
 GATES = {"msa": (1.0, 1.0, 1.0), "conv3": (1.0, 1.0, -1.0), "conv1": (1.0, -1.0, 1.0), "skip": (-1.0, 1.0, 1.0)}
 PUBLISHED_ORDER = [4, 0, 1, 2, 3, 5, 6, 7, 8]  # Swin's kernel positions, the centre first
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    """Return the tensors of a golden file."""
-    from safetensors.torch import load_file
-
-    return load_file(GOLDEN / f"{name}.safetensors")
-
-
-def _load_batchnorm(bn: nn.BatchNorm2d, tensors: dict[str, Tensor], name: str) -> None:
-    for part in ("weight", "bias", "running_mean", "running_var"):
-        getattr(bn, part).data.copy_(tensors[f"w.{name}.{part}"])
 
 
 @pytest.fixture(name="deit", scope="module")
 def _deit() -> dict[str, Tensor]:
     return golden("deit_attention")
-
-
-@torch.no_grad()
-def make_layer(deit: dict[str, Tensor]) -> SearchableAttention:
-    """Return the gated layer of `deit_attention` as it was before any training pass."""
-    from timm.layers import Attention
-
-    attention = Attention(DIM, HEADS, qkv_bias=True)
-    for part in ("weight", "bias"):
-        getattr(attention.qkv, part).copy_(torch.cat([deit[f"w.qk.{part}"], deit[f"w.v.{part}"]]))
-        getattr(attention.proj, part).copy_(deit[f"w.proj.{part}"])
-    layer = SearchableAttention(
-        attention,
-        family_of_library("timm").access,
-        prefix_tokens=PREFIX,
-        grid=Grid(*GRID),
-        temperature=deit["w.alpha"].item(),
-    )
-    layer.head_logits.copy_(deit["w.head_probs"])
-    _load_batchnorm(layer.bn1, deit, "bn_1x1")
-    _load_batchnorm(layer.bn3, deit, "bn_3x3")
-
-    # The file's running statistics are those *after* one training pass (the writer stored the live buffers, and the
-    # evaluation outputs were computed before): stored = 0.9 earlier + 0.1 batch statistic. A training pass of the naive
-    # reference from earlier = 0 leaves 0.1 batch statistic, which gives the earlier ones back.
-    for bn, positions in ((layer.bn1, [4]), (layer.bn3, list(range(9)))):
-        stored = [bn.running_mean.clone(), bn.running_var.clone()]
-        bn.running_mean.zero_()
-        bn.running_var.zero_()
-        reference.bottleneck(deit["x"], layer, bn, positions, training=True)
-        for buffer, value in zip((bn.running_mean, bn.running_var), stored):
-            buffer.copy_((value - buffer) / 0.9)
-    return layer
 
 
 @pytest.mark.parametrize("kind", GATES)
@@ -203,8 +154,8 @@ def make_window_layer(swin: dict[str, Tensor], grid: WindowedGrid) -> Searchable
     access = family_of_library("timm", "SwinTransformer").access
     layer = SearchableAttention(attention, access, prefix_tokens=0, grid=grid, temperature=swin["w.alpha"].item())
     layer.head_logits[:, PUBLISHED_ORDER] = swin["w.head_probs"]
-    _load_batchnorm(layer.bn1, swin, "bn_1x1")
-    _load_batchnorm(layer.bn3, swin, "bn_3x3")
+    load_batchnorm(layer.bn1, swin, "bn_1x1")
+    load_batchnorm(layer.bn3, swin, "bn_3x3")
     return layer.eval()
 
 
@@ -241,7 +192,7 @@ def test_swin_convolutions_on_the_whole_map(kind: str) -> None:
     mix = kernels.head_mix(head_logits, swin["w.alpha"].item())
     convert = kernels.conv3_weights if kind == "conv3" else kernels.conv1_weights
     bn = nn.BatchNorm2d(width)
-    _load_batchnorm(bn, swin, "bn_3x3" if kind == "conv3" else "bn_1x1")
+    load_batchnorm(bn, swin, "bn_3x3" if kind == "conv3" else "bn_1x1")
     bottleneck = BottleneckConv(convert(mix, weights), bn, 0, Grid(8, 8), returns_tuple=False).eval()
     with torch.no_grad():
         assert_close(bottleneck(swin["map.x"]), swin[f"map.{kind}"])

@@ -26,7 +26,7 @@ class PhaseProgress:
 
     SECONDS_BETWEEN_LINES = 5.0
 
-    def __init__(self, console: Console | None) -> None:
+    def __init__(self, console: Console | None = None) -> None:
         self.console = console
         self._bar: Progress | None = None
         self._task: TaskID | None = None

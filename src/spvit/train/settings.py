@@ -25,6 +25,8 @@ class LoopConfig:
         """Raise DataError when a value is out of range."""
         if not 0 <= self.seed < LARGEST_SEED:
             raise DataError(f"seed is {self.seed}, expected 0 or more, below {LARGEST_SEED}")
+        if self.precision not in ("fp32", "bf16"):
+            raise DataError(f"precision is {self.precision!r}, expected fp32 or bf16")
         if self.log_every < 1:
             raise DataError(f"log_every is {self.log_every}, expected 1 or more")
 
@@ -73,7 +75,7 @@ class SearchConfig(PhaseConfig):
     """Constant learning rate of the gate logits (an AdamW of their own, without decay). When absent, such that rate x
     steps is 12.5 as in the published DeiT search, but at most 0.05."""
     # A weight that is whole from the start closes gates by the dozen before the task has said which it needs
-    # (docs/benchmarks.md, "Settings of a search").
+    # (docs/experiments/search-settings.md).
     budget_weight: float = 2 * BUDGET_WEIGHT
     """Weight of the budget loss against the relative cost (lambda), when it has risen."""
     budget_warmup: float = 1.0
