@@ -11,21 +11,20 @@ from typing import Any
 import timm
 import torch
 from rich.console import Console
-from spvit.hosts.base import logits_of, network_costs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fashion_mnist import Bench, kept_dense, make_parser
 from spvit.checkpoint import Preprocessing
-from spvit.cli.main import parse
+from spvit.cli.demo import demo_settings
 from spvit.cost import NetworkCost
 from spvit.hosts import family_of
+from spvit.hosts.base import logits_of, network_costs
 from spvit.train.compress import figures_of
 from spvit.train.data import DIGITS, Images, load_images
-from spvit.train.loop import Evaluation, Phase, Run, run_phase
+from spvit.train.loop import Evaluation, Phase, run_phase
 from spvit.train.losses import BudgetLoss
 from spvit.train.progress import PhaseProgress
-from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig
 
 DIGITS_HELD_OUT = 360
@@ -59,7 +58,7 @@ class Case:
         teacher = self.dense if config.distillation > 0 else None
         with tempfile.TemporaryDirectory() as temporary:
             phase = Phase("finetune" if budget is None else "search", model, config, budget, teacher)
-            return run_phase(phase, Run(self.images, RunFolder(temporary), self.loop, self.progress))
+            return run_phase(phase, self.images, Path(temporary), self.loop, self.progress)
 
 
 def make_case_parser(description: str | None, lengths: list[int] | None = None) -> argparse.ArgumentParser:
@@ -80,7 +79,7 @@ def open_case(options: argparse.Namespace, seed: int, console: Console) -> Case:
     if options.data_set != DIGITS:
         bench = Bench(options, console)
         return Case(options.data_set, bench.dense, bench.images, bench.cost, bench.loop, bench.progress)
-    settings = parse(["demo", "--seed", str(seed)])[1]
+    settings = demo_settings("", "50%", seed)
     size = (1, 8, 8)
     own = load_images(DIGITS, settings.images, size, Preprocessing())
     images = load_images(DIGITS, replace(settings.images, held_out=DIGITS_HELD_OUT), size, Preprocessing())

@@ -23,7 +23,7 @@ from torch.utils.data import Subset
 import spvit
 from fashion_mnist import own_settings, parse_options, settings_of
 from reporting import check_free, write_results
-from spvit.train.compress import CALIBRATION_IMAGES, calibration
+from spvit.train.deciding import CALIBRATION_IMAGES, calibration
 from spvit.train.loop import Evaluation
 
 FALLING = {"minimum_learning_rate": 1e-5, "averaging_epochs": 0.0}

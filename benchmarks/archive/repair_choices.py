@@ -32,7 +32,7 @@ from spvit.hosts import family_of
 from spvit.moments import RIDGE, Moments
 from spvit.repair import repair
 from spvit.scores import BlockScores, score
-from spvit.train.compress import CALIBRATION_IMAGES, calibration
+from spvit.train.deciding import CALIBRATION_IMAGES, calibration
 from spvit.train.loaders import validation_loader
 
 DRAWS = 20

@@ -30,7 +30,7 @@ import spvit
 from fashion_mnist import own_settings, parse_options, settings_of
 from reporting import check_free, summary, write_results
 from spvit.architecture import Architecture
-from spvit.train.compress import CALIBRATION_IMAGES, calibration, searchable_for
+from spvit.train.deciding import CALIBRATION_IMAGES, calibration, searchable_for
 from spvit.train.loop import Evaluation
 from spvit.train.settings import SearchConfig
 

@@ -37,7 +37,7 @@ from spvit.decide import TOLERANCE, choose
 from spvit.hosts import family_of
 from spvit.repair import PREFIX_RULE, SKIP_RULE
 from spvit.scores import BlockScores, score
-from spvit.train.compress import CALIBRATION_IMAGES, calibration
+from spvit.train.deciding import CALIBRATION_IMAGES, calibration
 from spvit.train.settings import PhaseConfig
 
 CONVOLUTIONS = ("conv3", "conv1")

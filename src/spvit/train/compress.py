@@ -47,7 +47,7 @@ class CompressConfig(LoopConfig):
     """The search for what to keep; with 0 epochs scores decide, without training."""
     finetune: PhaseConfig = field(
         # A constant rate explores and the average from the repaired weights on gathers, at any length; a schedule that
-        # ends low gains less, and a short one may lose (docs/benchmarks.md, "Fine-tuning a repaired network").
+        # ends low gains less, and a short one may lose (docs/experiments/fine-tuning.md).
         default_factory=lambda: PhaseConfig(
             minimum_learning_rate=PhaseConfig.learning_rate,
             warmup_epochs=0.2,

@@ -74,7 +74,7 @@ class SearchConfig(PhaseConfig):
     """Constant learning rate of the gate logits (an AdamW of their own, without decay). When absent, such that rate x
     steps is 12.5 as in the published DeiT search, but at most 0.05."""
     # A weight that is whole from the start closes gates by the dozen before the task has said which it needs
-    # (docs/benchmarks.md, "Settings of a search").
+    # (docs/experiments/search-settings.md).
     budget_weight: float = 2 * BUDGET_WEIGHT
     """Weight of the budget loss (lambda, on the relative cost) after its warm-up."""
     budget_warmup: float = 1.0
