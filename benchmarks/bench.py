@@ -25,12 +25,12 @@ from spvit.budget import human
 from spvit.checkpoint import replace_atomically
 from spvit.cost import NetworkCost, count_macs, count_params
 from spvit.replacements.costs import network_costs
-from spvit.train.compress import CompressConfig, deployed, figures_of
-from spvit.train.data import ImageConfig, Images, load_images
-from spvit.train.loop import Evaluation, Phase, Run, run_phase
+from spvit.train.compress import deployed
+from spvit.train.data import Images, load_images
+from spvit.train.loop import Evaluation, Phase, Run, figures_of, run_phase
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import DENSE, FINETUNE, RunFolder
-from spvit.train.settings import LoopConfig, PhaseConfig
+from spvit.train.settings import CompressConfig, ImageConfig, LoopConfig, PhaseConfig
 
 FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 SIZES = {"vit": (1, 28, 28), "swin": (1, 32, 32)}

@@ -10,11 +10,11 @@ from torch import nn
 
 from spvit.budget import Budget
 from spvit.checkpoint import Preprocessing
-from spvit.train.compress import CompressConfig, Compressed, run_compress
-from spvit.train.data import ImageConfig, Images, load_images
+from spvit.train.compress import Compressed, run_compress
+from spvit.train.data import Images, load_images
 from spvit.train.loop import Run
 from spvit.train.run_folder import RunFolder
-from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
+from spvit.train.settings import CompressConfig, ImageConfig, LoopConfig, PhaseConfig, SearchConfig
 
 MODEL = "vit_tiny_patch16_224"
 MODEL_ARGS = {

@@ -47,8 +47,8 @@ __version__ = "0.1.0"
 
 # These bring Accelerate or timm, which load model libraries; importing spvit must load none.
 _LATER = {
-    "CompressConfig": "spvit.train.compress",
-    "ImageConfig": "spvit.train.data",
+    "CompressConfig": "spvit.train.settings",
+    "ImageConfig": "spvit.train.settings",
     "Images": "spvit.train.data",
     "PhaseConfig": "spvit.train.settings",
     "SearchConfig": "spvit.train.settings",

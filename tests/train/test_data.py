@@ -14,8 +14,7 @@ from PIL import Image
 
 from spvit.checkpoint import Preprocessing
 from spvit.errors import DataError
-from spvit.train.data import ImageConfig, load_images, mixup_of
-from spvit.train.loaders import repeated_loader, training_loader, validation_loader
+from spvit.train.data import ImageConfig, load_images, mixup_of, repeated_loader, training_loader, validation_loader
 from training import GREY, digits, image_folder
 
 SIZE = (3, 8, 8)

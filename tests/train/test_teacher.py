@@ -14,10 +14,9 @@ from torch import nn
 import spvit
 from spvit.checkpoint import Preprocessing
 from spvit.errors import DataError, ModelError
-from spvit.train.compress import CompressConfig
 from spvit.train.loop import Phase, run_phase
-from spvit.train.losses import distillation_loss, hard_distillation_loss
-from spvit.train.teacher import Teacher, open_teacher
+from spvit.train.losses import Teacher, distillation_loss, hard_distillation_loss, open_teacher
+from spvit.train.settings import CompressConfig
 from training import compressed, digits, micro_host, run_in, short, short_search, states_equal
 
 OTHER = Preprocessing((0.2,), (0.4,), crop=1.0)
@@ -78,7 +77,7 @@ def test_teacher_gets_the_same_pixels_in_its_own_normalisation() -> None:
 
 def test_folder_of_another_size_teaches(tmp_path: Path) -> None:
     images = digits()
-    teacher = open_teacher(folder(tmp_path / "teacher", img_size=16), images)
+    teacher = open_teacher(folder(tmp_path / "teacher", img_size=16), 10, images.preprocessing)
     batch = torch.stack([images.validation[index][0] for index in range(4)])
     assert teacher(batch).shape == (4, 10)
     assert not teacher.training
@@ -92,7 +91,7 @@ def test_folder_of_another_size_teaches(tmp_path: Path) -> None:
 def test_timm_model_of_any_family_teaches_and_stays_as_it_is(tmp_path: Path, convolutional: str, kind: str) -> None:
     images = digits()
     batch = torch.stack([images.validation[index][0] for index in range(128)])
-    before = open_teacher(convolutional, images)
+    before = open_teacher(convolutional, 10, images.preprocessing)
     assert before.size is None
     guidance, student = before(batch), micro_host(seed=1)
 
@@ -107,7 +106,7 @@ def test_timm_model_of_any_family_teaches_and_stays_as_it_is(tmp_path: Path, con
     settings = short(2, distillation=1.0, distillation_kind=kind, teacher=convolutional)
     run_phase(Phase("finetune", student, settings), run_in(tmp_path, images))
     assert disagreement() < 0.95 * apart
-    after = open_teacher(convolutional, images)
+    after = open_teacher(convolutional, 10, images.preprocessing)
     assert states_equal(before, after)
     assert not any(parameter.requires_grad for parameter in after.parameters())
 
@@ -158,8 +157,6 @@ def test_bad_teacher_is_refused_before_anything_is_trained(tmp_path: Path, name,
         ({"teacher": "regnety_160"}, "the teacher is regnety_160, but distillation is 0; give its share"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_before_the_search(tmp_path: Path, settings: dict, words: str) -> None:
-    config = CompressConfig(search=short_search(1), finetune=short(1, **settings))
+def test_settings_that_do_not_fit_are_refused_when_they_are_made(settings: dict, words: str) -> None:
     with pytest.raises(DataError, match=words):
-        compressed(micro_host(), "60%", config, tmp_path / "run", digits())
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+        CompressConfig(search=short_search(1), finetune=short(1, **settings))

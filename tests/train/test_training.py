@@ -19,11 +19,11 @@ from spvit.cost import count_params
 from spvit.errors import BudgetError, CalibrationError, DataError, RunError, RunFolderError
 from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import gated_layers, make_searchable, search_record
-from spvit.train.compress import CompressConfig, compress
-from spvit.train.loop import Evaluation, Loop, Phase, learning_rate_at, run_phase
-from spvit.train.optimizers import optimizers
+from spvit.train.compress import compress
+from spvit.train.loop import Evaluation, Loop, Phase, run_phase
+from spvit.train.optimizers import learning_rate_at, optimizer_of
 from spvit.train.run_folder import RunFolder
-from spvit.train.settings import PhaseConfig
+from spvit.train.settings import CompressConfig, PhaseConfig
 from training import compressed, digits, micro_host, run_in, short, short_search, states_equal
 
 
@@ -143,7 +143,7 @@ def test_biases_norms_and_what_the_host_exempts_do_not_decay() -> None:
     # Constants are vectors by token there: biases too.
     model = spvit.prune(host, Architecture(blocks, "linear", "mean"))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    exempt, decayed = optimizers(model, PhaseConfig(), False, 1)[0].param_groups
+    exempt, decayed = optimizer_of(model, PhaseConfig(), 1).param_groups
     assert exempt["weight_decay"] == 0
     found = {names[id(parameter)] for parameter in decayed["params"]}
     assert {"blocks.0.mlp.fc1.weight", "blocks.1.attn.conv_in.weight"} <= found
@@ -297,12 +297,10 @@ def test_compress_refuses_before_it_trains(tmp_path: Path) -> None:
         compress(host, images, "50%", output=tmp_path / "run", config=CompressConfig(initialise="luck"))
     with pytest.raises(BudgetError, match="multiple is 0, expected 1 or more units"):
         compress(host, images, "50%", output=tmp_path / "run", config=CompressConfig(multiple=0))
-    config = CompressConfig(search=short_search(1, keep_best=True))
     with pytest.raises(DataError, match="keep_best is on for the search"):
-        compress(host, images, "50%", output=tmp_path / "run", config=config)
-    config = CompressConfig(train_epochs=0, search=short_search(1))
+        CompressConfig(search=short_search(1, keep_best=True))
     with pytest.raises(RunFolderError, match="nothing is to be trained, but search.epochs is 1; leave one of the two"):
-        compress(host, images, "50%", output=tmp_path / "run", config=config)
+        CompressConfig(train_epochs=0, search=short_search(1))
     assert not (tmp_path / "run").exists()
 
 

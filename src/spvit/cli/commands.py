@@ -27,12 +27,12 @@ from spvit.hosts.recognise import family_of
 from spvit.models import ModelConfig, OpenedModel, open_model
 from spvit.replacements.costs import network_costs
 from spvit.surgery import prune, pruned_record
-from spvit.train.compress import check_decision, deployed, figures_of, run_compress, search, write_model
-from spvit.train.loop import Phase, Run, run_phase
-from spvit.train.processes import processes
+from spvit.train.compress import check_decision, deployed, run_compress, search, write_model
+from spvit.train.loop import Phase, Run, figures_of, run_phase
+from spvit.train.processes import by_the_first, processes
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import DENSE, FINETUNE, RunFolder
-from spvit.train.settings import LoopConfig, check_settings
+from spvit.train.settings import LoopConfig
 from spvit.zoo import architectures, unfolded_params
 
 NOT_SETTINGS = ("resume", "dry_run")
@@ -44,12 +44,9 @@ def _open(name: str, options: cli.RunCommand, trains_head: bool, console: Consol
     folder = RunFolder.open(options.output, options.resume)
     set_seed(options.seed)
     opened, images = model_and_images(options, trains_head)
-    state = processes()
-    state.wait_for_everyone()  # until all have found the folder fit to write to
-    if state.is_main_process:
-        settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in NOT_SETTINGS}
-        folder.write_settings(name, yaml.safe_dump(settings, sort_keys=False))
-    state.wait_for_everyone()
+    processes().wait_for_everyone()  # until all have found the folder fit to write to
+    settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in NOT_SETTINGS}
+    by_the_first(lambda: folder.write_settings(name, yaml.safe_dump(settings, sort_keys=False)))
     params, macs = count_params(opened.model), _macs(opened.model)
     say(console, f"{options.model}: {human(params)} params, {human(macs)} macs; {len(images.classes)} classes")
     return opened.model, Run(images, folder, options, PhaseProgress(console))
@@ -66,10 +63,8 @@ def train_command(options: cli.TrainCommand, console: Console) -> None:
 def search_command(options: cli.SearchCommand, console: Console) -> None:
     """Search, and write the architecture and the pruned model as the search left it."""
     host, run = _open("search", options, False, console)
-    check_settings(options.search)
     limits = check_decision(host, options.budget(), options.multiple)
-    teacher = host if options.search.teacher is None else None
-    net, architecture = search(host, limits, options.search, run, options.multiple, teacher)
+    net, architecture = search(host, limits, options.search, run, options.multiple)
     console.print(block_table(architecture, network_costs(host), "architecture"))
     pruned = prune(host, architecture, weights=net)
     figures = figures_of(pruned, run.images, options)
@@ -83,7 +78,7 @@ def finetune_command(options: cli.FinetuneCommand, console: Console) -> None:
     model, run = _open("finetune", options, False, console)
     teacher = None
     if architecture is not None:
-        teacher = model if options.finetune.teacher is None else None
+        teacher = model
         model = _pruned_to(model, architecture, str(options.architecture))
     elif pruned_record(model) is None:
         raise ModelError(f"{options.model} is a dense model; name what to keep with --architecture, or see spvit train")

@@ -10,7 +10,8 @@ from spvit.cli.options import EvaluateCommand, RunCommand
 from spvit.errors import DataError, ModelError
 from spvit.hosts.recognise import family_of
 from spvit.models import HUGGING_FACE, OpenedModel, number_of_classes, open_model
-from spvit.train.data import ImageConfig, Images, find_images, images_of
+from spvit.train.data import Images, find_images, images_of
+from spvit.train.settings import ImageConfig
 
 logger = logging.getLogger("spvit")
 
@@ -33,12 +34,15 @@ def model_and_images(
         DataError: the images cannot be found, or the model has other classes that cannot be changed.
         ModelError, CheckpointError, UnsupportedHostError: the model cannot be opened, or is not trained.
     """
-    train, validation, classes = find(options.data, options.images)
+    found = find(options.data, options.images)
+    classes = found[-1]
     opened = open_model(options, len(classes), weights=weights)
     count = number_of_classes(opened.model)
     if count != len(classes):
-        found = f"{options.data} has {len(classes)} classes, but {options.model} was made for {count}"
-        raise DataError(f"{found}; use a model of these classes")
+        raise DataError(
+            f"{options.data} has {len(classes)} classes, but {options.model} was made for {count}; use a model of "
+            "these classes"
+        )
     _compare_classes(opened.classes, classes, options.model, options.data)
     if not opened.trained and not trains_head:
         raise ModelError(
@@ -46,7 +50,7 @@ def model_and_images(
             "--dense.epochs), or name trained weights with --checkpoint"
         )
     size = family_of(opened.model).input_size(opened.model)
-    return opened, images_of(train, validation, classes, options.images, size, opened.preprocessing)
+    return opened, images_of(found, options.images, size, opened.preprocessing)
 
 
 def _compare_classes(own: tuple[str, ...] | None, found: tuple[str, ...], model: str, data: str) -> None:

@@ -9,9 +9,7 @@ from typing import Any
 
 from spvit.budget import Budget
 from spvit.models import ModelConfig
-from spvit.train.compress import CompressConfig
-from spvit.train.data import ImageConfig
-from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
+from spvit.train.settings import CompressConfig, ImageConfig, LoopConfig, PhaseConfig, SearchConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,13 +22,12 @@ from spvit.cli.options import CompressCommand
 from spvit.cli.show import say
 from spvit.errors import RunFolderError
 from spvit.replacements.costs import network_costs
-from spvit.search.budget_loss import BudgetLoss
-from spvit.train.compress import check_compress, searchable_for
-from spvit.train.data import ImageConfig, Images, find_images
-from spvit.train.loaders import training_loader
+from spvit.train.compress import check_compress, search_phase
+from spvit.train.data import find_images, training_loader
 from spvit.train.loop import Loop, Phase, Run
-from spvit.train.optimizers import tensors_of
-from spvit.train.run_folder import DENSE, FINETUNE, SEARCH, RunFolder
+from spvit.train.optimizers import GATES, tensors_of
+from spvit.train.run_folder import DENSE, FINETUNE, RunFolder
+from spvit.train.settings import ImageConfig
 
 IMAGENET_TRAIN, IMAGENET_VALIDATION, IMAGENET_CLASSES = 1_281_167, 50_000, 1000
 STEPS, BATCH_ON_CPU = 3, 8
@@ -41,16 +40,15 @@ def print_plan(options: CompressCommand, console: Console) -> None:
     RunFolder.open(options.output)
     opened, images = model_and_images(options, options.dense.epochs > 0, weights=False, find=_found_or_noise)
     host, costs = opened.model, network_costs(opened.model)
-    steps = check_compress(host, images, options.budget(), options, weights=False)
-    [(budgeted, share)] = [(metric, target / costs[metric].dense) for metric, target in steps.limits.items()]
-    phases = [Phase(DENSE, copy.deepcopy(host), options.dense)]
-    if steps.search is not None:
-        net = searchable_for(host, steps.search)
-        phases.append(Phase(SEARCH, net, steps.search, BudgetLoss(net, **steps.limits)))
-    phases.append(Phase(FINETUNE, copy.deepcopy(host), steps.finetune))
-    for phase in phases:
-        phase.teacher = steps.teacher(phase.config, host if phase.name != DENSE else None)
-    planned = {phase.name: _planned(phase, images, options, share) for phase in phases if phase.config.epochs > 0}
+    run = Run(images, RunFolder(os.devnull), options)
+    limits = check_compress(host, options.budget(), options, run, weights=False)
+    [(budgeted, share)] = [(metric, target / costs[metric].dense) for metric, target in limits.items()]
+    phases = [
+        Phase(DENSE, copy.deepcopy(host), options.dense),
+        *([search_phase(host, limits, options.search)] if options.search.epochs > 0 else []),
+        Phase(FINETUNE, copy.deepcopy(host), options.finetuning, teacher=host),
+    ]
+    planned = {phase.name: _planned(phase, run, share) for phase in phases if phase.config.epochs > 0}
     lines = [f"plan of spvit compress to {options.output}; nothing is written", f"model: {options.model}"]
     for metric, cost in costs.items():
         about = "" if metric == budgeted else "about "
@@ -64,9 +62,9 @@ def print_plan(options: CompressCommand, console: Console) -> None:
     say(console, "memory: weights, gradients, optimizer, teacher, backward pass; not in the time: scoring and repair")
 
 
-def _planned(phase: Phase, images: Images, options: CompressCommand, share: float) -> dict[str, str]:
+def _planned(phase: Phase, run: Run, share: float) -> dict[str, str]:
     """Return a phase's column of the table. A few steps on small batches, which are measured, train its model."""
-    loop = Loop(phase, Run(images, RunFolder(os.devnull), options))
+    loop, images = Loop(phase, run), run.images
     whole, workers, config = images.config.batch_size, images.config.workers, phase.config
     batch = whole if torch.accelerator.is_available() else min(whole, BATCH_ON_CPU)
     modules = [module.state_dict() for module in (loop.model, loop.teacher, loop.average) if module is not None]
@@ -84,9 +82,9 @@ def _planned(phase: Phase, images: Images, options: CompressCommand, share: floa
         read_s, started = time.perf_counter() - started, time.perf_counter()
         needed.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loop.step(pictures.to(device), targets.to(device), 0, 0, 0.0)
+            loop.step(pictures.to(device), targets.to(device), 0)
         step_s, started = time.perf_counter() - started, time.perf_counter()
-    moments = [value for part in (loop.weights, loop.gates) if part is not None for value in tensors_of(part).values()]
+    moments = tensors_of(loop.optimizer).values()
     gradients = [parameter for parameter in loop.model.parameters() if parameter.requires_grad]
     activations = sum(count for storage, count in needed.items() if storage not in kept) / batch * whole
     memory = sum(kept.values()) + sum(tensor.nbytes for tensor in (*moments, *gradients)) + activations
@@ -100,7 +98,7 @@ def _planned(phase: Phase, images: Images, options: CompressCommand, share: floa
         "steps": f"{loop.total:,}",
         "learning rate, peak": f"{loop.scale * config.learning_rate:.3g}",
         "learning rate, end": f"{loop.scale * min(config.learning_rate, config.minimum_learning_rate):.3g}",
-        "gate learning rate": f"{loop.gates.param_groups[0]['lr']:.3g}" if loop.gates is not None else "",
+        "gate learning rate": ", ".join(f"{group['lr']:.3g}" for group in loop.optimizer.param_groups[GATES]),
         "teacher": "" if loop.teacher is None else config.teacher or "dense model",
         "memory a device": f"{human(memory)}B",
         "time": str(timedelta(seconds=round(seconds * share if phase.name == FINETUNE else seconds))),

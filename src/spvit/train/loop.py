@@ -8,7 +8,8 @@ import math
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,57 +25,69 @@ from spvit.errors import DataError, RunError
 from spvit.hosts.host import logits_of
 from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import gate_parameters
-from spvit.train.data import Images, mixup_of
-from spvit.train.loaders import UNREAD, repeated_loader, training_loader, validation_loader
-from spvit.train.losses import distillation_loss, hard_distillation_loss, task_loss
-from spvit.train.optimizers import load_tensors, optimizers, tensors_of
-from spvit.train.processes import processes
+from spvit.train.data import UNREAD, Images, mixup_of, repeated_loader, training_loader, validation_loader
+from spvit.train.losses import distillation_loss, hard_distillation_loss, open_teacher, task_loss
+from spvit.train.optimizers import GATES, WEIGHTS, learning_rate_at, load_tensors, optimizer_of, tensors_of
+from spvit.train.processes import by_the_first, make_accelerator
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import RunFolder
-from spvit.train.settings import LoopConfig, PhaseConfig, check_settings
-from spvit.train.teacher import open_teacher
+from spvit.train.settings import LoopConfig, PhaseConfig
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the phases of a run share."""
+    """What the phases of a run share, with the teachers that settings name, by name, once they are open."""
 
     images: Images
     folder: RunFolder
     config: LoopConfig
     progress: PhaseProgress = field(default_factory=PhaseProgress)
+    teachers: dict[str, nn.Module] = field(default_factory=dict)
+
+    def teacher(self, name: str, weights: bool = True) -> nn.Module:
+        """Return the teacher of a name. Raises ModelError, CheckpointError or DataError when it cannot teach."""
+        if name not in self.teachers:
+            classes = len(self.images.classes)
+            self.teachers[name] = open_teacher(name, classes, self.images.preprocessing, weights)
+        return self.teachers[name]
 
 
 @dataclass
 class Phase:
-    """What the loop trains: a model, its settings, and the losses beside the task's."""
+    """What the loop trains: a model, its settings, the budget of a search, and who teaches if settings name no one."""
 
     name: str
     model: nn.Module
     config: PhaseConfig
     budget: BudgetLoss | None = None
     teacher: nn.Module | None = None
-    """The teacher of distillation; when absent the one that the settings name is opened."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How well a model does on the validation images."""
+    """How well a model does on the validation images.
+
+    The shares of images, 0 to 1, whose class is the first guess, and among the first five; the mean cross entropy; and
+    the number of images.
+    """
 
     accuracy: float
-    """Share of images, 0 to 1, whose class is the first guess."""
     accuracy_top5: float
-    """Share of images, 0 to 1, whose class is among the first five guesses."""
     loss: float
-    """Mean cross entropy."""
     images: int
-    """Number of images."""
+
+
+def figures_of(model: nn.Module, images: Images, config: LoopConfig) -> Evaluation:
+    """Return a model's figures on the validation images."""
+    accelerator = make_accelerator()
+    prepared, loader = accelerator.prepare(model, validation_loader(images))
+    figures = evaluate(prepared, loader, accelerator, config.precision)
+    accelerator.free_memory()
+    return figures
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator, precision: str = "fp32"
-) -> Evaluation:
+def evaluate(model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator, precision: str) -> Evaluation:
     """Return a model's figures over a loader, across all processes. The model's training flag survives."""
     was_training = model.training
     model.eval()
@@ -93,25 +106,9 @@ def evaluate(
     return Evaluation(first / count, five / count, loss / count, int(count))
 
 
-def make_accelerator() -> Accelerator:
-    """Return the Accelerator of a run: any device, any number of processes."""
-    processes()
-    # Accelerate keeps one precision a process, but a later run may ask for another: autocast is ours.
-    return Accelerator(mixed_precision="no")
-
-
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the context of a forward pass: `fp32` as it is, `bf16` in mixed precision."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def prepared_loader(images: Images, accelerator: Accelerator) -> Any:
-    """Return the loader of this process's training images on its device. Its length is the steps of an epoch."""
-    if images.config.repeated_augmentation <= 1:
-        return accelerator.prepare(training_loader(images))
-    # The sampler shares out the images itself: the repeats of one go to different processes.
-    loader = repeated_loader(images, accelerator.num_processes, accelerator.process_index)
-    return prepare_data_loader(loader, accelerator.device, 1, 0, put_on_device=True)
 
 
 def run_phase(phase: Phase, run: Run) -> Evaluation:
@@ -119,7 +116,7 @@ def run_phase(phase: Phase, run: Run) -> Evaluation:
 
     Raises:
         RunError: the loss is not finite; the last saved state stays.
-        DataError: a setting is out of range, or an image cannot be read.
+        DataError: there is no teacher to distil from, or an image cannot be read.
     """
     return Loop(phase, run).run()
 
@@ -128,81 +125,71 @@ class Loop:
     """A phase under way: its parts on their devices, and one step after another."""
 
     def __init__(self, phase: Phase, run: Run) -> None:
-        check_settings(phase.config)
         self.phase, self.settings = phase, phase.config
         self.folder, self.config, self.progress = run.folder, run.config, run.progress
         self.accelerator = make_accelerator()
         self.mixup = mixup_of(run.images.config, len(run.images.classes), phase.config.label_smoothing)
-        self.train = prepared_loader(run.images, self.accelerator)
+        self.train = _prepared_loader(run.images, self.accelerator)
         self.total = max(1, phase.config.epochs * len(self.train))
-        weights, gates = optimizers(phase.model, phase.config, phase.budget is not None, self.total)
-        prepare = self.accelerator.prepare
-        self.model, self.validation, self.weights = prepare(phase.model, validation_loader(run.images), weights)
-        self.gates = prepare(gates) if gates is not None else None
-        teacher = phase.teacher if phase.config.distillation > 0 else None
-        if teacher is None and phase.config.teacher is not None:
-            teacher = open_teacher(phase.config.teacher, run.images)
-        if teacher is None and phase.config.distillation > 0:
-            raise DataError(
-                f"{phase.name}.distillation is {phase.config.distillation}, but there is no teacher; name a teacher "
-                f"with --{phase.name}.teacher, or leave distillation out"
-            )
-        self.teacher = teacher.to(self.accelerator.device).eval() if teacher is not None else None
+        self.model, self.validation, self.optimizer = self.accelerator.prepare(
+            phase.model, validation_loader(run.images), optimizer_of(phase.model, phase.config, self.total)
+        )
+        self.teacher = self._teacher(run)
         self.batch = run.images.config.batch_size * self.accelerator.num_processes
         self.scale = self.batch / phase.config.reference_batch if phase.config.reference_batch else 1.0
-        self.average: Any = None
+        self.average: ModelEmaV3 | None = None
+        # The same weights: evaluated by all processes, and saved by the first.
+        self.judged, self.kept = self.model, phase.model
         if phase.config.averaging_epochs > 0:
             # After so many epochs as the average reaches back, 1/e of it is left of where it started.
             decay = math.exp(-1 / (phase.config.averaging_epochs * len(self.train)))
-            self.average = ModelEmaV3(self._plain(), decay=decay)
+            self.average = ModelEmaV3(phase.model, decay=decay)
+            self.judged = self.kept = self.average.module
 
-    def _plain(self) -> nn.Module:
-        plain: nn.Module = self.accelerator.unwrap_model(self.model)
-        return plain
-
-    def _judged(self) -> nn.Module:
-        """Return the model that is evaluated, and whose weights are kept: the average if there is one."""
-        return cast(nn.Module, self.average.module) if self.average is not None else self.model
+    def _teacher(self, run: Run) -> nn.Module | None:
+        if self.settings.distillation == 0:
+            return None
+        named, name = self.settings.teacher, self.phase.name
+        teacher = self.phase.teacher if named is None else run.teacher(named)
+        if teacher is None:
+            raise DataError(
+                f"{name}.distillation is {self.settings.distillation}, but there is no teacher; name a teacher with "
+                f"--{name}.teacher, or leave distillation out"
+            )
+        return teacher.to(self.accelerator.device).eval()
 
     def run(self) -> Evaluation:
         """Train from the last saved state to the end and return the final figures."""
-        done, figures = self._resume()
-        epochs = self.settings.epochs
+        (done, figures), epochs, steps = self._resume(), self.settings.epochs, len(self.train)
         if done == 0 and self.settings.keep_best:
-            figures = self._evaluate()
-            self._offer(0, figures)
-        with self.progress.bar(self.phase.name, epochs * len(self.train), done * len(self.train)):
+            figures = self._evaluate(0)
+        with self.progress.bar(self.phase.name, epochs * steps, done * steps):
             for epoch in range(done, epochs):
                 self._epoch(epoch)
-                figures = self._evaluate()
-                self._offer(epoch + 1, figures)
+                figures = self._evaluate(epoch + 1)
                 standing = self._standing()
                 self._record({"event": "evaluation", "epoch": epoch + 1, **vars(figures), **standing})
                 self._save(epoch + 1, figures)
                 self.progress.stand(standing)
                 self.progress.epoch(epoch + 1, epochs, figures.accuracy)
-        if figures is None:
-            figures = self._evaluate()
-        plain = self._plain()
-        if self.average is not None:
-            plain.load_state_dict(self.average.module.state_dict())
+        figures = self._evaluate() if figures is None else figures
+        if self.kept is not self.phase.model:
+            self.phase.model.load_state_dict(self.kept.state_dict())
         best = self.folder.best(self.phase.name) if self.settings.keep_best else None
         if best is not None and best["accuracy"] > figures.accuracy:
-            fit_state(plain, self.folder.best_weights(self.phase.name), "of the best weights")
-            figures = evaluate(plain, self.validation, self.accelerator, self.config.precision)
+            fit_state(self.phase.model, self.folder.best_weights(self.phase.name), "of the best weights")
+            figures = evaluate(self.phase.model, self.validation, self.accelerator, self.config.precision)
             which = f"epoch {best['epoch']}" if best["epoch"] > 0 else "what it started from"
             self.progress.note(f"{self.phase.name}: {which} was the best on the validation images and is kept")
         self.accelerator.free_memory()
         return figures
 
-    def _evaluate(self) -> Evaluation:
-        return evaluate(self._judged(), self.validation, self.accelerator, self.config.precision)
-
-    def _offer(self, epoch: int, figures: Evaluation) -> None:
-        if self.settings.keep_best and self.accelerator.is_main_process:
-            judged = self.accelerator.unwrap_model(self._judged())
-            self.folder.offer_best(self.phase.name, epoch, figures.accuracy, judged)
-        self.accelerator.wait_for_everyone()
+    def _evaluate(self, epoch: int | None = None) -> Evaluation:
+        """Return the figures now; of an epoch its weights are kept, if they are the best and that is asked for."""
+        figures = evaluate(self.judged, self.validation, self.accelerator, self.config.precision)
+        if self.settings.keep_best and epoch is not None:
+            by_the_first(partial(self.folder.offer_best, self.phase.name, epoch, figures.accuracy, self.kept))
+        return figures
 
     def _epoch(self, epoch: int) -> None:
         # All processes draw the images' order alike, what else is drawn differs by process. Nothing that was drawn
@@ -220,18 +207,18 @@ class Loop:
         started = time.perf_counter()
         for index, (images, targets) in enumerate(batches):
             step = epoch * len(self.train) + index
-            learning_rate = self._set_learning_rates(step)
-            values = self.step(images, targets, epoch, step, learning_rate)
+            values = self.step(images, targets, step)
             self.progress.step(values)
             if (step + 1) % self.config.log_every == 0 or index + 1 == len(self.train):
                 rate = self.batch * (index + 1) / (time.perf_counter() - started)
                 standing = self._standing()
                 self.progress.stand(standing)
                 self._record({"event": "step", "epoch": epoch + 1, "step": step + 1, **values, **standing,
-                              "learning_rate": learning_rate, "images_per_s": round(rate, 2)})  # fmt: skip
+                              "learning_rate": self._rate(WEIGHTS), "images_per_s": round(rate, 2)})  # fmt: skip
 
-    def step(self, images: Tensor, targets: Tensor, epoch: int, step: int, learning_rate: float) -> dict[str, float]:
+    def step(self, images: Tensor, targets: Tensor, step: int) -> dict[str, float]:
         """Take one optimizer step on images [B, channels, height, width] and targets [B]; return its losses by name."""
+        self._set_learning_rates(step)
         labels = targets
         if self.mixup is not None and len(images) % 2 == 0:
             images, labels = self.mixup(images, targets)
@@ -239,7 +226,7 @@ class Loop:
             logits = logits_of(self.model(images)).float()
         loss = task_loss(logits, labels, self.settings.label_smoothing)
         if self.teacher is not None:
-            agreement = self._agreement(logits, images)
+            agreement = self._agreement(self.teacher, logits, images)
             loss = (1 - self.settings.distillation) * loss + self.settings.distillation * agreement
         values = {"task_loss": loss.detach()}
         if self.phase.budget is not None:
@@ -250,24 +237,21 @@ class Loop:
         # One transfer brings all figures of the step to the host.
         figures = dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist()))
         if not math.isfinite(figures["loss"]):
-            self._stop_diverged(figures["loss"], epoch, step, learning_rate)
+            self._stop_diverged(figures["loss"], step)
         self.accelerator.backward(loss)
         if self.settings.clip_gradient > 0:
-            held = [parameter for group in self.weights.param_groups for parameter in group["params"]]
+            held = [parameter for group in self.optimizer.param_groups[WEIGHTS] for parameter in group["params"]]
             self.accelerator.clip_grad_norm_(held, self.settings.clip_gradient)
-        for optimizer in (self.weights, self.gates):
-            if optimizer is not None:
-                optimizer.step()
-                optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         if self.average is not None:
-            self.average.update(self._plain())
+            self.average.update(self.phase.model)
         return figures
 
-    def _agreement(self, logits: Tensor, images: Tensor) -> Tensor:
+    def _agreement(self, teacher: nn.Module, logits: Tensor, images: Tensor) -> Tensor:
         """Return how far the student's logits are from what the teacher makes of the same images, a scalar."""
-        assert self.teacher is not None
         with torch.no_grad(), autocast(self.accelerator.device, self.config.precision):
-            guidance = logits_of(self.teacher(images)).float()
+            guidance = logits_of(teacher(images)).float()
         if self.settings.distillation_kind == "hard":
             return hard_distillation_loss(logits, guidance)
         return distillation_loss(logits, guidance, self.settings.distillation_temperature)
@@ -277,12 +261,14 @@ class Loop:
         warmup = self.total * getattr(self.settings, "budget_warmup", 0.0)
         return min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
 
-    def _set_learning_rates(self, step: int) -> float:
+    def _set_learning_rates(self, step: int) -> None:
         peak, minimum = self.settings.learning_rate, self.settings.minimum_learning_rate
         warmup = int(self.settings.warmup_epochs * len(self.train))
-        rate = self.scale * learning_rate_at(step, self.total, warmup, peak, minimum)
-        for group in self.weights.param_groups:
-            group["lr"] = rate
+        for group in self.optimizer.param_groups[WEIGHTS]:
+            group["lr"] = self.scale * learning_rate_at(step, self.total, warmup, peak, minimum)
+
+    def _rate(self, groups: slice) -> float:
+        rate: float = self.optimizer.param_groups[groups][0]["lr"]
         return rate
 
     def _standing(self) -> dict[str, Any]:
@@ -293,61 +279,56 @@ class Loop:
         kinds = Counter(attention.decided() for attention, _ in budget.layers)
         with torch.no_grad():
             cost = budget.expected_cost().item() / budget.cost.dense
-        return {
-            "cost": round(cost, 5),
-            "target": round(budget.target / budget.cost.dense, 5),
-            "kinds": {kind: kinds.get(kind, 0) for kind in KINDS},
-        }
+        target = round(budget.target / budget.cost.dense, 5)
+        return {"cost": round(cost, 5), "target": target, "kinds": {kind: kinds.get(kind, 0) for kind in KINDS}}
 
     def _record(self, values: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             self.folder.record(self.phase.name, values)
 
     def _parts(self) -> dict[str, Any]:
-        """Return what a state holds: the models and optimizers, by name."""
-        average = self.average.module if self.average is not None else None
-        parts = {"model": self._plain(), "average": average, "weights": self.weights, "gates": self.gates}
-        return {name: part for name, part in parts.items() if part is not None}
+        """Return what a state holds: the models and the optimizer, by name."""
+        average = {} if self.average is None else {"average": self.average.module}
+        return {"model": self.phase.model, **average, "optimizer": self.optimizer}
 
     def _save(self, epoch: int, figures: Evaluation) -> None:
-        if self.accelerator.is_main_process:
+        def save() -> None:
             found = {name: tensors_of(part) for name, part in self._parts().items()}
             tensors = {f"{name}.{key}": value for name, own in found.items() for key, value in own.items()}
             self.folder.save_state(self.phase.name, epoch, tensors, vars(figures))
-        self.accelerator.wait_for_everyone()
+
+        by_the_first(save)
 
     def _resume(self) -> tuple[int, Evaluation | None]:
         """Load the last saved state, if any; return the epochs done and the figures then."""
         done, tensors, figures = self.folder.read_state(self.phase.name)
         if self.accelerator.is_main_process:
             self.folder.rewind(self.phase.name, done)
-        if done == 0:
-            return 0, None
-        for name, part in self._parts().items():
+        for name, part in self._parts().items() if done > 0 else ():
             prefix = f"{name}."
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             load_tensors(part, own, f"of epoch {done} of {self.phase.name}")
-        return done, Evaluation(**figures)
+        return done, Evaluation(**figures) if figures else None
 
-    def _stop_diverged(self, loss: float, epoch: int, step: int, learning_rate: float) -> None:
-        standing = ""
-        if self.gates is not None:
+    def _stop_diverged(self, loss: float, step: int) -> None:
+        standing, name = "", self.phase.name
+        if self.phase.budget is not None:
             logits = torch.cat([parameter.detach().flatten() for parameter in gate_parameters(self.phase.model)])
             kinds = ", ".join(f"{count} {kind}" for kind, count in self._standing()["kinds"].items())
             gates = f"gate logits {logits.min().item():.3g} to {logits.max().item():.3g}"
-            standing = f", attention {kinds}, {gates}, gate learning rate {self.gates.param_groups[0]['lr']:.3g}"
-        saved = self.folder.newest_state(self.phase.name)
+            standing = f", attention {kinds}, {gates}, gate learning rate {self._rate(GATES):.3g}"
+        saved = self.folder.newest_state(name)
         kept = f"the last good state is {saved}" if saved else "no epoch was finished yet"
         raise RunError(
-            f"the loss became {loss} at step {step + 1} of {self.phase.name} (epoch {epoch + 1}): learning rate "
-            f"{learning_rate:.3g}{standing}; {kept}; lower --{self.phase.name}.learning_rate and continue with --resume"
+            f"the loss became {loss} at step {step + 1} of {name} (epoch {step // len(self.train) + 1}): learning rate "
+            f"{self._rate(WEIGHTS):.3g}{standing}; {kept}; lower --{name}.learning_rate and continue with --resume"
         )
 
 
-def learning_rate_at(step: int, total: int, warmup: int, peak: float, minimum: float) -> float:
-    """Return the learning rate of a step: linear warm-up from zero to the peak, then a cosine down to the minimum."""
-    minimum = min(minimum, peak)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, total - warmup)
-    return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+def _prepared_loader(images: Images, accelerator: Accelerator) -> Any:
+    """Return the loader of this process's training images on its device. Its length is the steps of an epoch."""
+    if images.config.repeated_augmentation <= 1:
+        return accelerator.prepare(training_loader(images))
+    # The sampler shares out the images itself: the repeats of one go to different processes.
+    loader = repeated_loader(images, accelerator.num_processes, accelerator.process_index)
+    return prepare_data_loader(loader, accelerator.device, 1, 0, put_on_device=True)

@@ -1,7 +1,8 @@
-"""The optimizers of a phase, and how fast its gates move."""
+"""The optimizer of a phase: its groups, its learning rates, and its state as plain tensors."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,37 +13,39 @@ from torch.optim import AdamW, Optimizer
 from spvit.checkpoint import fit_state, plain_state
 from spvit.models import undecayed
 from spvit.search.network import gate_parameters
-from spvit.train.settings import PhaseConfig
+from spvit.train.settings import PhaseConfig, SearchConfig
 
 PUBLISHED_GATE_TRAVEL = 12.5  # learning rate 1e-3 over 10 epochs of 1,250 steps (paper section 4)
 LARGEST_GATE_LEARNING_RATE = 0.05
+WEIGHTS, GATES = slice(0, 2), slice(2, None)
+"""Which groups of the optimizer are the weights', undecayed and decayed, and which the gates', if they are trained."""
 
 
-def optimizers(model: nn.Module, settings: PhaseConfig, gated: bool, steps: int) -> tuple[Optimizer, Optimizer | None]:
-    """Return AdamW for the weights, and a second one for the gate logits of a search.
-
-    Args:
-        model: what is trained.
-        settings: of the phase.
-        gated: whether the gates are trained too.
-        steps: of the whole phase.
-    """
-    gates = gate_parameters(model) if gated else []
+def optimizer_of(model: nn.Module, settings: PhaseConfig, steps: int) -> AdamW:
+    """Return AdamW for a phase of so many steps; a search trains the gate logits too, at a constant rate."""
+    gates = gate_parameters(model) if isinstance(settings, SearchConfig) else []
     own = {id(parameter) for parameter in gates}
     groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=undecayed(model))
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
-    weights = AdamW(groups, lr=settings.learning_rate)
-    if not gates:
-        return weights, None
-    return weights, AdamW(gates, lr=gate_learning_rate(settings, steps), weight_decay=0.0)
+    if isinstance(settings, SearchConfig):
+        rate = settings.gate_learning_rate
+        rate = min(PUBLISHED_GATE_TRAVEL / steps, LARGEST_GATE_LEARNING_RATE) if rate is None else rate
+        groups.append({"params": gates, "lr": rate, "weight_decay": 0.0})
+    return AdamW(groups, lr=settings.learning_rate)
+
+
+def learning_rate_at(step: int, total: int, warmup: int, peak: float, minimum: float) -> float:
+    """Return the learning rate of a step: linear warm-up from zero to the peak, then a cosine down to the minimum."""
+    minimum = min(minimum, peak)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def tensors_of(part: nn.Module | Optimizer) -> dict[str, Tensor]:
-    """Return a model's weights, or an optimizer's moments and steps under `INDEX.NAME`, on the CPU.
-
-    An optimizer's other settings are those of the phase.
-    """
+    """Return a model's weights, or an optimizer's moments and steps under `INDEX.NAME`, on the CPU."""
     if isinstance(part, nn.Module):
         return plain_state(part)
     states: dict[int, dict[str, Tensor]] = part.state_dict()["state"]
@@ -59,9 +62,3 @@ def load_tensors(part: nn.Module | Optimizer, tensors: Mapping[str, Tensor], nam
         index, _, own = key.partition(".")
         states.setdefault(int(index), {})[own] = value
     part.load_state_dict({"state": states, "param_groups": part.state_dict()["param_groups"]})
-
-
-def gate_learning_rate(settings: PhaseConfig, steps: int) -> float:
-    """Return the constant learning rate of the gate logits in a search of so many steps."""
-    rate: float | None = getattr(settings, "gate_learning_rate", None)
-    return rate if rate is not None else min(PUBLISHED_GATE_TRAVEL / steps, LARGEST_GATE_LEARNING_RATE)

@@ -22,7 +22,6 @@ class PhaseProgress:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console
-        self._bar: Progress | None = None
         self._name = self._standing = ""
         self._reported = -math.inf
 
@@ -30,29 +29,20 @@ class PhaseProgress:
     def bar(self, name: str, steps: int, done: int = 0) -> Iterator[None]:
         """Show a phase of so many steps, of which some are done already, while it runs."""
         self._name, self._standing = name, ""
-        if self.console is not None and self.console.is_terminal:
-            columns = ("[bold]{task.description}", BarColumn(bar_width=24), MofNCompleteColumn(), "{task.fields[rate]}")
-            more = (TimeRemainingColumn(), "{task.fields[text]}")
-            self._bar = Progress(*columns, *more, console=self.console, transient=True)
-            self._bar.add_task(name, total=steps, completed=done, text="", rate="")
-            self._bar.start()
-        try:
+        columns = ("[bold]{task.description}", BarColumn(bar_width=24), MofNCompleteColumn(), "{task.fields[rate]}")
+        more = (TimeRemainingColumn(), "{task.fields[text]}")
+        hidden = self.console is None or not self.console.is_terminal
+        with Progress(*columns, *more, console=self.console, transient=True, disable=hidden) as self._bar:
+            self._task = self._bar.add_task(name, total=steps, completed=done, text="", rate="")
             yield
-        finally:  # a bar left running would hide the terminal's cursor under the message of what went wrong
-            if self._bar is not None:
-                self._bar.stop()
-            self._bar = None
 
     def step(self, losses: dict[str, float] | None = None) -> None:
         """Count one step, with its losses by name."""
-        if self._bar is None:
-            return
-        [task] = self._bar.tasks
-        losses = losses or {}
+        losses, speed = losses or {}, self._bar.tasks[0].speed
         text = f"loss {losses['loss']:.3f}" if "loss" in losses else ""
         budget = f"  budget loss {losses['budget_loss']:.3g}" if "budget_loss" in losses else ""
-        rate = f"{task.speed:.1f} steps/s" if task.speed and losses else ""
-        self._bar.update(task.id, advance=1, text=f"{text}{budget}  {self._standing}", rate=rate)
+        rate = f"{speed:.1f} steps/s" if speed and losses else ""
+        self._bar.update(self._task, advance=1, text=f"{text}{budget}  {self._standing}", rate=rate)
 
     def stand(self, standing: dict[str, Any]) -> None:
         """Say how a search stands now: the expected cost against the target, and the layers at each kind."""

@@ -15,7 +15,6 @@ Every file is data: JSON, YAML or safetensors. Files are replaced as a whole, so
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import tempfile
@@ -28,16 +27,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spvit.architecture import Architecture
-from spvit.budget import TOLERANCE, human
 from spvit.checkpoint import read_weights, write_text, write_weights
-from spvit.cost import NetworkCost
-from spvit.errors import BudgetError, DataError, RunError, RunFolderError, SpvitError
+from spvit.errors import DataError, RunError, RunFolderError, SpvitError
 from spvit.repair.scores import Scores
 
 DENSE, SEARCH, FINETUNE = "dense", "search", "finetune"
 
-STATE_FORMAT = 2
-"""Version of the states; those of the first were pickles, which are not read."""
+STATE_FORMAT = 3
+"""Version of the states; those of others are not read, the first of which were pickles."""
 
 FIXED = (
     *("model", "model_args", "pretrained", "checkpoint", "data", "macs", "params", "seed", "architecture", "scores"),
@@ -119,13 +116,13 @@ class RunFolder:
             )
         tuned = self.has_begun(FINETUNE)
         decided = tuned or self.scores.exists() or self.architecture.exists() or self.has_begun(SEARCH)
-        for phase, over in ((DENSE, decided), (SEARCH, tuned)):
-            changed = _first_changed(getattr(before, phase, None), getattr(options, phase, None))
-            if over and changed is not None:
-                raise RunFolderError(
-                    f"output {self.path} has gone on from its {phase} phase, which had {phase}.{changed}; continue it "
-                    "with that, or name another folder"
-                )
+        for phase in [name for name, over in ((DENSE, decided), (SEARCH, tuned)) if over and hasattr(before, name)]:
+            for name, value in vars(getattr(before, phase)).items():
+                if value != getattr(getattr(options, phase), name):
+                    raise RunFolderError(
+                        f"output {self.path} has gone on from its {phase} phase, which had {phase}.{name} {value}; "
+                        "continue it with that, or name another folder"
+                    )
 
     # Metrics: one line of JSON each.
 
@@ -231,19 +228,6 @@ class RunFolder:
             )
         write_text(path, architecture.to_json())
 
-    def check_architecture(self, cost: NetworkCost, target: int) -> None:
-        """Raise BudgetError when the architecture that the run has written is not of the budget that is asked for."""
-        own = cost.of(Architecture.load(self.architecture))
-        if abs(own - target) > TOLERANCE * target:
-            raise BudgetError(
-                f"{self.architecture} has {human(own)} {cost.metric} ({own / cost.dense:.1%}), not the {human(target)} "
-                f"({target / cost.dense:.1%}) asked for; continue its run with its own budget, or name another folder"
-            )
-
-    def write_summary(self, figures: Mapping[str, Mapping[str, float]]) -> None:
-        """Write the figures of a compression's models."""
-        write_text(self.summary, json.dumps(figures, indent=2) + "\n")
-
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
@@ -263,11 +247,3 @@ def _way_to_decide(options: Any) -> str:
     """Return how a command decides what to keep, if it does."""
     searching = hasattr(options, SEARCH) and options.search.epochs > 0
     return "a search" if searching else "scores, without a search"
-
-
-def _first_changed(before: Any, settings: Any) -> str | None:
-    """Return the first setting of a phase that differs, with its former value."""
-    for field in dataclasses.fields(before) if before != settings else ():
-        if getattr(before, field.name) != getattr(settings, field.name):
-            return f"{field.name} {getattr(before, field.name)}"
-    return None

@@ -1,13 +1,86 @@
-"""Settings of a run and its phases; the attribute docstrings are the command line's help."""
+"""All settings of training: the attribute docstrings are the command line's help, and every value is checked here."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from spvit.errors import DataError
+from spvit.errors import DataError, RunFolderError
 from spvit.search.budget_loss import BUDGET_WEIGHT
 
-KINDS_OF_DISTILLATION = ("soft", "hard")
-LARGEST_SEED = 2**32
+CALIBRATION_IMAGES = 1024
+
+_NOT_NEGATIVE = (
+    *("epochs", "learning_rate", "weight_decay", "clip_gradient", "averaging_epochs", "budget_weight", "train_epochs"),
+    *("workers", "held_out", "repeated_augmentation"),
+)
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(_NOT_NEGATIVE, (0, math.inf)),
+    **dict.fromkeys(("log_every", "batch_size", "calibration_images"), (1, math.inf)),
+    **dict.fromkeys(("label_smoothing", "distillation", "budget_warmup"), (0, 1)),
+    "seed": (0, 2**32 - 1),
+}
+"""The least and the greatest value of settings by name."""
+_CHOICES = {"precision": ("fp32", "bf16"), "distillation_kind": ("soft", "hard")}
+
+
+def _check(settings: object, prefix: str = "") -> None:
+    """Raise DataError naming the first setting that is out of range."""
+    for name, value in vars(settings).items():
+        low, high = _RANGES.get(name, (0, 0))
+        if name in _RANGES and value is not None and not low <= value <= high:
+            most = "" if high == math.inf else f", at most {high}"
+            raise DataError(f"{prefix}{name} is {value}, expected {low} or more{most}")
+        if name in _CHOICES and value not in _CHOICES[name]:
+            raise DataError(f"{prefix}{name} is {value!r}, expected {' or '.join(_CHOICES[name])}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """How images are read, augmented and batched."""
+
+    batch_size: int = 64
+    """Images a step on each device."""
+    workers: int = 0
+    """Processes that read images beside the training process."""
+    root: str = "data"
+    """Folder of torchvision data sets: read from, or downloaded to."""
+    download: bool = True
+    """Whether a torchvision data set that is not under root may be downloaded."""
+    held_out: int = 0
+    """Training images to validate on in place of the validation images (0: use the validation images)."""
+    skip_corrupt: bool = False
+    """Leave out images that cannot be read, with a warning each, in place of stopping."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel (0 to 1); the model's own when absent."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel (0 to 1); the model's own when absent."""
+    crop: float | None = None
+    """Share of the resized image's side that evaluation crops from its centre; the model's own when absent."""
+    crop_scale: tuple[float, float] = (0.35, 1.0)
+    """Share of the image's area that a random training crop takes: least and most."""
+    crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    """Width by height of a random training crop: least and most."""
+    flip: float = 0.5
+    """Probability of mirroring a training image left to right."""
+    color_jitter: float = 0.0
+    """Strength of random changes of brightness, contrast and saturation (DeiT: 0.4)."""
+    auto_augment: str | None = None
+    """timm's automatic augmentation by name (DeiT: rand-m9-mstd0.5-inc1)."""
+    random_erasing: float = 0.0
+    """Probability of erasing a rectangle of a training image (DeiT: 0.25)."""
+    mixup: float = 0.0
+    """Alpha of mixup, 0 for none (DeiT: 0.8)."""
+    cutmix: float = 0.0
+    """Alpha of cutmix, 0 for none (DeiT: 1.0)."""
+    repeated_augmentation: int = 0
+    """Times that an image stands in a step, augmented differently, over all devices; an epoch keeps its number of
+    steps, with so many times fewer images (DeiT: 3). 0 for none."""
+
+    def __post_init__(self) -> None:
+        _check(self, "images.")
+        if self.crop is not None and not 0 < self.crop <= 1:
+            raise DataError(f"images.crop is {self.crop}, expected a share of the side: above 0, at most 1")
+        if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
+            raise DataError(f"images.batch_size is {self.batch_size}; mixup and cutmix need an even one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +95,7 @@ class LoopConfig:
     """Steps between two lines of metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        """Raise DataError when a value is out of range."""
-        if not 0 <= self.seed < LARGEST_SEED:
-            raise DataError(f"seed is {self.seed}, expected 0 or more, below {LARGEST_SEED}")
-        if self.precision not in ("fp32", "bf16"):
-            raise DataError(f"precision is {self.precision!r}, expected fp32 or bf16")
-        if self.log_every < 1:
-            raise DataError(f"log_every is {self.log_every}, expected 1 or more")
+        _check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +132,20 @@ class PhaseConfig:
     keep_best: bool = False
     """Keep the weights with the best validation accuracy, including those from before the phase."""
 
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.teacher is not None and self.distillation == 0:
+            raise DataError(
+                f"the teacher is {self.teacher}, but distillation is 0; give its share of the loss, such as 0.5"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(PhaseConfig):
     """Settings of the search."""
 
     gate_learning_rate: float | None = None
-    """Constant learning rate of the gate logits (an AdamW of their own, without decay). When absent, such that rate x
+    """Constant learning rate of the gate logits, which do not decay. When absent, such that rate x
     steps is 12.5 as in the published DeiT search, but at most 0.05."""
     # A weight that is whole from the start closes gates by the dozen before the task has said which it needs
     # (docs/experiments/search-settings.md).
@@ -84,29 +158,61 @@ class SearchConfig(PhaseConfig):
     temperature: float | None = None
     """Temperature of the published head mix (alpha); the family's own when absent."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep_best:
+            raise DataError("keep_best is on for the search, whose most accurate weights are those with all gates open")
 
-def check_settings(settings: PhaseConfig) -> None:
-    """Raise DataError naming the first setting that is out of range."""
-    ranges: list[tuple[str, float, float]] = [
-        ("epochs", 0, math.inf),
-        ("learning_rate", 0, math.inf),
-        ("label_smoothing", 0, 1),
-        ("distillation", 0, 1),
-        ("clip_gradient", 0, math.inf),
-        ("weight_decay", 0, math.inf),
-        ("averaging_epochs", 0, math.inf),
-    ]
-    if isinstance(settings, SearchConfig):
-        ranges += [("budget_weight", 0, math.inf), ("budget_warmup", 0, 1)]
-    for name, low, high in ranges:
-        value = getattr(settings, name)
-        if not low <= value <= high:
-            raise DataError(f"{name} is {value}, expected {low} or more" + (f", at most {high}" if high == 1 else ""))
-    if isinstance(settings, SearchConfig) and settings.keep_best:
-        raise DataError("keep_best is on for the search, whose most accurate weights are those with all gates open")
-    if settings.distillation_kind not in KINDS_OF_DISTILLATION:
-        raise DataError(f"distillation_kind is {settings.distillation_kind!r}, expected soft or hard")
-    if settings.teacher is not None and settings.distillation == 0:
-        raise DataError(
-            f"the teacher is {settings.teacher}, but distillation is 0; give its share of the loss, such as 0.5"
+
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig(LoopConfig):
+    """Settings of a whole compression."""
+
+    dense: PhaseConfig = field(default_factory=lambda: PhaseConfig(epochs=0))
+    """Training of the dense model beforehand, for a model that is not trained on these images yet."""
+    search: SearchConfig = field(default_factory=lambda: SearchConfig(epochs=0))
+    """The search for what to keep; with 0 epochs scores decide, without training."""
+    finetune: PhaseConfig = field(
+        # A constant rate explores and the average from the repaired weights on gathers, at any length; a schedule that
+        # ends low gains less, and a short one may lose (docs/experiments/fine-tuning.md).
+        default_factory=lambda: PhaseConfig(
+            minimum_learning_rate=PhaseConfig.learning_rate,
+            warmup_epochs=0.2,
+            distillation=0.5,
+            averaging_epochs=1.0,
+            keep_best=True,
         )
+    )
+    """Training of the pruned model."""
+    train_epochs: int | None = None
+    """Epochs of fine-tuning, in place of those of `finetune`; 0 trains nothing, and so allows no search."""
+    repair: bool = True
+    """Whether what pruning broke is repaired in closed form, from calibration images."""
+    calibration_images: int = CALIBRATION_IMAGES
+    """Training images for scores and repair; their labels are not used."""
+    scores: str | None = None
+    """A run folder whose scores to decide by, for another budget; when absent the model is scored."""
+    initialise: str = "host"
+    """Weights of the pruned model after a search: those of the `host`, as published (and then repaired), or of the
+    `search`."""
+    multiple: int | None = None
+    """FFN widths and ranks of attention are multiples of it; when absent 8, or less for very small models."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.initialise not in ("search", "host"):
+            raise RunFolderError(f"initialise is {self.initialise!r}, expected search or host")
+        if self.scores is not None and (self.search.epochs > 0 or self.dense.epochs > 0):
+            raise RunFolderError(
+                f"scores {self.scores} are of the model as it is, and decide without a search; leave them out, or "
+                "dense.epochs and search.epochs"
+            )
+        if self.train_epochs == 0 and self.search.epochs > 0:
+            raise RunFolderError(
+                f"nothing is to be trained, but search.epochs is {self.search.epochs}; leave one of the two out"
+            )
+
+    @property
+    def finetuning(self) -> PhaseConfig:
+        """The settings of `finetune`, with the epochs of `train_epochs` if given."""
+        return self.finetune if self.train_epochs is None else replace(self.finetune, epochs=self.train_epochs)
