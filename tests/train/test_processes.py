@@ -14,12 +14,15 @@ from spvit.cli.main import main
 from training import GREY, MODEL, MODEL_ARGS, image_folder, micro_host, states_equal
 
 
-def launched(*words: str) -> str:
-    """Run a command of spvit in two processes and return what they print."""
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port), "-m", "spvit.cli"]
+        return str(free.getsockname()[1])
+
+
+def launched(*words: str) -> str:
+    """Run a command of spvit in two processes and return what they print."""
+    launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), "-m", "spvit.cli"]
     done = subprocess.run(
         [sys.executable, "-m", *launcher, *words],
         stdout=subprocess.PIPE,
@@ -62,3 +65,25 @@ def test_images_that_cannot_be_read_are_left_out_of_every_process_alike(tmp_path
     launched(*words, "--output", str(tmp_path / "run"))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["images"] for line in lines if line["event"] == "evaluation"] == [9]
+
+
+def test_the_others_end_with_the_message_of_the_first_that_fails(tmp_path: Path) -> None:
+    """Without a launcher that would end them: each process is on its own."""
+    spvit.save(micro_host(), tmp_path / "host", preprocessing=GREY)
+    words = ["compress", "--model", str(tmp_path / "host"), "--data", "digits", "--calibration_images", "1"]
+    own = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "spvit.cli", *words, "--output", str(tmp_path / "run")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **own, "RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"},
+        )
+        for rank in ("0", "1")
+    ]
+    texts = [process.communicate(timeout=120)[0] for process in started]
+    assert "one calibration image is too few to fit and measure" in texts[0]
+    assert "the first process failed: one calibration image is too few to fit and measure" in texts[1]
+    assert 0 not in [process.returncode for process in started]
+    assert not (tmp_path / "run").exists()

@@ -77,7 +77,7 @@ def test_teacher_gets_the_same_pixels_in_its_own_normalisation() -> None:
 
 def test_folder_of_another_size_teaches(tmp_path: Path) -> None:
     images = digits()
-    teacher = open_teacher(folder(tmp_path / "teacher", img_size=16), 10, images.preprocessing)
+    teacher = open_teacher(folder(tmp_path / "teacher", img_size=16), images.classes, images.preprocessing)
     batch = torch.stack([images.validation[index][0] for index in range(4)])
     assert teacher(batch).shape == (4, 10)
     assert not teacher.training
@@ -91,7 +91,7 @@ def test_folder_of_another_size_teaches(tmp_path: Path) -> None:
 def test_timm_model_of_any_family_teaches_and_stays_as_it_is(tmp_path: Path, convolutional: str, kind: str) -> None:
     images = digits()
     batch = torch.stack([images.validation[index][0] for index in range(128)])
-    before = open_teacher(convolutional, 10, images.preprocessing)
+    before = open_teacher(convolutional, images.classes, images.preprocessing)
     assert before.size is None
     guidance, student = before(batch), micro_host(seed=1)
 
@@ -106,7 +106,7 @@ def test_timm_model_of_any_family_teaches_and_stays_as_it_is(tmp_path: Path, con
     settings = short(2, distillation=1.0, distillation_kind=kind, teacher=convolutional)
     run_phase(Phase("finetune", student, settings), run_in(tmp_path, images))
     assert disagreement() < 0.95 * apart
-    after = open_teacher(convolutional, 10, images.preprocessing)
+    after = open_teacher(convolutional, images.classes, images.preprocessing)
     assert states_equal(before, after)
     assert not any(parameter.requires_grad for parameter in after.parameters())
 

@@ -171,7 +171,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_state(tmp_path: Path) 
     with pytest.raises(RunError, match=r"loss became nan at step 12 of search \(epoch 2\).*learning rate.*gate logits"):
         run_phase(phase, run_in(tmp_path, digits()))
     hook.remove()
-    assert [path.name for path in (tmp_path / "state" / "search").iterdir()] == ["epoch-0001"]
+    assert [path.name for path in (tmp_path / "state" / "search").iterdir()] == ["epoch-0001.safetensors"]
     run_phase(search_phase(2), run_in(tmp_path, digits()))
 
 
@@ -352,7 +352,7 @@ def test_averaged_and_best_weights_survive_a_kill(tmp_path: Path, settings: dict
     with pytest.raises(Killed):
         run_phase(Phase("dense", models["cut"], short(3, **settings)), run_in(tmp_path / "cut", images))
     hook.remove()
-    assert (tmp_path / "cut" / "state" / "dense" / "epoch-0001").is_dir()
+    assert (tmp_path / "cut" / "state" / "dense" / "epoch-0001.safetensors").is_file()
     again = micro_host(seed=1)
     assert run_phase(Phase("dense", again, short(3, **settings)), run_in(tmp_path / "cut", images)) == whole
     assert states_equal(again, models["whole"])

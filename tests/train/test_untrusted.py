@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 import spvit
 from spvit.cli.main import main
@@ -123,13 +124,11 @@ def test_settings_name_plain_arguments_only(tmp_path: Path, marker: Path) -> Non
 def test_a_state_is_never_unpickled(tmp_path: Path, marker: Path) -> None:
     run_phase(Phase("dense", micro_host(), short(1, keep_best=True)), run_in(tmp_path, digits()))
     states = tmp_path / "state" / "dense"
-    assert {path.name for path in states.iterdir()} == {"best.json", "best.safetensors", "epoch-0001"}
-    assert {path.name for path in (states / "epoch-0001").iterdir()} == {"state.json", "state.safetensors"}
+    assert {path.name for path in states.iterdir()} == {"best.safetensors", "epoch-0001.safetensors"}
     for content in pickles(marker):
-        for name in ("epoch-0001/state.safetensors", "best.safetensors"):
+        for name in ("epoch-0001.safetensors", "best.safetensors"):
             kept = (states / name).read_bytes()
             (states / name).write_bytes(content)
-            (states / "best.json").write_text('{"epoch": 1, "accuracy": 2.0}')
             with pytest.raises(CheckpointError, match="is damaged or not a safetensors file"):
                 run_phase(Phase("dense", micro_host(), short(1, keep_best=True)), run_in(tmp_path, digits()))
             (states / name).write_bytes(kept)
@@ -140,17 +139,17 @@ def test_a_state_of_a_former_version_is_refused(tmp_path: Path, marker: Path) ->
     state.mkdir(parents=True)
     for name in ("optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", "scheduler.bin", "sampler.bin"):
         (state / name).write_bytes(pickles(marker)[1])
-    (state / "figures.json").write_text("{}")
-    for text in (None, "{}", '{"format": 1}'):
-        if text is not None:
-            (state / "state.json").write_text(text)
+    file = state.with_name("epoch-0002.safetensors")
+    for metadata in (None, {"format": "pt"}, {"spvit": "{}"}, {"spvit": '{"format": 1}'}):
+        if metadata is not None:
+            save_file({"weight": torch.zeros(1)}, file, metadata=metadata)
         with pytest.raises(
             RunFolderError, match=r"a run of another version of spvit.*begin the run again in another fol"
         ):
             run_phase(Phase("dense", micro_host(), short(2)), run_in(tmp_path, digits()))
-    for text in ("__import__('os')", "[]"):
-        (state / "state.json").write_text(text)
-        with pytest.raises(RunFolderError, match=r"state\.json is damaged"):
+    for text in ("__import__('os')", "[1]"):
+        save_file({"weight": torch.zeros(1)}, file, metadata={"spvit": text})
+        with pytest.raises(CheckpointError, match=r"epoch-0002\.safetensors is damaged"):
             run_phase(Phase("dense", micro_host(), short(2)), run_in(tmp_path, digits()))
 
 

@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(problems, str(error).split("DataError: ")[-1], 2)
     except KeyboardInterrupt:
         return _complain(problems, "interrupted; a run that has saved a state continues with --resume", 130)
+    processes().destroy_process_group()  # or its threads may end the interpreter with an error
     return 0
 
 

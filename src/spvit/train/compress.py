@@ -35,10 +35,7 @@ from spvit.train.settings import CompressConfig, ImageConfig, SearchConfig
 
 @dataclass(frozen=True)
 class Compressed:
-    """A compression: the folded model, the host as its dense phase left it, and the figures of each.
-
-    `after_pruning` are those of the pruned model before fine-tuning, `pruned` at the end.
-    """
+    """The folded model and the host as its dense phase left it, with figures: dense, just pruned, and at the end."""
 
     model: nn.Module
     host: nn.Module
@@ -100,9 +97,8 @@ def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: R
         dense_figures = figures_of(dense, run.images, config)
         run.progress.note(f"dense model: accuracy {dense_figures.accuracy:.2%}")
     net, searching = None, config.search.epochs > 0
-    calibrating: list[Tensor] = []
-    if config.repair or not searching:
-        calibrating = calibration(run.images, config.seed, config.calibration_images)
+    needed = config.repair or not searching
+    calibrating = calibration(run.images, config.seed, config.calibration_images) if needed else []
     if searching:
         net, architecture = search(dense, limits, config.search, run, config.multiple)
     else:
@@ -124,10 +120,7 @@ def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: R
 def check_compress(
     host: nn.Module, budget: Budget, config: CompressConfig, run: Run, weights: bool = True
 ) -> dict[str, int]:
-    """Refuse a compression that cannot work before anything is trained; return its budget, and open its teachers.
-
-    Without `weights` those of the teachers are not loaded, nor is the host expected to have its own.
-    """
+    """Refuse what cannot work before anything is trained; return the budget, and open the teachers, with `weights`."""
     limits = check_decision(host, budget, config.multiple)
     if config.scores is not None:
         scores = Scores.load(config.scores)
@@ -148,10 +141,7 @@ def check_decision(host: nn.Module, budget: Budget, multiple: int | None) -> dic
 def search(
     host: nn.Module, limits: dict[str, Any], settings: SearchConfig, run: Run, multiple: int | None = None
 ) -> tuple[nn.Module, Architecture]:
-    """Search a host, which stays as it is, within limits such as `{"macs": "50%"}`.
-
-    Returns the searched network and the architecture, which the run folder keeps.
-    """
+    """Return the searched network of a host and its architecture, within limits such as `{"macs": "50%"}`."""
     set_seed(run.config.seed)
     phase = search_phase(host, limits, settings)
     run_phase(phase, run)
@@ -168,11 +158,10 @@ def calibration(images: Images, seed: int, count: int) -> list[Tensor]:
     """Return `count` training images, drawn by the seed, as batches [B, channels, height, width]."""
     set_seed(seed)
     batches: list[Tensor] = []
-    missing = count
     for batch, _ in training_loader(images):
-        batches.append(batch[:missing])
-        missing -= len(batches[-1])
-        if missing == 0:
+        batches.append(batch[:count])
+        count -= len(batches[-1])
+        if count == 0:
             break
     return batches
 

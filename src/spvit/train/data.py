@@ -27,23 +27,16 @@ from spvit.train.settings import ImageConfig
 
 DIGITS = "digits"
 DIGITS_HELD_OUT = 360
-UNREAD = -1
-"""Class of a validation image that is left out."""
-
-Items = Any
-"""A sequence of (path, array or PIL image, class)."""
-Found = tuple[Items, Items, tuple[str, ...]]
-"""Training and validation items, and the names of the classes."""
+UNREAD = -1  # class of a validation image that is left out
+Items = Any  # a sequence of (path, array or PIL image, class)
+Found = tuple[Items, Items, tuple[str, ...]]  # training and validation items, and the names of the classes
 
 logger = logging.getLogger("spvit")
 
 
 @dataclass(frozen=True)
 class Images:
-    """Training and validation images with their classes.
-
-    Items are (transformed image, class index), or None for an image that cannot be read and is left out.
-    """
+    """Training and validation images: (transformed image, class index), or None for one that cannot be read."""
 
     train: Dataset[Any]
     validation: Dataset[Any]
@@ -67,39 +60,24 @@ class TransformedImages(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
         source, target = self.items[index]
         try:
-            image = _opened(source).convert("L" if self.channels == 1 else "RGB")
+            image: Any = Image.open(source) if isinstance(source, (str, Path)) else source
+            image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+            image = image.convert("L" if self.channels == 1 else "RGB")
         except (OSError, SyntaxError, ValueError) as error:
-            reason = _first_line(error)
+            message = f"image {source} cannot be read ({_first_line(error)})"
             if not self.skip_corrupt:
-                raise DataError(
-                    f"image {source} cannot be read ({reason}); remove it, or pass --images.skip_corrupt true"
-                ) from error
-            logger.warning("left out: image %s cannot be read (%s)", source, reason)
+                raise DataError(f"{message}; remove it, or pass --images.skip_corrupt true") from error
+            logger.warning("left out: %s", message)
             return None
         return self.transform(image), int(target)
-
-
-def _opened(source: Any) -> Image.Image:
-    if isinstance(source, (str, Path)):
-        with Image.open(source) as image:
-            image.load()
-            return image
-    return Image.fromarray(source) if isinstance(source, np.ndarray) else source
 
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-# Where images come from.
-
-
 def find_images(source: str, config: ImageConfig) -> Found:
-    """Return the images of a folder with `train/` and `val/`, a torchvision data set by name, or `digits`.
-
-    Raises:
-        DataError: nothing is found, or a class is missing or empty.
-    """
+    """Return the images of a folder with `train/` and `val/`, a torchvision data set by name, or `digits`."""
     if source == DIGITS:
         return _digits()
     return _folder(Path(source)) if Path(source).is_dir() else _torchvision(source, config)
@@ -126,8 +104,8 @@ def _folder(folder: Path) -> Found:
         try:
             splits[split] = torchvision.datasets.ImageFolder(folder / split)
         except FileNotFoundError as error:
-            reason = str(error).rstrip(".")
-            raise DataError(f"{folder / split}: {reason}; expected a folder of images for each class") from error
+            problem = f"{folder / split}: {str(error).rstrip('.')}"
+            raise DataError(f"{problem}; expected a folder of images for each class") from error
     for here, there in (("train", "val"), ("val", "train")):
         missing = next((name for name in splits[here].classes if name not in splits[there].classes), None)
         if missing is not None:
@@ -158,27 +136,19 @@ def _torchvision(name: str, config: ImageConfig) -> Found:
     return train, validation, tuple(str(item) for item in classes)
 
 
-# How they are prepared for a model.
-
-
 def load_images(source: str, config: ImageConfig, size: tuple[int, int, int], preprocessing: Preprocessing) -> Images:
-    """Return the images that `find_images` finds, as `images_of` prepares them. Raises DataError as both do."""
+    """Return the images that `find_images` finds, as `images_of` prepares them."""
     return images_of(find_images(source, config), config, size, preprocessing)
 
 
 def images_of(found: Found, config: ImageConfig, size: tuple[int, int, int], preprocessing: Preprocessing) -> Images:
-    """Return images for a model that takes (channels, height, width), augmented and normalised.
-
-    What the settings say takes precedence over the preprocessing. Raises DataError when they do not fit.
-    """
+    """Return images for a model of (channels, height, width), normalised as it asks or as the settings say instead."""
     given = {name: getattr(config, name) for name in ("mean", "std", "crop")}
     preprocessing = replace(preprocessing, **{name: value for name, value in given.items() if value})
-    for name in ("mean", "std"):
-        if len(getattr(preprocessing, name)) != size[0]:
-            raise DataError(
-                f"images.{name} has {len(getattr(preprocessing, name))} values, but the model takes {size[0]} "
-                "channels; give one a channel"
-            )
+    for name, values in (("mean", preprocessing.mean), ("std", preprocessing.std)):
+        if len(values) != size[0]:
+            takes = f"but the model takes {size[0]} channels; give one a channel"
+            raise DataError(f"images.{name} has {len(values)} values, {takes}")
     training, evaluation = transforms(config, size, preprocessing)
     train_items, validation_items, classes = found
     train, validation = (
@@ -199,18 +169,10 @@ def transforms(config: ImageConfig, size: tuple[int, int, int], preprocessing: P
     """Return timm's training and evaluation transforms of PIL images to tensors [channels, height, width]."""
     shared = {name: getattr(preprocessing, name) for name in ("interpolation", "mean", "std")}
     try:
-        training = create_transform(
-            size,
-            is_training=True,
-            scale=config.crop_scale,
-            ratio=config.crop_ratio,
-            hflip=config.flip,
-            color_jitter=config.color_jitter,
-            auto_augment=config.auto_augment,
-            re_prob=config.random_erasing,
-            re_mode="pixel",
-            **shared,
-        )
+        crops = {"scale": config.crop_scale, "ratio": config.crop_ratio, "hflip": config.flip}
+        colors = {"color_jitter": config.color_jitter, "auto_augment": config.auto_augment}
+        erasing = {"re_prob": config.random_erasing, "re_mode": "pixel"}
+        training = create_transform(size, is_training=True, **crops, **colors, **erasing, **shared)
     except (AssertionError, ValueError) as error:
         if config.auto_augment is None:
             raise
@@ -231,41 +193,24 @@ def _posterize(image: Image.Image, bits: int, **others: Any) -> Any:
     return posterize(image, max(1, bits), **others)
 
 
-def mixup_of(config: ImageConfig, classes: int, smoothing: float) -> Callable[[Tensor, Tensor], Any] | None:
+def mixup_of(config: ImageConfig, classes: int, smoothing: float) -> Any:
     """Return timm's mixup/cutmix of a batch, which makes soft targets, or None when neither is asked for."""
-    if config.mixup <= 0 and config.cutmix <= 0:
-        return None
-    mixup: Callable[[Tensor, Tensor], Any] = Mixup(
-        mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=smoothing, num_classes=classes
-    )
-    return mixup
-
-
-# In batches.
+    alphas = {"mixup_alpha": config.mixup, "cutmix_alpha": config.cutmix}
+    return Mixup(**alphas, label_smoothing=smoothing, num_classes=classes) if max(alphas.values()) > 0 else None
 
 
 def training_loader(images: Images, sampler: Sampler[int] | None = None, processes: int = 1) -> DataLoader[Any]:
-    """Return the loader of the training images in whole batches: as a sampler draws them, or shuffled, each once.
-
-    Raises:
-        DataError: there are too few for a batch of every process.
-    """
+    """Return the loader of the training images in whole batches: as a sampler draws them, or shuffled, each once."""
     count: int = len(images.train)  # type: ignore[arg-type]
-    if count < images.config.batch_size * processes:
-        each = "" if processes == 1 else f" times {processes} processes"
-        raise DataError(
-            f"there are {count} training images, fewer than images.batch_size {images.config.batch_size}{each}"
-        )
+    size, each = images.config.batch_size, "" if processes == 1 else f" times {processes} processes"
+    if count < size * processes:
+        raise DataError(f"there are {count} training images, fewer than images.batch_size {size}{each}")
     order: dict[str, Any] = {"shuffle": True} if sampler is None else {"sampler": sampler}
     return DataLoader(images.train, drop_last=True, collate_fn=_stacked, **order, **_loading(images.config))
 
 
 def repeated_loader(images: Images, processes: int, process: int) -> DataLoader[Any]:
-    """Return the loader of one process's share of the training images with repeated augmentation.
-
-    The repeats of an image go to different processes as far as there are any, in the same step. Each epoch its order
-    comes from the sampler's `set_epoch`.
-    """
+    """Return the loader of a process's training images where the repeats of one go to different processes in a step."""
     repeats = images.config.repeated_augmentation
     sampler = RepeatAugSampler(images.train, processes, process, num_repeats=repeats, selected_round=0)
     return training_loader(images, sampler, processes)

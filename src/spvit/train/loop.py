@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from spvit.architecture import KINDS
-from spvit.checkpoint import fit_state
+from spvit.checkpoint import fit_state, read_weights
 from spvit.errors import DataError, RunError
 from spvit.hosts.host import logits_of
 from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import gate_parameters
 from spvit.train.data import UNREAD, Images, mixup_of, repeated_loader, training_loader, validation_loader
-from spvit.train.losses import distillation_loss, hard_distillation_loss, open_teacher, task_loss
-from spvit.train.optimizers import GATES, WEIGHTS, learning_rate_at, load_tensors, optimizer_of, tensors_of
+from spvit.train.losses import agreement_loss, open_teacher, task_loss
+from spvit.train.optimizers import WEIGHTS, learning_rate_at, load_tensors, optimizer_of, tensors_of
 from spvit.train.processes import by_the_first, make_accelerator
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import RunFolder
@@ -47,8 +47,7 @@ class Run:
     def teacher(self, name: str, weights: bool = True) -> nn.Module:
         """Return the teacher of a name. Raises ModelError, CheckpointError or DataError when it cannot teach."""
         if name not in self.teachers:
-            classes = len(self.images.classes)
-            self.teachers[name] = open_teacher(name, classes, self.images.preprocessing, weights)
+            self.teachers[name] = open_teacher(name, self.images.classes, self.images.preprocessing, weights)
         return self.teachers[name]
 
 
@@ -65,11 +64,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How well a model does on the validation images.
-
-    The shares of images, 0 to 1, whose class is the first guess, and among the first five; the mean cross entropy; and
-    the number of images.
-    """
+    """Shares of images, 0 to 1, whose class is the first guess, and among five; mean cross entropy; and how many."""
 
     accuracy: float
     accuracy_top5: float
@@ -112,12 +107,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def run_phase(phase: Phase, run: Run) -> Evaluation:
-    """Train a phase's model in place, from the last saved state if the folder has one; return its final figures.
-
-    Raises:
-        RunError: the loss is not finite; the last saved state stays.
-        DataError: there is no teacher to distil from, or an image cannot be read.
-    """
+    """Train a phase's model in place, from the last saved state if the folder has one; return its final figures."""
     return Loop(phase, run).run()
 
 
@@ -125,37 +115,36 @@ class Loop:
     """A phase under way: its parts on their devices, and one step after another."""
 
     def __init__(self, phase: Phase, run: Run) -> None:
-        self.phase, self.settings = phase, phase.config
+        self.phase = phase
+        self.settings = settings = phase.config
         self.folder, self.config, self.progress = run.folder, run.config, run.progress
         self.accelerator = make_accelerator()
-        self.mixup = mixup_of(run.images.config, len(run.images.classes), phase.config.label_smoothing)
+        self.mixup = mixup_of(run.images.config, len(run.images.classes), settings.label_smoothing)
         self.train = _prepared_loader(run.images, self.accelerator)
-        self.total = max(1, phase.config.epochs * len(self.train))
-        self.model, self.validation, self.optimizer = self.accelerator.prepare(
-            phase.model, validation_loader(run.images), optimizer_of(phase.model, phase.config, self.total)
-        )
+        self.total = max(1, settings.epochs * len(self.train))
+        optimizer, validation = optimizer_of(phase.model, settings, self.total), validation_loader(run.images)
+        self.model, self.validation, self.optimizer = self.accelerator.prepare(phase.model, validation, optimizer)
         self.teacher = self._teacher(run)
         self.batch = run.images.config.batch_size * self.accelerator.num_processes
-        self.scale = self.batch / phase.config.reference_batch if phase.config.reference_batch else 1.0
+        self.scale = self.batch / settings.reference_batch if settings.reference_batch else 1.0
+        warmup = int(settings.warmup_epochs * len(self.train))
+        self.rates = warmup, settings.learning_rate, settings.minimum_learning_rate
         self.average: ModelEmaV3 | None = None
         # The same weights: evaluated by all processes, and saved by the first.
         self.judged, self.kept = self.model, phase.model
-        if phase.config.averaging_epochs > 0:
+        if settings.averaging_epochs > 0:
             # After so many epochs as the average reaches back, 1/e of it is left of where it started.
-            decay = math.exp(-1 / (phase.config.averaging_epochs * len(self.train)))
-            self.average = ModelEmaV3(phase.model, decay=decay)
+            self.average = ModelEmaV3(phase.model, decay=math.exp(-1 / (settings.averaging_epochs * len(self.train))))
             self.judged = self.kept = self.average.module
 
     def _teacher(self, run: Run) -> nn.Module | None:
-        if self.settings.distillation == 0:
+        share, named, phase = self.settings.distillation, self.settings.teacher, self.phase.name
+        if share == 0:
             return None
-        named, name = self.settings.teacher, self.phase.name
         teacher = self.phase.teacher if named is None else run.teacher(named)
         if teacher is None:
-            raise DataError(
-                f"{name}.distillation is {self.settings.distillation}, but there is no teacher; name a teacher with "
-                f"--{name}.teacher, or leave distillation out"
-            )
+            advice = f"name a teacher with --{phase}.teacher, or leave distillation out"
+            raise DataError(f"{phase}.distillation is {share}, but there is no teacher; {advice}")
         return teacher.to(self.accelerator.device).eval()
 
     def run(self) -> Evaluation:
@@ -167,19 +156,17 @@ class Loop:
             for epoch in range(done, epochs):
                 self._epoch(epoch)
                 figures = self._evaluate(epoch + 1)
-                standing = self._standing()
-                self._record({"event": "evaluation", "epoch": epoch + 1, **vars(figures), **standing})
+                self._record("evaluation", epoch, vars(figures))
                 self._save(epoch + 1, figures)
-                self.progress.stand(standing)
                 self.progress.epoch(epoch + 1, epochs, figures.accuracy)
         figures = self._evaluate() if figures is None else figures
         if self.kept is not self.phase.model:
             self.phase.model.load_state_dict(self.kept.state_dict())
-        best = self.folder.best(self.phase.name) if self.settings.keep_best else None
-        if best is not None and best["accuracy"] > figures.accuracy:
-            fit_state(self.phase.model, self.folder.best_weights(self.phase.name), "of the best weights")
+        epoch, accuracy, best = self.folder.best(self.phase.name)
+        if self.settings.keep_best and accuracy > figures.accuracy:
+            fit_state(self.phase.model, read_weights(best), "of the best weights")
             figures = evaluate(self.phase.model, self.validation, self.accelerator, self.config.precision)
-            which = f"epoch {best['epoch']}" if best["epoch"] > 0 else "what it started from"
+            which = f"epoch {epoch}" if epoch > 0 else "what it started from"
             self.progress.note(f"{self.phase.name}: {which} was the best on the validation images and is kept")
         self.accelerator.free_memory()
         return figures
@@ -211,14 +198,13 @@ class Loop:
             self.progress.step(values)
             if (step + 1) % self.config.log_every == 0 or index + 1 == len(self.train):
                 rate = self.batch * (index + 1) / (time.perf_counter() - started)
-                standing = self._standing()
-                self.progress.stand(standing)
-                self._record({"event": "step", "epoch": epoch + 1, "step": step + 1, **values, **standing,
-                              "learning_rate": self._rate(WEIGHTS), "images_per_s": round(rate, 2)})  # fmt: skip
+                more = {"learning_rate": self.optimizer.param_groups[0]["lr"], "images_per_s": round(rate, 2)}
+                self._record("step", epoch, {"step": step + 1, **values, **more})
 
     def step(self, images: Tensor, targets: Tensor, step: int) -> dict[str, float]:
         """Take one optimizer step on images [B, channels, height, width] and targets [B]; return its losses by name."""
-        self._set_learning_rates(step)
+        for group in self.optimizer.param_groups[WEIGHTS]:
+            group["lr"] = self.scale * learning_rate_at(step, self.total, *self.rates)
         labels = targets
         if self.mixup is not None and len(images) % 2 == 0:
             images, labels = self.mixup(images, targets)
@@ -226,7 +212,9 @@ class Loop:
             logits = logits_of(self.model(images)).float()
         loss = task_loss(logits, labels, self.settings.label_smoothing)
         if self.teacher is not None:
-            agreement = self._agreement(self.teacher, logits, images)
+            with torch.no_grad(), autocast(self.accelerator.device, self.config.precision):
+                guidance = logits_of(self.teacher(images)).float()
+            agreement = agreement_loss(logits, guidance, self.settings)
             loss = (1 - self.settings.distillation) * loss + self.settings.distillation * agreement
         values = {"task_loss": loss.detach()}
         if self.phase.budget is not None:
@@ -248,28 +236,10 @@ class Loop:
             self.average.update(self.phase.model)
         return figures
 
-    def _agreement(self, teacher: nn.Module, logits: Tensor, images: Tensor) -> Tensor:
-        """Return how far the student's logits are from what the teacher makes of the same images, a scalar."""
-        with torch.no_grad(), autocast(self.accelerator.device, self.config.precision):
-            guidance = logits_of(teacher(images)).float()
-        if self.settings.distillation_kind == "hard":
-            return hard_distillation_loss(logits, guidance)
-        return distillation_loss(logits, guidance, self.settings.distillation_temperature)
-
     def _budget_share(self, step: int) -> float:
         """Return the share of its weight that the budget loss has in a step."""
         warmup = self.total * getattr(self.settings, "budget_warmup", 0.0)
         return min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
-
-    def _set_learning_rates(self, step: int) -> None:
-        peak, minimum = self.settings.learning_rate, self.settings.minimum_learning_rate
-        warmup = int(self.settings.warmup_epochs * len(self.train))
-        for group in self.optimizer.param_groups[WEIGHTS]:
-            group["lr"] = self.scale * learning_rate_at(step, self.total, warmup, peak, minimum)
-
-    def _rate(self, groups: slice) -> float:
-        rate: float = self.optimizer.param_groups[groups][0]["lr"]
-        return rate
 
     def _standing(self) -> dict[str, Any]:
         """Return how a search stands: its cost against the target (shares of the dense cost), and layers by kind."""
@@ -282,9 +252,11 @@ class Loop:
         target = round(budget.target / budget.cost.dense, 5)
         return {"cost": round(cost, 5), "target": target, "kinds": {kind: kinds.get(kind, 0) for kind in KINDS}}
 
-    def _record(self, values: dict[str, Any]) -> None:
+    def _record(self, event: str, epoch: int, values: dict[str, Any]) -> None:
+        standing = self._standing()
+        self.progress.stand(standing)
         if self.accelerator.is_main_process:
-            self.folder.record(self.phase.name, values)
+            self.folder.record({"phase": self.phase.name, "event": event, "epoch": epoch + 1, **values, **standing})
 
     def _parts(self) -> dict[str, Any]:
         """Return what a state holds: the models and the optimizer, by name."""
@@ -311,17 +283,18 @@ class Loop:
         return done, Evaluation(**figures) if figures else None
 
     def _stop_diverged(self, loss: float, step: int) -> None:
-        standing, name = "", self.phase.name
+        name, (weights, _, *gates) = self.phase.name, self.optimizer.param_groups
+        standing = ""
         if self.phase.budget is not None:
             logits = torch.cat([parameter.detach().flatten() for parameter in gate_parameters(self.phase.model)])
             kinds = ", ".join(f"{count} {kind}" for kind, count in self._standing()["kinds"].items())
-            gates = f"gate logits {logits.min().item():.3g} to {logits.max().item():.3g}"
-            standing = f", attention {kinds}, {gates}, gate learning rate {self._rate(GATES):.3g}"
+            standing = f", attention {kinds}, gate logits {logits.min().item():.3g} to {logits.max().item():.3g}"
+            standing += "".join(f", gate learning rate {group['lr']:.3g}" for group in gates)
         saved = self.folder.newest_state(name)
         kept = f"the last good state is {saved}" if saved else "no epoch was finished yet"
         raise RunError(
             f"the loss became {loss} at step {step + 1} of {name} (epoch {step // len(self.train) + 1}): learning rate "
-            f"{self._rate(WEIGHTS):.3g}{standing}; {kept}; lower --{name}.learning_rate and continue with --resume"
+            f"{weights['lr']:.3g}{standing}; {kept}; lower --{name}.learning_rate and continue with --resume"
         )
 
 

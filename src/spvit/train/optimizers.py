@@ -23,13 +23,12 @@ WEIGHTS, GATES = slice(0, 2), slice(2, None)
 
 def optimizer_of(model: nn.Module, settings: PhaseConfig, steps: int) -> AdamW:
     """Return AdamW for a phase of so many steps; a search trains the gate logits too, at a constant rate."""
-    gates = gate_parameters(model) if isinstance(settings, SearchConfig) else []
-    own = {id(parameter) for parameter in gates}
     groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=undecayed(model))
-    for group in groups:
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
     if isinstance(settings, SearchConfig):
-        rate = settings.gate_learning_rate
+        gates, rate = gate_parameters(model), settings.gate_learning_rate
+        own = {id(parameter) for parameter in gates}
+        for group in groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
         rate = min(PUBLISHED_GATE_TRAVEL / steps, LARGEST_GATE_LEARNING_RATE) if rate is None else rate
         groups.append({"params": gates, "lr": rate, "weight_decay": 0.0})
     return AdamW(groups, lr=settings.learning_rate)

@@ -15,10 +15,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class PhaseProgress:
-    """Shows one phase after another on a console; on None it shows nothing.
-
-    A terminal gets a live bar too; epochs are reported at most every few seconds, and the last one always.
-    """
+    """Shows one phase after another on a console, or nothing on None; a terminal gets a live bar too."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console
@@ -39,10 +36,9 @@ class PhaseProgress:
     def step(self, losses: dict[str, float] | None = None) -> None:
         """Count one step, with its losses by name."""
         losses, speed = losses or {}, self._bar.tasks[0].speed
-        text = f"loss {losses['loss']:.3f}" if "loss" in losses else ""
-        budget = f"  budget loss {losses['budget_loss']:.3g}" if "budget_loss" in losses else ""
+        shown = [f"{name.replace('_', ' ')} {losses[name]:.3g}" for name in ("loss", "budget_loss") if name in losses]
         rate = f"{speed:.1f} steps/s" if speed and losses else ""
-        self._bar.update(self._task, advance=1, text=f"{text}{budget}  {self._standing}", rate=rate)
+        self._bar.update(self._task, advance=1, text="  ".join([*shown, self._standing]), rate=rate)
 
     def stand(self, standing: dict[str, Any]) -> None:
         """Say how a search stands now: the expected cost against the target, and the layers at each kind."""
@@ -51,7 +47,7 @@ class PhaseProgress:
             self._standing = f"cost {standing['cost']:.1%} (target {standing['target']:.1%})  {kinds}"
 
     def epoch(self, epoch: int, epochs: int, accuracy: float) -> None:
-        """Report the end of an epoch."""
+        """Report the end of an epoch, at most every few seconds, and of the last one always."""
         now = time.monotonic()
         if epoch == epochs or now - self._reported >= SECONDS_BETWEEN_LINES:
             self._reported = now

@@ -4,8 +4,8 @@
     metrics.jsonl                       figures every few steps and after every epoch
     scores.json, scores.safetensors     what scoring measured
     architecture.json                   what the run decided to keep
-    state/PHASE/epoch-NNNN/             what a continued run starts from
-    state/PHASE/best.json, .safetensors the best weights of a phase, where it keeps them
+    state/PHASE/epoch-NNNN.safetensors  what a continued run starts from
+    state/PHASE/best.safetensors        the best weights of a phase, where it keeps them
     dense/                              the dense model, where the run trained it
     model.json, model.safetensors       the result
     summary.json                        accuracy of the dense model, after pruning, and at the end
@@ -23,24 +23,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spvit.architecture import Architecture
-from spvit.checkpoint import read_weights, write_text, write_weights
-from spvit.errors import DataError, RunError, RunFolderError, SpvitError
+from spvit.checkpoint import plain_state, read_weights, replace_atomically, write_text
+from spvit.errors import CheckpointError, DataError, RunError, RunFolderError, SpvitError
 from spvit.repair.scores import Scores
 
 DENSE, SEARCH, FINETUNE = "dense", "search", "finetune"
 
-STATE_FORMAT = 3
-"""Version of the states; those of others are not read, the first of which were pickles."""
-
+STATE_FORMAT = 3  # those of others are not read, the first of which were pickles
+# Options that a continued run shares with the run that it continues, so that all files belong together.
 FIXED = (
     *("model", "model_args", "pretrained", "checkpoint", "data", "macs", "params", "seed", "architecture", "scores"),
     *("initialise", "repair", "calibration_images", "multiple"),
 )
-"""Options that a continued run shares with the run that it continues, so that all files belong together."""
 
 
 class RunFolder:
@@ -84,68 +83,57 @@ class RunFolder:
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
 
-    # Settings: what a continued run starts from, and what it must not change.
-
     def write_settings(self, command: str, text: str) -> None:
         """Write a command's settings, given as YAML; makes the folder."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.settings, f"{_heading(command)}\n{text}")
+        write_text(self.settings, f"# spvit {command}\n{text}")
 
     def settings_of(self, command: str) -> Path:
         """Return config.yaml. Raises RunFolderError when there is none, or it is of another command."""
         if not self.settings.is_file():
             raise RunFolderError(f"output {self.path} holds no {self.settings.name}, so its run cannot be continued")
         first = self.settings.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
-        if first != _heading(command):
+        if first != f"# spvit {command}":
             raise RunFolderError(f"output {self.path} holds a run of {first[2:]!r}, not of 'spvit {command}'")
         return self.settings
 
     def check_continued(self, before: Any, options: Any) -> None:
         """Raise RunFolderError when options differ from those of the run before where they must not."""
         for name in FIXED:
-            if getattr(options, name, None) != getattr(before, name, None):
-                raise RunFolderError(
-                    f"output {self.path} holds a run with --{name} {getattr(before, name)}, not "
-                    f"{getattr(options, name)}; continue it with its own, or name another folder"
-                )
+            own, other = getattr(before, name, None), getattr(options, name, None)
+            if own != other:
+                raise self._of_another(f"with --{name} {own}, not {other}", "continue it with its own")
         own, other = (_way_to_decide(settings) for settings in (before, options))
         if own != other:
-            raise RunFolderError(
-                f"output {self.path} holds a run that decides by {own}, not by {other}; continue it with its own "
-                "search.epochs, or name another folder"
-            )
+            raise self._of_another(f"that decides by {own}, not by {other}", "continue it with its own search.epochs")
         tuned = self.has_begun(FINETUNE)
         decided = tuned or self.scores.exists() or self.architecture.exists() or self.has_begun(SEARCH)
         for phase in [name for name, over in ((DENSE, decided), (SEARCH, tuned)) if over and hasattr(before, name)]:
             for name, value in vars(getattr(before, phase)).items():
                 if value != getattr(getattr(options, phase), name):
-                    raise RunFolderError(
-                        f"output {self.path} has gone on from its {phase} phase, which had {phase}.{name} {value}; "
-                        "continue it with that, or name another folder"
-                    )
+                    ended = f"that has gone on from its {phase} phase, which had {phase}.{name} {value}"
+                    raise self._of_another(ended, "continue it with that")
 
-    # Metrics: one line of JSON each.
+    def _of_another(self, what: str, advice: str) -> RunFolderError:
+        return RunFolderError(f"output {self.path} holds a run {what}; {advice}, or name another folder")
 
-    def record(self, phase: str, values: Mapping[str, Any]) -> None:
+    def record(self, values: Mapping[str, Any]) -> None:
         """Append a line of figures to metrics.jsonl."""
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"phase": phase, **values}) + "\n")
+            file.write(json.dumps(values) + "\n")
 
     def rewind(self, phase: str, epoch: int) -> None:
         """Drop a phase's lines of later epochs, which a kill cut short; they are run again."""
-        if not self.metrics.exists():
-            return
         kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else ():
             try:
                 values = json.loads(line)
             except json.JSONDecodeError:
                 continue  # a kill can cut the last line short
             if values["phase"] != phase or values["epoch"] <= epoch:
-                kept.append(line)
-        write_text(self.metrics, "".join(line + "\n" for line in kept))
-
-    # States: one of each phase, the newest.
+                kept.append(line + "\n")
+        if self.metrics.exists():
+            write_text(self.metrics, "".join(kept))
 
     def states(self, phase: str) -> Path:
         """Return the folder of a phase's states."""
@@ -153,63 +141,42 @@ class RunFolder:
 
     def has_begun(self, phase: str) -> bool:
         """Return whether a phase has saved anything."""
-        return any(self.states(phase).glob("*"))
+        return any(self.states(phase).glob("*.safetensors"))
 
     def newest_state(self, phase: str) -> Path | None:
-        """Return the folder of the last saved state; None when no epoch was finished."""
+        """Return the last saved state; None when no epoch was finished."""
         return max(self.states(phase).glob("epoch-*"), default=None)
 
     def save_state(self, phase: str, epoch: int, tensors: dict[str, Tensor], figures: Mapping[str, float]) -> None:
         """Write the state at the end of an epoch, with its evaluation; those before it go."""
-        final = self.states(phase) / f"epoch-{epoch:04d}"
-        partial = final.with_name(f".partial-{epoch:04d}")
-        for old in (partial, final):
-            shutil.rmtree(old, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(tensors, partial / "state.safetensors")
-        write_text(partial / "state.json", json.dumps({"format": STATE_FORMAT, "figures": figures}))
-        partial.rename(final)
-        for old in self.states(phase).glob("epoch-*"):
-            if old.name < final.name:
-                shutil.rmtree(old)
+        path = self.states(phase) / f"epoch-{epoch:04d}.safetensors"
+        _write(path, tensors, {"epoch": epoch, "figures": figures})
+        for old in self.states(phase).glob("*epoch-*"):  # and what a kill has left of them
+            if old != path:
+                old.unlink()
 
     def read_state(self, phase: str) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
-        """Return the epochs that a phase has done, its last saved state, and its figures; 0 and nothing if none.
-
-        Raises:
-            CheckpointError, RunFolderError: the state is damaged, or another version of spvit wrote it.
-        """
+        """Return the epochs that a phase has done, its last saved state, and its figures; 0 and nothing if none."""
         newest = self.newest_state(phase)
         if newest is None:
             return 0, {}, {}
-        file = newest / "state.json"
-        values = _read_json(file) if file.is_file() else {}
-        if values.pop("format", None) != STATE_FORMAT:
-            raise RunFolderError(
-                f"output {self.path} holds a run of another version of spvit, whose state {newest} is not read; begin "
-                "the run again in another folder"
-            )
-        return int(newest.name.removeprefix("epoch-")), read_weights(newest / "state.safetensors"), values["figures"]
+        values = _about(newest) if newest.is_file() else {}
+        if values.get("format") != STATE_FORMAT:
+            advice = f"whose state {newest} is not read; begin the run again in another folder"
+            raise RunFolderError(f"output {self.path} holds a run of another version of spvit, {advice}")
+        return values["epoch"], read_weights(newest), values["figures"]
 
     def offer_best(self, phase: str, epoch: int, accuracy: float, model: nn.Module) -> None:
         """Keep a model's weights if none had a higher accuracy: of equals the later ones, which trained longer."""
-        best = self.best(phase)
-        if best is not None and accuracy < best["accuracy"]:
-            return
-        self.states(phase).mkdir(parents=True, exist_ok=True)
-        write_weights(model, self.states(phase) / "best.safetensors")
-        write_text(self.states(phase) / "best.json", json.dumps({"epoch": epoch, "accuracy": accuracy}))
+        _, best, path = self.best(phase)
+        if accuracy >= best:
+            _write(path, plain_state(model), {"epoch": epoch, "accuracy": accuracy})
 
-    def best(self, phase: str) -> dict[str, Any] | None:
-        """Return the epoch and accuracy of a phase's best weights, or None."""
-        path = self.states(phase) / "best.json"
-        return _read_json(path) if path.is_file() else None
-
-    def best_weights(self, phase: str) -> dict[str, Tensor]:
-        """Return a phase's best weights. Raises CheckpointError when their file is missing or damaged."""
-        return read_weights(self.states(phase) / "best.safetensors")
-
-    # Results.
+    def best(self, phase: str) -> tuple[int, float, Path]:
+        """Return the epoch, accuracy and file of a phase's best weights; without any the accuracy is below 0."""
+        path = self.states(phase) / "best.safetensors"
+        values: Any = _about(path) if path.is_file() else {"epoch": 0, "accuracy": -1.0}
+        return values["epoch"], values["accuracy"], path
 
     def write_scores(self, scores: Scores) -> None:
         """Write what scoring measured, as a whole."""
@@ -222,25 +189,26 @@ class RunFolder:
         """Write architecture.json. Raises DataError when weights of another one were fine-tuned here already."""
         path = self.architecture
         if self.has_begun(FINETUNE) and path.is_file() and Architecture.load(path) != architecture:
-            raise DataError(
-                f"{self.path} has fine-tuned another architecture than what was found now; continue it with the "
-                "settings that it was begun with, or name another folder"
-            )
+            advice = "continue it with the settings that it was begun with, or name another folder"
+            raise DataError(f"{self.path} has fine-tuned another architecture than what was found now; {advice}")
         write_text(path, architecture.to_json())
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _write(path: Path, tensors: dict[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write tensors and what is to be known about them into one safetensors file, which a kill leaves whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"spvit": json.dumps({"format": STATE_FORMAT, **about})}
+    replace_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """Return what `_write` wrote beside the tensors. Raises CheckpointError when the file is damaged."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunFolderError(f"{path} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise RunFolderError(f"{path} is damaged: expected an object, found {type(values).__name__}")
+        with safe_open(path, "pt") as file:
+            values: dict[str, Any] = {**json.loads((file.metadata() or {}).get("spvit", "{}"))}
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
     return values
-
-
-def _heading(command: str) -> str:
-    return f"# spvit {command}"
 
 
 def _way_to_decide(options: Any) -> str:

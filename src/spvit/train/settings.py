@@ -8,29 +8,31 @@ from spvit.search.budget_loss import BUDGET_WEIGHT
 
 CALIBRATION_IMAGES = 1024
 
-_NOT_NEGATIVE = (
-    *("epochs", "learning_rate", "weight_decay", "clip_gradient", "averaging_epochs", "budget_weight", "train_epochs"),
-    *("workers", "held_out", "repeated_augmentation"),
-)
-_RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(_NOT_NEGATIVE, (0, math.inf)),
-    **dict.fromkeys(("log_every", "batch_size", "calibration_images"), (1, math.inf)),
-    **dict.fromkeys(("label_smoothing", "distillation", "budget_warmup"), (0, 1)),
-    "seed": (0, 2**32 - 1),
+_RANGES = {
+    (
+        0,
+        math.inf,
+    ): "epochs train_epochs averaging_epochs learning_rate weight_decay clip_gradient budget_weight workers "
+    "held_out repeated_augmentation",
+    (1, math.inf): "log_every batch_size calibration_images",
+    (0, 1): "label_smoothing distillation budget_warmup",
+    (0, 2**32 - 1): "seed",
 }
-"""The least and the greatest value of settings by name."""
+"""The settings whose least and greatest value are these."""
 _CHOICES = {"precision": ("fp32", "bf16"), "distillation_kind": ("soft", "hard")}
 
 
 def _check(settings: object, prefix: str = "") -> None:
     """Raise DataError naming the first setting that is out of range."""
-    for name, value in vars(settings).items():
-        low, high = _RANGES.get(name, (0, 0))
-        if name in _RANGES and value is not None and not low <= value <= high:
-            most = "" if high == math.inf else f", at most {high}"
-            raise DataError(f"{prefix}{name} is {value}, expected {low} or more{most}")
-        if name in _CHOICES and value not in _CHOICES[name]:
-            raise DataError(f"{prefix}{name} is {value!r}, expected {' or '.join(_CHOICES[name])}")
+    for (low, high), names in _RANGES.items():
+        for name in names.split():
+            value = getattr(settings, name, None)
+            if value is not None and not low <= value <= high:
+                most = "" if high == math.inf else f", at most {high}"
+                raise DataError(f"{prefix}{name} is {value}, expected {low} or more{most}")
+    for name, choices in _CHOICES.items():
+        if getattr(settings, name, choices[0]) not in choices:
+            raise DataError(f"{prefix}{name} is {getattr(settings, name)!r}, expected {' or '.join(choices)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +137,8 @@ class PhaseConfig:
     def __post_init__(self) -> None:
         _check(self)
         if self.teacher is not None and self.distillation == 0:
-            raise DataError(
-                f"the teacher is {self.teacher}, but distillation is 0; give its share of the loss, such as 0.5"
-            )
+            why = f"the teacher is {self.teacher}, but distillation is 0"
+            raise DataError(f"{why}; give its share of the loss, such as 0.5")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,14 +204,11 @@ class CompressConfig(LoopConfig):
         if self.initialise not in ("search", "host"):
             raise RunFolderError(f"initialise is {self.initialise!r}, expected search or host")
         if self.scores is not None and (self.search.epochs > 0 or self.dense.epochs > 0):
-            raise RunFolderError(
-                f"scores {self.scores} are of the model as it is, and decide without a search; leave them out, or "
-                "dense.epochs and search.epochs"
-            )
+            why = f"scores {self.scores} are of the model as it is, and decide without a search"
+            raise RunFolderError(f"{why}; leave them out, or dense.epochs and search.epochs")
         if self.train_epochs == 0 and self.search.epochs > 0:
-            raise RunFolderError(
-                f"nothing is to be trained, but search.epochs is {self.search.epochs}; leave one of the two out"
-            )
+            searched = f"search.epochs is {self.search.epochs}"
+            raise RunFolderError(f"nothing is to be trained, but {searched}; leave one of the two out")
 
     @property
     def finetuning(self) -> PhaseConfig:
