@@ -129,13 +129,14 @@ class Loop:
         self.scale = self.batch / settings.reference_batch if settings.reference_batch else 1.0
         warmup = int(settings.warmup_epochs * len(self.train))
         self.rates = warmup, settings.learning_rate, settings.minimum_learning_rate
+        self.parts: dict[str, Any] = {"model": phase.model, "optimizer": self.optimizer}  # what a state holds
         self.average: ModelEmaV3 | None = None
         # The same weights: evaluated by all processes, and saved by the first.
         self.judged, self.kept = self.model, phase.model
         if settings.averaging_epochs > 0:
             # After so many epochs as the average reaches back, 1/e of it is left of where it started.
             self.average = ModelEmaV3(phase.model, decay=math.exp(-1 / (settings.averaging_epochs * len(self.train))))
-            self.judged = self.kept = self.average.module
+            self.judged = self.kept = self.parts["average"] = self.average.module
 
     def _teacher(self, run: Run) -> nn.Module | None:
         share, named, phase = self.settings.distillation, self.settings.teacher, self.phase.name
@@ -258,14 +259,9 @@ class Loop:
         if self.accelerator.is_main_process:
             self.folder.record({"phase": self.phase.name, "event": event, "epoch": epoch + 1, **values, **standing})
 
-    def _parts(self) -> dict[str, Any]:
-        """Return what a state holds: the models and the optimizer, by name."""
-        average = {} if self.average is None else {"average": self.average.module}
-        return {"model": self.phase.model, **average, "optimizer": self.optimizer}
-
     def _save(self, epoch: int, figures: Evaluation) -> None:
         def save() -> None:
-            found = {name: tensors_of(part) for name, part in self._parts().items()}
+            found = {name: tensors_of(part) for name, part in self.parts.items()}
             tensors = {f"{name}.{key}": value for name, own in found.items() for key, value in own.items()}
             self.folder.save_state(self.phase.name, epoch, tensors, vars(figures))
 
@@ -276,7 +272,7 @@ class Loop:
         done, tensors, figures = self.folder.read_state(self.phase.name)
         if self.accelerator.is_main_process:
             self.folder.rewind(self.phase.name, done)
-        for name, part in self._parts().items() if done > 0 else ():
+        for name, part in self.parts.items() if done > 0 else ():
             prefix = f"{name}."
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             load_tensors(part, own, f"of epoch {done} of {self.phase.name}")

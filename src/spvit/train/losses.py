@@ -5,8 +5,6 @@ distils plain DeiT, and a host with a distillation token gives the mean of its t
 `distilled_training` is on. Shapes: images [B, channels, height, width]; logits [B, classes].
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

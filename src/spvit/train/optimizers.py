@@ -1,7 +1,5 @@
 """The optimizer of a phase: its groups, its learning rates, and its state as plain tensors."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

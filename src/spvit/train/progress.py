@@ -1,7 +1,5 @@
 """Progress of a phase on the terminal: a bar with rate and time left, loss, budget, and layers by kind."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator

@@ -13,8 +13,6 @@
 Every file is data: JSON, YAML or safetensors. Files are replaced as a whole, so a kill leaves the old or the new one.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile
@@ -55,7 +53,7 @@ class RunFolder:
         self.summary = self.path / "summary.json"
 
     @classmethod
-    def open(cls, path: str | Path, resume: bool = False) -> RunFolder:
+    def open(cls, path: str | Path, resume: bool = False) -> "RunFolder":
         """Return a folder that a run may write to. Raises RunFolderError: it is in use, or holds no run to continue."""
         run = cls(path)
         if run.path.exists() and not run.path.is_dir():
@@ -103,7 +101,8 @@ class RunFolder:
             own, other = getattr(before, name, None), getattr(options, name, None)
             if own != other:
                 raise self._of_another(f"with --{name} {own}, not {other}", "continue it with its own")
-        own, other = (_way_to_decide(settings) for settings in (before, options))
+        ways = {True: "a search", False: "scores, without a search"}
+        own, other = (ways[hasattr(each, SEARCH) and each.search.epochs > 0] for each in (before, options))
         if own != other:
             raise self._of_another(f"that decides by {own}, not by {other}", "continue it with its own search.epochs")
         tuned = self.has_begun(FINETUNE)
@@ -124,16 +123,12 @@ class RunFolder:
 
     def rewind(self, phase: str, epoch: int) -> None:
         """Drop a phase's lines of later epochs, which a kill cut short; they are run again."""
-        kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else ():
-            try:
-                values = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # a kill can cut the last line short
-            if values["phase"] != phase or values["epoch"] <= epoch:
-                kept.append(line + "\n")
-        if self.metrics.exists():
-            write_text(self.metrics, "".join(kept))
+        if not self.metrics.exists():
+            return
+        *lines, _ = self.metrics.read_text(encoding="utf-8").split("\n")  # a kill can cut the last line short
+        found = [(line, json.loads(line)) for line in lines]
+        kept = [line for line, values in found if values["phase"] != phase or values["epoch"] <= epoch]
+        write_text(self.metrics, "".join(f"{line}\n" for line in kept))
 
     def states(self, phase: str) -> Path:
         """Return the folder of a phase's states."""
@@ -209,9 +204,3 @@ def _about(path: Path) -> dict[str, Any]:
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
     return values
-
-
-def _way_to_decide(options: Any) -> str:
-    """Return how a command decides what to keep, if it does."""
-    searching = hasattr(options, SEARCH) and options.search.epochs > 0
-    return "a search" if searching else "scores, without a search"

@@ -175,13 +175,9 @@ class CompressConfig(LoopConfig):
     """The search for what to keep; with 0 epochs scores decide, without training."""
     finetune: PhaseConfig = field(
         # A constant rate explores and the average from the repaired weights on gathers, at any length; a schedule that
-        # ends low gains less, and a short one may lose (docs/experiments/fine-tuning.md).
+        # ends low gains less, a short one may lose (docs/experiments/fine-tuning.md).
         default_factory=lambda: PhaseConfig(
-            minimum_learning_rate=PhaseConfig.learning_rate,
-            warmup_epochs=0.2,
-            distillation=0.5,
-            averaging_epochs=1.0,
-            keep_best=True,
+            minimum_learning_rate=5e-4, warmup_epochs=0.2, distillation=0.5, averaging_epochs=1.0, keep_best=True
         )
     )
     """Training of the pruned model."""
