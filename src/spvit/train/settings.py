@@ -8,23 +8,20 @@ from spvit.search.budget_loss import BUDGET_WEIGHT
 
 CALIBRATION_IMAGES = 1024
 
-_RANGES = {
-    (
-        0,
-        math.inf,
-    ): "epochs train_epochs averaging_epochs learning_rate weight_decay clip_gradient budget_weight workers "
-    "held_out repeated_augmentation",
-    (1, math.inf): "log_every batch_size calibration_images",
-    (0, 1): "label_smoothing distillation budget_warmup",
-    (0, 2**32 - 1): "seed",
-}
-"""The settings whose least and greatest value are these."""
+# The least and the greatest value of settings.
+_RANGES = (
+    (0, math.inf, "epochs train_epochs averaging_epochs learning_rate weight_decay clip_gradient budget_weight"),
+    (0, math.inf, "workers held_out repeated_augmentation"),
+    (1, math.inf, "log_every batch_size calibration_images"),
+    (0, 1, "label_smoothing distillation budget_warmup"),
+    (0, 2**32 - 1, "seed"),
+)
 _CHOICES = {"precision": ("fp32", "bf16"), "distillation_kind": ("soft", "hard")}
 
 
 def _check(settings: object, prefix: str = "") -> None:
     """Raise DataError naming the first setting that is out of range."""
-    for (low, high), names in _RANGES.items():
+    for low, high, names in _RANGES:
         for name in names.split():
             value = getattr(settings, name, None)
             if value is not None and not low <= value <= high:
