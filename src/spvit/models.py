@@ -15,12 +15,13 @@ from spvit.checkpoint import (
     Preprocessing,
     check_timm_model,
     describe,
+    first_line,
     fit_state,
     load,
     read_weights,
     timm_state,
 )
-from spvit.errors import ModelError, UnsupportedHostError
+from spvit.errors import ModelError, SpvitError, UnsupportedHostError
 from spvit.hosts.host import input_size
 from spvit.hosts.recognise import family_of
 
@@ -57,12 +58,9 @@ def open_model(
 ) -> OpenedModel:
     """Return the model that a configuration names.
 
-    Args:
-        config: which model.
-        classes: how many classes its head must have; a head of another size is replaced by an untrained one, in timm
-            and Hugging Face models. None keeps the head, or takes that of the checkpoint.
-        any_family: take models of families that cannot be pruned, too.
-        weights: whether to load pre-trained weights; without them the model is one to count and measure.
+    A head of another size than `classes` is replaced by an untrained one, in timm and Hugging Face models; None keeps
+    the head, or takes that of the checkpoint. `any_family` takes models that cannot be pruned, too; without `weights`
+    no pre-trained ones are loaded, and the model is one to count and measure.
 
     Raises:
         ModelError: the name is unknown, or its weights cannot be downloaded.
@@ -123,6 +121,8 @@ def _open_timm(config: ModelConfig, classes: int | None, any_family: bool, weigh
         _spare_retries()
     try:
         model = timm.create_model(config.model, pretrained=pretrained and weights, **arguments)
+    except SpvitError:
+        raise
     except (OSError, RuntimeError) as error:
         raise _not_downloaded(config.model, "timm", error) from error
     except (AssertionError, TypeError, ValueError) as error:
@@ -150,50 +150,47 @@ def _open_hugging_face(name: str, classes: int | None, weights: bool) -> OpenedM
     logging.disable_progress_bar()
     safely = {"trust_remote_code": False}
     try:
-        own = AutoConfig.from_pretrained(name, **safely)
-        resized = classes is not None and classes != own.num_labels
-        head = {"num_labels": classes} if resized else {}
+        config = AutoConfig.from_pretrained(name, **safely)
+        names = tuple(config.id2label[index] for index in range(config.num_labels))
+        resized = classes not in (None, config.num_labels)
+        if resized:
+            config.num_labels = classes
         if weights:
-            model = AutoModelForImageClassification.from_pretrained(
-                name, ignore_mismatched_sizes=resized, **head, **safely
-            )
+            safely |= {"config": config, "ignore_mismatched_sizes": resized}
+            model = AutoModelForImageClassification.from_pretrained(name, **safely)
         else:
-            config = AutoConfig.from_pretrained(name, **head, **safely)
             model = AutoModelForImageClassification.from_config(config, **safely)
     except (OSError, ValueError) as error:
         raise _not_downloaded(name, "Hugging Face", error) from error
     try:
-        processor = AutoImageProcessor.from_pretrained(name, use_fast=False, **safely)
-        preprocessing = Preprocessing(tuple(processor.image_mean), tuple(processor.image_std), "bilinear", 1.0)
-    except (OSError, ValueError, AttributeError):
-        # A folder without an image processor: Hugging Face's own default for ViT.
-        preprocessing = Preprocessing((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 1.0)
-    names = None if resized else tuple(own.id2label[i] for i in range(own.num_labels))
-    return OpenedModel(model, preprocessing, names, trained=not resized)
+        processor = AutoImageProcessor.from_pretrained(name, use_fast=False, trust_remote_code=False)
+        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    except (OSError, ValueError, AttributeError):  # a folder without one: Hugging Face's own default for ViT
+        mean = std = (0.5, 0.5, 0.5)
+    preprocessing = Preprocessing(mean, std, "bilinear", crop=1.0)
+    return OpenedModel(model, preprocessing, None if resized else names, trained=not resized)
 
 
 def _spare_retries() -> None:
-    """Tell the hub client at once when its server cannot be reached, in place of a minute of attempts.
+    """Tell the hub client at once that its server cannot be reached; weights in the local cache are found all the same.
 
-    Weights in the local cache are found all the same.
+    Without it the client tries for a minute.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()
-    if getproxies():
-        return
-    try:
-        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        constants.HF_HUB_OFFLINE = True
+    if not getproxies():
+        try:
+            socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
 
 
 def _not_downloaded(name: str, library: str, error: Exception) -> ModelError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return ModelError(
-        f"could not download the weights of {name} from {library} ({reason}); without a connection, name a folder, or "
-        "a weights file with --checkpoint if it is the model to compress"
+        f"could not download the weights of {name} from {library} ({first_line(error)}); without a connection, name a "
+        "folder, or a weights file with --checkpoint if it is the model to compress"
     )
 
 
@@ -204,9 +201,7 @@ def number_of_classes(model: nn.Module) -> int:
     """Return how many classes a model's head has. Raises UnsupportedHostError when it has none."""
     count = getattr(model, "num_classes", None) or getattr(model, "num_labels", None)
     if not isinstance(count, int) or count < 1:
-        raise UnsupportedHostError(
-            f"this {type(model).__name__} has no classification head; make it with num_classes=..."
-        )
+        raise UnsupportedHostError(f"this {type(model).__name__} has no classification head; make it with num_classes")
     return count
 
 
