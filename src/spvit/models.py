@@ -67,14 +67,16 @@ def open_model(
         CheckpointError: a folder or weights file is damaged or does not fit.
         UnsupportedHostError: the model's family is not supported.
     """
+    opened = _open(config, classes, weights)
+    if not any_family:
+        family_of(opened.model)
     if config.checkpoint is None:
-        return _open(config, classes, any_family, weights)
-    read, opened = read_weights(config.checkpoint), _open(config, classes, any_family, weights)
-    head = _head_keys(opened.model)
+        return opened
+    read, head = read_weights(config.checkpoint), _head_keys(opened.model)
     found = next((len(read[key]) for key in head if key in read), None)
-    trained = found is None or found == number_of_classes(opened.model)
+    trained = found in (None, number_of_classes(opened.model))
     if not trained and classes is None:
-        opened, trained = _open(config, found, any_family, weights), True
+        opened, trained = _open(config, found, weights), True
     state = timm_state(opened.model, read, config.checkpoint)
     if not trained:
         own = opened.model.state_dict()
@@ -83,24 +85,20 @@ def open_model(
     return replace(opened, trained=trained)
 
 
-def _open(config: ModelConfig, classes: int | None, any_family: bool, weights: bool) -> OpenedModel:
+def _open(config: ModelConfig, classes: int | None, weights: bool) -> OpenedModel:
     """Return the model without the weights of `checkpoint`."""
-    folder, hugging_face = (Path(config.model) / DESCRIPTION).is_file(), config.model.startswith(HUGGING_FACE)
-    if config.model_args and (folder or hugging_face):
+    ours, hugging_face = (Path(config.model) / DESCRIPTION).is_file(), config.model.startswith(HUGGING_FACE)
+    if config.model_args and (ours or hugging_face):
         raise ModelError(f"model_args go with timm models only; {config.model} brings its own")
-    if folder:
-        found = describe(config.model)
-        opened = OpenedModel(load(config.model), found.preprocessing or Preprocessing(), found.classes, trained=True)
-    elif hugging_face:
-        opened = _open_hugging_face(config.model.removeprefix(HUGGING_FACE), classes, weights)
-    else:
-        opened = _open_timm(config, classes, any_family, weights)
-    if not any_family:
-        family_of(opened.model)
-    return opened
+    if hugging_face:
+        return _open_hugging_face(config.model.removeprefix(HUGGING_FACE), classes, weights)
+    if not ours:
+        return _open_timm(config, classes, weights)
+    found = describe(config.model)
+    return OpenedModel(load(config.model), found.preprocessing or Preprocessing(), found.classes, trained=True)
 
 
-def _open_timm(config: ModelConfig, classes: int | None, any_family: bool, weights: bool) -> OpenedModel:
+def _open_timm(config: ModelConfig, classes: int | None, weights: bool) -> OpenedModel:
     import timm
     from timm.data import resolve_data_config
 
@@ -110,10 +108,8 @@ def _open_timm(config: ModelConfig, classes: int | None, any_family: bool, weigh
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.7)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise ModelError(
-            f"model {config.model!r} is neither a timm model nor a folder that spvit wrote, and does not start with "
-            f"hf:{hint}"
-        )
+        known = "a timm model nor a folder that spvit wrote, and does not start with hf:"
+        raise ModelError(f"model {config.model!r} is neither {known}{hint}")
     check_timm_model(host_name(name) if name in architectures() else name, config.model_args)
     arguments = {**({} if classes is None else {"num_classes": classes}), **config.model_args}
     pretrained = config.pretrained and config.checkpoint is None
@@ -127,17 +123,13 @@ def _open_timm(config: ModelConfig, classes: int | None, any_family: bool, weigh
         raise _not_downloaded(config.model, "timm", error) from error
     except (AssertionError, TypeError, ValueError) as error:
         raise ModelError(f"model_args do not fit {config.model}: {error}") from error
-    data = resolve_data_config({}, model=model)
-    channels = len(data["mean"]) if any_family else input_size(model)[0]
-    mean, std = (_by_channel(data[key], channels) for key in ("mean", "std"))
+    data, (channels, _) = resolve_data_config({}, model=model), input_of(model)
+    mean, std = tuple(data["mean"]), tuple(data["std"])
+    if len(mean) != channels:  # than the model's source had: their mean for each
+        mean, std = ((sum(values) / len(values),) * channels for values in (mean, std))
     own_head = model.num_classes == model.pretrained_cfg.get("num_classes")
     preprocessing = Preprocessing(mean, std, data["interpolation"], data["crop_pct"])
     return OpenedModel(model, preprocessing, None, trained=pretrained and own_head)
-
-
-def _by_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """Return a value a channel; for another number of channels than the model's source had, their mean."""
-    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
 def _open_hugging_face(name: str, classes: int | None, weights: bool) -> OpenedModel:
@@ -220,14 +212,15 @@ def input_of(model: Any) -> tuple[int, tuple[int, int] | None]:
         channels, *size = input_size(model)
     except UnsupportedHostError:
         source = getattr(model, "pretrained_cfg", None)
-        if source is None:  # of Hugging Face: images are resized to what it was trained on
-            side: Any = getattr(model.config, "image_size", None)
-            channels = getattr(model.config, "num_channels", 3)
-            size = [] if side is None else [side, side] if isinstance(side, int) else list(side)
-        else:
+        if source is not None:
             channels, *size = source["input_size"]
-            size = size if source.get("fixed_input_size") else []
-    return channels, (size[0], size[1]) if size else None
+            return channels, (size[0], size[1]) if source.get("fixed_input_size") else None
+        # of Hugging Face: images are resized to what it was trained on
+        channels, side = getattr(model.config, "num_channels", 3), getattr(model.config, "image_size", None)
+        if side is None:
+            return channels, None
+        size = [side, side] if isinstance(side, int) else side
+    return channels, (size[0], size[1])
 
 
 def undecayed(model: nn.Module) -> set[str]:
