@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from spvit.pruned import NarrowAttention
 from torch import nn
 
 import spvit
@@ -29,10 +28,10 @@ from spvit.checkpoint import (
     write_text,
 )
 from spvit.errors import CheckpointError, UnsupportedHostError
-from spvit.hosts import family_of
+from spvit.hosts.recognise import family_of
+from spvit.replacements.narrow import NarrowAttention
 from spvit.surgery import pruned_record
-from test_surgery import EVERYTHING
-from tiny import HOSTS, assert_close, images, logits, make_host, make_net, randomise
+from tiny import EVERYTHING, HOSTS, assert_close, images, logits, make_host, make_net, randomise
 
 LOOKS = Preprocessing((0.5, 0.4, 0.3), (0.2, 0.2, 0.1), "bilinear", 0.875)
 

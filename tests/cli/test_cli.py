@@ -331,7 +331,7 @@ def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_pat
         ("auto_augment 'foo' is not one of timm's", "train --recipe RECIPE --output OUT --images.auto_augment foo"),
         ("name a teacher with --dense.teacher", "train --recipe RECIPE --output OUT --dense.distillation 0.5"),
         (
-            "but nobody teaches; name a teacher with --dense.teacher",
+            "but there is no teacher; name a teacher with --dense.teacher",
             "compress --recipe RECIPE --output OUT --dense.epochs 1 --dense.distillation 1",
         ),
         ("model_args do not fit vit_tiny", "train --recipe RECIPE --output OUT --model_args.num_heads 5"),

@@ -144,8 +144,8 @@ class Loop:
             teacher = open_teacher(phase.config.teacher, run.images)
         if teacher is None and phase.config.distillation > 0:
             raise DataError(
-                f"{phase.name}.distillation is {phase.config.distillation}, but there is no teacher; name one with "
-                f"--{phase.name}.teacher, or leave distillation out"
+                f"{phase.name}.distillation is {phase.config.distillation}, but there is no teacher; name a teacher "
+                f"with --{phase.name}.teacher, or leave distillation out"
             )
         self.teacher = teacher.to(self.accelerator.device).eval() if teacher is not None else None
         self.batch = run.images.config.batch_size * self.accelerator.num_processes
