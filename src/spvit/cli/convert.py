@@ -12,7 +12,8 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from spvit.hosts.sites import AttentionSite, BlockSites
 from spvit.hosts.weights import AttentionWeights
 from spvit.replacements.kernels import CENTRE, POSITIONS, conv1_weights, conv3_weights, head_mix
 from spvit.surgery import prune
-from spvit.zoo import architectures
+from spvit.zoo import architectures, host_name
 
 INDICATOR = "mlp.assigned_indicator_index"
 # What the parts of an attention layer say of the file and of the layer; a folded one's kind is in its kernel.
@@ -43,12 +44,6 @@ _KERNELS: dict[tuple[int, ...], str] = {(3, 3): "conv3", (1, 1): "conv1"}
 _FOLDED = {"bconv.0.": "conv_in.", "bconv.1.": "bn.", "bconv.3.": "conv_out."}  # bconv.2 is a ReLU
 # Beside the projections in every Swin attention layer; the second is a buffer that timm computes.
 _BESIDE = ("relative_position_bias_table", "relative_position_index")
-_DESCRIBED = {
-    "dense": "dense {} checkpoint",
-    "unfolded": "published fine-tuned SPViT checkpoint, unfolded, {} layout",
-    "folded": "published fine-tuned SPViT checkpoint, folded, {} layout",
-    "indicators": "published FFN indicator file, {} layout",
-}
 
 
 @dataclass(frozen=True)
@@ -62,17 +57,11 @@ class Layout:
     """Alpha of the head mix in the published checkpoints."""
     positions: tuple[int, ...]
     """Which kernel position each column of `head_probs` belongs to."""
-    model: str
-    """timm's names of the sizes below, with the place of the size."""
-    sizes: Mapping[str, tuple[int, tuple[int, ...]]]
-    """First width D and blocks a stage, by size."""
 
 
-_DEIT_SIZES = {"tiny": (192, (12,)), "small": (384, (12,)), "base": (768, (12,))}
-_SWIN_SIZES = {"tiny": (96, (2, 2, 6, 2)), "small": (96, (2, 2, 18, 2)), "base": (128, (2, 2, 18, 2))}
 _CENTRE_FIRST = (CENTRE, *(position for position in range(POSITIONS) if position != CENTRE))
-DEIT = Layout("DeiT", r"blocks\.(\d+)", 0.01, tuple(range(POSITIONS)), "deit_{}_patch16_224", _DEIT_SIZES)
-SWIN = Layout("Swin", r"layers\.(\d+)\.blocks\.(\d+)", 100.0, _CENTRE_FIRST, "swin_{}_patch4_window7_224", _SWIN_SIZES)
+DEIT = Layout("DeiT", r"blocks\.(\d+)", 0.01, tuple(range(POSITIONS)))
+SWIN = Layout("Swin", r"layers\.(\d+)\.blocks\.(\d+)", 100.0, _CENTRE_FIRST)
 
 
 @dataclass(frozen=True)
@@ -95,7 +84,10 @@ class Published:
 
     def described(self) -> str:
         """Return in words what the file was recognised as."""
-        return _DESCRIBED[self.form].format(self.layout.name)
+        if self.form == "dense":
+            return f"dense {self.layout.name} checkpoint"
+        what = "FFN indicator file" if self.form == "indicators" else f"fine-tuned SPViT checkpoint, {self.form}"
+        return f"published {what}, {self.layout.name} layout"
 
     def below(self, prefix: str) -> dict[str, Tensor]:
         """Return the tensors whose keys start with a prefix, without it."""
@@ -157,17 +149,21 @@ def _attention_form(file: Published, prefix: str) -> tuple[str, str]:
 
 def model_name(published: Published) -> str:
     """Return the timm model that a checkpoint's shapes fit. Raises CheckpointError for another size."""
-    layout = published.layout
-    stages = [prefix.rpartition("blocks.")[0] for prefix in published.blocks]
-    depths = tuple(stages.count(stage) for stage in dict.fromkeys(stages))
-    width = len(published.need("patch_embed.proj.weight"))
-    for size, expected in layout.sizes.items():
-        if (width, depths) == expected:
-            return layout.model.format(size + ("_distilled" if "dist_token" in published.state else ""))
-    known = ", ".join(f"{size}: {width} and {list(depths)}" for size, (width, depths) in layout.sizes.items())
+    family = published.layout.name
+    stages = Counter(prefix.rpartition("blocks.")[0] for prefix in published.blocks)
+    own = len(published.need("patch_embed.proj.weight")), list(stages.values())
+    known = {}
+    for name, architecture in architectures().items():
+        if family.lower() in name:
+            widths = Counter(block.ffn.width for block in architecture.blocks)  # four times that of the tokens
+            known[host_name(name)] = min(widths) // 4, list(widths.values())
+    for model, sizes in known.items():
+        if own == sizes:
+            return model.replace("_patch", "_distilled_patch") if "dist_token" in published.state else model
+    listed = ", ".join(f"{model.split('_')[1]}: {width} and {depths}" for model, (width, depths) in known.items())
     raise CheckpointError(
-        f"checkpoint {published.path} has width {width} and {list(depths)} blocks, expected a {layout.name} of a known "
-        f"size ({known}); name its timm model with --model"
+        f"checkpoint {published.path} has width {own[0]} and {own[1]} blocks, expected a {family} of a known size "
+        f"({listed}); name its timm model with --model"
     )
 
 
@@ -298,19 +294,13 @@ def _unfolded(published: Published, prefix: str, kind: str, site: AttentionSite)
     head_logits[:, list(layout.positions)] = columns
     value = published.need(f"{prefix}v.weight", dim, dim).unflatten(0, by_head)
     out = published.need(f"{prefix}proj.weight", dim, dim).unflatten(1, by_head)
-    bias = None
-    if f"{prefix}v.bias" in published.state:
-        bias = published.need(f"{prefix}v.bias", dim).unflatten(0, by_head)
-    none = value[:, :0]  # a convolution has no queries and keys
+    biased, none = f"{prefix}v.bias" in published.state, value[:, :0]  # a convolution has no queries and keys
+    bias = published.need(f"{prefix}v.bias", dim).unflatten(0, by_head) if biased else None
     shared = AttentionWeights(none, None, none, None, value, bias, out, published.state.get(f"{prefix}proj.bias"))
     mix = head_mix(head_logits, layout.temperature)
     weights = conv3_weights(mix, shared) if kind == "conv3" else conv1_weights(mix, shared)
-    batchnorm = published.below(f"{prefix}bn_3x3." if kind == "conv3" else f"{prefix}bn_1x1.")
     return {
         "bn.num_batches_tracked": torch.tensor(0),
-        "conv_in.weight": weights.in_weight,
-        "conv_in.bias": weights.in_bias,
-        "conv_out.weight": weights.out_weight,
-        "conv_out.bias": weights.out_bias,
-        **{f"bn.{key}": value for key, value in batchnorm.items()},
+        **{f"conv_{name.replace('_', '.')}": value for name, value in vars(weights).items()},  # conv_in.weight, ...
+        **{f"bn.{key}": value for key, value in published.below(f"{prefix}bn_{kind[-1]}x{kind[-1]}.").items()},
     }
