@@ -31,7 +31,7 @@ from spvit.train.loop import Evaluation, Phase, Run, run_phase
 from spvit.train.processes import processes
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import DENSE, FINETUNE, RunFolder
-from spvit.train.settings import LoopConfig, check_settings
+from spvit.train.settings import LoopConfig
 from spvit.zoo import architectures, unfolded_params
 
 NOT_SETTINGS = ("resume", "dry_run")
@@ -74,7 +74,6 @@ def train_command(options: cli.TrainCommand, console: Console) -> None:
 def search_command(options: cli.SearchCommand, console: Console) -> None:
     """Search, and write the architecture and the pruned model as the search left it."""
     host, run = _open("search", options, False, console)
-    check_settings(options.search)
     limits = check_decision(host, options.budget(), options.multiple)
     teacher = host if options.search.teacher is None else None
     net, architecture = search(host, limits, options.search, run, options.multiple, teacher)
@@ -93,11 +92,6 @@ def finetune_command(options: cli.FinetuneCommand, console: Console) -> None:
         model = _pruned_to(model, architecture, options.architecture)
     elif pruned_record(model) is None:
         raise ModelError(f"{options.model} is a dense model; name what to keep with --architecture, or see spvit train")
-    elif options.finetune.distillation > 0 and options.finetune.teacher is None:
-        advice = (
-            "name one with --finetune.teacher, or the dense model with --model and what to keep with --architecture"
-        )
-        raise ModelError(f"distillation needs a teacher; {advice}")
     figures = run_phase(Phase(FINETUNE, model, options.finetune, teacher=teacher), run)
     _write(deployed(model), figures, run, console)
 

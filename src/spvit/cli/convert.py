@@ -1,8 +1,8 @@
 """Checkpoints of others: dense DeiT and Swin files, the published SPViT checkpoints, and their FFN indicator files.
 
-The keys of a file say what it is. The published fine-tuned checkpoints come in two forms. In the unfolded form a
-convolution is still the value and output projections with a head mix (`v`, `proj`, `head_probs`, `bn_3x3` or `bn_1x1`).
-In the folded form it is a sequence of convolution, batch norm, ReLU and 1 x 1 convolution (`bconv.0`, `.1`, `.3`).
+The keys of a file say what it is. In the unfolded form of a published fine-tuned checkpoint a convolution is still the
+value and output projections with a head mix; in the folded form it is a sequence of convolution, batch norm, ReLU and
+1 x 1 convolution (`bconv.0` to `.3`).
 
 Shapes: D width, H heads, E head width, K = 9 kernel positions.
 """
@@ -42,7 +42,7 @@ _FORMS = {
 }
 _KERNELS: dict[tuple[int, ...], str] = {(3, 3): "conv3", (1, 1): "conv1"}
 _FOLDED = {"bconv.0.": "conv_in.", "bconv.1.": "bn.", "bconv.3.": "conv_out."}  # bconv.2 is a ReLU
-# Beside the projections in every Swin attention layer; the second is a buffer that timm computes.
+# Beside the projections in a Swin attention layer; the second is a buffer that timm computes.
 _BESIDE = ("relative_position_bias_table", "relative_position_index")
 
 
