@@ -133,11 +133,9 @@ def save(
         different = _difference(model.state_dict(), _built(description, folder / DESCRIPTION).state_dict())
     if different is not None:
         key, own, rebuilt = different
-        raise CheckpointError(
-            f"this model cannot be saved: its {key} is {own}, but {rebuilt} in what spvit.load would rebuild; its "
-            "layers must be those of timm, transformers or spvit.prune (merge adapters first: "
-            "model.merge_and_unload())"
-        )
+        found = f"its {key} is {own}, but {rebuilt} in what spvit.load would rebuild"
+        allowed = "layers must be those of timm, transformers or spvit.prune (merge adapters: model.merge_and_unload())"
+        raise CheckpointError(f"this model cannot be saved: {found}; its {allowed}")
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(model, folder / WEIGHTS)
     write_text(folder / DESCRIPTION, _to_json(description))

@@ -10,17 +10,8 @@ from urllib.request import getproxies
 
 from torch import nn
 
-from spvit.checkpoint import (
-    DESCRIPTION,
-    Preprocessing,
-    check_timm_model,
-    describe,
-    first_line,
-    fit_state,
-    load,
-    read_weights,
-    timm_state,
-)
+from spvit import checkpoint
+from spvit.checkpoint import Preprocessing
 from spvit.errors import ModelError, SpvitError, UnsupportedHostError
 from spvit.hosts.host import input_size
 from spvit.hosts.recognise import family_of
@@ -72,30 +63,30 @@ def open_model(
         family_of(opened.model)
     if config.checkpoint is None:
         return opened
-    read, head = read_weights(config.checkpoint), _head_keys(opened.model)
+    read, head = checkpoint.read_weights(config.checkpoint), _head_keys(opened.model)
     found = next((len(read[key]) for key in head if key in read), None)
     trained = found in (None, number_of_classes(opened.model))
     if not trained and classes is None:
         opened, trained = _open(config, found, weights), True
-    state = timm_state(opened.model, read, config.checkpoint)
+    state = checkpoint.timm_state(opened.model, read, config.checkpoint)
     if not trained:
         own = opened.model.state_dict()
         state |= {key: own[key] for key in head}
-    fit_state(opened.model, state, config.checkpoint)
+    checkpoint.fit_state(opened.model, state, config.checkpoint)
     return replace(opened, trained=trained)
 
 
 def _open(config: ModelConfig, classes: int | None, weights: bool) -> OpenedModel:
     """Return the model without the weights of `checkpoint`."""
-    ours, hugging_face = (Path(config.model) / DESCRIPTION).is_file(), config.model.startswith(HUGGING_FACE)
+    ours, hugging_face = (Path(config.model) / checkpoint.DESCRIPTION).is_file(), config.model.startswith(HUGGING_FACE)
     if config.model_args and (ours or hugging_face):
         raise ModelError(f"model_args go with timm models only; {config.model} brings its own")
     if hugging_face:
         return _open_hugging_face(config.model.removeprefix(HUGGING_FACE), classes, weights)
     if not ours:
         return _open_timm(config, classes, weights)
-    found = describe(config.model)
-    return OpenedModel(load(config.model), found.preprocessing or Preprocessing(), found.classes, trained=True)
+    model, found = checkpoint.load(config.model), checkpoint.describe(config.model)
+    return OpenedModel(model, found.preprocessing or Preprocessing(), found.classes, trained=True)
 
 
 def _open_timm(config: ModelConfig, classes: int | None, weights: bool) -> OpenedModel:
@@ -110,7 +101,7 @@ def _open_timm(config: ModelConfig, classes: int | None, weights: bool) -> Opene
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         known = "a timm model nor a folder that spvit wrote, and does not start with hf:"
         raise ModelError(f"model {config.model!r} is neither {known}{hint}")
-    check_timm_model(host_name(name) if name in architectures() else name, config.model_args)
+    checkpoint.check_timm_model(host_name(name) if name in architectures() else name, config.model_args)
     arguments = {**({} if classes is None else {"num_classes": classes}), **config.model_args}
     pretrained = config.pretrained and config.checkpoint is None
     if pretrained and weights:
@@ -181,8 +172,8 @@ def _spare_retries() -> None:
 
 def _not_downloaded(name: str, library: str, error: Exception) -> ModelError:
     return ModelError(
-        f"could not download the weights of {name} from {library} ({first_line(error)}); without a connection, name a "
-        "folder, or a weights file with --checkpoint if it is the model to compress"
+        f"could not download the weights of {name} from {library} ({checkpoint.first_line(error)}); without a "
+        "connection, name a folder, or a weights file with --checkpoint if it is the model to compress"
     )
 
 

@@ -396,7 +396,7 @@ SEARCHED = {"blocks.1.attn.kernel_thresholds": torch.ones(3), "blocks.1.attn.bn_
         (
             ("dense",) * 4,
             lambda state: without(state, "blocks.2.attn"),
-            r"blocks\.2\.attn has no qkv as the other blocks have, expected it in all blocks or none",
+            r"blocks\.2\.attn has no qkv, expected it in all blocks or none",
         ),
         (
             FOLDED,
@@ -535,7 +535,7 @@ def test_weights_and_indicators_are_not_taken_for_each_other(tmp_path: Path) -> 
         ("is [1, 577, 192] there, but [1, 197, 192] in the model", "LARGE OUT"),
         ("is neither a timm model nor", "DEIT OUT --model deit_huge"),
         (
-            "a vector of 72 units for blocks.0.mlp.fc1, but the model has 768",
+            "a vector of 72 units for blocks.0.mlp.fc1, but the model 768",
             "FFN OUT --model deit_tiny_patch16_224 DEPTH",
         ),
         ("is an FFN indicator file itself", "FFN OUT --indicators FFN"),

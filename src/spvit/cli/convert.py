@@ -73,10 +73,15 @@ class Published:
     state: dict[str, Tensor]
     blocks: tuple[str, ...]
     """Prefix of every block, in order."""
-    form: str = "indicators"
+    form: str = "dense"
     """`dense`, `unfolded`, `folded`, or `indicators` for a file that lists the FFN units that stay, and no more."""
     kinds: tuple[str, ...] = ()
     """Attention kind of every block; none in an indicator file."""
+
+    @property
+    def name(self) -> str:
+        """How messages call the file."""
+        return f"{'indicator file' if self.form == 'indicators' else 'checkpoint'} {self.path}"
 
     def classes(self) -> int:
         """Return how many classes the head has; 0 when the file has no head."""
@@ -96,10 +101,10 @@ class Published:
     def need(self, key: str, *shape: int) -> Tensor:
         """Return a tensor. Raises CheckpointError when it is missing, or not of the shape, if one is given."""
         if key not in self.state:
-            raise CheckpointError(f"checkpoint {self.path}: {key} is missing")
+            raise CheckpointError(f"{self.name}: {key} is missing")
         found = self.state[key].shape
         if shape and found != shape:
-            raise CheckpointError(f"checkpoint {self.path}: {key} is {list(found)}, expected {list(shape)}")
+            raise CheckpointError(f"{self.name}: {key} is {list(found)}, expected {list(shape)}")
         return self.state[key]
 
 
@@ -113,18 +118,14 @@ def read_published(path: str | Path) -> Published:
         blocks = tuple(sorted(matches, key=lambda prefix: [int(number) for number in matches[prefix].groups()]))
         file = Published(str(path), layout, state, blocks)
         if all(key.endswith(INDICATOR) for key in state):
-            return file
+            return replace(file, form="indicators")
         forms, kinds = zip(*(_attention_form(file, prefix) for prefix in blocks))
         if "dense" in forms and set(forms) != {"dense"}:
             odd = next(prefix for prefix, form in zip(blocks, forms) if form != "dense")
-            raise CheckpointError(
-                f"checkpoint {path}: {odd}.attn has no qkv as the other blocks have, expected it in all blocks or none"
-            )
+            raise CheckpointError(f"{file.name}: {odd}.attn has no qkv, expected it in all blocks or none")
         return replace(file, form="folded" if "folded" in forms else forms[0], kinds=kinds)
-    raise CheckpointError(
-        f"checkpoint {path} is of no known layout: expected DeiT's keys (blocks.0...) or Swin's "
-        f"(layers.0.blocks.0...), found {next(iter(state))}"
-    )
+    expected = "DeiT's keys (blocks.0...) or Swin's (layers.0.blocks.0...)"
+    raise CheckpointError(f"checkpoint {path} is of no known layout: expected {expected}, found {next(iter(state))}")
 
 
 def _attention_form(file: Published, prefix: str) -> tuple[str, str]:
@@ -132,17 +133,13 @@ def _attention_form(file: Published, prefix: str) -> tuple[str, str]:
     names = tuple(sorted({key.partition(".")[0] for key in file.below(f"{prefix}.attn.")} - set(_BESIDE)))
     if names not in _FORMS:
         expected = "; ".join(", ".join(form) for form in _FORMS if form)
-        raise CheckpointError(
-            f"checkpoint {file.path}: {prefix}.attn holds {', '.join(names)}, expected one of: {expected}"
-        )
+        raise CheckpointError(f"{file.name}: {prefix}.attn holds {', '.join(names)}, expected one of: {expected}")
     form, kind = _FORMS[names]
     if form == "folded":
         key = f"{prefix}.attn.bconv.0.weight"
         shape = tuple(file.need(key).shape)
         if shape[2:] not in _KERNELS:
-            raise CheckpointError(
-                f"checkpoint {file.path}: {key} is {list(shape)}, expected a 3 x 3 or 1 x 1 convolution"
-            )
+            raise CheckpointError(f"{file.name}: {key} is {list(shape)}, expected a 3 x 3 or 1 x 1 convolution")
         kind = _KERNELS[shape[2:]]
     return form, kind
 
@@ -162,7 +159,7 @@ def model_name(published: Published) -> str:
             return model.replace("_patch", "_distilled_patch") if "dist_token" in published.state else model
     listed = ", ".join(f"{model.split('_')[1]}: {width} and {depths}" for model, (width, depths) in known.items())
     raise CheckpointError(
-        f"checkpoint {published.path} has width {own[0]} and {own[1]} blocks, expected a {family} of a known size "
+        f"{published.name} has width {own[0]} and {own[1]} blocks, expected a {family} of a known size "
         f"({listed}); name its timm model with --model"
     )
 
@@ -181,7 +178,7 @@ def indicated_architecture(indicators: Published, host: nn.Module | None = None)
     Raises:
         CheckpointError: the file is no indicator file, holds other values than zeros and ones, or does not fit.
     """
-    where = f"indicator file {indicators.path}"
+    where = indicators.name
     if indicators.form != "indicators":
         expected = f"keys such as {indicators.blocks[0]}.{INDICATOR} alone"
         raise CheckpointError(f"{where}: expected {expected}, found a {indicators.described()}")
@@ -194,11 +191,8 @@ def indicated_architecture(indicators: Published, host: nn.Module | None = None)
             found = f"{prefix}.{INDICATOR} {list(vector.shape)}"
             raise CheckpointError(f"{where}: {found} is not a vector of zeros and ones")
         if sites is not None and len(vector) != sites[index].ffn.units:
-            site = sites[index].ffn
-            raise CheckpointError(
-                f"{where} does not fit: it has a vector of {len(vector)} units for {site.first}, but the model has "
-                f"{site.units} there"
-            )
+            site, found = sites[index].ffn, f"a vector of {len(vector)} units"
+            raise CheckpointError(f"{where} does not fit: it has {found} for {site.first}, but the model {site.units}")
         ffns.append(FFN(len(vector), tuple((vector > 0.5).nonzero().flatten().tolist())))
     name = architecture_name([len(ffn.units) for ffn in ffns])
     known = dense([ffn.width for ffn in ffns]) if name is None else architectures()[name]
@@ -214,9 +208,11 @@ def rebuild(published: Published, host: nn.Module, indicators: Published | None 
     Raises:
         CheckpointError: the checkpoint or the indicators do not fit the host.
     """
-    where = f"checkpoint {published.path}"
+    where = published.name
     if published.form == "indicators":
-        raise CheckpointError(f"{where} is a {published.described()}, expected weights; name it with --indicators")
+        raise CheckpointError(
+            f"{published.path} is a {published.described()}, expected weights; name it with --indicators"
+        )
     sites = _fitting_sites(published, host)
     indicated = indicated_architecture(indicators, host) if indicators is not None else None
     dtype = next((value.dtype for value in published.state.values() if value.is_floating_point()), None)
@@ -241,7 +237,7 @@ def rebuild(published: Published, host: nn.Module, indicators: Published | None 
         units = tuple(range(count)) if indicated is None else indicated.blocks[index].ffn.units
         if indicators is not None and len(units) != count:
             kept = f"it keeps {len(units)} units of {prefix}.mlp"
-            raise CheckpointError(f"indicator file {indicators.path} does not fit: {kept}, but {where} has {count}")
+            raise CheckpointError(f"{indicators.name} does not fit: {kept}, but {where} has {count}")
         blocks.append(Block(Attention(kind), FFN(site.ffn.units, units)))
         layer = _converted(published, f"{prefix}.attn.", kind, site.attention)
         state |= {f"{prefix}.attn.{key}": value for key, value in layer.items()}
@@ -256,10 +252,9 @@ def _fitting_sites(published: Published, host: nn.Module) -> Sequence[BlockSites
     sites, found = Host.of(host).blocks, published.blocks
     paths = [site.attention.path.removesuffix(".attn") for site in sites]
     if list(found) != paths:
-        raise CheckpointError(
-            f"{published.path} does not fit: it has {len(found)} blocks, {found[0]} to {found[-1]}, but this "
-            f"{type(host).__name__} has {len(paths)}, {paths[0]} to {paths[-1]}"
-        )
+        blocks = f"{len(found)} blocks, {found[0]} to {found[-1]}"
+        own = f"this {type(host).__name__} has {len(paths)}, {paths[0]} to {paths[-1]}"
+        raise CheckpointError(f"{published.name} does not fit: it has {blocks}, but {own}")
     return sites
 
 

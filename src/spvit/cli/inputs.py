@@ -33,10 +33,8 @@ def model_and_images(
     if opened.classes not in (None, classes):
         _compare_classes(opened.classes, classes, options)
     if not opened.trained and not trains_head:
-        raise ModelError(
-            f"{options.model} has no trained weights for these {count} classes; train it first (spvit train, or "
-            "--dense.epochs), or name trained weights with --checkpoint"
-        )
+        advice = "train it first (spvit train, or --dense.epochs), or name trained weights with --checkpoint"
+        raise ModelError(f"{options.model} has no trained weights for these {count} classes; {advice}")
     size = input_size(opened.model)
     return opened, images_of(train, validation, classes, options.images, size, opened.preprocessing)
 
@@ -47,9 +45,8 @@ def _compare_classes(own: tuple[str, ...], found: tuple[str, ...], options: RunC
     difference = f"class {place} of {options.model} is {own[place]!r}, of {options.data} {found[place]!r}"
     if sorted(own) == sorted(found):
         raise DataError(
-            f"{difference}: the classes are in another order; name the folders so that they sort as the model's do"
+            f"{difference}: they are in another order; name the folders so that they sort as the model's do"
         )
     if not options.model.startswith(HUGGING_FACE):  # where the same classes often have other names
-        logging.getLogger("spvit").warning(
-            "%s: if these are not the same, the model's outputs are not for these classes", difference
-        )
+        problem = "if these are not the same, the model's outputs are not for these classes"
+        logging.getLogger("spvit").warning("%s: %s", difference, problem)
