@@ -1,8 +1,7 @@
 """Save and load models: `model.safetensors` with the weights and `model.json` with all that is needed to rebuild.
 
-`model.json` holds the host (library, name, arguments), the architecture when pruned, whether it is folded, the input
-(size, mean, std, interpolation, crop), the class names and figures. Nothing in a folder is executed: no pickle is
-written or read, and a description may name registered models and plain arguments only.
+Nothing in a folder is executed: no pickle is written or read, and a description may name registered models and plain
+arguments only.
 """
 
 from __future__ import annotations
@@ -95,8 +94,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 
 def write_weights(model: nn.Module, path: str | Path) -> None:
     """Write a model's weights as a safetensors file, atomically; `read_weights` reads them."""
-    state = plain_state(model)
-    replace_atomically(path, lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
+    replace_atomically(path, lambda temporary: save_file(plain_state(model), temporary, metadata={"format": "pt"}))
 
 
 def save(

@@ -155,10 +155,7 @@ def _open_hugging_face(name: str, classes: int | None, weights: bool) -> OpenedM
 
 
 def _spare_retries() -> None:
-    """Tell the hub client at once that its server cannot be reached; weights in the local cache are found all the same.
-
-    Without it the client tries for a minute.
-    """
+    """Tell the hub client that its server cannot be reached, which it would try for a minute; its cache still serves."""
     from huggingface_hub import constants
     from huggingface_hub.utils import logging
 
@@ -193,8 +190,8 @@ def _head_keys(model: nn.Module) -> list[str]:
     of_timm: Any = getattr(model, "get_classifier", None)
     heads = of_timm() if of_timm is not None else getattr(model, "classifier", None)
     members = heads if isinstance(heads, tuple) else (heads,)
-    names = [name for name, module in model.named_modules() if any(module is member for member in members)]
-    return [f"{name}.{key}" for name in names for key in model.get_submodule(name).state_dict()]
+    named = [(name, module) for name, module in model.named_modules() if any(module is member for member in members)]
+    return [f"{name}.{key}" for name, module in named for key in module.state_dict()]
 
 
 def input_of(model: Any) -> tuple[int, tuple[int, int] | None]:

@@ -27,10 +27,9 @@ def block_table(architecture: Architecture, costs: dict[str, NetworkCost], title
         cells = [human(count) for cost in own for count in (cost.of(block, architecture.rules), cost.dense)]
         table.add_row(str(index), str(block.attention), f"{len(block.ffn.units)}/{block.ffn.width}", *cells)
     table.add_row("", "rest", "", *(human(cost.fixed) for cost in by_metric for _ in range(2)), end_section=True)
-    totals = [human(count) for cost in by_metric for count in (cost.of(architecture), cost.dense)]
-    table.add_row("", "total", "", *totals)
-    shares = [f"{cost.of(architecture) / cost.dense:.1%}" for cost in by_metric]
-    table.add_row("", "share", "", shares[0], "", shares[1], "")
+    totals = [(cost.of(architecture), cost.dense) for cost in by_metric]
+    table.add_row("", "total", "", *(human(count) for pair in totals for count in pair))
+    table.add_row("", "share", "", *(cell for own, whole in totals for cell in (f"{own / whole:.1%}", "")))
     return table
 
 
