@@ -141,7 +141,7 @@ def test_every_decision_shows_in_the_logits(case: Case, block: int) -> None:
     assert_differ(logits(whole, case.x), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_keeping_everything_changes_no_bit(case: Case, dtype: torch.dtype) -> None:
     host = copy.deepcopy(case.host).to(dtype)
     x = images(host)
@@ -338,10 +338,9 @@ def test_decisions_of_a_search_land_on_the_budget(case: Case, metric: str) -> No
         assert abs(spvit.cost(case.dense, found)[metric] - target) <= 0.005 * target
 
 
-@pytest.mark.parametrize("repaired", [False, True], ids=["searched", "repaired"])
 @ONE_EACH
-def test_exported_programs_take_any_batch(case: Case, repaired: bool) -> None:
-    model = spvit.fold(case.repaired if repaired else case.pruned)
+def test_exported_programs_take_any_batch(case: Case) -> None:
+    model = spvit.fold(case.repaired)
     dynamic = ({0: torch.export.Dim.DYNAMIC},)
     program = torch.export.export(model, (images(case.host, 3),), dynamic_shapes=dynamic).module()
     for batch in (2, 5):
@@ -356,10 +355,7 @@ VERBS: dict[str, Callable[[Case, nn.Module], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("verb", "device"),
-    [("make_searchable", "meta"), ("make_searchable", "cpu"), ("prune", "cpu"), ("fold", "meta"), ("fold", "cpu")],
-)
+@pytest.mark.parametrize(("verb", "device"), [("make_searchable", "cpu"), ("prune", "cpu"), ("fold", "meta")])
 def test_dtype_device_flags_and_hooks_survive(case: Case, verb: str, device: str) -> None:
     dtype = torch.bfloat16 if device == "meta" else torch.float64
     host = copy.deepcopy(case.host).to(device, dtype).train()
@@ -384,9 +380,8 @@ def test_dtype_device_flags_and_hooks_survive(case: Case, verb: str, device: str
     tensors = [*net.parameters(), *net.buffers()]
     assert {tensor.device.type for tensor in tensors} == {device}
     assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {dtype}
-    if device == "cpu" or verb != "make_searchable":  # gates must be read
-        net(images(host).to(device))
-        assert calls == [embed, paths_of(host)[3].block]
+    net(images(host).to(device))
+    assert calls == [embed, paths_of(host)[3].block]
 
     assert net is not host
     assert [type(module) for module in host.modules()] == classes
@@ -397,6 +392,14 @@ def test_dtype_device_flags_and_hooks_survive(case: Case, verb: str, device: str
             for parameter in net.parameters():
                 parameter.add_(1)
         assert all(torch.equal(host.state_dict()[key], value) for key, value in state.items())
+
+
+@ONE_EACH
+def test_a_search_can_be_set_up_where_weights_have_no_values(case: Case) -> None:
+    net = spvit.make_searchable(copy.deepcopy(case.host).to("meta", torch.bfloat16))
+    tensors = [*net.parameters(), *net.buffers()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.bfloat16}
 
 
 def _hooks(model: nn.Module) -> dict[str, int]:

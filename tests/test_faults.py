@@ -468,7 +468,7 @@ def test_the_searched_network_may_sit_in_a_module_with_parameters_of_its_own(nam
 # Programs made of pruned models.
 
 
-@pytest.mark.parametrize("name", ["registers", "average_pooling", "swin_options"])
+@pytest.mark.parametrize("name", ["registers", "swin_options"])
 def test_what_is_decided_and_repaired_is_exported_with_a_free_batch(name: str) -> None:
     host = make_host(name)
     x = images(host, 16)
