@@ -12,7 +12,7 @@ from torch import nn
 
 from spvit import checkpoint
 from spvit.checkpoint import Preprocessing
-from spvit.errors import ModelError, SpvitError, UnsupportedHostError
+from spvit.errors import ModelError, UnsupportedHostError, ZooError
 from spvit.hosts.host import input_size
 from spvit.hosts.recognise import family_of
 
@@ -108,7 +108,7 @@ def _open_timm(config: ModelConfig, classes: int | None, weights: bool) -> Opene
         _spare_retries()
     try:
         model = timm.create_model(config.model, pretrained=pretrained and weights, **arguments)
-    except SpvitError:
+    except ZooError:
         raise
     except (OSError, RuntimeError) as error:
         raise _not_downloaded(config.model, "timm", error) from error
@@ -155,7 +155,7 @@ def _open_hugging_face(name: str, classes: int | None, weights: bool) -> OpenedM
 
 
 def _spare_retries() -> None:
-    """Tell the hub client that its server cannot be reached, which it would try for a minute; its cache still serves."""
+    """Tell the hub client that its server cannot be reached, which it would try for a minute; the cache serves on."""
     from huggingface_hub import constants
     from huggingface_hub.utils import logging
 
