@@ -121,7 +121,8 @@ def save(
     family, record = family_of(model), pruned_record(model)
     description = Description(
         host=family.source(model),
-        **(vars(record) if record else {}),
+        architecture=record.architecture if record else None,
+        folded=record is not None and record.folded,
         input_size=family.input_size(model),
         preprocessing=preprocessing,
         classes=tuple(classes) if classes is not None else None,
