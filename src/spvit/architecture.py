@@ -97,11 +97,6 @@ class Attention:
         return " ".join(parts)
 
 
-def narrow_ranks(head_width: int, multiple: int) -> range:
-    """Return the ranks that narrow attention may have: the multiples below the head width, ascending."""
-    return range(multiple, head_width, multiple)
-
-
 @dataclass(frozen=True)
 class FFN:
     """Which hidden units of one FFN stay."""

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spvit.architecture import DEFAULT_MULTIPLE, FFN, KINDS, Attention, Block, attention_from_dict, narrow_ranks
+from spvit.architecture import DEFAULT_MULTIPLE, FFN, KINDS, Attention, Block, attention_from_dict
 from spvit.budget import check_multiple
 from spvit.errors import ArchitectureError, CalibrationError
 from spvit.hosts.host import Host, logits_of
@@ -281,7 +281,7 @@ def _score_block(
     def score_of(candidate: Attention) -> float:
         return measured(Block(candidate, FFN.whole(units)), lambda kept: repair_block(pair, kept))
 
-    ranks = narrow_ranks(site.head_width, multiple)
+    ranks = range(multiple, site.head_width, multiple)
     errors = attention_errors(pair.thinned(LOCAL_TOKENS), paired_ranks(ranks))
     narrow = by_errors({kept: score_of(kept) for kept in measured_choices(errors, site.head_width)}, errors)
     forms = [kept for kind in KINDS for kept in replacement(kind).forms(site) if kept != Attention()]
