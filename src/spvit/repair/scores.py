@@ -92,15 +92,9 @@ class Scores:
             }
             tensors |= {f"{index}.{name}": torch.tensor(own, dtype=torch.float64) for name, own in numbers.items()}
             tensors[f"{index}.units"] = torch.tensor(block.ranking.units)
-        data = {
-            "format": FORMAT,
-            "version": VERSION,
-            "multiple": self.multiple,
-            "weights": self.weights,
-            "attention": candidates,
-        }
+        data = {"format": FORMAT, "version": VERSION, "multiple": self.multiple, "weights": self.weights}
         save_file(tensors, folder / TENSORS)
-        (folder / DESCRIPTION).write_text(json.dumps(data) + "\n", encoding="utf-8")
+        (folder / DESCRIPTION).write_text(json.dumps({**data, "attention": candidates}) + "\n", encoding="utf-8")
 
     @staticmethod
     def load(folder: str | Path) -> Scores:

@@ -85,13 +85,9 @@ def convolve_values(
     Equal to convolving x with the kernels K_p, at H x K x E multiplications a token in place of K x E x D, since the
     value projection is shared by all positions: mix the heads for every position, then add nine shifted maps.
 
-    Args:
-        values: [B, G, H, E].
-        mix: S, [H, K].
-        grid: (height, width) with height x width = G.
-        included_bias: the mixed value biases [K, E] when the values include theirs; they are taken out, since a
-            convolution pads x and not its values: outside the grid a value is zero without its bias. No gradient
-            goes to it.
+    values: [B, G, H, E]; mix: S, [H, K]; grid: (height, width). included_bias: the mixed value biases [K, E] when the
+    values include theirs; they are taken out, since a convolution pads x and not its values: outside the grid a value
+    is zero without its bias. No gradient goes to it.
     """
     summed, centre = _ConvolveValues.apply(values, mix.to(values.dtype), grid, included_bias)
     return summed, centre
