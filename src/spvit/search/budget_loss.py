@@ -28,7 +28,7 @@ class BudgetLoss:
         weight: float = BUDGET_WEIGHT,
         budget: Budget | None = None,
     ) -> None:
-        """State the budget of what `make_searchable` returned: in `macs` or `params` as for `decide`, or parsed already.
+        """State the budget of what `make_searchable` returned: `macs` or `params` as for `decide`, or one parsed before.
 
         weight: lambda against the relative cost.
 
