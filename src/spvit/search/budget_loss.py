@@ -28,7 +28,7 @@ class BudgetLoss:
         weight: float = BUDGET_WEIGHT,
         budget: Budget | None = None,
     ) -> None:
-        """State the budget of what `make_searchable` returned: `macs` or `params` as for `decide`, or one parsed before.
+        """State the budget of a searchable network: `macs` or `params` as for `decide`, or one that is parsed already.
 
         weight: lambda against the relative cost.
 
