@@ -10,7 +10,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/spvit demo --output $(OUTPUT)
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

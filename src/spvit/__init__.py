@@ -47,57 +47,23 @@ __version__ = "0.1.0"
 
 # These bring Accelerate or timm, which load model libraries; importing spvit must load none.
 _LATER = {
-    "CompressConfig": "spvit.train.settings",
-    "ImageConfig": "spvit.train.settings",
-    "Images": "spvit.train.data",
-    "PhaseConfig": "spvit.train.settings",
-    "SearchConfig": "spvit.train.settings",
-    "architectures": "spvit.zoo",
-    "compress": "spvit.train.compress",
-    "create_model": "spvit.zoo",
+    "spvit.train.compress": ("compress",),
+    "spvit.train.data": ("Images",),
+    "spvit.train.settings": ("CompressConfig", "ImageConfig", "PhaseConfig", "SearchConfig"),
+    "spvit.zoo": ("architectures", "create_model"),
 }
 
 __all__ = [
-    "Architecture",
-    "ArchitectureError",
-    "BudgetError",
-    "BudgetLoss",
-    "CalibrationError",
-    "CheckpointError",
-    "CompressConfig",
-    "DataError",
-    "Description",
-    "Host",
-    "ImageConfig",
-    "Images",
-    "ModelError",
-    "NotSearchableError",
-    "PhaseConfig",
-    "Preprocessing",
-    "RunError",
-    "RunFolderError",
-    "Scores",
-    "SearchConfig",
-    "SpvitError",
-    "UnsupportedHostError",
-    "ZooError",
-    "architectures",
-    "compress",
-    "cost",
-    "create_model",
-    "decide",
-    "describe",
-    "fold",
-    "gate_parameters",
-    "load",
-    "make_searchable",
-    "prune",
-    "save",
-    "score",
-]
+    "Architecture", "ArchitectureError", "BudgetError", "BudgetLoss", "CalibrationError", "CheckpointError",
+    "CompressConfig", "DataError", "Description", "Host", "ImageConfig", "Images", "ModelError", "NotSearchableError",
+    "PhaseConfig", "Preprocessing", "RunError", "RunFolderError", "Scores", "SearchConfig", "SpvitError",
+    "UnsupportedHostError", "ZooError", "architectures", "compress", "cost", "create_model", "decide", "describe",
+    "fold", "gate_parameters", "load", "make_searchable", "prune", "save", "score",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(importlib.import_module(_LATER[name]), name)
+    for module, names in _LATER.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module 'spvit' has no attribute {name!r}")

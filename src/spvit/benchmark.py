@@ -29,10 +29,7 @@ class Latency:
 def measure_latencies(models: Sequence[nn.Module], images: Tensor, seconds: float = 1.0) -> list[Latency]:
     """Return the latency of several models on the same images, measured in turns so that drift hits all alike.
 
-    Args:
-        models: in evaluation mode, on the device of the images.
-        images: [B, channels, height, width].
-        seconds: time to spend on each model.
+    The models are in evaluation mode, on the device of the images [B, channels, height, width]; `seconds` is for each.
     """
     from torch.utils.benchmark import Timer  # logs about CUDA when imported, which only a measurement should pay for
 
@@ -42,23 +39,19 @@ def measure_latencies(models: Sequence[nn.Module], images: Tensor, seconds: floa
     ]
     once = max(timer.timeit(2).median for timer in timers)
     runs = max(1, int(0.05 / once))
-    rounds = max(3, int(seconds / (once * runs)))
-    times: list[list[float]] = [[] for _ in models]
-    for _ in range(rounds):
-        for timer, taken in zip(timers, times):
-            taken.append(timer.timeit(runs).median * 1000)
-    return [_latency(taken, images, threads) for taken in times]
-
-
-def _latency(times_ms: list[float], images: Tensor, threads: int) -> Latency:
-    low, median, high = torch.tensor(times_ms).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-    return Latency(
-        latency_ms=median,
-        spread_ms=high - low,
-        images_per_s=len(images) * 1000 / median,
-        batch=len(images),
-        device=images.device.type,
-        dtype=str(images.dtype).removeprefix("torch."),
-        threads=threads,
-        repeats=len(times_ms),
-    )
+    rounds = range(max(3, int(seconds / (once * runs))))
+    times = torch.tensor([[timer.timeit(runs).median * 1000 for timer in timers] for _ in rounds])
+    quartiles = times.quantile(torch.tensor([0.25, 0.5, 0.75]), dim=0).T.tolist()
+    return [
+        Latency(
+            latency_ms=median,
+            spread_ms=high - low,
+            images_per_s=len(images) * 1000 / median,
+            batch=len(images),
+            device=images.device.type,
+            dtype=str(images.dtype).removeprefix("torch."),
+            threads=threads,
+            repeats=len(times),
+        )
+        for low, median, high in quartiles
+    ]

@@ -1,8 +1,7 @@
 """Save and load models: `model.safetensors` with the weights and `model.json` with all that is needed to rebuild.
 
-`model.json` holds the host (library, name, arguments), the architecture when pruned, whether it is folded, the input
-(size, mean, std, interpolation, crop), the class names and figures. Nothing in a folder is executed: no pickle is
-written or read, and a description may name registered models and plain arguments only.
+Nothing in a folder is executed: no pickle is written or read, and a description may name registered models and plain
+arguments only.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -45,12 +43,10 @@ _OF_INPUT_SIZE = ("patch_embed.proj.weight", "pos_embed", "relative_position_bia
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images are prepared for a model."""
+    """How images are prepared for a model; `mean` and `std` are of each channel, of values from 0 to 1."""
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Mean of each channel, of values from 0 to 1."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    """Standard deviation of each channel, of values from 0 to 1."""
     interpolation: str = "bicubic"
     """How images are resized: `bicubic`, `bilinear` or `nearest`."""
     crop: float = 0.9
@@ -98,8 +94,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 
 def write_weights(model: nn.Module, path: str | Path) -> None:
     """Write a model's weights as a safetensors file, atomically; `read_weights` reads them."""
-    state = plain_state(model)
-    replace_atomically(path, lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
+    replace_atomically(path, lambda temporary: save_file(plain_state(model), temporary, metadata={"format": "pt"}))
 
 
 def save(
@@ -111,15 +106,10 @@ def save(
     metrics: Mapping[str, float] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a dense or pruned model to a folder, so that `load(folder)` rebuilds it. Returns the folder.
+    """Write a dense, pruned or folded model to a folder, so that `load(folder)` rebuilds it. Returns the folder.
 
-    Args:
-        model: a host of a supported family, dense, pruned or folded.
-        folder: made when absent.
-        preprocessing: how images are prepared for it.
-        classes: names of the classes, in the order of the logits.
-        metrics: figures to keep beside it, such as its accuracy.
-        overwrite: replace a model that the folder holds already.
+    Beside it go what images for it need (preprocessing, names of the classes in the order of the logits) and figures
+    such as its accuracy. The folder is made when absent; `overwrite` replaces a model that it holds already.
 
     Raises:
         CheckpointError: the folder holds a model already, or `load` could not rebuild this one.
@@ -128,25 +118,23 @@ def save(
     folder = Path(folder)
     if (folder / WEIGHTS).exists() and not overwrite:
         raise CheckpointError(f"{folder} holds a model already; name another folder, or pass overwrite=True")
-    record, family = pruned_record(model), family_of(model)
+    family, record = family_of(model), pruned_record(model)
     description = Description(
         host=family.source(model),
         architecture=record.architecture if record else None,
-        folded=record.folded if record else False,
+        folded=record is not None and record.folded,
         input_size=family.input_size(model),
         preprocessing=preprocessing,
         classes=tuple(classes) if classes is not None else None,
         metrics=dict(metrics or {}),
     )
     with torch.device("meta"):
-        own, rebuilt = model.state_dict(), _rebuilt(description).state_dict()
-    key = _first_difference(own, rebuilt)
-    if key is not None:
-        raise CheckpointError(
-            f"this model cannot be saved: its {key} is {_shape(own, key)}, but {_shape(rebuilt, key)} in what "
-            "spvit.load would rebuild; its layers must be those of timm, transformers or spvit.prune (merge adapters "
-            "first: model.merge_and_unload())"
-        )
+        different = _difference(model.state_dict(), _built(description, folder / DESCRIPTION).state_dict())
+    if different is not None:
+        key, own, rebuilt = different
+        found = f"its {key} is {own}, but {rebuilt} in what spvit.load would rebuild"
+        allowed = "layers must be those of timm, transformers or spvit.prune (merge adapters: model.merge_and_unload())"
+        raise CheckpointError(f"this model cannot be saved: {found}; its {allowed}")
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(model, folder / WEIGHTS)
     write_text(folder / DESCRIPTION, _to_json(description))
@@ -167,13 +155,12 @@ def describe(folder: str | Path) -> Description:
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(data, dict) or data.pop("format", None) != FORMAT or data.pop("version", None) != VERSION:
-        raise CheckpointError(
-            f'{path} is not a model of this version, expected "format": "{FORMAT}", "version": {VERSION}'
-        )
+        expected = f'"format": "{FORMAT}", "version": {VERSION}'
+        raise CheckpointError(f"{path} is not a model of this version, expected {expected}")
     known = [item.name for item in fields(Description)]
-    unknown = next((name for name in data if name not in known), None)
-    if unknown is not None:
-        raise CheckpointError(f"{path}: unknown field {unknown!r}, expected {', '.join(known)}")
+    for name in data:
+        if name not in known:
+            raise CheckpointError(f"{path}: unknown field {name!r}, expected {', '.join(known)}")
     try:
         description = Description(**{name: _read_field(name, value) for name, value in data.items()})
     except ArchitectureError as error:
@@ -188,7 +175,6 @@ def describe(folder: str | Path) -> Description:
 
 
 def _read_field(name: str, value: Any) -> Any:
-    """Return a field of a description from what JSON has for it."""
     if value is None:
         return None
     if name == "architecture":
@@ -198,39 +184,42 @@ def _read_field(name: str, value: Any) -> Any:
     return tuple(value) if name in ("classes", "input_size") else value
 
 
+def _to_json(description: Description) -> str:
+    own = {name: value for name, value in asdict(replace(description, architecture=None)).items() if value is not None}
+    text = json.dumps({"format": FORMAT, "version": VERSION, **own}, indent=2)
+    if description.architecture is None:
+        return text + "\n"
+    return text[: text.rindex("\n}")] + ',\n  "architecture": ' + description.architecture.to_json().rstrip() + "\n}\n"
+
+
 def load(folder: str | Path) -> nn.Module:
     """Return the model that `save` wrote, in evaluation mode on the CPU.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the weights do not fit the description.
     """
-    model = _built(describe(folder), Path(folder) / DESCRIPTION)
-    state = read_weights(Path(folder) / WEIGHTS)
+    folder = Path(folder)
+    model, state = _built(describe(folder), folder / DESCRIPTION), read_weights(folder / WEIGHTS)
     dtype = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
-    fit_state(model.to(dtype), state, str(Path(folder) / WEIGHTS))
+    fit_state(model.to(dtype), state, str(folder / WEIGHTS))
     return model.eval()
 
 
 def _built(description: Description, path: Path) -> nn.Module:
-    try:
-        return _rebuilt(description)
-    except Exception as error:
-        # Whatever a host's library raises for a name or an argument it does not know.
-        raise CheckpointError(f"{path}: the model cannot be rebuilt: {error}") from error
-
-
-def _rebuilt(description: Description) -> nn.Module:
-    """Return a model as described, with random weights."""
+    """Return a model as a file describes it, with random weights."""
     source = description.host
-    family = family_of_library(source["library"], source.get("class"))
-    if source["library"] == "timm":
-        check_timm_model(source["name"], source["arguments"])
-    else:
-        _check_transformers_model(source)
-    model = family.build(source)
-    if description.architecture is not None:
-        model = prune(model, description.architecture, inplace=True)
-    return fold(model, inplace=True) if description.folded else model
+    try:
+        family = family_of_library(source["library"], source.get("class"))
+        if source["library"] == "timm":
+            check_timm_model(source["name"], source["arguments"])
+        else:
+            _check_transformers_model(source)
+        model = family.build(source)
+        if description.architecture is not None:
+            model = prune(model, description.architecture, inplace=True)
+        return fold(model, inplace=True) if description.folded else model
+    except Exception as error:  # whatever a host's library raises for a name or an argument it does not know
+        raise CheckpointError(f"{path}: the model cannot be rebuilt: {error}") from error
 
 
 def check_timm_model(name: str, arguments: Mapping[str, Any]) -> None:
@@ -245,9 +234,9 @@ def check_timm_model(name: str, arguments: Mapping[str, Any]) -> None:
     module = sys.modules[timm.model_entrypoint(name).__module__]
     classes = [item for item in vars(module).values() if isinstance(item, type) and issubclass(item, nn.Module)]
     known = {parameter for item in classes for parameter in inspect.signature(item.__init__).parameters}
-    unknown = next((argument for argument in arguments if argument not in known - {"self", "args", "kwargs"}), None)
-    if unknown is not None:
-        raise ModelError(f"{unknown!r} is no argument of the model {name}; leave it out")
+    for argument in arguments:
+        if argument not in known - {"self", "args", "kwargs"}:
+            raise ModelError(f"{argument!r} is no argument of the model {name}; leave it out")
 
 
 def _check_transformers_model(source: Mapping[str, Any]) -> None:
@@ -261,30 +250,27 @@ def _check_transformers_model(source: Mapping[str, Any]) -> None:
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint file: `.safetensors`, or a `.pth` (read with `weights_only=True`).
 
-    A `.pth` may keep the weights under `model` or `state_dict`, as the published DeiT files do; anything else in it
-    (optimizer, settings, moving averages) is left out.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or holds no weights.
+    A `.pth` may keep the weights under `model` or `state_dict`, as the published DeiT files do; the rest is left out.
+    Raises CheckpointError when the file is missing, damaged, or holds no weights.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"checkpoint {path} is damaged or not a safetensors file: {error}") from error
-    if path.suffix not in (".pth", ".pt", ".bin"):
-        raise CheckpointError(
-            f"checkpoint {path}: expected a .safetensors or .pth file, found {path.suffix or 'no ending'}"
-        )
+    if path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
+        found = path.suffix or "no ending"
+        raise CheckpointError(f"checkpoint {path}: expected a .safetensors or .pth file, found {found}")
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         with torch.serialization.safe_globals(_SETTINGS):
             data = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch.load raises whatever the damaged bytes lead to; all of it means the same to the user.
-        raise CheckpointError(f"checkpoint {path} is damaged or not a weights file: {_unread(error)}") from error
+    except Exception as error:  # whatever the damaged bytes lead to; all of it means the same to the user
+        kind, reason = "safetensors" if path.suffix == ".safetensors" else "weights", first_line(error)
+        if refused := re.search(
+            r"Unsupported global: GLOBAL (\S+)", str(error)
+        ):  # not torch's advice to read it anyway
+            reason = f"it holds a {refused[1]}, which is not read since it could run code; save the weights alone"
+        raise CheckpointError(f"checkpoint {path} is damaged or not a {kind} file: {reason}") from error
     for name in ("model", "state_dict"):
         if isinstance(data, dict) and isinstance(data.get(name), dict):
             data = data[name]
@@ -294,69 +280,46 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return data
 
 
-def _unread(error: Exception) -> str:
-    """Return in a line why torch.load did not read a file, without its advice to read it unsafely."""
-    refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
-    if refused:
-        return f"it holds a {refused[1]}, which is not read since it could run code; save the weights alone"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type when it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def fit_state(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Load weights into a model, all keys and shapes matching.
-
-    Raises:
-        CheckpointError: names the first key that differs and both shapes; the model is then unchanged.
-    """
-    own = model.state_dict()
-    key = _first_difference(own, state)
-    if key is not None:
-        raise _unfitting(name, key, own, state)
+    """Load weights into a model. Raises CheckpointError, and changes nothing, unless all keys and shapes match."""
+    _check_fit(model.state_dict(), state, name)
     model.load_state_dict(dict(state))
 
 
 def timm_state(host: nn.Module, state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """Return a checkpoint's weights under the keys of a timm host, as timm itself converts them.
 
-    Args:
-        host: the dense model; weights for a model of another library come back as they are.
-        state: the checkpoint's weights.
-        name: how messages call the checkpoint.
-
-    Raises:
-        CheckpointError: the weights are for images or windows of another size.
+    Weights for a model of another library come back as they are. Raises CheckpointError when they are for images or
+    windows of another size.
     """
     convert = getattr(importlib.import_module(type(host).__module__), "checkpoint_filter_fn", None)
     if convert is None:
         return dict(state)
     own = host.state_dict()
-    other = {key for key, value in state.items() if key not in own or own[key].shape != value.shape}
-    refused = next((key for key in state if key in other and key.endswith(_OF_INPUT_SIZE)), None)
-    if refused is not None:
-        raise _unfitting(name, next(key for key in own if key in other) if refused in own else refused, own, state)
+    sized = {key: value for key, value in state.items() if key.endswith(_OF_INPUT_SIZE)}
+    if _difference({key: own[key] for key in sized if key in own}, sized) is not None:
+        shared = {key: value for key, value in state.items() if key in own or key in sized}
+        _check_fit({key: value for key, value in own.items() if key in shared}, shared, name)
     converted: dict[str, Tensor] = convert(dict(state), host)
     return converted
 
 
-def _first_difference(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str | None:
-    """Return the first key that only one has, or that has another shape in each."""
-    keys = dict.fromkeys([*own, *other])
-    return next((k for k in keys if k not in own or k not in other or own[k].shape != other[k].shape), None)
+def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> None:
+    different = _difference(own, state)
+    if different is not None:
+        key, expected, found = different
+        raise CheckpointError(f"checkpoint {name} does not fit: {key} is {found} there, but {expected} in the model")
 
 
-def _unfitting(name: str, key: str, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> CheckpointError:
-    return CheckpointError(
-        f"checkpoint {name} does not fit: {key} is {_shape(state, key)} there, but {_shape(own, key)} in the model"
-    )
-
-
-def _shape(state: Mapping[str, Tensor], key: str) -> str:
-    return str(list(state[key].shape)) if key in state else "missing"
-
-
-def _to_json(description: Description) -> str:
-    own = {name: value for name, value in asdict(replace(description, architecture=None)).items() if value is not None}
-    text = json.dumps({"format": FORMAT, "version": VERSION, **own}, indent=2)
-    if description.architecture is None:
-        return text + "\n"
-    return text[: text.rindex("\n}")] + ',\n  "architecture": ' + description.architecture.to_json().rstrip() + "\n}\n"
+def _difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> tuple[str, str, str] | None:
+    """Return the first key that only one has or whose shapes differ, and in words its shape in each; or None."""
+    for key in dict.fromkeys([*one, *other]):
+        first, second = (str(list(state[key].shape)) if key in state else "missing" for state in (one, other))
+        if first != second:
+            return key, first, second
+    return None

@@ -10,17 +10,9 @@ from urllib.request import getproxies
 
 from torch import nn
 
-from spvit.checkpoint import (
-    DESCRIPTION,
-    Preprocessing,
-    check_timm_model,
-    describe,
-    fit_state,
-    load,
-    read_weights,
-    timm_state,
-)
-from spvit.errors import ModelError, UnsupportedHostError
+from spvit import checkpoint
+from spvit.checkpoint import Preprocessing
+from spvit.errors import ModelError, UnsupportedHostError, ZooError
 from spvit.hosts.host import input_size
 from spvit.hosts.recognise import family_of
 
@@ -57,52 +49,47 @@ def open_model(
 ) -> OpenedModel:
     """Return the model that a configuration names.
 
-    Args:
-        config: which model.
-        classes: how many classes its head must have; a head of another size is replaced by an untrained one, in timm
-            and Hugging Face models. None keeps the head, or takes that of the checkpoint.
-        any_family: take models of families that cannot be pruned, too.
-        weights: whether to load pre-trained weights; without them the model is one to count and measure.
+    A head of another size than `classes` is replaced by an untrained one, in timm and Hugging Face models; None keeps
+    the head, or takes that of the checkpoint. `any_family` takes models that cannot be pruned, too; without `weights`
+    no pre-trained ones are loaded, and the model is one to count and measure.
 
     Raises:
         ModelError: the name is unknown, or its weights cannot be downloaded.
         CheckpointError: a folder or weights file is damaged or does not fit.
         UnsupportedHostError: the model's family is not supported.
     """
+    opened = _open(config, classes, weights)
+    if not any_family:
+        family_of(opened.model)
     if config.checkpoint is None:
-        return _open(config, classes, any_family, weights)
-    read, opened = read_weights(config.checkpoint), _open(config, classes, any_family, weights)
-    head = _head_keys(opened.model)
+        return opened
+    read, head = checkpoint.read_weights(config.checkpoint), _head_keys(opened.model)
     found = next((len(read[key]) for key in head if key in read), None)
-    trained = found is None or found == number_of_classes(opened.model)
+    trained = found in (None, number_of_classes(opened.model))
     if not trained and classes is None:
-        opened, trained = _open(config, found, any_family, weights), True
-    state = timm_state(opened.model, read, config.checkpoint)
+        opened, trained = _open(config, found, weights), True
+    state = checkpoint.timm_state(opened.model, read, config.checkpoint)
     if not trained:
         own = opened.model.state_dict()
         state |= {key: own[key] for key in head}
-    fit_state(opened.model, state, config.checkpoint)
+    checkpoint.fit_state(opened.model, state, config.checkpoint)
     return replace(opened, trained=trained)
 
 
-def _open(config: ModelConfig, classes: int | None, any_family: bool, weights: bool) -> OpenedModel:
+def _open(config: ModelConfig, classes: int | None, weights: bool) -> OpenedModel:
     """Return the model without the weights of `checkpoint`."""
-    folder, hugging_face = (Path(config.model) / DESCRIPTION).is_file(), config.model.startswith(HUGGING_FACE)
-    if config.model_args and (folder or hugging_face):
+    ours, hugging_face = (Path(config.model) / checkpoint.DESCRIPTION).is_file(), config.model.startswith(HUGGING_FACE)
+    if config.model_args and (ours or hugging_face):
         raise ModelError(f"model_args go with timm models only; {config.model} brings its own")
-    if folder:
-        found = describe(config.model)
-        opened = OpenedModel(load(config.model), found.preprocessing or Preprocessing(), found.classes, trained=True)
-    elif hugging_face:
-        opened = _open_hugging_face(config.model.removeprefix(HUGGING_FACE), classes, weights)
-    else:
-        opened = _open_timm(config, classes, any_family, weights)
-    if not any_family:
-        family_of(opened.model)
-    return opened
+    if hugging_face:
+        return _open_hugging_face(config.model.removeprefix(HUGGING_FACE), classes, weights)
+    if not ours:
+        return _open_timm(config, classes, weights)
+    model, found = checkpoint.load(config.model), checkpoint.describe(config.model)
+    return OpenedModel(model, found.preprocessing or Preprocessing(), found.classes, trained=True)
 
 
-def _open_timm(config: ModelConfig, classes: int | None, any_family: bool, weights: bool) -> OpenedModel:
+def _open_timm(config: ModelConfig, classes: int | None, weights: bool) -> OpenedModel:
     import timm
     from timm.data import resolve_data_config
 
@@ -112,32 +99,28 @@ def _open_timm(config: ModelConfig, classes: int | None, any_family: bool, weigh
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.7)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise ModelError(
-            f"model {config.model!r} is neither a timm model nor a folder that spvit wrote, and does not start with "
-            f"hf:{hint}"
-        )
-    check_timm_model(host_name(name) if name in architectures() else name, config.model_args)
+        known = "a timm model nor a folder that spvit wrote, and does not start with hf:"
+        raise ModelError(f"model {config.model!r} is neither {known}{hint}")
+    checkpoint.check_timm_model(host_name(name) if name in architectures() else name, config.model_args)
     arguments = {**({} if classes is None else {"num_classes": classes}), **config.model_args}
     pretrained = config.pretrained and config.checkpoint is None
     if pretrained and weights:
         _spare_retries()
     try:
         model = timm.create_model(config.model, pretrained=pretrained and weights, **arguments)
+    except ZooError:
+        raise
     except (OSError, RuntimeError) as error:
         raise _not_downloaded(config.model, "timm", error) from error
     except (AssertionError, TypeError, ValueError) as error:
         raise ModelError(f"model_args do not fit {config.model}: {error}") from error
-    data = resolve_data_config({}, model=model)
-    channels = len(data["mean"]) if any_family else input_size(model)[0]
-    mean, std = (_by_channel(data[key], channels) for key in ("mean", "std"))
+    data, (channels, _) = resolve_data_config({}, model=model), input_of(model)
+    mean, std = tuple(data["mean"]), tuple(data["std"])
+    if len(mean) != channels:  # than the model's source had: their mean for each
+        mean, std = ((sum(values) / len(values),) * channels for values in (mean, std))
     own_head = model.num_classes == model.pretrained_cfg.get("num_classes")
     preprocessing = Preprocessing(mean, std, data["interpolation"], data["crop_pct"])
     return OpenedModel(model, preprocessing, None, trained=pretrained and own_head)
-
-
-def _by_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """Return a value a channel; for another number of channels than the model's source had, their mean."""
-    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
 def _open_hugging_face(name: str, classes: int | None, weights: bool) -> OpenedModel:
@@ -150,50 +133,44 @@ def _open_hugging_face(name: str, classes: int | None, weights: bool) -> OpenedM
     logging.disable_progress_bar()
     safely = {"trust_remote_code": False}
     try:
-        own = AutoConfig.from_pretrained(name, **safely)
-        resized = classes is not None and classes != own.num_labels
-        head = {"num_labels": classes} if resized else {}
+        config = AutoConfig.from_pretrained(name, **safely)
+        names = tuple(config.id2label[index] for index in range(config.num_labels))
+        resized = classes not in (None, config.num_labels)
+        if resized:
+            config.num_labels = classes
         if weights:
-            model = AutoModelForImageClassification.from_pretrained(
-                name, ignore_mismatched_sizes=resized, **head, **safely
-            )
+            safely |= {"config": config, "ignore_mismatched_sizes": resized}
+            model = AutoModelForImageClassification.from_pretrained(name, **safely)
         else:
-            config = AutoConfig.from_pretrained(name, **head, **safely)
             model = AutoModelForImageClassification.from_config(config, **safely)
     except (OSError, ValueError) as error:
         raise _not_downloaded(name, "Hugging Face", error) from error
     try:
-        processor = AutoImageProcessor.from_pretrained(name, use_fast=False, **safely)
-        preprocessing = Preprocessing(tuple(processor.image_mean), tuple(processor.image_std), "bilinear", 1.0)
-    except (OSError, ValueError, AttributeError):
-        # A folder without an image processor: Hugging Face's own default for ViT.
-        preprocessing = Preprocessing((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 1.0)
-    names = None if resized else tuple(own.id2label[i] for i in range(own.num_labels))
-    return OpenedModel(model, preprocessing, names, trained=not resized)
+        processor = AutoImageProcessor.from_pretrained(name, use_fast=False, trust_remote_code=False)
+        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    except (OSError, ValueError, AttributeError):  # a folder without one: Hugging Face's own default for ViT
+        mean = std = (0.5, 0.5, 0.5)
+    preprocessing = Preprocessing(mean, std, "bilinear", crop=1.0)
+    return OpenedModel(model, preprocessing, None if resized else names, trained=not resized)
 
 
 def _spare_retries() -> None:
-    """Tell the hub client at once when its server cannot be reached, in place of a minute of attempts.
-
-    Weights in the local cache are found all the same.
-    """
+    """Tell the hub client that its server cannot be reached, which it would try for a minute; the cache serves on."""
     from huggingface_hub import constants
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()
-    if getproxies():
-        return
-    try:
-        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        constants.HF_HUB_OFFLINE = True
+    if not getproxies():
+        try:
+            socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
 
 
 def _not_downloaded(name: str, library: str, error: Exception) -> ModelError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return ModelError(
-        f"could not download the weights of {name} from {library} ({reason}); without a connection, name a folder, or "
-        "a weights file with --checkpoint if it is the model to compress"
+        f"could not download the weights of {name} from {library} ({checkpoint.first_line(error)}); without a "
+        "connection, name a folder, or a weights file with --checkpoint if it is the model to compress"
     )
 
 
@@ -204,9 +181,7 @@ def number_of_classes(model: nn.Module) -> int:
     """Return how many classes a model's head has. Raises UnsupportedHostError when it has none."""
     count = getattr(model, "num_classes", None) or getattr(model, "num_labels", None)
     if not isinstance(count, int) or count < 1:
-        raise UnsupportedHostError(
-            f"this {type(model).__name__} has no classification head; make it with num_classes=..."
-        )
+        raise UnsupportedHostError(f"this {type(model).__name__} has no classification head; make it with num_classes")
     return count
 
 
@@ -215,8 +190,8 @@ def _head_keys(model: nn.Module) -> list[str]:
     of_timm: Any = getattr(model, "get_classifier", None)
     heads = of_timm() if of_timm is not None else getattr(model, "classifier", None)
     members = heads if isinstance(heads, tuple) else (heads,)
-    names = [name for name, module in model.named_modules() if any(module is member for member in members)]
-    return [f"{name}.{key}" for name in names for key in model.get_submodule(name).state_dict()]
+    named = [(name, module) for name, module in model.named_modules() if any(module is member for member in members)]
+    return [f"{name}.{key}" for name, module in named for key in module.state_dict()]
 
 
 def input_of(model: Any) -> tuple[int, tuple[int, int] | None]:
@@ -225,14 +200,15 @@ def input_of(model: Any) -> tuple[int, tuple[int, int] | None]:
         channels, *size = input_size(model)
     except UnsupportedHostError:
         source = getattr(model, "pretrained_cfg", None)
-        if source is None:  # of Hugging Face: images are resized to what it was trained on
-            side: Any = getattr(model.config, "image_size", None)
-            channels = getattr(model.config, "num_channels", 3)
-            size = [] if side is None else [side, side] if isinstance(side, int) else list(side)
-        else:
+        if source is not None:
             channels, *size = source["input_size"]
-            size = size if source.get("fixed_input_size") else []
-    return channels, (size[0], size[1]) if size else None
+            return channels, (size[0], size[1]) if source.get("fixed_input_size") else None
+        # of Hugging Face: images are resized to what it was trained on
+        channels, side = getattr(model.config, "num_channels", 3), getattr(model.config, "image_size", None)
+        if side is None:
+            return channels, None
+        size = [side, side] if isinstance(side, int) else side
+    return channels, (size[0], size[1])
 
 
 def undecayed(model: nn.Module) -> set[str]:

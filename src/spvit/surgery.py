@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -94,7 +94,7 @@ def prune(
             repair_in_place(model, target, architecture, batches)
         undo.pop_all()
     setattr(model, RECORD, PrunedRecord(architecture, folded=False))
-    return model  # type: ignore[return-value]
+    return cast(Model, model)
 
 
 def _trained_state(model: nn.Module, net: nn.Module) -> Mapping[str, Tensor]:

@@ -6,7 +6,7 @@ model = timm.create_model("spvit_deit_tiny_patch16_224", num_classes=10)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -21,49 +21,40 @@ from spvit.replacements.costs import network_costs
 from spvit.replacements.kernels import POSITIONS
 from spvit.surgery import prune
 
-# Read off the published checkpoints (method.md 6), a stage a row: width of the FFNs, attention a letter a block, FFN
-# units kept a block. The publication gives how many units stay, not which; here the first ones stand for them.
+# Read off the published checkpoints (method.md 6), a stage in one row or two: width of the FFNs, attention a letter a
+# block, FFN units kept a block. The publication gives how many units stay, not which; the first ones stand for them.
 _LETTERS = {"m": "msa", "3": "conv3", "1": "conv1", "s": "skip"}
-_Stage = tuple[int, str, tuple[int, ...]]
-_PUBLISHED: dict[str, tuple[_Stage, ...]] = {
-    "spvit_deit_tiny_patch16_224": (
-        (768, "11mmmmmmmmmm", (744, 758, 764, 767, 766, 764, 756, 659, 633, 473, 179, 145)),
-    ),
-    "spvit_deit_small_patch16_224": (
-        (1536, "1mmmmmmmmmmm", (1304, 1399, 1344, 1214, 1251, 1183, 1140, 925, 742, 391, 104, 103)),
-    ),
-    "spvit_deit_base_patch16_224": (
-        (3072, "11133mmmmmmm", (1118, 489, 1050, 1345, 1336, 1326, 1431, 1564, 1606, 1702, 1290, 190)),
-    ),
-    "spvit_deit_base_11g_patch16_224": (
-        (3072, "1113mmmmmmmm", (1253, 610, 1343, 1912, 2354, 2306, 2483, 2753, 2869, 2860, 2443, 934)),
-    ),
-    "spvit_swin_tiny_patch4_window7_224": (
-        (384, "1s", (186, 152)),
-        (768, "1s", (646, 504)),
-        (1536, "mmmmmm", (1350, 1319, 1289, 1249, 1234, 1082)),
-        (3072, "mm", (3041, 2994)),
-    ),
-    "spvit_swin_small_patch4_window7_224": (
-        (384, "1s", (188, 209)),
-        (768, "mm", (748, 680)),
-        (
-            1536,
-            "mmmmmmmmmmmms1mmss",
-            (1159, 1260, 1127, 1036, 919, 916, 868, 918, 903, 937, 961, 1037, 1063, 996, 888, 866, 741, 509),
-        ),
-        (3072, "mm", (3064, 3051)),
-    ),
-    "spvit_swin_base_patch4_window7_224": (
-        (512, "ms", (311, 303)),
-        (1024, "mm", (1011, 980)),
-        (
-            2048,
-            "mmmmmmmsmmmmmms1ms",
-            (1763, 1673, 1636, 1523, 1410, 1377, 1332, 1345, 1440, 1426, 1400, 1315, 1371, 1321, 1324, 1265, 1127, 734),
-        ),
-        (4096, "mm", (3572, 2931)),
-    ),
+_STAGES: dict[str, list[tuple[int, str, list[int]]]] = {
+    "deit_tiny_patch16_224": [(768, "11mmmmmmmmmm", [744, 758, 764, 767, 766, 764, 756, 659, 633, 473, 179, 145])],
+    "deit_small_patch16_224": [
+        (1536, "1mmmmmmmmmmm", [1304, 1399, 1344, 1214, 1251, 1183, 1140, 925, 742, 391, 104, 103])
+    ],
+    "deit_base_patch16_224": [
+        (3072, "11133mmmmmmm", [1118, 489, 1050, 1345, 1336, 1326, 1431, 1564, 1606, 1702, 1290, 190])
+    ],
+    "deit_base_11g_patch16_224": [
+        (3072, "1113mmmmmmmm", [1253, 610, 1343, 1912, 2354, 2306, 2483, 2753, 2869, 2860, 2443, 934])
+    ],
+    "swin_tiny_patch4_window7_224": [
+        (384, "1s", [186, 152]),
+        (768, "1s", [646, 504]),
+        (1536, "mmmmmm", [1350, 1319, 1289, 1249, 1234, 1082]),
+        (3072, "mm", [3041, 2994]),
+    ],
+    "swin_small_patch4_window7_224": [
+        (384, "1s", [188, 209]),
+        (768, "mm", [748, 680]),
+        (1536, "mmmmmmmmm", [1159, 1260, 1127, 1036, 919, 916, 868, 918, 903]),
+        (1536, "mmms1mmss", [937, 961, 1037, 1063, 996, 888, 866, 741, 509]),
+        (3072, "mm", [3064, 3051]),
+    ],
+    "swin_base_patch4_window7_224": [
+        (512, "ms", [311, 303]),
+        (1024, "mm", [1011, 980]),
+        (2048, "mmmmmmmsm", [1763, 1673, 1636, 1523, 1410, 1377, 1332, 1345, 1440]),
+        (2048, "mmmmms1ms", [1426, 1400, 1315, 1371, 1321, 1324, 1265, 1127, 734]),
+        (4096, "mm", [3572, 2931]),
+    ],
 }
 
 
@@ -74,17 +65,16 @@ def architectures() -> dict[str, Architecture]:
     skipped layer adds its normalised input, as in the published fine-tuned networks; this matters to Swin's alone, and
     `dataclasses.replace(architecture, skip_rule="zero")` gives the rule of a search.
     """
-    return {name: _published(stages) for name, stages in _PUBLISHED.items()}
-
-
-def _published(stages: Sequence[_Stage]) -> Architecture:
-    blocks = [
-        Block(Attention(_LETTERS[letter]), FFN(width, tuple(range(kept))))
-        for width, letters, units in stages
-        for letter, kept in zip(letters, units, strict=True)
-    ]
-    skips = any(block.attention.kind == "skip" for block in blocks)
-    return Architecture(tuple(blocks), skip_rule="normalised_input" if skips else "zero")
+    found = {}
+    for name, stages in _STAGES.items():
+        blocks = tuple(
+            Block(Attention(_LETTERS[letter]), FFN(width, tuple(range(kept))))
+            for width, letters, units in stages
+            for letter, kept in zip(letters, units, strict=True)
+        )
+        skips = any("s" in letters for _, letters, _ in stages)
+        found[f"spvit_{name}"] = Architecture(blocks, skip_rule="normalised_input" if skips else "zero")
+    return found
 
 
 def host_name(name: str) -> str:
@@ -116,14 +106,10 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
 
 
 def unfolded_params(host: nn.Module, architecture: Architecture) -> int:
-    """Return the parameters of an architecture as the publication counts them.
+    """Return the parameters of an architecture of a dense host as the publication counts them.
 
     There a convolution has the whole W_v and W_o of the attention that it replaces, its head mix logits and its batch
     norm; in a deployed network all of these are folded into two small layers.
-
-    Args:
-        host: the dense model.
-        architecture: what is kept of it.
     """
     dense = Host.of(host)
     cost = network_costs(dense)["params"]

@@ -21,14 +21,14 @@ from spvit.repair.scores import BlockScores
 from spvit.replacements.costs import network_costs
 from tiny import BOTH, images, make_host
 
-Sites = list[list[tuple[int, float]]]
+Sites = list[list[tuple[str, int, float]]]
 
 
 def random_sites(seed: int, scale: int = 1) -> Sites:
     generator = random.Random(seed)
 
-    def option() -> tuple[int, float]:
-        return round(scale * 40 * generator.random()), generator.choice([0.0, 1.0, generator.random()])
+    def option() -> tuple[str, int, float]:
+        return "", round(scale * 40 * generator.random()), generator.choice([0.0, 1.0, generator.random()])
 
     return [[option() for _ in range(generator.randrange(1, 5))] for _ in range(5)]
 
@@ -42,7 +42,9 @@ def brute_force(options: Iterable[tuple[int, float]], limit: int, wanted: int) -
 
 def totals(sites: Sites) -> list[tuple[int, float]]:
     """Return the sums of costs and of scores of every choice."""
-    return [(sum(cost for cost, _ in picks), sum(score for _, score in picks)) for picks in itertools.product(*sites)]
+    return [
+        (sum(cost for _, cost, _ in picks), sum(score for _, _, score in picks)) for picks in itertools.product(*sites)
+    ]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -50,14 +52,14 @@ def test_the_least_sum_is_that_of_brute_force(seed: int) -> None:
     sites = random_sites(seed)
     everything = totals(sites)
     for limit, width in itertools.product((-1, 0, *range(20, 210, 17)), (0, 9, 400)):
-        picks = _least_sum(sites, limit, limit - width)
+        chosen = _least_sum(sites, limit, limit - width)
         expected = brute_force(everything, limit, limit - width)
         if expected is None:
-            assert picks is None
+            assert chosen is None
             continue
-        chosen = [site[pick] for site, pick in zip(sites, picks)]
-        assert sum(cost for cost, _ in chosen) <= limit
-        assert sum(score for _, score in chosen) == pytest.approx(expected)
+        assert all(choice in site for site, choice in zip(sites, chosen, strict=True))
+        assert sum(cost for _, cost, _ in chosen) <= limit
+        assert sum(score for _, _, score in chosen) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -66,12 +68,11 @@ def test_rounded_costs_never_break_the_limit_and_lose_little(seed: int) -> None:
     everything = totals(sites)
     smallest, largest = min(everything)[0], max(everything)[0]
     for limit in (smallest, *range(smallest + 1, largest, max(1, (largest - smallest) // 7)), largest):
-        picks = _least_sum(sites, limit, 0)
-        chosen = [site[pick] for site, pick in zip(sites, picks)]
-        assert sum(cost for cost, _ in chosen) <= limit
+        chosen = _least_sum(sites, limit, 0)
+        assert sum(cost for _, cost, _ in chosen) <= limit
         tighter = brute_force(everything, limit - (limit // STEPS_PER_SITE + len(sites)), 0)
         if tighter is not None:
-            assert sum(score for _, score in chosen) <= tighter + 1e-12
+            assert sum(score for _, _, score in chosen) <= tighter + 1e-12
     assert _least_sum(sites, smallest - 1, 0) is None
 
 

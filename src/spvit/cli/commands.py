@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import yaml
 from accelerate.utils import set_seed
@@ -24,11 +23,11 @@ from spvit.cost import count_macs, count_params
 from spvit.errors import ArchitectureError, CheckpointError, ModelError, RunFolderError
 from spvit.hosts.host import example_images
 from spvit.hosts.recognise import family_of
-from spvit.models import ModelConfig, OpenedModel, open_model
+from spvit.models import ModelConfig, open_model
 from spvit.replacements.costs import network_costs
 from spvit.surgery import prune, pruned_record
 from spvit.train.compress import check_decision, deployed, run_compress, search, write_model
-from spvit.train.loop import Phase, Run, figures_of, run_phase
+from spvit.train.loop import Evaluation, Phase, Run, figures_of, run_phase
 from spvit.train.processes import by_the_first, processes
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import DENSE, FINETUNE, RunFolder
@@ -44,20 +43,30 @@ def _open(name: str, options: cli.RunCommand, trains_head: bool, console: Consol
     folder = RunFolder.open(options.output, options.resume)
     set_seed(options.seed)
     opened, images = model_and_images(options, trains_head)
+    model = opened.model
     processes().wait_for_everyone()  # until all have found the folder fit to write to
     settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in NOT_SETTINGS}
     by_the_first(lambda: folder.write_settings(name, yaml.safe_dump(settings, sort_keys=False)))
-    params, macs = count_params(opened.model), _macs(opened.model)
-    say(console, f"{options.model}: {human(params)} params, {human(macs)} macs; {len(images.classes)} classes")
-    return opened.model, Run(images, folder, options, PhaseProgress(console))
+    macs = count_macs(model, lambda twin: twin(example_images(twin)))
+    costs = f"{human(count_params(model))} params, {human(macs)} macs"
+    say(console, f"{options.model}: {costs}; {len(images.classes)} classes")
+    return model, Run(images, folder, options, PhaseProgress(console))
+
+
+def _write(model: nn.Module, figures: Evaluation, run: Run, console: Console, when: str = "") -> None:
+    """Write a run's model, and say how accurate it is."""
+    write_model(model, figures, run.images, run.folder.path)
+    _say_where(console, run.folder.path, f"accuracy {figures.accuracy:.2%}{when}")
+
+
+def _say_where(console: Console, folder: Path, *lines: str) -> None:
+    say(console, *lines, f'files in {folder}; load the model with spvit.load("{folder}")')
 
 
 def train_command(options: cli.TrainCommand, console: Console) -> None:
     """Train a dense model and write it."""
     model, run = _open("train", options, True, console)
-    figures = run_phase(Phase(DENSE, model, options.dense), run)
-    write_model(model, figures, run.images, run.folder.path)
-    _say_where(console, run.folder.path, f"accuracy {figures.accuracy:.2%}")
+    _write(model, run_phase(Phase(DENSE, model, options.dense), run), run, console)
 
 
 def search_command(options: cli.SearchCommand, console: Console) -> None:
@@ -67,9 +76,7 @@ def search_command(options: cli.SearchCommand, console: Console) -> None:
     net, architecture = search(host, limits, options.search, run, options.multiple)
     console.print(block_table(architecture, network_costs(host), "architecture"))
     pruned = prune(host, architecture, weights=net)
-    figures = figures_of(pruned, run.images, options)
-    write_model(pruned, figures, run.images, run.folder.path)
-    _say_where(console, run.folder.path, f"accuracy {figures.accuracy:.2%} before fine-tuning")
+    _write(pruned, figures_of(pruned, run.images, options), run, console, " before fine-tuning")
 
 
 def finetune_command(options: cli.FinetuneCommand, console: Console) -> None:
@@ -79,17 +86,11 @@ def finetune_command(options: cli.FinetuneCommand, console: Console) -> None:
     teacher = None
     if architecture is not None:
         teacher = model
-        model = _pruned_to(model, architecture, str(options.architecture))
+        model = _pruned_to(model, architecture, options.architecture)
     elif pruned_record(model) is None:
         raise ModelError(f"{options.model} is a dense model; name what to keep with --architecture, or see spvit train")
-    elif options.finetune.distillation > 0 and options.finetune.teacher is None:
-        raise ModelError(
-            "distillation needs a teacher; name one with --finetune.teacher, or the dense model with --model and what "
-            "to keep with --architecture"
-        )
     figures = run_phase(Phase(FINETUNE, model, options.finetune, teacher=teacher), run)
-    write_model(deployed(model), figures, run.images, run.folder.path)
-    _say_where(console, run.folder.path, f"accuracy {figures.accuracy:.2%}")
+    _write(deployed(model), figures, run, console)
 
 
 def compress_command(options: cli.CompressCommand, console: Console) -> None:
@@ -102,13 +103,8 @@ def compress_command(options: cli.CompressCommand, console: Console) -> None:
     if not processes().is_main_process:
         return
     costs = network_costs(result.host)
-    spent = {
-        "dense": {metric: cost.dense for metric, cost in costs.items()},
-        "pruned": {metric: cost.of(result.architecture) for metric, cost in costs.items()},
-    }
     latencies = _latencies({"dense": result.host, "pruned": result.model})
-    console.print(block_table(result.architecture, costs, "architecture"))
-    console.print(comparison_table({"dense": result.dense, "pruned": result.pruned}, spent, latencies))
+    console.print(block_table(result.architecture, costs, "architecture"), comparison_table(result, costs, latencies))
     after = f"accuracy right after pruning {result.after_pruning.accuracy:.2%}"
     _say_where(console, run.folder.path, f"attention: {kinds_text(result.architecture)}; {after}")
 
@@ -123,12 +119,11 @@ def evaluate_command(options: cli.EvaluateCommand, console: Console) -> None:
 
 def profile_command(options: cli.ProfileCommand, console: Console) -> None:
     """Print the costs of a model by block, dense against pruned; those of a published one as published too."""
-    # Costs do not depend on weights, so none are downloaded.
-    model = open_model(options, weights=False).model
+    model = open_model(options, weights=False).model  # costs do not depend on weights, so none are downloaded
     record = pruned_record(model)
     if record is not None and options.architecture is not None:
         raise ArchitectureError(f"{options.model} is pruned already; name a dense model with --architecture")
-    host = family_of(model).build(family_of(model).source(model)) if record is not None else model
+    host = model if record is None else family_of(model).build(family_of(model).source(model))
     costs = network_costs(host)
     if record is not None:
         architecture = record.architecture
@@ -136,17 +131,14 @@ def profile_command(options: cli.ProfileCommand, console: Console) -> None:
         architecture = _named_architecture(options.architecture)
     else:
         architecture = dense([block.units for block in costs["macs"].blocks])
-    pruned = deployed(model if record is not None else _pruned_to(host, architecture, str(options.architecture)))
+    pruned = deployed(model if record is not None else _pruned_to(host, architecture, options.architecture))
     console.print(block_table(architecture, costs, options.model))
     if architecture in architectures().values():
-        own = {metric: cost.of(architecture) for metric, cost in costs.items()}
+        params, macs = (costs[metric].of(architecture) for metric in ("params", "macs"))
         unfolded = unfolded_params(host, architecture)
-        say(
-            console,
-            f"deployed: {own['params']:,} params, {own['macs']:,} macs",
-            f"as published: {unfolded:,} params ({human(unfolded)}), which counts convolutions before folding, with "
-            "the whole value and output projections",
-        )
+        counts = "which counts convolutions before folding, with the whole value and output projections"
+        say(console, f"deployed: {params:,} params, {macs:,} macs")
+        say(console, f"as published: {unfolded:,} params ({human(unfolded)}), {counts}")
     if options.latency:
         for name, latencies in _latencies({"dense": host.eval(), "pruned": pruned}).items():
             say(console, *(f"{name}: {latency_text(latency)}" for latency in latencies))
@@ -160,43 +152,35 @@ def convert_command(options: cli.ConvertCommand, console: Console) -> None:
     if options.model_args and options.model is None:
         raise ModelError(f"model_args {options.model_args} need the timm model that they are for; name it with --model")
     published = convert.read_published(options.checkpoint)
-    if published.form == "indicators":
-        _convert_indicators(published, options, run, console)
-        return
+    weights, said = published.form != "indicators", f"{published.path}: {published.described()}"
+    if options.indicators is not None and not weights:
+        raise CheckpointError(f"{published.path} is an FFN indicator file itself; --indicators goes with weights")
     indicators = convert.read_published(options.indicators) if options.indicators is not None else None
-    name = options.model or convert.model_name(published)
-    opened = _random_host(name, {"num_classes": published.classes(), **options.model_args})
+    name = options.model or (convert.model_name(published) if weights else None)
+    opened = None
+    if name is not None:
+        arguments = {"num_classes": published.classes(), **options.model_args}
+        opened = open_model(ModelConfig(model=name, model_args=arguments, pretrained=False))
+    if opened is None or not weights:
+        architecture = convert.indicated_architecture(published, None if opened is None else opened.model)
+        run.path.mkdir(parents=True, exist_ok=True)
+        run.write_architecture(architecture)
+        kept = _kept_lines(architecture, indicated=True)
+        say(console, said, *kept, f"architecture in {run.architecture}, for spvit finetune")
+        return
     try:
         model = convert.rebuild(published, opened.model, indicators)
     except CheckpointError as error:
         hint = "" if options.model is not None else ", determined by its shapes; --model names another"
         raise CheckpointError(f"{error} (model {name}{hint})") from error
     save(model, run.path, preprocessing=opened.preprocessing)
-    lines = [f"{published.path}: {published.described()}; model {name}, {published.classes()} classes"]
+    lines = [f"{said}; model {name}, {published.classes()} classes"]
     record = pruned_record(model)
     if record is not None:
         lines += _kept_lines(record.architecture, indicated=published.form == "dense")
         if indicators is None and any(len(block.ffn.units) < block.ffn.width for block in record.architecture.blocks):
             lines.append("the file does not list which FFN units it kept; the first stand for them, see --indicators")
     _say_where(console, run.path, *lines)
-
-
-def _convert_indicators(
-    published: convert.Published, options: cli.ConvertCommand, run: RunFolder, console: Console
-) -> None:
-    """Write the architecture of an indicator file, which holds no weights."""
-    if options.indicators is not None:
-        raise CheckpointError(f"{published.path} is an FFN indicator file itself; --indicators goes with weights")
-    host = _random_host(options.model, options.model_args).model if options.model is not None else None
-    architecture = convert.indicated_architecture(published, host)
-    run.path.mkdir(parents=True, exist_ok=True)
-    run.write_architecture(architecture)
-    lines = [f"{published.path}: {published.described()}", *_kept_lines(architecture, indicated=True)]
-    say(console, *lines, f"architecture in {run.architecture}, for spvit finetune")
-
-
-def _random_host(name: str, arguments: dict[str, Any]) -> OpenedModel:
-    return open_model(ModelConfig(model=name, model_args=arguments, pretrained=False))
 
 
 def _kept_lines(architecture: Architecture, indicated: bool) -> list[str]:
@@ -210,7 +194,7 @@ def _kept_lines(architecture: Architecture, indicated: bool) -> list[str]:
     return lines
 
 
-def _pruned_to(host: nn.Module, architecture: Architecture, name: str) -> nn.Module:
+def _pruned_to(host: nn.Module, architecture: Architecture, name: str | None) -> nn.Module:
     try:
         return prune(host, architecture)
     except ArchitectureError as error:
@@ -219,21 +203,15 @@ def _pruned_to(host: nn.Module, architecture: Architecture, name: str) -> nn.Mod
 
 def _named_architecture(name: str) -> Architecture:
     published = architectures()
-    if name not in published and not Path(name).is_file():
+    if name in published:
+        return published[name]
+    if not Path(name).is_file():
         known = ", ".join(published)
         raise ArchitectureError(f"architecture {name!r} is neither a file nor a published one; published are {known}")
-    return published[name] if name in published else Architecture.load(name)
+    return Architecture.load(name)
 
 
 def _latencies(models: dict[str, nn.Module]) -> dict[str, list[Latency]]:
     """Return the latencies of models by name, one a batch size, measured side by side."""
     measured = [measure_latencies(list(models.values()), example_images(models["dense"], batch)) for batch in BATCHES]
     return {name: [latencies[index] for latencies in measured] for index, name in enumerate(models)}
-
-
-def _macs(model: nn.Module) -> int:
-    return count_macs(model, lambda twin: twin(example_images(twin)))
-
-
-def _say_where(console: Console, folder: Path, *lines: str) -> None:
-    say(console, *lines, f'files in {folder}; load the model with spvit.load("{folder}")')

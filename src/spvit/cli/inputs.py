@@ -8,12 +8,10 @@ from typing import Any
 
 from spvit.cli.options import EvaluateCommand, RunCommand
 from spvit.errors import DataError, ModelError
-from spvit.hosts.recognise import family_of
+from spvit.hosts.host import input_size
 from spvit.models import HUGGING_FACE, OpenedModel, number_of_classes, open_model
 from spvit.train.data import Images, find_images, images_of
 from spvit.train.settings import ImageConfig
-
-logger = logging.getLogger("spvit")
 
 
 def model_and_images(
@@ -24,44 +22,33 @@ def model_and_images(
 ) -> tuple[OpenedModel, Images]:
     """Return a model whose head has as many classes as the images, and images of the size that it takes.
 
-    Args:
-        options: which model, and which images.
-        trains_head: whether the run begins by training the model, whose head may then be new.
-        weights: whether to load pre-trained weights; without them the model is one to count and measure.
-        find: finds the images, called as `find_images`.
-
-    Raises:
-        DataError: the images cannot be found, or the model has other classes that cannot be changed.
-        ModelError, CheckpointError, UnsupportedHostError: the model cannot be opened, or is not trained.
+    The head of a model that the run trains first may be new. Raises DataError when there are no images, or the model
+    has other classes that cannot be changed; and what `open_model` raises.
     """
     found = find(options.data, options.images)
     classes = found[-1]
     opened = open_model(options, len(classes), weights=weights)
     count = number_of_classes(opened.model)
     if count != len(classes):
-        raise DataError(
-            f"{options.data} has {len(classes)} classes, but {options.model} was made for {count}; use a model of "
-            "these classes"
-        )
-    _compare_classes(opened.classes, classes, options.model, options.data)
+        problem = f"{options.data} has {len(classes)} classes, but {options.model} was made for {count}"
+        raise DataError(f"{problem}; use a model of these classes")
+    if opened.classes not in (None, classes):
+        _compare_classes(opened.classes, classes, options)
     if not opened.trained and not trains_head:
-        raise ModelError(
-            f"{options.model} has no trained weights for these {count} classes; train it first (spvit train, or "
-            "--dense.epochs), or name trained weights with --checkpoint"
-        )
-    size = family_of(opened.model).input_size(opened.model)
+        advice = "train it first (spvit train, or --dense.epochs), or name trained weights with --checkpoint"
+        raise ModelError(f"{options.model} has no trained weights for these {count} classes; {advice}")
+    size = input_size(opened.model)
     return opened, images_of(found, options.images, size, opened.preprocessing)
 
 
-def _compare_classes(own: tuple[str, ...] | None, found: tuple[str, ...], model: str, data: str) -> None:
+def _compare_classes(own: tuple[str, ...], found: tuple[str, ...], options: RunCommand | EvaluateCommand) -> None:
     """Raise DataError when images have a model's classes in another order; warn when they have other names."""
-    if own is None or own == found:
-        return
     place = next(index for index, names in enumerate(zip(own, found)) if names[0] != names[1])
-    difference = f"class {place} of {model} is {own[place]!r}, of {data} {found[place]!r}"
+    difference = f"class {place} of {options.model} is {own[place]!r}, of {options.data} {found[place]!r}"
     if sorted(own) == sorted(found):
         raise DataError(
-            f"{difference}: the classes are in another order; name the folders so that they sort as the model's do"
+            f"{difference}: they are in another order; name the folders so that they sort as the model's do"
         )
-    if not model.startswith(HUGGING_FACE):  # where the same classes often have other names
-        logger.warning("%s: if these are not the same, the model's outputs are not for these classes", difference)
+    if not options.model.startswith(HUGGING_FACE):  # where the same classes often have other names
+        problem = "if these are not the same, the model's outputs are not for these classes"
+        logging.getLogger("spvit").warning("%s: %s", difference, problem)

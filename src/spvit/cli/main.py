@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,7 +24,7 @@ from spvit.errors import RunError, SpvitError
 from spvit.train.processes import processes
 from spvit.train.run_folder import RunFolder
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[Any, Callable[..., None]]] = {  # the options and the function of each
     "compress": (cli.CompressCommand, run.compress_command),
     "train": (cli.TrainCommand, run.train_command),
     "search": (cli.SearchCommand, run.search_command),
@@ -34,7 +34,6 @@ COMMANDS = {
     "convert": (cli.ConvertCommand, run.convert_command),
     "demo": (cli.DemoCommand, run.compress_command),
 }
-"""Options and function of every sub-command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,27 +43,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet_libraries(problems)
     try:
         name, options = parse(sys.argv[1:] if arguments is None else arguments)
-        function: Any = COMMANDS[name][1]
         writes = isinstance(options, cli.RunCommand) and not getattr(options, "dry_run", False)
         with RunFolder(options.output).removed_if_refused() if writes else nullcontext():
-            function(options, console)
-    except RunError as error:
-        return _complain(problems, str(error), 1)
-    except SpvitError as error:
-        # An error in a reading process arrives as its traceback, with the message last.
-        return _complain(problems, str(error).split("DataError: ")[-1], 2)
+            COMMANDS[name][1](options, console)
+        processes().destroy_process_group()  # or its threads may end the interpreter with an error
+        return 0
+    except SpvitError as error:  # one in a reading process arrives as its traceback, with the message last
+        message, code = str(error).split("DataError: ")[-1], 1 if isinstance(error, RunError) else 2
     except KeyboardInterrupt:
-        return _complain(problems, "interrupted; a run that has saved a state continues with --resume", 130)
-    processes().destroy_process_group()  # or its threads may end the interpreter with an error
-    return 0
+        message, code = "interrupted; a run that has saved a state continues with --resume", 130
+    line = f"spvit: {' '.join(message.split())}"
+    problems.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
+    return code
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Any]:
     """Return the sub-command's name and its options.
 
-    Raises:
-        SpvitError: an option or a value is not known, or missing.
-        RunFolderError: `--resume` on a folder whose run had other settings, or none.
+    Raises SpvitError when an option or a value is not known or missing, and RunFolderError for `--resume` on a folder
+    whose run had other settings, or none.
     """
     name, words = _name(arguments[:1]), list(arguments[1:])
     parser = command_parser(name, COMMANDS[name][0])
@@ -103,9 +100,3 @@ def _quiet_libraries(problems: Console) -> None:
     for library in ("accelerate", "huggingface_hub", "timm", "torch.utils.cpp_extension", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-
-
-def _complain(problems: Console, message: str, code: int) -> int:
-    text = " ".join(message.split())
-    problems.print(f"spvit: {text}", style="red", highlight=False, markup=False, soft_wrap=True)
-    return code

@@ -12,7 +12,7 @@ from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, Name
 from spvit.errors import SpvitError
 
 DEMO = Path(__file__).with_name("digits.yaml")
-"""The recipe of the demonstration."""
+# Options of the short help.
 _HEADINGS = {
     "model and data": ("model", "checkpoint", "data", "images.batch-size"),
     "budget, one of the two": ("macs", "params"),
@@ -20,7 +20,6 @@ _HEADINGS = {
     "phases": ("dense.epochs", "search.epochs", "finetune.epochs"),
     "run": ("recipe", "output", "seed", "resume", "dry-run", "help", "help-all"),
 }
-"""Options of the short help."""
 _SHOWN_OF_DEMO = ("macs", "output", "seed", "resume", "help", "help-all")
 _EXPECTED = {
     "int": "a whole number",

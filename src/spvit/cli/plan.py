@@ -49,11 +49,10 @@ def print_plan(options: CompressCommand, console: Console) -> None:
         Phase(FINETUNE, copy.deepcopy(host), options.finetuning, teacher=host),
     ]
     planned = {phase.name: _planned(phase, run, share) for phase in phases if phase.config.epochs > 0}
-    lines = [f"plan of spvit compress to {options.output}; nothing is written", f"model: {options.model}"]
+    say(console, f"plan of spvit compress to {options.output}; nothing is written", f"model: {options.model}")
     for metric, cost in costs.items():
-        about = "" if metric == budgeted else "about "
-        lines.append(f"{metric}: {human(cost.dense)} before, {about}{human(share * cost.dense)} ({share:.1%}) after")
-    say(console, *lines)
+        after = f"{'' if metric == budgeted else 'about '}{human(share * cost.dense)} ({share:.1%}) after"
+        say(console, f"{metric}: {human(cost.dense)} before, {after}")
     table = Table("", *planned, title="phases", title_justify="left")
     for row in next(iter(planned.values()), {}):
         table.add_row(row, *(column[row] for column in planned.values()))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from spvit.architecture import KINDS, Architecture
 from spvit.benchmark import Latency
 from spvit.budget import human
 from spvit.cost import NetworkCost
-from spvit.train.loop import Evaluation
+from spvit.train.compress import Compressed
 
 
 def say(console: Console, *lines: str) -> None:
@@ -18,26 +18,18 @@ def say(console: Console, *lines: str) -> None:
 
 
 def block_table(architecture: Architecture, costs: dict[str, NetworkCost], title: str) -> Table:
-    """Return a table by block: attention, FFN units, and params and MACs beside the dense ones, with totals.
-
-    Args:
-        architecture: what is kept.
-        costs: the host's costs by metric.
-        title: heading.
-    """
-    table = Table("block", "attention", title=title, title_justify="left")
-    for name in ("FFN units", "params", "dense params", "macs", "dense macs"):
-        table.add_column(name, justify="right")
+    """Return a table by block: attention, FFN units, and params and MACs beside the dense ones, with totals."""
+    numbers = _right("FFN units", "params", "dense params", "macs", "dense macs")
+    table = Table("block", "attention", *numbers, title=title, title_justify="left")
     by_metric = [costs["params"], costs["macs"]]
     for index, block in enumerate(architecture.blocks):
         own = [cost.blocks[index] for cost in by_metric]
         cells = [human(count) for cost in own for count in (cost.of(block, architecture.rules), cost.dense)]
         table.add_row(str(index), str(block.attention), f"{len(block.ffn.units)}/{block.ffn.width}", *cells)
     table.add_row("", "rest", "", *(human(cost.fixed) for cost in by_metric for _ in range(2)), end_section=True)
-    totals = [human(count) for cost in by_metric for count in (cost.of(architecture), cost.dense)]
-    table.add_row("", "total", "", *totals)
-    shares = [f"{cost.of(architecture) / cost.dense:.1%}" for cost in by_metric]
-    table.add_row("", "share", "", shares[0], "", shares[1], "")
+    totals = [(cost.of(architecture), cost.dense) for cost in by_metric]
+    table.add_row("", "total", "", *(human(count) for pair in totals for count in pair))
+    table.add_row("", "share", "", *(cell for own, whole in totals for cell in (f"{own / whole:.1%}", "")))
     return table
 
 
@@ -56,18 +48,17 @@ def latency_text(latency: Latency) -> str:
     )
 
 
-def comparison_table(
-    figures: dict[str, Evaluation],
-    costs: dict[str, dict[str, int]],
-    latencies: dict[str, list[Latency]],
-) -> Table:
-    """Return models side by side: accuracy, params, MACs, and latency by batch size; all arguments are by row name."""
-    table = Table("")
-    batches = [f"latency, batch {latency.batch}" for latency in next(iter(latencies.values()))]
-    for name in ("accuracy", "params", "macs", *batches):
-        table.add_column(name, justify="right")
-    for name, figure in figures.items():
-        counts = [human(costs[name][metric]) for metric in ("params", "macs")]
+def comparison_table(result: Compressed, costs: dict[str, NetworkCost], latencies: dict[str, list[Latency]]) -> Table:
+    """Return dense and pruned side by side: accuracy, params, MACs, and latency by batch size."""
+    batches = (f"latency, batch {latency.batch}" for latency in latencies["dense"])
+    table = Table("", *_right("accuracy", "params", "macs", *batches))
+    for name, figures in (("dense", result.dense), ("pruned", result.pruned)):
+        by_metric = [costs["params"], costs["macs"]]
+        counts = [cost.dense if name == "dense" else cost.of(result.architecture) for cost in by_metric]
         measured = [f"{latency.latency_ms:.2f} ms" for latency in latencies[name]]
-        table.add_row(name, f"{figure.accuracy:.2%}", *counts, *measured)
+        table.add_row(name, f"{figures.accuracy:.2%}", *map(human, counts), *measured)
     return table
+
+
+def _right(*names: str) -> list[Column]:
+    return [Column(name, justify="right") for name in names]

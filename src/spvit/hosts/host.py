@@ -28,7 +28,7 @@ class Host:
     family: Family
     blocks: tuple[BlockSites, ...]
     input_size: tuple[int, int, int]
-    """(channels, height, width) of the images that it takes."""
+    """(channels, height, width) of its images."""
 
     @staticmethod
     def of(model: nn.Module | Host) -> Host:

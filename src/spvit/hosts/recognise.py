@@ -63,14 +63,9 @@ def _advice(model: nn.Module) -> str:
 
 
 def family_of_library(library: str, model_class: str | None = None) -> Family:
-    """Return the family that a saved model's host came from.
+    """Return the family that a saved model's host came from, by its library and class (None: the library's first one).
 
-    Args:
-        library: which library the host's class is in.
-        model_class: name of that class. None, as files had it when a library had one family, means its first one.
-
-    Raises:
-        UnsupportedHostError: names what is unknown and what is known.
+    Raises UnsupportedHostError naming what is unknown and what is known.
     """
     found = [item for item in REGISTRATIONS if item.library == library]
     if not found:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,13 +21,7 @@ STEPS_PER_SITE = 512
 
 
 def decide_by_scores(host: Host, scores: Scores, budget: Budget, multiple: int | None = None) -> Architecture:
-    """Return the architecture with the least sum of scores within a budget, which it meets to 0.5 %.
-
-    Args:
-        host: the dense model that was scored.
-        scores: of it.
-        budget: in MACs or parameters.
-        multiple: FFN widths and ranks are multiples of it; None for 8, or less where 8 is too coarse.
+    """Return the architecture with the least sum of scores within a budget, as `decide` says.
 
     Raises:
         BudgetError: the budget cannot be reached; names the smallest cost that can.
@@ -48,10 +41,8 @@ def decide_by_scores(host: Host, scores: Scores, budget: Budget, multiple: int |
         if chosen is not None and abs(cost.of(chosen) - target) <= TOLERANCE * target:
             return chosen
     sites = _sites(scores.blocks, cost, multiples[-1])
-    smallest = cost.fixed + min(
-        sum(min(spent for spent, _ in site) for _, site in variant)
-        for variant in (_attending(sites) if attends else [sites])
-    )
+    variants = _attending(sites) if attends else [sites]
+    smallest = cost.fixed + min(sum(min(spent for _, spent, _ in site) for site in variant) for variant in variants)
     if target < smallest:
         raise BudgetError(
             f"a budget of {human(target)} {budget.metric} ({target / cost.dense:.1%}) cannot be reached with FFN "
@@ -76,61 +67,44 @@ def choose(
     keeps attention.
     """
     sites = _sites(scores, cost, multiple)
-    limits = (target - cost.fixed, wanted - cost.fixed)
-    chosen = _chosen(sites, *limits)
-    if chosen is not None and attends and all(attention.kind != "msa" for attention in chosen.kept[::2]):
-        found = [choice for variant in _attending(sites) if (choice := _chosen(variant, *limits)) is not None]
-        chosen = min(found, key=lambda choice: (choice.cost < limits[1], choice.score), default=None)
+    limit, least = target - cost.fixed, wanted - cost.fixed
+    chosen = _least_sum(sites, limit, least)
+    if chosen is not None and attends and all(attention.kind != "msa" for attention, _, _ in chosen[::2]):
+        found = [choice for variant in _attending(sites) if (choice := _least_sum(variant, limit, least)) is not None]
+        chosen = min(found, key=lambda choice: (_sum(choice, 1) < least, _sum(choice, 2)), default=None)
     if chosen is None:
         return None
+    kept = [what for what, _, _ in chosen]
     blocks = [
         Block(attention, FFN(own.units, tuple(sorted(block.ranking.units[:width]))))
-        for attention, width, own, block in zip(chosen.kept[::2], chosen.kept[1::2], cost.blocks, scores)
+        for attention, width, own, block in zip(kept[::2], kept[1::2], cost.blocks, scores)
     ]
     return Architecture(tuple(blocks), REPAIRED.prefix, REPAIRED.skip)
 
 
-Site = tuple[list[Any], list[tuple[int, float]]]
-"""What an attention layer or an FFN may keep, and the (cost, score) of that."""
+Choice = tuple[Any, int, float]
+"""What an attention layer or an FFN may keep, its cost and its score."""
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """What every site keeps, and the sums of its costs and scores."""
-
-    kept: list[Any]
-    cost: int
-    score: float
+def _sum(choices: Sequence[Choice], part: int) -> float:
+    return sum(choice[part] for choice in choices)
 
 
-def _chosen(sites: Sequence[Site], limit: int, wanted: int) -> _Choice | None:
-    """Return the choice with the least sum of scores, as `_least_sum` takes it, or None."""
-    picks = _least_sum([site for _, site in sites], limit, wanted)
-    if picks is None:
-        return None
-    taken = [site[pick] for (_, site), pick in zip(sites, picks)]
-    kept = [choices[pick] for (choices, _), pick in zip(sites, picks)]
-    return _Choice(kept, sum(cost for cost, _ in taken), sum(score for _, score in taken))
-
-
-def _attending(sites: Sequence[Site]) -> Iterator[list[Site]]:
+def _attending(sites: Sequence[list[Choice]]) -> Iterator[list[list[Choice]]]:
     """Yield the sites with one attention layer that may only keep attention, each in turn."""
     for index in range(0, len(sites), 2):
-        choices, site = sites[index]
-        staying = [number for number, kept in enumerate(choices) if kept.kind == "msa"]
-        own = ([choices[number] for number in staying], [site[number] for number in staying])
-        yield [*sites[:index], own, *sites[index + 1 :]]
+        staying = [choice for choice in sites[index] if choice[0].kind == "msa"]
+        yield [*sites[:index], staying, *sites[index + 1 :]]
 
 
-def _sites(scores: Sequence[BlockScores], cost: NetworkCost, multiple: int) -> list[Site]:
-    """Return, for every attention and FFN in turn, what it may keep and the (cost, score) of that."""
-    sites: list[Site] = []
+def _sites(scores: Sequence[BlockScores], cost: NetworkCost, multiple: int) -> list[list[Choice]]:
+    """Return what every attention and FFN in turn may keep."""
+    sites: list[list[Choice]] = []
     for block, own in zip(scores, cost.blocks):
         fitting = [(kept, score) for kept, score in block.attention if _of_multiple(kept, multiple)]
-        attention = [(own.attention(kept, REPAIRED), score) for kept, score in fitting]
-        sites.append(([kept for kept, _ in fitting], attention))
+        sites.append([(kept, own.attention(kept, REPAIRED), score) for kept, score in fitting])
         widths = sorted({*range(multiple, own.units, multiple), own.units})
-        sites.append((list(widths), [(own.unit * width, block.ffn[width]) for width in widths]))
+        sites.append([(width, own.unit * width, block.ffn[width]) for width in widths])
     return sites
 
 
@@ -139,17 +113,17 @@ def _of_multiple(kept: Attention, multiple: int) -> bool:
     return all(rank is None or rank % multiple == 0 for rank in (kept.query_key_rank, kept.value_rank))
 
 
-def _least_sum(sites: Sequence[Sequence[tuple[int, float]]], limit: int, wanted: int) -> list[int] | None:
-    """Return which (cost, score) of every site to take for the least sum of scores at a sum of costs up to a limit.
+def _least_sum(sites: Sequence[list[Choice]], limit: int, wanted: int) -> list[Choice] | None:
+    """Return the choice of every site with the least sum of scores at a sum of costs up to a limit.
 
-    The costs are to be at least `wanted` where there is such a choice. None when all choices are beyond the limit.
+    The costs are at least `wanted` where there is such a choice. None when all choices are beyond the limit.
     """
-    cheapest = [min(range(len(site)), key=lambda pick: site[pick]) for site in sites]
-    if limit < sum(site[pick][0] for site, pick in zip(sites, cheapest)):
+    cheapest = [min(site, key=lambda choice: choice[1:]) for site in sites]
+    if limit < _sum(cheapest, 1):
         return None
-    best_picks = [min(range(len(site)), key=lambda pick: site[pick][::-1]) for site in sites]
-    if wanted <= sum(site[pick][0] for site, pick in zip(sites, best_picks)) <= limit:
-        return best_picks
+    best_choices = [min(site, key=lambda choice: (choice[2], choice[1])) for site in sites]
+    if wanted <= _sum(best_choices, 1) <= limit:
+        return best_choices
     unit = max(1, limit // (STEPS_PER_SITE * len(sites)))
     room = limit // unit
     best, taken = _tables(sites, unit, room)
@@ -162,29 +136,26 @@ def _least_sum(sites: Sequence[Sequence[tuple[int, float]]], limit: int, wanted:
             break
     else:
         return cheapest  # which fit, but for the rounding
-    picks: list[int] = []
-    for site, choice in zip(reversed(sites), reversed(taken)):
-        pick = int(choice[room])
-        picks.append(pick)
-        room -= -(-site[pick][0] // unit)
-    return picks[::-1]
+    chosen: list[Choice] = []
+    for site, picks in zip(reversed(sites), reversed(taken)):
+        chosen.append(site[int(picks[room])])
+        room -= -(-chosen[-1][1] // unit)
+    return chosen[::-1]
 
 
-def _tables(
-    sites: Sequence[Sequence[tuple[int, float]]], unit: int, room: int
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return the least sum of scores by the exact sum of costs in units, [room + 1], and each site's choice for it."""
+def _tables(sites: Sequence[list[Choice]], unit: int, room: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return the least sum of scores by the exact sum of costs in units, [room + 1], and each site's pick for it."""
     best = torch.full((room + 1,), torch.inf, dtype=torch.float64)
     best[0] = 0
     taken = []
     for site in sites:
-        better, choice = torch.full_like(best, torch.inf), torch.zeros(room + 1, dtype=torch.int32)
-        for pick, (cost, loss) in enumerate(site):
+        better, picks = torch.full_like(best, torch.inf), torch.zeros(room + 1, dtype=torch.int32)
+        for pick, (_, cost, loss) in enumerate(site):
             steps = -(-cost // unit)
             if steps <= room:
                 reached, own = better[steps:], best[: room + 1 - steps] + loss
-                choice[steps:][own < reached] = pick
+                picks[steps:][own < reached] = pick
                 torch.minimum(reached, own, out=reached)
         best = better
-        taken.append(choice)
+        taken.append(picks)
     return best, taken

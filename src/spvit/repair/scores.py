@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spvit.architecture import DEFAULT_MULTIPLE, FFN, KINDS, Attention, Block, attention_from_dict, narrow_ranks
+from spvit.architecture import DEFAULT_MULTIPLE, FFN, KINDS, Attention, Block, attention_from_dict
 from spvit.budget import check_multiple
 from spvit.errors import ArchitectureError, CalibrationError
 from spvit.hosts.host import Host, logits_of
@@ -92,15 +92,9 @@ class Scores:
             }
             tensors |= {f"{index}.{name}": torch.tensor(own, dtype=torch.float64) for name, own in numbers.items()}
             tensors[f"{index}.units"] = torch.tensor(block.ranking.units)
-        data = {
-            "format": FORMAT,
-            "version": VERSION,
-            "multiple": self.multiple,
-            "weights": self.weights,
-            "attention": candidates,
-        }
+        data = {"format": FORMAT, "version": VERSION, "multiple": self.multiple, "weights": self.weights}
         save_file(tensors, folder / TENSORS)
-        (folder / DESCRIPTION).write_text(json.dumps(data) + "\n", encoding="utf-8")
+        (folder / DESCRIPTION).write_text(json.dumps({**data, "attention": candidates}) + "\n", encoding="utf-8")
 
     @staticmethod
     def load(folder: str | Path) -> Scores:
@@ -156,13 +150,8 @@ class Head:
 def divergence(found: Tensor, dense: Tensor, classes: int) -> tuple[float, float]:
     """Return how far outputs are from the dense ones, and what to divide that by once it is summed over batches.
 
-    With two classes or more it is the divergence of their probabilities, in nats, and the number of images. Features,
-    and a single logit, have no probabilities: then it is the squared error, and the dense outputs' variance.
-
-    Args:
-        found: logits or features, [B, classes] or [B, ..., D].
-        dense: the same of the dense network.
-        classes: that the head tells apart; 0 without a head.
+    With two classes or more it is the divergence of their probabilities, in nats, and the number of images. Features
+    [B, ..., D], and a single logit, have no probabilities: then it is the squared error, and the dense variance.
     """
     if classes >= 2:
         pair = (F.log_softmax(found.double(), dim=1), F.log_softmax(dense.double(), dim=1))
@@ -243,13 +232,7 @@ def score(
 def split_images(batches: list[Tensor], tokens: int, least: int = 0) -> tuple[list[Tensor], list[Tensor]]:
     """Return batches of the images to fit and of those to measure, each taken evenly from all: every other one of few.
 
-    Args:
-        batches: all images.
-        tokens: of one image.
-        least: images to fit, if there are so many.
-
-    Raises:
-        CalibrationError: there is but one image.
+    tokens: of one image; least: images to fit, if there are so many. Raises CalibrationError for a single image.
     """
     count = sum(len(batch) for batch in batches)
     if count < 2:
@@ -292,7 +275,7 @@ def _score_block(
     def score_of(candidate: Attention) -> float:
         return measured(Block(candidate, FFN.whole(units)), lambda kept: repair_block(pair, kept))
 
-    ranks = narrow_ranks(site.head_width, multiple)
+    ranks = range(multiple, site.head_width, multiple)
     errors = attention_errors(pair.thinned(LOCAL_TOKENS), paired_ranks(ranks))
     narrow = by_errors({kept: score_of(kept) for kept in measured_choices(errors, site.head_width)}, errors)
     forms = [kept for kind in KINDS for kept in replacement(kind).forms(site) if kept != Attention()]

@@ -40,11 +40,9 @@ def offsets(position: int) -> tuple[int, int]:
 
 
 def head_mix(head_logits: Tensor, temperature: float) -> Tensor:
-    """Return S [H, K], the weight of each head at each kernel position; every column sums to one.
+    """Return S [H, K], the weight of each head at each kernel position, from M [H, K]; every column sums to one.
 
-    Args:
-        head_logits: M, [H, K].
-        temperature: alpha; small values pick one head, large ones average all.
+    temperature: alpha; small values pick one head, large ones average all.
     """
     return torch.softmax(head_logits / temperature, dim=0)
 
@@ -87,13 +85,9 @@ def convolve_values(
     Equal to convolving x with the kernels K_p, at H x K x E multiplications a token in place of K x E x D, since the
     value projection is shared by all positions: mix the heads for every position, then add nine shifted maps.
 
-    Args:
-        values: [B, G, H, E].
-        mix: S, [H, K].
-        grid: (height, width) with height x width = G.
-        included_bias: the mixed value biases [K, E] when the values include theirs; they are taken out, since a
-            convolution pads x and not its values: outside the grid a value is zero without its bias. No gradient
-            goes to it.
+    values: [B, G, H, E]; mix: S, [H, K]; grid: (height, width). included_bias: the mixed value biases [K, E] when the
+    values include theirs; they are taken out, since a convolution pads x and not its values: outside the grid a value
+    is zero without its bias. No gradient goes to it.
     """
     summed, centre = _ConvolveValues.apply(values, mix.to(values.dtype), grid, included_bias)
     return summed, centre

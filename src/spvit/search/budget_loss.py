@@ -28,14 +28,9 @@ class BudgetLoss:
         weight: float = BUDGET_WEIGHT,
         budget: Budget | None = None,
     ) -> None:
-        """State the budget.
+        """State the budget of a searchable network: `macs` or `params` as for `decide`, or one that is parsed already.
 
-        Args:
-            net: what `make_searchable` returned.
-            macs: `"50%"` of the host's cost, `"1.0G"` or a whole number of MACs of one image.
-            params: the same in parameters; give exactly one of the two.
-            weight: lambda against the relative cost.
-            budget: one that is parsed already, in place of both.
+        weight: lambda against the relative cost.
 
         Raises:
             BudgetError: the budget is malformed, above the dense cost, or below what any architecture costs.

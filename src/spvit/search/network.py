@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -96,7 +96,7 @@ def make_searchable(
     with torch.no_grad():
         for logits in gate_parameters(net):
             logits.fill_(gate_logit)
-    return net  # type: ignore[return-value]
+    return cast(Model, net)
 
 
 def dense_state(net: nn.Module) -> dict[str, torch.Tensor]:
