@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from spvit.hosts.targets import wanted as wanted_of
 from spvit.hosts.walk import BlockPair
 from spvit.moments import Moments, regression, ridge_for
 
@@ -41,7 +42,7 @@ def fit_ffn(pair: BlockPair) -> None:
     linear = pair.model.get_submodule(path)
     assert isinstance(linear, nn.Linear)
     moments = Moments()
-    for x, wanted in zip(pair.arriving(path), pair.wanted(path)):
+    for x, wanted in zip(pair.arriving(path), wanted_of(pair, path)):
         moments.add(x, wanted - linear(x))
     correct(linear, moments)
 

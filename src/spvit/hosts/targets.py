@@ -1,0 +1,115 @@
+"""What a changed layer is fitted to: its own dense output, and what brings the residual stream back.
+
+By the time that images reach a block, the pruned network's residual stream s differs from the dense one, s*. Three
+outputs could be wanted of a layer f of that block, whose output is added to the stream times a scale g (LayerScale, or
+one):
+
+    layer   f(s*)                   the dense network's own output there: what came before is carried on for ever
+    own     f(s)                    what the unpruned layer would answer to what it now gets
+    stream  f(s*) + (s* - s) / g    what would bring the stream back to the dense one
+
+`own` is exact where the layer can be, but lets errors stand; `stream` mends them, and overfits when images are few or
+alike. Half of each is better than either at every budget and number of images (docs/experiments/repair_target.md).
+
+Shapes: B batch, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spvit.hosts.walk import BlockPair, reached
+
+STREAM = 0.5
+"""Share of `stream` in what is wanted; the rest is `own`."""
+SMALLEST = 1e-4
+"""Scales are not divided by below this share of the mean squared scale: such outputs hardly reach the stream."""
+
+
+def wanted(pair: BlockPair, path: str) -> Iterator[Tensor]:
+    """Yield what a layer of the pruned block is to answer, [B, N, D] a batch: an attention layer, or an FFN's second.
+
+    For an attention layer behind which both networks are one, all targets are the dense layer's output.
+    """
+    if path == pair.sites.ffn.second:
+        return _ffn(pair)
+    same = all(own is dense for own, dense in zip(pair.inputs, pair.dense_inputs))
+    return pair.wanted(path) if same else _attention(pair)
+
+
+def _attention(pair: BlockPair) -> Iterator[Tensor]:
+    site, scale = pair.sites.attention, _scale(pair, pair.sites.attention.path)
+    dense = pair.host.model.get_submodule(pair.sites.path)
+    layer = pair.host.model.get_submodule(site.path)
+    for x, dense_x, answer in zip(pair.inputs, pair.dense_inputs, pair.wanted(site.path)):
+        own = reached(dense, x, layer, output=True)
+        if scale is not None:
+            missing = (dense_x - x) * scale
+            if site.layout is not None:  # a map [B, height, width, D], which attention gets in windows
+                missing = site.layout.scatter(missing.flatten(1, 2))
+            own = own + STREAM * (answer - own + missing)
+        yield own
+
+
+def _ffn(pair: BlockPair) -> Iterator[Tensor]:
+    site, scale = pair.sites.ffn, _scale(pair, pair.sites.ffn.second)
+    dense, pruned = (model.get_submodule(pair.sites.path) for model in (pair.host.model, pair.model))
+    first, second = (pair.host.model.get_submodule(path) for path in (site.first, site.second))
+    arriving, corrected = pair.model.get_submodule(site.first), pair.model.get_submodule(site.second)
+    for x, dense_x in zip(pair.inputs, pair.dense_inputs):
+        hidden = reached(pruned, x, arriving, output=False)
+        handle = first.register_forward_pre_hook(lambda module, args, given=hidden: (given,))
+        try:
+            own = reached(dense, x, second, output=True)
+        finally:
+            handle.remove()
+        if scale is not None:
+            with _answering({corrected: own}):
+                missing = (_tokens(dense(dense_x)) - _tokens(pruned(x))) * scale
+            own = own + STREAM * missing.view_as(own)
+        yield own
+
+
+def _scale(pair: BlockPair, path: str) -> Tensor | None:
+    """Return one over the scale g at which a layer's output reaches the block's output, [D]; None where it is no scale.
+
+    Measured: the layer answers 0, v and 2 v everywhere, while the FFN behind an attention layer answers 0. Then the
+    block's output is to change by g v and 2 g v, whatever the token; behind a norm, say, it does not.
+    """
+    block = pair.host.model.get_submodule(pair.sites.path)
+    layer, second = (pair.host.model.get_submodule(name) for name in (path, pair.sites.ffn.second))
+    x = pair.dense_inputs[0][:1]
+    probe = torch.linspace(1, 2, pair.sites.attention.dim, dtype=x.dtype, device=x.device)
+    outputs = []
+    for factor in (0, 1, 2):
+        with _answering({second: 0 * probe, layer: factor * probe}):
+            outputs.append(_tokens(block(x)).flatten(0, -2))
+    scale = ((outputs[1] - outputs[0]) / probe)[0]
+    changes = torch.stack([outputs[1] - outputs[0], (outputs[2] - outputs[0]) / 2])
+    if not torch.allclose(changes, (scale * probe).expand_as(changes), rtol=1e-3, atol=1e-5):
+        return None
+    return scale / (scale.square() + SMALLEST * scale.square().mean())
+
+
+@contextmanager
+def _answering(answers: dict[nn.Module, Tensor]) -> Iterator[None]:
+    """Have modules answer other tensors inside the context, [B, N, D] or one vector [D] for all tokens."""
+
+    def answer(module: nn.Module, args: Any, output: Any) -> Any:
+        own = answers[module].expand_as(_tokens(output))
+        return (own, *output[1:]) if isinstance(output, tuple) else own
+
+    with ExitStack() as stack:
+        for module in answers:
+            stack.callback(module.register_forward_hook(answer).remove)
+        yield
+
+
+def _tokens(output: Any) -> Tensor:
+    """Return the tokens of what a module answers."""
+    return output[0] if isinstance(output, tuple) else output
