@@ -4,16 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUTPUT ?= runs/demo
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test lint clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/spvit demo --output $(OUTPUT)
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest
-
-test-slow: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What deciding and repairing without training takes: seconds and peak memory, beside a training step's memory.
+"""What scoring, deciding and repairing take: seconds and peak memory, beside a training step's memory.
 
 python benchmarks/deciding.py [--model deit_tiny_patch16_224] [--images 1024] [--size 224] [--macs 50%] [--json FILE]
 
@@ -24,7 +24,8 @@ from rich.table import Table
 import spvit
 from reporting import check_free, figures_of_process, machine, peak_bytes, write_results
 
-SIDES = ("decide and repair", "training")
+SIDES = ("score, decide, repair", "training")
+STEPS = ("score", "decide", "repair")
 TRAINING_BATCH = 64
 TRAINING_STEPS = 2
 
@@ -36,21 +37,17 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
     return result, time.perf_counter() - started, time.process_time() - busy
 
 
-def decide_and_repair(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the seconds and the memory of both calls, measured in this process."""
+def compress(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the seconds of each step and the memory of all, measured in this process."""
     host, images = timm.create_model(options.model, img_size=options.size), random_images(options, options.images)
     before = peak_bytes()
-    decided = timed(lambda: spvit.decide(host, macs=options.macs, calibration=images))
+    scored = timed(lambda: spvit.score(host, images))
+    decided = timed(lambda: spvit.decide(host, macs=options.macs, scores=scored[0]))
     repaired = timed(lambda: spvit.prune(host, decided[0], repair=images))
-    return {
-        "decide_seconds": decided[1],
-        "decide_cpu_seconds": decided[2],
-        "repair_seconds": repaired[1],
-        "repair_cpu_seconds": repaired[2],
-        "bytes_before": before,
-        "peak_bytes": peak_bytes(),
-        "kinds": decided[0].kinds(),
-    }
+    figures: dict[str, Any] = {"bytes_before": before, "peak_bytes": peak_bytes(), "kinds": decided[0].kinds()}
+    for name, (_, seconds, cpu_seconds) in zip(STEPS, (scored, decided, repaired)):
+        figures |= {f"{name}_seconds": seconds, f"{name}_cpu_seconds": cpu_seconds}
+    return figures
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
@@ -74,11 +71,11 @@ def random_images(options: argparse.Namespace, count: int) -> torch.Tensor:
 def table_of(rows: list[dict[str, Any]], title: str) -> Table:
     """Return the two sides as a table."""
     table = Table(title=title)
-    for name in ("side", "decide s", "CPU s", "repair s", "CPU s", "GB before", "GB peak"):
+    for name in ("side", *(column for step in STEPS for column in (f"{step} s", "CPU s")), "GB before", "GB peak"):
         table.add_column(name, justify="left" if name == "side" else "right")
     for row in rows:
-        names = ("decide_seconds", "decide_cpu_seconds", "repair_seconds", "repair_cpu_seconds")
-        seconds = [f"{row[name]:.0f}" if name in row else "" for name in names]
+        names = [f"{step}_{unit}" for step in STEPS for unit in ("seconds", "cpu_seconds")]
+        seconds = [f"{row[name]:.1f}" if name in row else "" for name in names]
         table.add_row(row["side"], *seconds, *(f"{row[name] / 1e9:.2f}" for name in ("bytes_before", "peak_bytes")))
     return table
 
@@ -100,14 +97,14 @@ def main() -> None:
     options = parse_options()
     torch.manual_seed(0)
     if options.side:
-        print(json.dumps((decide_and_repair if options.side == SIDES[0] else train)(options)))
+        print(json.dumps((compress if options.side == SIDES[0] else train)(options)))
         return
     check_free(options.json)
     settings = {name: str(getattr(options, name)) for name in ("model", "images", "size", "macs")}
     arguments = [__file__, *(part for name, value in settings.items() for part in (f"--{name}", value))]
     rows = [{"side": side, **figures_of_process([*arguments, "--side", side], {})} for side in SIDES]
     title = f"{options.model}, {options.size} px, {options.images} images, {options.macs} MACs, fp32"
-    Console().print(table_of(rows, f"{title}, {machine()['threads']} threads"))
+    Console(width=120).print(table_of(rows, f"{title}, {machine()['threads']} threads"))
     write_results(options.json, "deciding", rows, settings=settings)
 
 

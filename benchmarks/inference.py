@@ -25,8 +25,8 @@ import spvit
 from reporting import check_free, machine, write_results
 from spvit.architecture import Architecture
 from spvit.benchmark import Latency, measure_latencies
-from spvit.hosts import family_of
-from spvit.hosts.base import network_costs
+from spvit.hosts.host import input_size
+from spvit.zoo import host_name
 
 COUNTED = {
     "aten::addmm",
@@ -37,11 +37,6 @@ COUNTED = {
 }
 PROFILED_PASSES = 10
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def dense_name(name: str) -> str:
-    """Return the timm model that a published architecture is of."""
-    return name.removeprefix("spvit_").replace("_11g", "")
 
 
 def rounded(architecture: Architecture, multiple: int) -> Architecture:
@@ -81,17 +76,15 @@ def measure(
     """Return a row for every dtype and batch size of one published architecture."""
     torch.manual_seed(0)
     architecture = rounded(spvit.architectures()[name], multiple)
-    dense = timm.create_model(dense_name(name)).eval()
-    family = family_of(dense)
-    cost = network_costs(family, dense)["macs"]
-    size = family.input_size(dense)
+    dense = timm.create_model(host_name(name)).eval()
+    dense_macs, pruned_macs = (spvit.cost(dense, kept)["macs"] for kept in (None, architecture))
     pruned = spvit.fold(spvit.prune(dense, architecture))
     rows = []
     for dtype in dtypes:
         sides = [model.to(DTYPES[dtype]) for model in (dense, pruned)]
         for batch in batches:
-            images = torch.randn(batch, *size, dtype=DTYPES[dtype])
-            row = _row(name, cost.dense, cost.of(architecture), measure_latencies(sides, images, seconds))
+            images = torch.randn(batch, *input_size(dense), dtype=DTYPES[dtype])
+            row = _row(name, dense_macs, pruned_macs, measure_latencies(sides, images, seconds))
             rows.append({**row, **(profiled(sides, images, row["promise"]) if profile else {})})
     return rows
 

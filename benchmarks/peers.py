@@ -10,9 +10,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 import spvit
-from spvit.architecture import FFN, KINDS, Architecture, Attention, Block
+from spvit.architecture import DEFAULT_MULTIPLE, FFN, KINDS, Architecture, Attention, Block
+from spvit.budget import TOLERANCE
 from spvit.cost import NetworkCost
-from spvit.decide import DEFAULT_MULTIPLE, TOLERANCE
 
 BISECTIONS = 14
 TORCH_PRUNING_TOLERANCE = 0.01
@@ -21,9 +21,9 @@ TORCH_PRUNING_TOLERANCE = 0.01
 def random_architecture(cost: NetworkCost, target: int, generator: random.Random) -> Architecture:
     """Return an architecture within tolerance of a target: random attention kinds, FFN widths and units."""
     for _ in range(1000):
-        kinds = generator.choices(KINDS, k=len(cost.blocks))
+        kinds = generator.choices(list(KINDS), k=len(cost.blocks))
         shares = [1 - generator.random() for _ in kinds]
-        spent = cost.fixed + sum(block.attention(kind) for block, kind in zip(cost.blocks, kinds))
+        spent = cost.fixed + sum(block.attention(Attention(kind)) for block, kind in zip(cost.blocks, kinds))
         widths = _scaled_widths(cost, target - spent, shares)
         total = spent + sum(block.unit * width for block, width in zip(cost.blocks, widths))
         if abs(total - target) <= TOLERANCE * target:

@@ -1,4 +1,4 @@
-"""What benchmarks share: the machine, medians, architectures in a line, processes of their own, a run's JSON file."""
+"""What benchmarks share: the machine, medians, processes of their own, a run's JSON file."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-
-from spvit.architecture import Architecture, Attention
 
 
 def machine() -> dict[str, Any]:
@@ -57,32 +55,6 @@ def figures_of_process(arguments: Sequence[str], environment: Mapping[str, str])
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return figures
-
-
-def rank_correlation(predicted: Sequence[float], found: Sequence[float]) -> float:
-    """Return Spearman's rank correlation; equals share their mean rank. 0 where one side does not vary."""
-    ranks = []
-    for values in (predicted, found):
-        column = torch.tensor(values, dtype=torch.float64)
-        below, equal = column[:, None] > column, column[:, None] == column
-        ranks.append(below.sum(1) + equal.sum(1) / 2)
-    return float(torch.corrcoef(torch.stack(ranks))[0, 1].nan_to_num())
-
-
-def attention_word(kept: Attention) -> str:
-    """Return m, its rank (of queries and keys, then of values, if they differ) and its heads, as in 2h, if fewer."""
-    ranks = [str(rank or "") for rank in dict.fromkeys((kept.query_key_rank, kept.value_rank))]
-    return f"m{'/'.join(ranks)}" + (f",{len(kept.heads)}h" if kept.heads is not None else "")
-
-
-def summary(architecture: Architecture) -> str:
-    """Return a block a word: the ranks and heads, or the kind, of its attention, and its FFN units."""
-    words = []
-    for block in architecture.blocks:
-        kept = block.attention
-        short = {"conv3": "c3", "conv1": "c1", "skip": "-"}.get(kept.kind) or attention_word(kept)
-        words.append(f"{short}:{len(block.ffn.units)}")
-    return " ".join(words)
 
 
 def check_free(path: str | None) -> None:

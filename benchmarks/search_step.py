@@ -6,37 +6,32 @@ A step is forward, cross entropy (and budget loss), backward, AdamW. Memory is t
 what it held before the model was built, twice: as the C library's allocator comes, where the holes that short-lived
 tensors leave count too, and with MALLOC_MMAP_THRESHOLD_=262144, where every large tensor is given back at once and the
 peak is what the step needs. Gates are `fresh` (as made), or `half`: every second block's attention decided against
-(conv3, conv1 and skip in turn) and half of the FFN units closed. Both are of the published search; `calibrated` has
-fresh gates, those on the ranks of attention too, and candidates of weights of their own, repaired beforehand.
+(conv3, conv1 and skip in turn) and half of the FFN units closed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from rich.console import Console
 from rich.table import Table
 
+import spvit
 from reporting import check_free, figures_of_process, machine, peak_bytes, spread, write_results
+from spvit.search.network import gated_layers
 
-SIDES = ("dense", "fresh", "half", "calibrated")
-CALIBRATION_IMAGES = 128
-"""A class token is one token an image, and a repair of the -S model wants no fewer than 96."""
+SIDES = ("dense", "fresh", "half")
 MEMORY_STEPS = 3
 FIGURES = ("seconds", "bytes", "needed_bytes")
 
 
 def half_close(net: torch.nn.Module) -> None:
     """Close half of a searchable network's gates surely and open the others surely."""
-    from spvit.surgery import gated_layers
-
     patterns = [(1.0, 1.0, -1.0), (1.0, -1.0, 1.0), (-1.0, 1.0, 1.0)]
     with torch.no_grad():
         for index, (attention, ffn) in enumerate(gated_layers(net)):
@@ -45,40 +40,23 @@ def half_close(net: torch.nn.Module) -> None:
             ffn.gate_logits.fill_(8.0)[::2] = -8.0
 
 
-def write_calibrated(model: str, path: Path) -> None:
-    """Write a calibrated searchable network, so that the processes that are measured need not make it."""
-    import timm
-
-    import spvit
-
-    torch.manual_seed(0)
-    images = torch.randn(CALIBRATION_IMAGES, 3, 224, 224)
-    torch.save(spvit.make_searchable(timm.create_model(model), calibration=images), path)
-
-
-def run_side(side: str, model: str, network: str, batch: int, steps: int) -> dict[str, float]:
+def run_side(side: str, model: str, batch: int, steps: int) -> dict[str, float]:
     """Return the median seconds of a step and the peak memory in bytes of one side, measured in this process.
 
     Args:
         side: of SIDES.
         model: timm's name.
-        network: file of the calibrated searchable network.
         batch: images a step.
         steps: of which the first two are not counted.
     """
-    import timm
-
-    import spvit
-
     torch.manual_seed(0)
     images, targets = torch.randn(batch, 3, 224, 224), torch.randint(0, 1000, (batch,))
     before = peak_bytes()
-    net = torch.load(network, weights_only=False) if side == "calibrated" else timm.create_model(model)
+    net: torch.nn.Module = timm.create_model(model)
     budget = None
     gates: list[torch.nn.Parameter] = []
     if side != "dense":
-        if side != "calibrated":
-            net = spvit.make_searchable(net, inplace=True)
+        net = spvit.make_searchable(net, inplace=True)
         if side == "half":
             half_close(net)
         gates = spvit.gate_parameters(net)
@@ -103,9 +81,9 @@ def run_side(side: str, model: str, network: str, batch: int, steps: int) -> dic
     return {"seconds": spread(seconds[2:])[0], "bytes": peak_bytes() - before}
 
 
-def measure(side: str, model: str, network: str, batch: int, steps: int) -> dict[str, float]:
+def measure(side: str, model: str, batch: int, steps: int) -> dict[str, float]:
     """Return the seconds and bytes of `run_side` from a process of its own, and `needed_bytes` from a second one."""
-    arguments = [__file__, "--side", side, "--models", model, "--network", network, "--batch", str(batch), "--steps"]
+    arguments = [__file__, "--side", side, "--models", model, "--batch", str(batch), "--steps"]
     figures = figures_of_process([*arguments, str(steps)], {})
     needed = figures_of_process([*arguments, str(MEMORY_STEPS)], {"MALLOC_MMAP_THRESHOLD_": "262144"})
     return {**figures, "needed_bytes": needed["bytes"]}
@@ -120,25 +98,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="processes a side (default: %(default)s)")
     parser.add_argument("--json", help="file to write the rows to")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--network", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        print(json.dumps(run_side(options.side, options.models[0], options.network, options.batch, options.steps)))
+        print(json.dumps(run_side(options.side, options.models[0], options.batch, options.steps)))
         return
     check_free(options.json)
     console = Console(width=120)
     rows: list[dict[str, Any]] = []
     for model in options.models:
         figures: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-        with tempfile.TemporaryDirectory() as temporary:
-            network = Path(temporary) / "calibrated.pt"
-            # Not in this process: those that it starts take over what it has needed as their peak.
-            making = multiprocessing.get_context("spawn").Process(target=write_calibrated, args=(model, network))
-            making.start()
-            making.join()
-            for _ in range(options.repeats):
-                for side in SIDES:
-                    figures[side].append(measure(side, model, str(network), options.batch, options.steps))
+        for _ in range(options.repeats):
+            for side in SIDES:
+                figures[side].append(measure(side, model, options.batch, options.steps))
         rows += _rows(model, options.batch, figures)
     table = Table(title=f"search step, batch {options.batch}, 224 px, fp32, {machine()['threads']} threads")
     for name in ("model", "side", "s/step", "spread", "ratio", "MB", "ratio", "MB needed", "ratio"):

@@ -5,6 +5,7 @@ Section numbers are those of the specification. Shapes: B batch, N tokens, d wid
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,16 +86,22 @@ def map_to_windows(tokens: Tensor, grid: Any) -> Tensor:
     return torch.stack(windows, dim=1).flatten(0, 1)
 
 
-def window_msa(x: Tensor, attention: Any, mask: Tensor | None) -> Tensor:
-    """Self-attention of windows, one at a time: relative position bias and mask added to the scores (Swin)."""
-    heads, (q, k, v, o) = projections(attention)
-    width = len(v.weight) // heads
-    rows, columns = attention.window_size
+@functools.cache
+def relative_index(rows: int, columns: int) -> Tensor:
+    """Return which row of the bias table stands between any two tokens of a window (Swin)."""
     index = torch.zeros(rows * columns, rows * columns, dtype=torch.long)
     for a in range(rows * columns):
         for b in range(rows * columns):
             down, across = a // columns - b // columns, a % columns - b % columns
             index[a, b] = (down + rows - 1) * (2 * columns - 1) + across + columns - 1
+    return index
+
+
+def window_msa(x: Tensor, attention: Any, mask: Tensor | None) -> Tensor:
+    """Self-attention of windows, one at a time: relative position bias and mask added to the scores (Swin)."""
+    heads, (q, k, v, o) = projections(attention)
+    width = len(v.weight) // heads
+    index = relative_index(*attention.window_size)
     windows = []
     for number, window in enumerate(x):
         queries, keys, values = q(window), k(window), v(window)
@@ -140,7 +147,7 @@ def bottleneck(x: Tensor, layer: Any, bn: nn.BatchNorm2d, positions: list[int], 
             if v.bias is not None:
                 bias = bias + shares[i] * v.bias[rows]
         mixed[p] = (kernel, bias, out)
-    tokens = x[:, layer.prefix_tokens :]
+    tokens = x[:, layer.site.prefix_tokens :]
     hidden = []
     for row in range(height):
         for column in range(columns):
@@ -154,7 +161,7 @@ def bottleneck(x: Tensor, layer: Any, bn: nn.BatchNorm2d, positions: list[int], 
     out = activated @ sum(mixed[p][2] for p in positions).T
     if o.bias is not None:
         out = out + o.bias
-    return torch.cat([x[:, : layer.prefix_tokens], out], dim=1)
+    return torch.cat([x[:, : layer.site.prefix_tokens], out], dim=1)
 
 
 def sample(logits: Tensor, uniforms: Tensor | None) -> Tensor:

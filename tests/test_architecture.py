@@ -16,7 +16,6 @@ from spvit.architecture import (
     Attention,
     Block,
     architecture_from_dict,
-    check_same_shape,
     dense,
 )
 from spvit.errors import ArchitectureError
@@ -83,7 +82,6 @@ def test_dense_keeps_everything() -> None:
     assert architecture.kinds() == ("msa", "msa")
     assert architecture.widths() == (3, 5)
     assert architecture.blocks[1].ffn.units == (0, 1, 2, 3, 4)
-    check_same_shape(architecture, [3, 5], "a host")
 
 
 def test_prints_as_a_table_of_blocks() -> None:
@@ -154,8 +152,6 @@ def test_published_architectures() -> None:
         (lambda: Architecture(()), "an architecture needs at least one block, found none"),
         (lambda: Architecture(EVERYTHING.blocks, prefix_rule="drop"), "prefix_rule 'drop' is unknown, .*identity"),
         (lambda: Architecture(EVERYTHING.blocks, skip_rule="x"), "skip_rule 'x' is unknown, .*zero, normalised_input"),
-        (lambda: check_same_shape(dense([3]), [3, 3], "this Net"), "the architecture has 1 blocks, but this Net has 2"),
-        (lambda: check_same_shape(dense([3, 4]), [3, 5], "this Net"), "block 1: .* an FFN of 4 units, .* has 5"),
     ],
 )
 def test_malformed_values_are_refused(make: Any, message: str) -> None:

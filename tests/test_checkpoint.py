@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import stat
@@ -27,11 +28,10 @@ from spvit.checkpoint import (
     write_text,
 )
 from spvit.errors import CheckpointError, UnsupportedHostError
-from spvit.hosts import family_of
-from spvit.pruned import NarrowAttention
+from spvit.hosts.recognise import family_of
+from spvit.replacements.narrow import NarrowAttention
 from spvit.surgery import pruned_record
-from test_surgery import EVERYTHING
-from tiny import HOSTS, assert_close, images, logits, make_host, make_net, randomise
+from tiny import EVERYTHING, HOSTS, assert_close, images, logits, make_host, make_net, randomise
 
 LOOKS = Preprocessing((0.5, 0.4, 0.3), (0.2, 0.2, 0.1), "bilinear", 0.875)
 
@@ -97,7 +97,8 @@ def test_the_description_says_all(tmp_path: Path) -> None:
     assert found.classes == tuple(classes)
     assert found.metrics == {"top1": 71.5}
     spvit.save(host, tmp_path / "dense")
-    assert describe(tmp_path / "dense") == Description(found.host)
+    assert describe(tmp_path / "dense") == Description(found.host, input_size=found.input_size)
+    assert found.input_size == images(host).shape[1:]
 
 
 def test_a_folder_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
@@ -120,6 +121,42 @@ def test_saving_what_cannot_be_rebuilt_leaves_nothing_behind(tmp_path: Path) -> 
         with pytest.raises(UnsupportedHostError, match=message):
             spvit.save(model, tmp_path / "folder")
         assert not (tmp_path / "folder").exists()
+
+
+class Adapted(nn.Linear):
+    """A linear layer with a low-rank addition, as adapters make them."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features)
+        self.load_state_dict(linear.state_dict())
+        self.lora_a = nn.Parameter(torch.ones(2, linear.in_features))
+
+
+def test_what_load_could_not_rebuild_is_not_saved(tmp_path: Path) -> None:
+    host, net = make_net("class_token")
+    pruned = spvit.prune(host, spvit.decide(net), weights=net)
+    shorter, adapted, wider = (copy.deepcopy(model) for model in (pruned, pruned, host))
+    shorter.prune_intermediate_layers([1])
+    adapted.blocks[3].attn.qkv = Adapted(adapted.blocks[3].attn.qkv)
+    wider.head = nn.Linear(24, 11)
+    for model, message in (
+        (shorter, r"its blocks\.2\.\S+ is missing, but \[.*\] in what spvit\.load would rebuild"),
+        (adapted, r"its blocks\.3\.attn\.qkv\.lora_a is \[2, 24\], but missing in what .*model\.merge_and_unload\(\)"),
+        (wider, r"its head\.weight is \[11, 24\], but \[7, 24\] in what"),
+    ):
+        with pytest.raises(CheckpointError, match=f"this model cannot be saved: {message}"):
+            spvit.save(model, tmp_path / "folder")
+        assert not (tmp_path / "folder").exists()
+
+
+def test_files_without_the_input_size_are_read(tmp_path: Path) -> None:
+    host, net = make_net("class_token")
+    model = spvit.fold(spvit.prune(host, spvit.decide(net), weights=net))
+    spvit.save(model, tmp_path, preprocessing=LOOKS)
+    found = describe(tmp_path)
+    edit(tmp_path, input_size=...)
+    assert describe(tmp_path) == found
+    assert found.input_size == images(host).shape[1:]
 
 
 def test_files_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
@@ -157,7 +194,7 @@ def edit(folder: Path, **changes: Any) -> None:
         ({"format": "other"}, r'is not a model of this version, expected "format": "spvit-model", "version": 1'),
         ({"format": ...}, "is not a model of this version"),
         ({"version": 2}, "is not a model of this version"),
-        ({"colour": 1}, "unknown field 'colour', expected host, architecture, folded, preprocessing, classes, metrics"),
+        ({"colour": 1}, "unknown field 'colour', expected host, architecture, folded, input_size, preprocessing"),
         ({"host": ...}, "missing 1 required positional argument: 'host'"),
         ({"architecture": {}}, "not an architecture"),
         ({"architecture": 3}, "architecture: found int, expected an object"),
@@ -230,7 +267,9 @@ def test_weights_that_do_not_fit_the_description_are_named(saved: Path) -> None:
     state = load_file(saved / WEIGHTS)
     state.pop("blocks.3.attn.qkv.weight")
     save_file(state, saved / WEIGHTS)
-    with pytest.raises(CheckpointError, match=r"safetensors does not fit: the model's blocks\.3\.attn\.qkv\.weight "):
+    with pytest.raises(
+        CheckpointError, match=r"safetensors does not fit: blocks\.3\.attn\.qkv\.weight is missing there, but \["
+    ):
         spvit.load(saved)
 
 
@@ -293,9 +332,9 @@ def test_files_without_weights_are_refused(tmp_path: Path, name: str, content: A
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weight": ...}, r"checkpoint f does not fit: the model's weight \[4, 3\] is missing there"),
+        ({"weight": ...}, r"checkpoint f does not fit: weight is missing there, but \[4, 3\] in the model"),
         ({"bias": torch.ones(5)}, r"checkpoint f does not fit: bias is \[5\] there, but \[4\] in the model"),
-        ({"extra": torch.ones(2, 1)}, r"checkpoint f does not fit: it has extra \[2, 1\], the model does not"),
+        ({"extra": torch.ones(2, 1)}, r"checkpoint f does not fit: extra is \[2, 1\] there, but missing in the model"),
     ],
 )
 def test_states_that_do_not_fit_change_nothing(changes: dict[str, Any], message: str) -> None:

@@ -1,9 +1,8 @@
-"""Costs: predicted MACs and parameters equal measured ones, the published figures, expectations, and budgets."""
+"""Costs: the published figures, counting, and expectations of gates."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -11,115 +10,20 @@ from torch import nn
 
 import reference
 import spvit
-from spvit.architecture import FFN, KINDS, PREFIX_RULES, SKIP_RULES, Architecture, Attention, Block
-from spvit.budget import Budget, human, parse_budget
-from spvit.cost import BlockCost, NetworkCost, count_macs, count_params
-from spvit.errors import BudgetError
-from spvit.gates import expected
-from spvit.hosts import family_of
-from spvit.hosts.base import network_costs
-from tiny import ALIKE, HOSTS, MIXED, assert_close, ffn_widths, images, make_host
+from spvit.architecture import FFN, KINDS, Architecture, Attention, Block
+from spvit.cost import AttentionCost, BlockCost, NetworkCost, count_macs, count_params
+from spvit.hosts.host import Host
+from spvit.replacements.costs import network_costs
+from spvit.search.gates import expected
+from tiny import assert_close, images, make_host
 
-COST = NetworkCost("macs", 1000, (BlockCost(400, 300, 60, 2, 50), BlockCost(500, 310, 70, 3, 40)))
+
+def _block(*kinds: int, unit: int, units: int) -> BlockCost:
+    return BlockCost(dict(zip(KINDS, map(AttentionCost, (*kinds, 0)))), unit, units)
+
+
+COST = NetworkCost("macs", 1000, (_block(400, 300, 60, unit=2, units=50), _block(500, 310, 70, unit=3, units=40)))
 NESTED_GATES = {"msa": (1, 1, 1), "conv3": (1, 1, 0), "conv1": (1, 0, 0), "skip": (0, 0, 0)}
-UNITS = {"few": (0, 5, 70), "some": tuple(range(1, 72, 2)), "none": (), "all": tuple(range(72))}
-
-
-def _architecture(
-    kinds: tuple[str, ...], units: tuple[tuple[int, ...], ...], widths: tuple[int, ...] = (72,) * 4
-) -> Architecture:
-    ffns = [FFN(width, kept if len(kept) < 72 else tuple(range(width))) for kept, width in zip(units, widths)]
-    return Architecture(tuple(Block(Attention(kind), ffn) for kind, ffn in zip(kinds, ffns)))
-
-
-KINDS_OF = {kind: (kind,) * 4 for kind in KINDS} | {"mixed": MIXED}
-
-
-@pytest.mark.parametrize("kinds", KINDS_OF)
-@pytest.mark.parametrize("name", HOSTS)
-def test_predicted_costs_equal_measured_ones(name: str, kinds: str) -> None:
-    host = make_host(name, torch.float32)
-    architecture = _architecture(KINDS_OF[kinds], tuple(UNITS.values()), ffn_widths(host))
-    small = spvit.fold(spvit.prune(host, architecture))
-    costs = network_costs(family_of(host), host)
-    x = images(host, batch=1)
-    assert costs["macs"].of(architecture) == count_macs(small, lambda twin: twin(x.to("meta")))
-    assert costs["params"].of(architecture) == count_params(small)
-    assert costs["macs"].dense == count_macs(host, lambda twin: twin(x.to("meta")))
-    assert costs["params"].dense == count_params(host)
-
-
-def test_predicted_params_hold_under_the_published_skip_rule() -> None:
-    host = make_host("class_token", torch.float32)
-    architecture = replace(_architecture(MIXED, tuple(UNITS.values())), skip_rule="normalised_input")
-    small = spvit.fold(spvit.prune(host, architecture))
-    assert network_costs(family_of(host), host)["params"].of(architecture) == count_params(small)
-
-
-NARROW = {
-    "narrow": (
-        Attention(heads=(1,)),
-        Attention(query_key_rank=3, value_rank=5),
-        Attention(query_key_rank=7),
-        Attention(heads=(0, 2), query_key_rank=1, value_rank=8),
-    ),
-    "mixed": (Attention(value_rank=2), Attention("conv3"), Attention("msa", (0, 2), 4, 4), Attention("skip")),
-}
-
-
-@pytest.mark.parametrize("kept", NARROW)
-@pytest.mark.parametrize("name", [name for name in ALIKE if name != "options"])
-def test_predicted_costs_of_narrow_attention_equal_measured_ones(name: str, kept: str) -> None:
-    host = make_host(name, torch.float32)
-    units = tuple(UNITS.values())
-    blocks = tuple(Block(attention, FFN(72, own)) for attention, own in zip(NARROW[kept], units))
-    architecture = Architecture(blocks, "linear", "mean")
-    small = spvit.fold(spvit.prune(host, architecture))
-    costs, x = network_costs(family_of(host), host), images(host, batch=1)
-    assert costs["macs"].of(architecture) == count_macs(small, lambda twin: twin(x.to("meta")))
-    assert costs["params"].of(architecture) == count_params(small)
-    assert costs["macs"].of(architecture) < costs["macs"].dense
-
-
-@pytest.mark.parametrize("prefix_rule", PREFIX_RULES)
-@pytest.mark.parametrize("skip_rule", SKIP_RULES)
-@pytest.mark.parametrize("name", ["registers", "average_pooling", "residual_post_norm"])
-def test_predicted_costs_hold_under_every_rule(name: str, skip_rule: str, prefix_rule: str) -> None:
-    host = make_host(name, torch.float32)
-    kinds = ("skip", "conv1", "conv3", "skip")
-    architecture = replace(_architecture(kinds, tuple(UNITS.values())), prefix_rule=prefix_rule, skip_rule=skip_rule)
-    small = spvit.fold(spvit.prune(host, architecture))
-    costs, x = network_costs(family_of(host), host), images(host, batch=1)
-    assert costs["macs"].of(architecture) == count_macs(small, lambda twin: twin(x.to("meta")))
-    assert costs["params"].of(architecture) == count_params(small)
-
-
-def test_all_heads_and_dimensions_cost_as_much_as_the_whole_layer() -> None:
-    host = make_host("huggingface_options", torch.float32)
-    for cost in network_costs(family_of(host), host).values():
-        for kept in (Attention(heads=(0, 1, 2)), Attention(query_key_rank=16, value_rank=16), Attention()):
-            assert cost.blocks[0].attention_kept(kept, "linear", "mean") == cost.blocks[0].msa
-
-
-def test_costs_are_the_formulas_of_the_method() -> None:
-    host = make_host("class_token", torch.float32)
-    costs = network_costs(family_of(host), host)["macs"]
-    n, grid, d, e = 17, 16, 24, 8
-    dimension = n * (2 * d + n)  # of one head: two projections, one of the two attention products
-    block = BlockCost(
-        4 * n * d**2 + 2 * d * n**2,
-        10 * d * e * grid,
-        2 * d * e * grid,
-        2 * n * d,
-        72,
-        heads=3,
-        head_width=e,
-        query_key=dimension,
-        value=dimension,
-        prefix_rules={"linear": 2 * d * e},
-    )
-    assert costs.blocks == (block,) * 4
-    assert costs.fixed == grid * 768 * d + d * 7  # patch embedding and classifier
 
 
 def test_counting_leaves_the_model_alone() -> None:
@@ -151,8 +55,8 @@ def test_published_architectures_cost_what_the_method_says(name: str) -> None:
     architecture = spvit.architectures()[name]
     with torch.device("meta"):
         host = timm.create_model(host_name)
-    costs = network_costs(family_of(host), host)
-    kinds, sites = architecture.kinds(), family_of(host).blocks(host)
+    costs = network_costs(host)
+    kinds, sites = architecture.kinds(), Host.of(host).blocks
     # The printed parameters count each convolution's batch norm (a scale and a shift a channel), which folding removes.
     norms = sum(2 * site.attention.head_width for site, kind in zip(sites, kinds) if kind.startswith("conv"))
     found = {"params": costs["params"].of(architecture) + norms, "macs": costs["macs"].of(architecture)}
@@ -178,7 +82,9 @@ def test_numbers_and_tensors_take_the_same_arithmetic() -> None:
                 (Block(Attention(first), FFN(50, (1, 2, 9))), Block(Attention(second), FFN(40, (0,))))
             )
             exact = COST.of(architecture)
-            assert exact == 1000 + COST.blocks[0].attention(first) + COST.blocks[1].attention(second) + 3 * 2 + 1 * 3
+            assert (
+                exact == 1000 + COST.blocks[0].kinds[first].whole + COST.blocks[1].kinds[second].whole + 3 * 2 + 1 * 3
+            )
             attention = torch.tensor([NESTED_GATES[first], NESTED_GATES[second]], dtype=torch.float64)
             assert COST.expected(attention, [torch.tensor(3.0), torch.tensor(1.0)]).item() == exact
     assert COST.dense == 1000 + 400 + 500 + 2 * 50 + 3 * 40
@@ -200,89 +106,6 @@ def test_expected_cost_learns_as_the_method_says() -> None:
     for own, naive_result in zip(*results):
         assert_close(own, naive_result)
     assert (results[0][1] != 0).any()
-
-
-@pytest.mark.parametrize(
-    ("stated", "metric", "fraction", "amount"),
-    [
-        ({"macs": "50%"}, "macs", 0.5, None),
-        ({"params": "12.5 %"}, "params", 0.125, None),
-        ({"macs": "100%"}, "macs", 1.0, None),
-        ({"macs": " .5% "}, "macs", 0.005, None),
-        ({"macs": "1.0G"}, "macs", None, 10**9),
-        ({"macs": "300M"}, "macs", None, 300 * 10**6),
-        ({"params": "4k"}, "params", None, 4000),
-        ({"params": "4K"}, "params", None, 4000),
-        ({"macs": "1.5T"}, "macs", None, 15 * 10**11),
-        ({"macs": "1234567"}, "macs", None, 1234567),
-        ({"macs": 1234567}, "macs", None, 1234567),
-        # Binary fractions make 8.3 * 10**9 a little less than it should be.
-        ({"macs": "8.3G"}, "macs", None, 8_300_000_000),
-        ({"macs": "4.1G"}, "macs", None, 4_100_000_000),
-        ({"params": "16.1M"}, "params", None, 16_100_000),
-        ({"params": "2.01k"}, "params", None, 2_010),
-        ({"params": "0.067G"}, "params", None, 67_000_000),
-    ],
-)
-def test_budgets_that_can_be_stated(stated: dict[str, Any], metric: str, fraction: float, amount: int) -> None:
-    assert parse_budget(**stated) == Budget(metric, fraction, amount)
-
-
-WORDS = ["", "half", "50 percent", "-5%", "1e9", "1.0g", "1,000", "1.0GG", "%", "1.", "5 0%", "inf", "nan"]
-FRACTIONS = ["0", "1.5", "0.0001k"]
-OTHER_TYPES = [0, -3, 0.5, True, b"50%", ("50%",)]
-
-
-@pytest.mark.parametrize("value", [*WORDS, *FRACTIONS, *OTHER_TYPES])
-def test_malformed_budgets_are_refused(value: Any) -> None:
-    with pytest.raises(BudgetError, match=r'macs budget .* is malformed, expected a share like "50%", an amount like'):
-        parse_budget(macs=value)
-
-
-@pytest.mark.parametrize("value", ["0%", "0.0%", "101%", "1000%"])
-def test_shares_out_of_range_are_refused(value: str) -> None:
-    with pytest.raises(BudgetError, match=f"params budget '{value}' is out of range, expected above 0% and at most"):
-        parse_budget(params=value)
-
-
-def test_a_budget_is_exactly_one_metric() -> None:
-    with pytest.raises(BudgetError, match="one of macs or params, found neither"):
-        parse_budget()
-    with pytest.raises(BudgetError, match="one of macs or params, found both"):
-        parse_budget(macs="50%", params="50%")
-
-
-def test_budget_targets() -> None:
-    assert parse_budget(macs="75%").target(COST) == round(0.75 * COST.dense)
-    assert parse_budget(macs="1.5k").target(COST) == 1500
-    assert parse_budget(macs=COST.dense).target(COST) == COST.dense
-    assert parse_budget(macs=COST.smallest).target(COST) == COST.smallest == 1000
-    with pytest.raises(BudgetError, match=r"a budget of 5,000 macs is above the dense model's 2,120; ask for 100%"):
-        parse_budget(macs="5k").target(COST)
-    with pytest.raises(BudgetError, match=r"a budget of 212 macs \(10\.0%\) cannot be reached: .* 1k \(47\.2%, 1,000 "):
-        parse_budget(macs="10%").target(COST)
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0"),
-        (0.5, "0.5"),
-        (7, "7"),
-        (999, "999"),
-        (1000, "1k"),
-        (12_345, "12.35k"),
-        (999_949, "999.9k"),
-        (999_999, "1M"),
-        (4_774_552, "4.775M"),
-        (999.96e6, "1G"),
-        (1_038_642_432, "1.039G"),
-        (3.2e12, "3.2T"),
-        (5e15, "5000T"),
-    ],
-)
-def test_human_counts(count: float, text: str) -> None:
-    assert human(count) == text
 
 
 def test_count_params_counts_all() -> None:

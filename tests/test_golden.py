@@ -3,81 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import reference
 import spvit
-from spvit import kernels
+from golden import DIM, HEADS, golden, load_batchnorm, make_layer, needs_golden
+from layers import site_of
 from spvit.cost import NetworkCost
-from spvit.gated_linear import GatedLinear
-from spvit.hosts import family_of_library
+from spvit.hosts.grid import Grid
+from spvit.hosts.recognise import family_of_library
 from spvit.hosts.timm_swin import WindowedGrid
-from spvit.kernels import AttentionWeights
-from spvit.pruned import BottleneckConv, Grid, Skip
-from spvit.searchable import SearchableAttention
+from spvit.hosts.weights import AttentionWeights
+from spvit.replacements import kernels
+from spvit.replacements.bottleneck import BottleneckConv
+from spvit.replacements.skip import Skip
+from spvit.search.gated_attention import GatedAttention
+from spvit.search.gated_linear import GatedLinear
 from tiny import assert_close
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the golden files are not at {GOLDEN}")
 pytestmark = needs_golden
 
-DIM, HEADS, GRID, PREFIX = 48, 3, (5, 5), 1
 GATES = {"msa": (1.0, 1.0, 1.0), "conv3": (1.0, 1.0, -1.0), "conv1": (1.0, -1.0, 1.0), "skip": (-1.0, 1.0, 1.0)}
 PUBLISHED_ORDER = [4, 0, 1, 2, 3, 5, 6, 7, 8]  # Swin's kernel positions, the centre first
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    """Return the tensors of a golden file."""
-    from safetensors.torch import load_file
-
-    return load_file(GOLDEN / f"{name}.safetensors")
-
-
-def _load_batchnorm(bn: nn.BatchNorm2d, tensors: dict[str, Tensor], name: str) -> None:
-    for part in ("weight", "bias", "running_mean", "running_var"):
-        getattr(bn, part).data.copy_(tensors[f"w.{name}.{part}"])
 
 
 @pytest.fixture(name="deit", scope="module")
 def _deit() -> dict[str, Tensor]:
     return golden("deit_attention")
-
-
-@torch.no_grad()
-def make_layer(deit: dict[str, Tensor]) -> SearchableAttention:
-    """Return the gated layer of `deit_attention` as it was before any training pass."""
-    from timm.layers import Attention
-
-    attention = Attention(DIM, HEADS, qkv_bias=True)
-    for part in ("weight", "bias"):
-        getattr(attention.qkv, part).copy_(torch.cat([deit[f"w.qk.{part}"], deit[f"w.v.{part}"]]))
-        getattr(attention.proj, part).copy_(deit[f"w.proj.{part}"])
-    layer = SearchableAttention(
-        attention,
-        family_of_library("timm").access,
-        prefix_tokens=PREFIX,
-        grid=Grid(*GRID),
-        temperature=deit["w.alpha"].item(),
-    )
-    layer.head_logits.copy_(deit["w.head_probs"])
-    _load_batchnorm(layer.bn1, deit, "bn_1x1")
-    _load_batchnorm(layer.bn3, deit, "bn_3x3")
-
-    # The file's running statistics are those *after* one training pass (the writer stored the live buffers, and the
-    # evaluation outputs were computed before): stored = 0.9 earlier + 0.1 batch statistic. A training pass of the naive
-    # reference from earlier = 0 leaves 0.1 batch statistic, which gives the earlier ones back.
-    for bn, positions in ((layer.bn1, [4]), (layer.bn3, list(range(9)))):
-        stored = [bn.running_mean.clone(), bn.running_var.clone()]
-        bn.running_mean.zero_()
-        bn.running_var.zero_()
-        reference.bottleneck(deit["x"], layer, bn, positions, training=True)
-        for buffer, value in zip((bn.running_mean, bn.running_var), stored):
-            buffer.copy_((value - buffer) / 0.9)
-    return layer
 
 
 @pytest.mark.parametrize("kind", GATES)
@@ -90,8 +44,8 @@ def test_attention_in_evaluation(deit: dict[str, Tensor], kind: str) -> None:
 
 
 def test_skip_of_the_published_fine_tuning_is_the_normalised_input(deit: dict[str, Tensor]) -> None:
-    assert torch.equal(Skip("normalised_input", returns_tuple=False)(deit["x"]), deit["finetune.skip"])
-    assert torch.equal(Skip("zero", returns_tuple=False)(deit["x"]), deit["eval.skip"])
+    assert torch.equal(Skip("normalised_input")(deit["x"]), deit["finetune.skip"])
+    assert torch.equal(Skip("zero")(deit["x"]), deit["eval.skip"])
 
 
 @pytest.mark.parametrize("bits", ["000", "010", "011", "100", "101", "110", "111"])
@@ -177,7 +131,7 @@ def test_budget() -> None:
             attention.gate_logits.copy_(kernel)
             ffn.gate_logits.copy_(units)
     architecture = spvit.decide(net)
-    attention_macs = sum(published.attention(kind) for kind in architecture.kinds())
+    attention_macs = sum(published.attention(block.attention) for block in architecture.blocks)
     assert_close(torch.tensor([float(attention_macs)]), tensors["att_flops"])
     assert_close(torch.tensor([float(sum(architecture.widths()) * published.unit)]), tensors["ffn_flops"])
     assert_close(loss.expected_cost().detach(), tensors["flops"].squeeze())
@@ -191,7 +145,7 @@ def test_budget() -> None:
 
 
 @torch.no_grad()
-def make_window_layer(swin: dict[str, Tensor], grid: WindowedGrid) -> SearchableAttention:
+def make_window_layer(swin: dict[str, Tensor], grid: WindowedGrid) -> GatedAttention:
     """Return the gated layer of `swin_attention`, in evaluation mode."""
     from timm.models.swin_transformer import WindowAttention
 
@@ -200,11 +154,11 @@ def make_window_layer(swin: dict[str, Tensor], grid: WindowedGrid) -> Searchable
         getattr(attention.qkv, part).copy_(torch.cat([swin[f"w.qk.{part}"], swin[f"w.v.{part}"]]))
         getattr(attention.proj, part).copy_(swin[f"w.proj.{part}"])
     attention.relative_position_bias_table.copy_(swin["w.relative_position_bias_table"])
-    access = family_of_library("timm", "SwinTransformer").access
-    layer = SearchableAttention(attention, access, prefix_tokens=0, grid=grid, temperature=swin["w.alpha"].item())
+    site = site_of("timm", 0, DIM, HEADS, (grid.height, grid.width))
+    layer = GatedAttention(attention, site, grid, swin["w.alpha"].item())
     layer.head_logits[:, PUBLISHED_ORDER] = swin["w.head_probs"]
-    _load_batchnorm(layer.bn1, swin, "bn_1x1")
-    _load_batchnorm(layer.bn3, swin, "bn_3x3")
+    load_batchnorm(layer.bn1, swin, "bn_1x1")
+    load_batchnorm(layer.bn3, swin, "bn_3x3")
     return layer.eval()
 
 
@@ -232,8 +186,13 @@ def test_swin_convolutions_on_the_whole_map(kind: str) -> None:
     width = DIM // HEADS
     head_logits = torch.empty_like(swin["w.head_probs"])
     head_logits[:, PUBLISHED_ORDER] = swin["w.head_probs"]
+    value = swin["w.v.weight"].unflatten(0, (HEADS, width))
     weights = AttentionWeights(
-        swin["w.v.weight"].unflatten(0, (HEADS, width)),
+        value,  # queries and keys have no part in convolutions
+        None,
+        value,
+        None,
+        value,
         swin["w.v.bias"].unflatten(0, (HEADS, width)),
         swin["w.proj.weight"].unflatten(1, (HEADS, width)),
         swin["w.proj.bias"],
@@ -241,8 +200,8 @@ def test_swin_convolutions_on_the_whole_map(kind: str) -> None:
     mix = kernels.head_mix(head_logits, swin["w.alpha"].item())
     convert = kernels.conv3_weights if kind == "conv3" else kernels.conv1_weights
     bn = nn.BatchNorm2d(width)
-    _load_batchnorm(bn, swin, "bn_3x3" if kind == "conv3" else "bn_1x1")
-    bottleneck = BottleneckConv(convert(mix, weights), bn, 0, Grid(8, 8), returns_tuple=False).eval()
+    load_batchnorm(bn, swin, "bn_3x3" if kind == "conv3" else "bn_1x1")
+    bottleneck = BottleneckConv(convert(mix, weights), bn, 0, Grid(8, 8)).eval()
     with torch.no_grad():
         assert_close(bottleneck(swin["map.x"]), swin[f"map.{kind}"])
         bottleneck.fold_batchnorm()

@@ -96,10 +96,10 @@ def test_weights_that_cannot_be_had_say_what_to_do(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ModelError, match="weights of deit_tiny_patch16_224 could not be had from timm .*--checkpoint"):
+    with pytest.raises(ModelError, match="could not download .* deit_tiny_patch16_224 from timm .*--checkpoint"):
         open_model(ModelConfig(model="deit_tiny_patch16_224"))
     pytest.importorskip("transformers")
-    with pytest.raises(ModelError, match="could not be had from Hugging Face"):
+    with pytest.raises(ModelError, match="could not download the weights of .* from Hugging Face"):
         open_model(ModelConfig(model=f"hf:{tmp_path / 'nothing'}"))
 
 
@@ -109,8 +109,16 @@ def test_unknown_model_gets_the_nearest_names() -> None:
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ModelError, match="model_args do not fit"):
+    with pytest.raises(ModelError, match="'colour' is no argument of the model vit_tiny_patch16_224"):
         open_model(ModelConfig(model=MODEL, model_args={"colour": 1}, pretrained=False))
+
+
+def test_published_models_take_the_arguments_of_their_hosts() -> None:
+    arguments = {"img_size": 96, "num_classes": 3}
+    config = ModelConfig(model="spvit_deit_tiny_patch16_224", model_args=arguments, pretrained=False)
+    assert open_model(config).model(torch.zeros(1, 3, 96, 96)).shape == (1, 3)
+    with pytest.raises(ModelError, match="'checkpoint_path' is no argument of the model deit_tiny_patch16_224"):
+        open_model(ModelConfig(model=config.model, model_args={"checkpoint_path": "x"}, pretrained=False))
 
 
 def test_unsupported_family_is_named() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from functools import cache, partial
+from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,17 @@ import torch
 import yaml
 
 import spvit
-from spvit.architecture import architectures, dense
-from spvit.benchmark import measure_latencies
-from spvit.budget import human, parse_budget
+from command import RECIPES, TINY, measure_briefly
+from spvit.architecture import dense
+from spvit.budget import human
 from spvit.checkpoint import Preprocessing
-from spvit.cli.demo import demo_settings
 from spvit.cli.main import main, parse
-from spvit.hosts import family_of
-from spvit.hosts.base import network_costs
+from spvit.cli.parser import DEMO
+from spvit.replacements.costs import network_costs
 from spvit.train.data import load_images, mixup_of
-from spvit.zoo import unfolded_params
+from spvit.zoo import architectures, unfolded_params
 from training import photographs
 
-FOLDER = Path(__file__).parents[1] / "recipes"
-RECIPES = sorted(FOLDER.glob("*.yaml"), key=lambda path: path.stem)
 MEASURED = ("digits", "fashion_mnist")
 
 # SPViT's published tables (method.md 6): top-1 and top-5 without and with distillation, params, FLOPs; and what the
@@ -39,17 +37,15 @@ PUBLISHED = {
     "swin_small_6.1g": ("SPViT-Swin-S", (82.4, 96.0), (83.0, 96.4), "39.2M", "6.1G", 38.922, 6.1376, 0.4, 14),
 }
 PUBLISHED_RECIPES = [name + end for name in PUBLISHED for end in ("", "_distilled")]
-TINY = {
-    "deit": {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3},
-    "swin": {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 24, "depths": [2, 2], "num_heads": [3, 4]},
-    "digits": {"depth": 2, "num_classes": 10},
-    "fashion": {"depth": 2, "num_classes": 2},
-}
+
+
+def recipe(name: str) -> Path:
+    return DEMO if name == "digits" else RECIPES / f"{name}.yaml"
 
 
 def expected(name: str) -> dict[str, Any]:
     """Return the expected figures that stand in a recipe's comments."""
-    lines = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    lines = recipe(name).read_text(encoding="utf-8").splitlines()
     start = lines.index("# expected:") + 1
     kept = []
     for line in lines[start:]:
@@ -61,7 +57,7 @@ def expected(name: str) -> dict[str, Any]:
 
 @cache
 def options_of(name: str, *more: str) -> Any:
-    return parse(["compress", "--recipe", str(FOLDER / f"{name}.yaml"), *more])[1]
+    return parse(["compress", "--recipe", str(recipe(name)), *more])[1]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +66,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_every_published_row_has_its_recipe() -> None:
-    assert [path.stem for path in RECIPES] == sorted([*PUBLISHED_RECIPES, *MEASURED])
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*PUBLISHED_RECIPES, "fashion_mnist"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED_RECIPES)
@@ -93,13 +89,13 @@ def test_budget_and_its_weight_are_those_of_the_published_architecture(name: str
     assert figures["deployed_macs"] / 1e9 == pytest.approx(macs, rel=1e-4)
     with torch.device("meta"):
         host = timm.create_model(options.model, **options.model_args)
-    costs = network_costs(family_of(host), host)
+    costs = network_costs(host)
     architecture = architectures()[figures["architecture"]]
     assert costs["macs"].of(architecture) == figures["deployed_macs"]
     assert costs["params"].of(architecture) == figures["deployed_params"]
     if name != "deit_small_3.3g":  # its published 16.4M is not what its published architecture has
         assert f"{unfolded_params(host, architecture) / 1e6:.1f}M" == figures["params"]
-    assert parse_budget(**options.limits()).target(costs["macs"]) == pytest.approx(figures["deployed_macs"], rel=1e-4)
+    assert options.budget().target(costs["macs"]) == pytest.approx(figures["deployed_macs"], rel=1e-4)
     assert figures["published_lambda"] == weight
     assert options.search.budget_weight == pytest.approx(weight * (costs["macs"].dense / 1e9) ** 2, rel=1e-3)
     assert human(costs["macs"].dense) != human(figures["deployed_macs"])
@@ -168,12 +164,11 @@ def tiny(name: str, pictures: str, folder: Path) -> list[str]:
     return [*words, "--finetune.teacher", str(folder / "teacher")]
 
 
-@pytest.mark.parametrize("name", [path.stem for path in RECIPES])
+@pytest.mark.parametrize("name", [*PUBLISHED_RECIPES, *MEASURED])
 def test_recipe_is_stepped_twice(capsys, monkeypatch, tmp_path: Path, pictures: str, name: str) -> None:
-    monkeypatch.setattr("spvit.cli.commands.measure_latencies", partial(measure_latencies, seconds=0.0))
-    monkeypatch.setattr("spvit.cli.commands.BATCHES", (1,))
+    measure_briefly(monkeypatch)
     words = tiny(name, pictures, tmp_path)
-    code = main(["compress", "--recipe", str(FOLDER / f"{name}.yaml"), *words])
+    code = main(["compress", "--recipe", str(recipe(name)), *words])
     assert (code, capsys.readouterr().err) == (0, "")
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     phases = ["dense"] * (name in MEASURED) + ["search", "finetune"]
@@ -195,9 +190,12 @@ def test_drop_path_is_the_same_in_the_searched_and_the_pruned_network() -> None:
     assert max(rates[0]) == pytest.approx(0.1)
 
 
-def test_digits_recipe_is_the_demonstration() -> None:
-    demo = demo_settings("runs/digits", "50%", 0)
-    assert options_of("digits") == demo
+def test_the_demonstration_is_the_digits_recipe() -> None:
+    name, demo = parse(["demo"])
+    assert (name, demo.output, demo.seed) == ("demo", "runs/demo", 0)
+    assert asdict(demo) == asdict(options_of("digits"))
+    changed = parse(["demo", "--output", "out", "--macs", "30%", "--seed", "1"])[1]
+    assert changed == replace(demo, output="out", macs="30%", seed=1)
 
 
 @pytest.mark.parametrize("name", MEASURED)

@@ -15,7 +15,7 @@ import spvit
 from spvit.cli.main import main
 from spvit.cost import count_params
 from spvit.errors import ArchitectureError, ZooError
-from spvit.hosts import family_of
+from spvit.hosts.recognise import family_of
 from spvit.models import ModelConfig, number_of_classes, open_model
 from spvit.surgery import pruned_record
 from spvit.zoo import host_name, unfolded_params

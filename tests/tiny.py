@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import spvit
-from spvit.architecture import KINDS, Architecture, Attention
-from spvit.hosts import family_of
-from spvit.hosts.base import logits_of
-from spvit.surgery import gated_layers
+from spvit.architecture import Architecture, Attention, dense
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 MIXED = ("conv3", "skip", "conv1", "msa")  # attention last: class tokens see what convolutions did only through it
 CLASSES = 7
-
-# Threads gain nothing on tensors this small, and cost a hundredfold when another process holds a core.
+WIDTH, BLOCKS = 72, 4  # FFN units and blocks of all hosts but Swin, whose widths differ
+EVERYTHING = dense([WIDTH] * BLOCKS)
 
 
 def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
@@ -88,9 +88,38 @@ HOSTS: dict[str, Callable[[], nn.Module]] = {
     "huggingface_options": _huggingface(image_size=(64, 96), qkv_bias=False, head_dim=16),
 }
 _FAMILIES = {"huggingface": "huggingface", "swin": "timm_swin"}
-# All but Swin: their blocks are alike, and their attention can be narrowed (tests/test_swin.py has the others' repair).
-ALIKE = [name for name in HOSTS if not name.startswith("swin")]
 FAMILY_OF = {name: _FAMILIES.get(name.split("_")[0], "timm") for name in HOSTS}
+ALIKE = [name for name in HOSTS if not name.startswith("swin")]  # blocks of one width, whose attention can be narrowed
+BOTH = ["class_token", "huggingface"]  # one of them a library, with the same widths
+ONE_A_FAMILY = [*BOTH, "swin_padded"]
+OTHER_SIZES = {
+    "dynamic": [(96, 160), (160, 96), (64, 64)],
+    "dynamic_padded": [(96, 160), (160, 96), (71, 100)],
+    "huggingface": [(96, 160), (160, 96), (64, 64)],
+    "swin_dynamic": [(24, 40), (40, 24), (30, 34), (64, 64)],
+}
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Dotted names of a block, its attention, the norm before it, and the two linear layers of its FFN."""
+
+    block: str
+    attention: str
+    norm: str
+    first: str
+    second: str
+
+
+def paths_of(host: nn.Module) -> list[Paths]:
+    """Return the names of what every block of a host, or of a network made from one, holds."""
+    found = []
+    for name, module in host.named_modules():
+        for attention, norm in (("attn", "norm1"), ("attention", "layernorm_before")):
+            if hasattr(module, attention) and hasattr(module, "mlp"):
+                parts = (attention, norm, "mlp.fc1", "mlp.fc2")
+                found.append(Paths(name, *(f"{name}.{part}" for part in parts)))
+    return found
 
 
 @torch.no_grad()
@@ -125,14 +154,15 @@ def make_host(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
 
 def gate_signs(kind: str) -> Tensor:
     """Return signs of three gate logits that decide on a kind; a gate behind a closed one is open, in vain."""
-    opened = len(KINDS) - 1 - KINDS.index(kind)
+    opened = ("skip", "conv1", "conv3", "msa").index(kind)
     return torch.tensor(([1] * opened + [-1] + [1] * 2)[:3])
 
 
 @torch.no_grad()
 def choose(net: nn.Module, kinds: Sequence[str]) -> nn.Module:
     """Make the attention gates of a searchable network decide on these kinds, with random margins, in place."""
-    for (attention, _), kind in zip(gated_layers(net), kinds, strict=True):
+    gated = [module for module in net.modules() if hasattr(module, "head_logits")]
+    for attention, kind in zip(gated, kinds, strict=True):
         attention.gate_logits.copy_((attention.gate_logits.abs() + 0.1) * gate_signs(kind).to(attention.gate_logits))
     return net
 
@@ -145,7 +175,7 @@ def make_net(name: str, kinds: Sequence[str] = MIXED, dtype: torch.dtype = torch
 
 def ffn_widths(host: nn.Module) -> tuple[int, ...]:
     """Return the hidden units of every block's FFN."""
-    return tuple(block.ffn.units for block in family_of(host).blocks(host))
+    return tuple(len(host.get_submodule(paths.first).weight) for paths in paths_of(host))
 
 
 def with_kinds(architecture: Architecture, *kinds: str) -> Architecture:
@@ -154,18 +184,44 @@ def with_kinds(architecture: Architecture, *kinds: str) -> Architecture:
     return replace(architecture, blocks=tuple(blocks))
 
 
+def input_size(host: nn.Module) -> tuple[int, int, int]:
+    """Return (channels, height, width) of the images that a host takes."""
+    embed = getattr(host, "patch_embed", None)
+    if embed is not None:
+        return (embed.proj.in_channels, *embed.img_size)
+    size = host.config.image_size
+    return (host.config.num_channels, *((size, size) if isinstance(size, int) else size))
+
+
 def images(host: nn.Module, batch: int = 2, size: tuple[int, int] | None = None, seed: int = 0) -> Tensor:
     """Return random images that a dense host takes, or images of another (height, width)."""
-    channels, *own = family_of(host).input_size(host)
+    channels, *own = input_size(host)
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, channels, *(size or own))
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(next(host.parameters()).dtype)
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits [B, classes] of whatever a model answered."""
+    output = getattr(output, "logits", output)
+    return output[0] if isinstance(output, tuple) else output
 
 
 @torch.no_grad()
 def logits(net: nn.Module, x: Tensor, **options: Any) -> Tensor:
     """Return a model's logits [B, classes]."""
     return logits_of(net(x, **options))
+
+
+def count_macs(model: nn.Module, x: Tensor) -> int:
+    """Return the MACs of a forward pass on images, as PyTorch counts them: with attention in its plain products.
+
+    On the CPU narrow attention of two ranks is filled up with zeros, so give it images on the meta device.
+    """
+    twin = copy.deepcopy(model).to(x.device).eval().requires_grad_(False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        twin(x)
+    return counter.get_total_flops() // 2
 
 
 def backward(net: nn.Module, x: Tensor) -> dict[str, Tensor]:

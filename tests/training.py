@@ -8,9 +8,13 @@ import timm
 import torch
 from torch import nn
 
+from spvit.budget import Budget
 from spvit.checkpoint import Preprocessing
+from spvit.train.compress import CompressConfig, Compressed, run_compress
 from spvit.train.data import ImageConfig, Images, load_images
-from spvit.train.settings import PhaseConfig, SearchConfig
+from spvit.train.loop import Run
+from spvit.train.run_folder import RunFolder
+from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
 
 MODEL = "vit_tiny_patch16_224"
 MODEL_ARGS = {
@@ -40,6 +44,15 @@ def short(epochs: int = 2, **settings: object) -> PhaseConfig:
 
 def short_search(epochs: int = 2, **settings: object) -> SearchConfig:
     return SearchConfig(**{"epochs": epochs, "learning_rate": 1e-3, "warmup_epochs": 0.2, **settings})
+
+
+def run_in(folder: Path, images: Images, **settings: object) -> Run:
+    return Run(images, RunFolder(folder), LoopConfig(**settings))
+
+
+def compressed(host: nn.Module, macs: str, config: CompressConfig, folder: Path, images: Images) -> Compressed:
+    """Compress a host to a budget in a folder, new or to continue."""
+    return run_compress(host, Budget.parse(macs), config, Run(images, RunFolder(folder), config))
 
 
 def states_equal(a: nn.Module, b: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""What a pruned network is: frozen dataclasses, their JSON form, and the published architectures by name.
+"""What a pruned network is: frozen dataclasses and their JSON form.
 
 An architecture is data. It knows nothing of weights or of any host, and this file imports the standard library only,
 so that an architecture can be read, written and compared anywhere.
@@ -7,7 +7,7 @@ so that an architecture can be read, written and compared anywhere.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,11 @@ PREFIX_RULES = ("identity", "linear")
 SKIP_RULES = ("zero", "normalised_input", "mean")
 FORMAT = "spvit-architecture"
 VERSION = 1
+
+
+def _check_known(name: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise ArchitectureError(f"{name} {value!r} is unknown, expected one of {', '.join(known)}")
 
 
 def _check_indices(name: str, indices: Sequence[int], limit: int | None) -> None:
@@ -56,8 +61,7 @@ class Attention:
     """Dimensions of the values of every head, for `msa`; all when None."""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ArchitectureError(f"attention kind {self.kind!r} is unknown, expected one of {', '.join(KINDS)}")
+        _check_known("attention kind", self.kind, KINDS)
         for name in NARROWINGS:
             kept = getattr(self, name)
             if kept is not None and self.kind != "msa":
@@ -157,12 +161,8 @@ class Architecture:
     def __post_init__(self) -> None:
         if not self.blocks:
             raise ArchitectureError("an architecture needs at least one block, found none")
-        if self.prefix_rule not in PREFIX_RULES:
-            raise ArchitectureError(
-                f"prefix_rule {self.prefix_rule!r} is unknown, expected one of {', '.join(PREFIX_RULES)}"
-            )
-        if self.skip_rule not in SKIP_RULES:
-            raise ArchitectureError(f"skip_rule {self.skip_rule!r} is unknown, expected one of {', '.join(SKIP_RULES)}")
+        _check_known("prefix_rule", self.prefix_rule, PREFIX_RULES)
+        _check_known("skip_rule", self.skip_rule, SKIP_RULES)
 
     @property
     def rules(self) -> Rules:
@@ -189,7 +189,8 @@ class Architecture:
 
     def to_json(self) -> str:
         """Return the architecture as JSON text, one block a line."""
-        blocks = ",\n    ".join(json.dumps(_block_to_dict(block)) for block in self.blocks)
+        written = [{"attention": block.attention.to_dict(), "ffn": vars(block.ffn)} for block in self.blocks]
+        blocks = ",\n    ".join(map(json.dumps, written))
         return (
             "{\n"
             f'  "format": "{FORMAT}",\n  "version": {VERSION},\n'
@@ -224,17 +225,18 @@ def dense(widths: Sequence[int]) -> Architecture:
     return Architecture(tuple(Block(Attention(), FFN.whole(width)) for width in widths))
 
 
-def _block_to_dict(block: Block) -> dict[str, Any]:
-    return {"attention": block.attention.to_dict(), "ffn": {"width": block.ffn.width, "units": block.ffn.units}}
-
-
-def _take_fields(cls: type, data: Any, where: str, extra: Sequence[str] = ()) -> dict[str, Any]:
+def _take_fields(
+    cls: type, data: Any, where: str, needed: Sequence[str] = (), extra: Sequence[str] = ()
+) -> dict[str, Any]:
     if not isinstance(data, Mapping):
         raise ArchitectureError(f"{where}: found {type(data).__name__}, expected an object")
     known = [field.name for field in fields(cls)] + list(extra)
     for name in data:
         if name not in known:
             raise ArchitectureError(f"{where}: unknown field {name!r}, expected {', '.join(known)}")
+    for name in needed:
+        if name not in data:
+            raise ArchitectureError(f"{where}: field {name!r} is missing")
     return dict(data)
 
 
@@ -256,15 +258,9 @@ def attention_from_dict(data: Any, where: str) -> Attention:
 
 
 def _block_from_dict(data: Any, where: str) -> Block:
-    values = _take_fields(Block, data, where)
-    for name in ("attention", "ffn"):
-        if name not in values:
-            raise ArchitectureError(f"{where}: field {name!r} is missing")
+    values = _take_fields(Block, data, where, needed=("attention", "ffn"))
     attention = attention_from_dict(values["attention"], f"{where} attention")
-    ffn = _take_fields(FFN, values["ffn"], f"{where} ffn")
-    for name in ("width", "units"):
-        if name not in ffn:
-            raise ArchitectureError(f"{where} ffn: field {name!r} is missing")
+    ffn = _take_fields(FFN, values["ffn"], f"{where} ffn", needed=("width", "units"))
     ffn["units"] = _tuple(ffn["units"], f"{where} ffn units")
     try:
         return Block(attention, FFN(**ffn))

@@ -86,9 +86,7 @@ class NetworkCost:
     def expected(self, attention: Tensor, units: Sequence[Tensor]) -> Tensor:
         """Return the cost of gates given in expectation, differentiable.
 
-        Args:
-            attention: nested expected gates, [blocks, 3].
-            units: for each block, the sum of its expected FFN gates, a scalar.
+        attention: nested expected gates, [blocks, 3]; units: for each block, the sum of its expected FFN gates.
         """
         nested = ("skip", "conv1", "conv3", "msa")
         spent = [[block.attention(Attention(kind)) for kind in nested] for block in self.blocks]
@@ -111,11 +109,8 @@ class NetworkCost:
 def count_macs(model: nn.Module, run: Callable[[nn.Module], object]) -> int:
     """Return the MACs that a forward pass takes, measured without computing anything.
 
-    Linear, convolution and attention products count, as `torch.utils.flop_counter` counts them (halved).
-
-    Args:
-        model: any module; it is copied to the meta device, since fused attention on CPU escapes the counter.
-        run: calls the copy it is given once.
+    Linear, convolution and attention products count, as `torch.utils.flop_counter` counts them (halved). `run` calls
+    the copy that it is given once; that is on the meta device, since fused attention on CPU escapes the counter.
     """
     # Without gradients to track, the counter also accepts blocks that attend to a learned query.
     twin = copy.deepcopy(model).to("meta").eval().requires_grad_(False)

@@ -10,8 +10,18 @@ from urllib.request import getproxies
 
 from torch import nn
 
-from spvit.checkpoint import DESCRIPTION, Preprocessing, describe, fit_state, load, read_weights, timm_state
+from spvit.checkpoint import (
+    DESCRIPTION,
+    Preprocessing,
+    check_timm_model,
+    describe,
+    fit_state,
+    load,
+    read_weights,
+    timm_state,
+)
 from spvit.errors import ModelError, UnsupportedHostError
+from spvit.hosts.host import input_size
 from spvit.hosts.recognise import family_of
 
 HUGGING_FACE = "hf:"
@@ -55,22 +65,20 @@ def open_model(
         weights: whether to load pre-trained weights; without them the model is one to count and measure.
 
     Raises:
-        ModelError: the name is unknown, or its weights cannot be had.
+        ModelError: the name is unknown, or its weights cannot be downloaded.
         CheckpointError: a folder or weights file is damaged or does not fit.
         UnsupportedHostError: the model's family is not supported.
     """
-    opened = _open(config, classes, any_family, weights)
     if config.checkpoint is None:
-        return opened
-    read = read_weights(config.checkpoint)
-    state = timm_state(opened.model, read, config.checkpoint)
+        return _open(config, classes, any_family, weights)
+    read, opened = read_weights(config.checkpoint), _open(config, classes, any_family, weights)
     head = _head_keys(opened.model)
-    found = next((len(state[key]) for key in head if key in state), None)
+    found = next((len(read[key]) for key in head if key in read), None)
     trained = found is None or found == number_of_classes(opened.model)
     if not trained and classes is None:
         opened, trained = _open(config, found, any_family, weights), True
-        state = timm_state(opened.model, read, config.checkpoint)
-    elif not trained:
+    state = timm_state(opened.model, read, config.checkpoint)
+    if not trained:
         own = opened.model.state_dict()
         state |= {key: own[key] for key in head}
     fit_state(opened.model, state, config.checkpoint)
@@ -79,10 +87,14 @@ def open_model(
 
 def _open(config: ModelConfig, classes: int | None, any_family: bool, weights: bool) -> OpenedModel:
     """Return the model without the weights of `checkpoint`."""
-    if (Path(config.model) / DESCRIPTION).is_file():
-        opened = _open_folder(config)
-    elif config.model.startswith(HUGGING_FACE):
-        opened = _open_hugging_face(config, classes, weights)
+    folder, hugging_face = (Path(config.model) / DESCRIPTION).is_file(), config.model.startswith(HUGGING_FACE)
+    if config.model_args and (folder or hugging_face):
+        raise ModelError(f"model_args go with timm models only; {config.model} brings its own")
+    if folder:
+        found = describe(config.model)
+        opened = OpenedModel(load(config.model), found.preprocessing or Preprocessing(), found.classes, trained=True)
+    elif hugging_face:
+        opened = _open_hugging_face(config.model.removeprefix(HUGGING_FACE), classes, weights)
     else:
         opened = _open_timm(config, classes, any_family, weights)
     if not any_family:
@@ -90,29 +102,11 @@ def _open(config: ModelConfig, classes: int | None, any_family: bool, weights: b
     return opened
 
 
-def _head_keys(model: nn.Module) -> list[str]:
-    """Return the keys of the parameters of a model's classification heads; none where the library names no head."""
-    of_timm: Any = getattr(model, "get_classifier", None)
-    heads = of_timm() if of_timm is not None else getattr(model, "classifier", None)
-    members = heads if isinstance(heads, tuple) else (heads,)
-    names = [name for name, module in model.named_modules() if any(module is member for member in members)]
-    return [f"{name}.{key}" for name in names for key in model.get_submodule(name).state_dict()]
-
-
-def _open_folder(config: ModelConfig) -> OpenedModel:
-    if config.model_args:
-        raise ModelError(f"{config.model} is a folder that spvit wrote; model_args go with timm models only")
-    description = describe(config.model)
-    return OpenedModel(
-        load(config.model), description.preprocessing or Preprocessing(), description.classes, trained=True
-    )
-
-
 def _open_timm(config: ModelConfig, classes: int | None, any_family: bool, weights: bool) -> OpenedModel:
     import timm
     from timm.data import resolve_data_config
 
-    import spvit.zoo  # noqa: F401  timm then knows the published models
+    from spvit.zoo import architectures, host_name  # with it timm knows the published models
 
     name = config.model.split(".")[0]
     if not timm.is_model(name):
@@ -122,25 +116,60 @@ def _open_timm(config: ModelConfig, classes: int | None, any_family: bool, weigh
             f"model {config.model!r} is neither a timm model nor a folder that spvit wrote, and does not start with "
             f"hf:{hint}"
         )
-    arguments = dict(config.model_args)
-    if classes is not None:
-        arguments.setdefault("num_classes", classes)
+    check_timm_model(host_name(name) if name in architectures() else name, config.model_args)
+    arguments = {**({} if classes is None else {"num_classes": classes}), **config.model_args}
     pretrained = config.pretrained and config.checkpoint is None
     if pretrained and weights:
         _spare_retries()
     try:
         model = timm.create_model(config.model, pretrained=pretrained and weights, **arguments)
     except (OSError, RuntimeError) as error:
-        raise ModelError(_not_had(config.model, "timm", error)) from error
-    except (AssertionError, TypeError) as error:
+        raise _not_downloaded(config.model, "timm", error) from error
+    except (AssertionError, TypeError, ValueError) as error:
         raise ModelError(f"model_args do not fit {config.model}: {error}") from error
     data = resolve_data_config({}, model=model)
-    channels = len(data["mean"]) if any_family else family_of(model).input_size(model)[0]
-    preprocessing = Preprocessing(
-        _by_channel(data["mean"], channels), _by_channel(data["std"], channels), data["interpolation"], data["crop_pct"]
-    )
+    channels = len(data["mean"]) if any_family else input_size(model)[0]
+    mean, std = (_by_channel(data[key], channels) for key in ("mean", "std"))
     own_head = model.num_classes == model.pretrained_cfg.get("num_classes")
+    preprocessing = Preprocessing(mean, std, data["interpolation"], data["crop_pct"])
     return OpenedModel(model, preprocessing, None, trained=pretrained and own_head)
+
+
+def _by_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Return a value a channel; for another number of channels than the model's source had, their mean."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def _open_hugging_face(name: str, classes: int | None, weights: bool) -> OpenedModel:
+    try:
+        from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+        from transformers.utils import logging
+    except ImportError as error:
+        raise ModelError("Hugging Face models need an extra; install it with: pip install 'spvit[hf]'") from error
+    _spare_retries()
+    logging.disable_progress_bar()
+    safely = {"trust_remote_code": False}
+    try:
+        own = AutoConfig.from_pretrained(name, **safely)
+        resized = classes is not None and classes != own.num_labels
+        head = {"num_labels": classes} if resized else {}
+        if weights:
+            model = AutoModelForImageClassification.from_pretrained(
+                name, ignore_mismatched_sizes=resized, **head, **safely
+            )
+        else:
+            config = AutoConfig.from_pretrained(name, **head, **safely)
+            model = AutoModelForImageClassification.from_config(config, **safely)
+    except (OSError, ValueError) as error:
+        raise _not_downloaded(name, "Hugging Face", error) from error
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, use_fast=False, **safely)
+        preprocessing = Preprocessing(tuple(processor.image_mean), tuple(processor.image_std), "bilinear", 1.0)
+    except (OSError, ValueError, AttributeError):
+        # A folder without an image processor: Hugging Face's own default for ViT.
+        preprocessing = Preprocessing((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 1.0)
+    names = None if resized else tuple(own.id2label[i] for i in range(own.num_labels))
+    return OpenedModel(model, preprocessing, names, trained=not resized)
 
 
 def _spare_retries() -> None:
@@ -160,51 +189,15 @@ def _spare_retries() -> None:
         constants.HF_HUB_OFFLINE = True
 
 
-def _by_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """Return a value a channel; for another number of channels than the model's source had, their mean."""
-    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
-
-
-def _open_hugging_face(config: ModelConfig, classes: int | None, weights: bool) -> OpenedModel:
-    try:
-        from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
-        from transformers.utils import logging
-    except ImportError as error:
-        raise ModelError("Hugging Face models need an extra; install it with: pip install 'spvit[hf]'") from error
-    if config.model_args:
-        raise ModelError("model_args go with timm models only; a Hugging Face model brings its own configuration")
-    name = config.model.removeprefix(HUGGING_FACE)
-    _spare_retries()
-    logging.disable_progress_bar()
-    try:
-        own = AutoConfig.from_pretrained(name)
-        head = own.num_labels
-        resize: dict[str, Any] = {}
-        if classes is not None and classes != head:
-            resize = {"num_labels": classes, "ignore_mismatched_sizes": True}
-        if weights:
-            model = AutoModelForImageClassification.from_pretrained(name, **resize)
-        else:
-            own_or_resized = own if not resize else AutoConfig.from_pretrained(name, num_labels=classes)
-            model = AutoModelForImageClassification.from_config(own_or_resized)
-    except (OSError, ValueError) as error:
-        raise ModelError(_not_had(name, "Hugging Face", error)) from error
-    try:
-        processor = AutoImageProcessor.from_pretrained(name, use_fast=False)
-        preprocessing = Preprocessing(tuple(processor.image_mean), tuple(processor.image_std), "bilinear", 1.0)
-    except (OSError, ValueError, AttributeError):
-        # A folder without an image processor: Hugging Face's own default for ViT.
-        preprocessing = Preprocessing((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 1.0)
-    names = tuple(own.id2label[i] for i in range(head)) if not resize else None
-    return OpenedModel(model, preprocessing, names, trained=not resize)
-
-
-def _not_had(name: str, library: str, error: Exception) -> str:
+def _not_downloaded(name: str, library: str, error: Exception) -> ModelError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return (
-        f"the weights of {name} could not be had from {library} ({reason}); without a connection, name a folder, or a "
-        "weights file with --checkpoint if it is the model to compress"
+    return ModelError(
+        f"could not download the weights of {name} from {library} ({reason}); without a connection, name a folder, or "
+        "a weights file with --checkpoint if it is the model to compress"
     )
+
+
+# What models of any kind say of themselves, of supported families or not; libraries spell it differently.
 
 
 def number_of_classes(model: nn.Module) -> int:
@@ -215,3 +208,35 @@ def number_of_classes(model: nn.Module) -> int:
             f"this {type(model).__name__} has no classification head; make it with num_classes=..."
         )
     return count
+
+
+def _head_keys(model: nn.Module) -> list[str]:
+    """Return the keys of the parameters of a model's classification heads; none where the library names no head."""
+    of_timm: Any = getattr(model, "get_classifier", None)
+    heads = of_timm() if of_timm is not None else getattr(model, "classifier", None)
+    members = heads if isinstance(heads, tuple) else (heads,)
+    names = [name for name, module in model.named_modules() if any(module is member for member in members)]
+    return [f"{name}.{key}" for name in names for key in model.get_submodule(name).state_dict()]
+
+
+def input_of(model: Any) -> tuple[int, tuple[int, int] | None]:
+    """Return how many channels a model takes, and the (height, width) that it needs; None for any."""
+    try:
+        channels, *size = input_size(model)
+    except UnsupportedHostError:
+        source = getattr(model, "pretrained_cfg", None)
+        if source is None:  # of Hugging Face: images are resized to what it was trained on
+            side: Any = getattr(model.config, "image_size", None)
+            channels = getattr(model.config, "num_channels", 3)
+            size = [] if side is None else [side, side] if isinstance(side, int) else list(side)
+        else:
+            channels, *size = source["input_size"]
+            size = size if source.get("fixed_input_size") else []
+    return channels, (size[0], size[1]) if size else None
+
+
+def undecayed(model: nn.Module) -> set[str]:
+    """Return patterns of the parameters that take no weight decay: biases by token, and position and class tokens."""
+    exempt: set[str] = getattr(model, "no_weight_decay", set)()
+    tokens = ("cls_token", "mask_token", "position_embeddings")
+    return {f"*{name}" for name in exempt} | {f"*{name}" for name in tokens}

@@ -155,10 +155,7 @@ def cholesky(covariance: Tensor, ridge: float) -> Tensor:
 def regression(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:
     """Return the map [X, Y] that predicts outputs from inputs with the least squared error plus the ridge's penalty.
 
-    Args:
-        covariance: [X, X].
-        cross: [X, Y].
-        ridge: relative to the mean variance of the inputs.
+    covariance: [X, X]; cross: [X, Y]; ridge: relative to the mean variance of the inputs.
     """
     return torch.cholesky_solve(cross, cholesky(covariance, ridge))
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from spvit.architecture import Architecture
 from spvit.errors import NotSearchableError, UnsupportedHostError
 from spvit.hosts.host import RECORD, Host
+from spvit.hosts.recognise import family_of
 from spvit.hosts.walk import calibration_batches, where_float64_is
 from spvit.repair.repair import repair as repair_in_place
 from spvit.replacements.bottleneck import BottleneckConv
@@ -119,6 +120,7 @@ def fold(model: Model, *, inplace: bool = False) -> Model:
     """
     record = pruned_record(model)
     if record is None:
+        family_of(model)  # says which part of a wrapper to pass
         raise UnsupportedHostError(f"fold takes a model that spvit.prune returned, found a {type(model).__name__}")
     folded = model if inplace else copy.deepcopy(model)
     for module in folded.modules():

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,57 +16,25 @@ import torch
 import yaml
 
 import spvit
-from spvit.benchmark import measure_latencies
-from spvit.cli.main import main
+from command import DIGITS, SHORT, digits_recipe, measure_briefly, refused, run, trained_weights
+from spvit.cli.main import main, parse
 from spvit.models import ModelConfig, open_model
 from training import MODEL, MODEL_ARGS, image_folder, micro_host, states_equal
-
-RECIPE = {
-    "model": MODEL,
-    "model_args": MODEL_ARGS,
-    "pretrained": False,
-    "data": "digits",
-    "images": {"batch_size": 128, "mean": [0.5], "std": [0.5], "crop": 1.0, "flip": 0.0},
-}
-SHORT = {"epochs": 1, "warmup_epochs": 0.0}
 
 
 @pytest.fixture
 def recipe(tmp_path: Path):
-    def write(**more: object) -> str:
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump({**RECIPE, **more}))
-        return str(path)
-
-    return write
+    return digits_recipe(tmp_path)
 
 
 @pytest.fixture
 def trained(tmp_path: Path) -> str:
-    """Return a weights file that fits the micro model."""
-    torch.save(micro_host().state_dict(), tmp_path / "trained.pth")
-    return str(tmp_path / "trained.pth")
+    return trained_weights(tmp_path)
 
 
-@pytest.fixture
-def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure latencies in passing only; no test looks at them."""
-    monkeypatch.setattr("spvit.cli.commands.measure_latencies", partial(measure_latencies, seconds=0.0))
-
-
-def run(capsys, *arguments: str) -> tuple[int, str, str]:
-    code = main(list(arguments))
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def refused(capsys, words: str, *arguments: str) -> None:
-    """Assert that a command is refused in one line with these words, with exit code 2."""
-    code, _, problems = run(capsys, *arguments)
-    assert code == 2
-    assert problems.startswith("spvit: ")
-    assert len(problems.strip().splitlines()) == 1
-    assert words in problems
+@pytest.fixture(autouse=True)
+def _brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_briefly(monkeypatch)
 
 
 def test_compress_then_evaluate_profile_and_load(capsys, recipe, tmp_path: Path) -> None:
@@ -75,7 +42,7 @@ def test_compress_then_evaluate_profile_and_load(capsys, recipe, tmp_path: Path)
     settings = recipe(dense=SHORT, search=SHORT, finetune=SHORT, log_every=4)
     code, text, problems = run(capsys, "compress", "--recipe", settings, "--output", str(out), "--macs", "60%")
     assert (code, problems) == (0, "")
-    for words in ("dense epoch 1/1", "search epoch 1/1", "finetune epoch 1/1", "latency, batch 64", f'load("{out}")'):
+    for words in ("dense epoch 1/1", "search epoch 1/1", "finetune epoch 1/1", "latency, batch 1", f'load("{out}")'):
         assert words in text
     assert {path.name for path in out.iterdir()} == {
         "architecture.json", "config.yaml", "dense", "metrics.jsonl", "model.json", "model.safetensors", "state",
@@ -113,7 +80,6 @@ def _phases(folder: Path) -> set[str]:
     return {json.loads(line)["phase"] for line in (folder / "metrics.jsonl").read_text().splitlines()}
 
 
-@pytest.mark.usefixtures("brief")
 def test_compress_without_a_search_decides_repairs_and_continues(capsys, recipe, trained, tmp_path: Path) -> None:
     out = tmp_path / "run"
     settings = recipe(checkpoint=trained, finetune={"warmup_epochs": 0.0}, calibration_images=300)
@@ -123,7 +89,8 @@ def test_compress_without_a_search_decides_repairs_and_continues(capsys, recipe,
     assert "finetune epoch 1/1" in text
     assert "after pruning and repair: accuracy" in text
     assert {path.name for path in out.iterdir()} == {
-        "architecture.json", "config.yaml", "metrics.jsonl", "model.json", "model.safetensors", "state", "summary.json",
+        "architecture.json", "config.yaml", "metrics.jsonl", "model.json", "model.safetensors", "scores.json",
+        "scores.safetensors", "state", "summary.json",
     }  # fmt: skip
     assert _phases(out) == {"finetune"}
     before = (out / "architecture.json").read_text()
@@ -153,7 +120,6 @@ def test_compress_without_a_search_decides_repairs_and_continues(capsys, recipe,
     refused(capsys, "scores, without a search, not by a search", "compress", *searching)
 
 
-@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("words", [["--no-train"], ["--train-epochs", "0", "--repair", "false"]])
 def test_compress_without_training_leaves_what_pruning_gave(capsys, recipe, trained, tmp_path: Path, words) -> None:
     out = tmp_path / "run"
@@ -165,7 +131,8 @@ def test_compress_without_training_leaves_what_pruning_gave(capsys, recipe, trai
     repaired = words == ["--no-train"]
     assert ("after pruning and repair: accuracy" in text) == repaired
     assert {path.name for path in out.iterdir()} == {
-        "architecture.json", "config.yaml", "model.json", "model.safetensors", "summary.json",
+        "architecture.json", "config.yaml", "model.json", "model.safetensors", "scores.json", "scores.safetensors",
+        "summary.json",
     }  # fmt: skip
     summary = json.loads((out / "summary.json").read_text())
     assert summary["pruned"] == summary["after_pruning"]
@@ -178,6 +145,20 @@ def test_compress_without_training_leaves_what_pruning_gave(capsys, recipe, trai
     if not repaired:  # what is drawn at pruning is drawn alike
         assert run(capsys, "compress", "--output", str(out), "--resume")[0] == 0
         assert states_equal(spvit.load(out), model)
+
+
+def test_scores_of_a_run_decide_another_budget(capsys, recipe, trained, tmp_path: Path, monkeypatch) -> None:
+    words = ["compress", "--recipe", recipe(checkpoint=trained, calibration_images=200), "--no-train"]
+    assert run(capsys, *words, "--output", str(tmp_path / "a"), "--macs", "80%")[0] == 0
+    monkeypatch.setattr("spvit.train.compress.score", None)  # nothing is scored again
+    again = ["--scores", str(tmp_path / "a"), "--output", str(tmp_path / "b"), "--macs", "60%"]
+    code, text, problems = run(capsys, *words, *again)
+    assert (code, problems) == (0, "")
+    assert "share" in text
+    kept = [spvit.Architecture.load(tmp_path / name / "architecture.json") for name in "ab"]
+    costs = [spvit.cost(micro_host(), architecture)["macs"] for architecture in kept]
+    assert costs[1] / costs[0] == pytest.approx(60 / 80, rel=0.01)
+    refused(capsys, "holds no scores", *words, "--output", str(tmp_path / "c"), "--scores", str(tmp_path / "none"))
 
 
 def test_hugging_face_model_is_compressed_and_loaded(capsys, tmp_path: Path) -> None:
@@ -198,29 +179,21 @@ def test_hugging_face_model_is_compressed_and_loaded(capsys, tmp_path: Path) -> 
     assert run(capsys, "evaluate", "--model", str(out), "--data", str(images))[0] == 0
 
 
-def test_killed_run_continues_to_the_same_model(recipe, tmp_path: Path) -> None:
-    settings = recipe(
-        dense={"epochs": 2, "warmup_epochs": 0.0},
-        search={"epochs": 2, "warmup_epochs": 0.0},
-        finetune=SHORT,
-        log_every=1,
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def command(folder: Path, *more: str) -> list[str]:
-        return [sys.executable, "-m", "spvit.cli", "compress", "--output", str(folder), *more]
-
+def test_killed_run_continues_to_the_same_model(capsys, recipe, tmp_path: Path) -> None:
+    search = {"epochs": 2, "warmup_epochs": 0.0}
+    settings = recipe(dense=SHORT, search=search, finetune=SHORT, log_every=1)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
-    subprocess.run(command(whole, "--recipe", settings), check=True, **quiet)
-    process = subprocess.Popen(command(killed, "--recipe", settings), **quiet)
+    assert run(capsys, "compress", "--output", str(whole), "--recipe", settings)[0] == 0
+    command = [sys.executable, "-m", "spvit.cli", "compress", "--output", str(killed), "--recipe", settings]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
     metrics = killed / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and '"search", "event": "step"' in metrics.read_text()):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "model.safetensors").exists()
-    subprocess.run(command(killed, "--resume"), check=True, **quiet)
+    assert run(capsys, "compress", "--output", str(killed), "--resume")[0] == 0
     assert states_equal(spvit.load(whole), spvit.load(killed))
 
 
@@ -318,10 +291,15 @@ def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_pat
         ('expected "command"', ""),
         ("required: --model", "train --data digits --output OUT"),
         ("unrecognized arguments: --colour", "profile --model deit_tiny_patch16_224 --colour 1"),
-        ("--dense.epochs: Expected a <class 'int'>", "train --recipe RECIPE --output OUT --dense.epochs x"),
-        ("--search.epochs: Expected a <class 'int'>", "search --recipe RECIPE --output OUT --search.epochs x"),
+        ("--dense.epochs is x, expected a whole number", "train --recipe RECIPE --output OUT --dense.epochs x"),
+        ("--search.epochs is x, expected a whole number", "search --recipe RECIPE --output OUT --search.epochs x"),
         ("unrecognized arguments: --search.speed", "compress --recipe RECIPE --output OUT --search.speed 1"),
-        ("does not accept option 'dense.speed'", "train --recipe UNKNOWN --output OUT"),
+        ("--search.epoch 1; did you mean --search.epochs?", "search --recipe RECIPE --output OUT --search.epoch 1"),
+        ("--images.batch-sice", "search --recipe RECIPE --output OUT --images.batch-sice 1"),
+        ("--multiple is x, expected a whole number", "search --recipe RECIPE --output OUT --multiple x"),
+        ("--images.mean is x, expected a list such as [0.5", "search --recipe RECIPE --output OUT --images.mean x"),
+        ("expected true or false, found 'x'", "compress --recipe RECIPE --output OUT --repair x"),
+        ("Group 'dense' does not accept option 'speed'", "train --recipe UNKNOWN --output OUT"),
         ("ResNet is not a supported model family", "profile --model resnet18"),
         ("did you mean deit_tiny_patch16_224", "profile --model deit_tiny_patch16_242"),
         ("no trained weights for these 10 classes", "compress --recipe RECIPE --output OUT"),
@@ -335,7 +313,7 @@ def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_pat
         ("precision is 'fp8'", "train --recipe RECIPE --output OUT --precision fp8"),
         ("expected 0 or more", "train --recipe RECIPE --output OUT --dense.epochs -1"),
         ("train_epochs is -1, expected 0 or more", "compress --recipe TRAINED --output OUT --train-epochs -1"),
-        ("--train_epochs: ", "compress --recipe TRAINED --output OUT --train-epochs few"),
+        ("--train-epochs is few, expected a whole number", "compress --recipe TRAINED --output OUT --train-epochs few"),
         (
             "calibration_images is 0, expected 1 or more",
             "compress --recipe TRAINED --output OUT --calibration-images 0",
@@ -352,7 +330,10 @@ def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_pat
         ("auto_augment 'rand-x9' is not", "train --recipe RECIPE --output OUT --images.auto_augment rand-x9"),
         ("auto_augment 'foo' is not one of timm's", "train --recipe RECIPE --output OUT --images.auto_augment foo"),
         ("name a teacher with --dense.teacher", "train --recipe RECIPE --output OUT --dense.distillation 0.5"),
-        ("before the dense model is", "compress --recipe RECIPE --output OUT --dense.epochs 1 --dense.distillation 1"),
+        (
+            "but there is no teacher; name a teacher with --dense.teacher",
+            "compress --recipe RECIPE --output OUT --dense.epochs 1 --dense.distillation 1",
+        ),
         ("model_args do not fit vit_tiny", "train --recipe RECIPE --output OUT --model_args.num_heads 5"),
         ("initialise is 'dense'", "compress --recipe TRAINED --output OUT --initialise dense"),
         ("is a dense model", "finetune --recipe TRAINED --output OUT"),
@@ -371,28 +352,84 @@ def test_bad_input_is_one_line_and_nothing_written(capsys, recipe, trained, tmp_
     deep = tmp_path / "deep.json"
     deep.write_text(spvit.architecture.dense([96] * 3).to_json())
     unknown = tmp_path / "unknown.yaml"
-    unknown.write_text(yaml.safe_dump({**RECIPE, "dense": {"speed": 1}}))
+    unknown.write_text(yaml.safe_dump({**DIGITS, "dense": {"speed": 1}}))
     weights = tmp_path / "with_weights.yaml"
-    weights.write_text(yaml.safe_dump({**RECIPE, "checkpoint": trained}))
+    weights.write_text(yaml.safe_dump({**DIGITS, "checkpoint": trained}))
     names = {"OUT": out, "DEEP": deep, "UNKNOWN": unknown, "TRAINED": weights, "RECIPE": recipe()}
     refused(capsys, words, *(str(names.get(word, word)) for word in shlex.split(line)))
     assert not out.exists()
 
 
-def test_help_of_every_command_says_units_and_defaults(capsys) -> None:
-    for name in ("compress", "train", "search", "finetune", "evaluate", "profile", "convert", "demo"):
-        with pytest.raises(SystemExit) as exit_:
-            main([name, "--help"])
-        assert exit_.value.code == 0
-        text = capsys.readouterr().out
-        assert "default:" in text
-        assert "--recipe" in text
-        assert "Unvalidated" not in text
-    with pytest.raises(SystemExit):
-        main(["search", "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert "Budget in MACs of one image" in text
-    assert "--search.budget_weight" in text
+def help_of(capsys, *words: str) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main([*words])
+    assert exit_.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+COMMANDS = ("compress", "train", "search", "finetune", "evaluate", "profile", "convert", "demo")
+
+
+def test_help_lists_the_commands(capsys) -> None:
+    text = help_of(capsys, "--help")
+    assert all(name in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_short_and_says_how_to_list_the_rest(capsys, name: str) -> None:
+    text = help_of(capsys, name, "--help")
+    assert f"usage: spvit {name}" in text
+    assert text.count(" --") < 24
+    assert "--recipe" in text or name == "demo"
+    assert "--help-all" in text or name in ("profile", "convert")
+
+
+def test_help_of_compress_has_groups_units_and_defaults(capsys) -> None:
+    text = help_of(capsys, "compress", "--help")
+    for words in (
+        "model and data: --model", "budget, one of the two: --macs", "what to do: --scores", "run: --recipe",
+        "Budget in MACs of one image", "Images a step on each device (default: 64)", "--train-epochs", "--no-train",
+        "--dry-run", "--help-all List every option",
+    ):  # fmt: skip
+        assert words in text
+    assert "--search.budget-weight" not in text
+    text = help_of(capsys, "compress", "--help-all")
+    assert "--search.budget-weight BUDGET_WEIGHT" in text
+    assert "--images.flip FLIP Probability of mirroring a training image left to right (default: 0.5)" in text
+
+
+def test_options_have_dashes_or_underscores_and_flags_take_yes_and_no() -> None:
+    needed = ["--model", "m", "--data", "d", "--output", "o"]
+
+    def options(*words: str) -> object:
+        return parse(["compress", *needed, *words])[1]
+
+    for words in (["--train-epochs", "3"], ["--train_epochs", "3"], ["--train-epochs=3"], ["--train_epochs=3"]):
+        assert options(*words).train_epochs == 3
+    for word in ("--no-train", "--no_train"):
+        assert options(word).train_epochs == 0
+    for words in (["--search.budget-weight", "3"], ["--search.budget_weight=3"]):
+        assert options(*words).search.budget_weight == 3
+    for word in ("--model-args.depth", "--model_args.depth"):
+        assert options(word, "3").model_args == {"depth": 3}
+    assert (options("--dry-run").dry_run, options("--dry-run", "false").dry_run) == (True, False)
+    assert (options("--dry_run", "true", "--no-dry-run").dry_run, options().dry_run) == (False, False)
+    for words in (["--no-repair"], ["--repair", "false"], ["--repair=no"]):
+        assert options(*words).repair is False
+    for words in (["NAME"], ["--model", "NAME"], ["NAME", "--latency"], ["--latency", "true", "NAME"]):
+        _, options_ = parse(["profile", *words])
+        assert (options_.model, options_.latency) == ("NAME", "--latency" in words)
+
+
+def test_of_several_recipes_later_ones_win(tmp_path: Path) -> None:
+    for name, text in (
+        ("a", "{model: m, data: d, search: {epochs: 1, gate_logit: 3}}"),
+        ("b", "{search: {epochs: 2}}"),
+    ):
+        (tmp_path / name).write_text(text)
+    words = ["--recipe", str(tmp_path / "a"), "--recipe", str(tmp_path / "b"), "--output", "o"]
+    _, options = parse(["compress", *words])
+    assert (options.model, options.search.epochs, options.search.gate_logit) == ("m", 2, 3)
 
 
 def test_profile_shows_a_published_architecture(capsys) -> None:

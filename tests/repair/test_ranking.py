@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spvit.moments import damped
-from spvit.ranking import STEPS, rank_heads, rank_units
+from spvit.repair.errors import STEPS, rank_heads, rank_units
 from tiny import assert_close
 
 DOUBLE = torch.float64

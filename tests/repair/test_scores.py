@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,43 +11,37 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import spvit
-from spvit.architecture import FFN, Architecture, Attention, Block, dense
-from spvit.attention_errors import Missed
-from spvit.blockwise import Layer, block_inputs
+from spvit.architecture import FFN, REPAIRED, Architecture, Attention, Block, dense
 from spvit.errors import CalibrationError
-from spvit.hosts import family_of
-from spvit.repair import PREFIX_RULE, SKIP_RULE
-from spvit.scores import (
+from spvit.hosts.host import Host
+from spvit.hosts.walk import BlockPair, first_inputs
+from spvit.repair.interpolation import FLOOR
+from spvit.repair.scores import (
     FITTING,
-    FLOOR,
     MEASURED_SHARES,
     MEASURING,
     BlockScores,
     Head,
-    _by_errors,
-    _interpolated_widths,
-    _measured,
-    _on_lines,
-    _parts,
-    _thinned,
-    _with_all_ranks,
+    Scores,
+    divergence,
     score,
+    split_images,
 )
-from tiny import ALIKE, assert_close, images, logits, make_host
+from tiny import ALIKE, assert_close, images, logits, make_host, paths_of, randomise
 
 WIDTH = 72
 CONVOLUTIONS = [Attention("conv3"), Attention("conv1"), Attention("skip")]
 
 
 def scored(host: nn.Module, multiple: int = 4, count: int = 24) -> tuple[BlockScores, ...]:
-    return score(host, family_of(host), images(host, count), multiple)
+    return score(host, images(host, count), multiple=multiple).blocks
 
 
-def divergence(host: nn.Module, index: int, kept: Block, x: Tensor) -> float:
+def divergence_after(host: nn.Module, index: int, kept: Block, x: Tensor) -> float:
     """Prune a host to one candidate alone, repaired on every other image, and compare outputs on the rest."""
     blocks = list(dense([WIDTH] * 4).blocks)
     blocks[index] = kept
-    model = spvit.prune(host, Architecture(tuple(blocks), PREFIX_RULE, SKIP_RULE), repair=x[::2])
+    model = spvit.prune(host, Architecture(tuple(blocks), *REPAIRED), repair=x[::2])
     wanted, found = (F.softmax(logits(net, x[1::2]), dim=1) for net in (host, model))
     return float((wanted * (wanted / found).log()).sum() / len(wanted))
 
@@ -57,7 +50,7 @@ def divergence(host: nn.Module, index: int, kept: Block, x: Tensor) -> float:
 def test_measured_scores_are_what_pruning_to_one_candidate_does(name: str) -> None:
     host = make_host(name)
     x = images(host, 24)
-    head_width = family_of(host).blocks(host)[0].attention.head_width
+    head_width = Host.of(host).blocks[0].attention.head_width
     ranks = (head_width // 4, head_width // 2)
     measured = [Attention(**{name: rank}) for name in ("query_key_rank", "value_rank") for rank in ranks]
     for index, found in enumerate(scored(host, multiple=head_width // 4)):
@@ -67,38 +60,13 @@ def test_measured_scores_are_what_pruning_to_one_candidate_does(name: str) -> No
         one = min(fewer_heads, key=lambda kept: len(kept.heads or ()))
         for kept in (*CONVOLUTIONS, *measured, one):
             block = Block(kept, FFN(WIDTH, tuple(range(WIDTH))))
-            assert candidates[kept] == pytest.approx(divergence(host, index, block, x), rel=1e-5)
+            assert candidates[kept] == pytest.approx(divergence_after(host, index, block, x), rel=1e-5)
         expected = 0.0
         for share in reversed(MEASURED_SHARES):
             units = tuple(sorted(found.ranking.units[: round(WIDTH * share)]))
             # Fewer units are never taken to be better, which chance may say of so few images.
-            expected = max(expected, divergence(host, index, Block(Attention(), FFN(WIDTH, units)), x))
+            expected = max(expected, divergence_after(host, index, Block(Attention(), FFN(WIDTH, units)), x))
             assert found.ffn[len(units)] == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("name", ALIKE)
-def test_every_host_is_scored(name: str) -> None:
-    host = make_host(name, torch.float32)
-    x = images(host, 16)
-    expected = logits(host, x)
-    for found in scored(host, count=16):
-        kept = [candidate for candidate, _ in found.attention]
-        width = family_of(host).blocks(host)[0].attention.head_width
-        ranks = (*range(4, width, 4), None)
-        # Norms over the queries and keys of a head forbid to change those, and one over all heads to change values.
-        pairs = itertools.product((None,) if name == "options" else ranks, (None,) if name == "options" else ranks)
-        shapes = [(heads, *pair) for pair in pairs for heads in ((3,) if name == "options" else (1, 2, 3))]
-        found_shapes = [(len(k.heads or range(3)), k.query_key_rank, k.value_rank) for k in kept if k.kind == "msa"]
-        assert kept[0] == Attention()
-        assert sorted(found_shapes, key=str) == sorted(shapes, key=str)
-        assert kept[-3:] == CONVOLUTIONS
-        values = [value for _, value in found.attention]
-        assert values[0] == found.ffn[-1] == 0
-        assert min(values[1:]) >= FLOOR
-        assert len(found.ffn) == WIDTH + 1
-        assert all(a > b for a, b in itertools.pairwise(found.ffn))
-        assert sorted(found.ranking.units) == list(range(WIDTH))
-    assert torch.equal(logits(host, x), expected)
 
 
 def test_scores_do_not_depend_on_flags_or_batches_and_leave_the_host_alone() -> None:
@@ -112,7 +80,7 @@ def test_scores_do_not_depend_on_flags_or_batches_and_leave_the_host_alone() -> 
             module.p = 0.5
     steps: list[tuple[int, int]] = []
     batches = images(host, 24).split(1)
-    found = score(host, family_of(host), batches, 4, lambda done, blocks: steps.append((done, blocks)))
+    found = score(host, batches, multiple=4, report=lambda done, blocks: steps.append((done, blocks))).blocks
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
     for own, other in zip(found, expected):
         assert own.ranking.units == other.ranking.units
@@ -126,21 +94,20 @@ def test_scores_do_not_depend_on_flags_or_batches_and_leave_the_host_alone() -> 
 def test_the_head_is_the_host_behind_its_last_block(name: str) -> None:
     host = make_host(name)
     x = images(host, 3)
-    blocks = family_of(host).blocks(host)
     outputs: list[Tensor] = []
-    handle = host.get_submodule(blocks[-1].path).register_forward_hook(
+    handle = host.get_submodule(paths_of(host)[-1].block).register_forward_hook(
         lambda module, args, out: outputs.append(out[0] if isinstance(out, tuple) else out)
     )
     expected = logits(host, x)
     handle.remove()
     with torch.no_grad():
-        assert_close(Head(host, blocks, images(host, 1, seed=4))(outputs[0]), expected)
+        assert_close(Head(Host.of(host), images(host, 1, seed=4))(outputs[0]), expected)
 
 
 @pytest.mark.parametrize("sizes", [(7,), (1,) * 7, (2, 3, 2), (3, 1, 1, 2)])
 def test_every_other_of_few_images_measures(sizes: tuple[int, ...]) -> None:
     x = torch.arange(7)[:, None]
-    fitting, measuring = _parts(list(x.split(list(sizes))), 17)
+    fitting, measuring = split_images(list(x.split(list(sizes))), 17)
     assert torch.cat(fitting).flatten().tolist() == [0, 1, 3, 5]
     assert torch.cat(measuring).flatten().tolist() == [2, 4, 6]
     assert len(fitting) == len(measuring) == 1  # nothing is left of small batches
@@ -158,7 +125,7 @@ def test_every_other_of_few_images_measures(sizes: tuple[int, ...]) -> None:
 def test_of_many_images_some_measure_and_others_fit_from_all_over_them(
     count: int, tokens: int, measure: int, fit: int
 ) -> None:
-    fitting, measuring = (torch.cat(part) for part in _parts(list(torch.arange(count).split(64)), tokens))
+    fitting, measuring = (torch.cat(part) for part in split_images(list(torch.arange(count).split(64)), tokens))
     assert len(fitting) == fit
     assert len(measuring) == measure
     assert not set(fitting.tolist()) & set(measuring.tolist())
@@ -175,7 +142,7 @@ def test_scores_that_cannot_be_had_are_refused() -> None:
     with pytest.raises(CalibrationError, match="16 calibration tokens are too few for a layer of 216 inputs"):
         scored(host, count=2)
     with pytest.raises(CalibrationError, match=r"calibration images are \[3, 64, 32\], expected"):
-        score(host, family_of(host), images(host, 4)[..., :32], 4)
+        score(host, images(host, 4)[..., :32])
     broken = copy.deepcopy(host)
     broken.head.weight.data[0, 0] = float("nan")
     with pytest.raises(CalibrationError, match="the model's outputs are not finite with a candidate of block 0; check"):
@@ -197,14 +164,6 @@ def test_a_better_candidate_scores_better() -> None:
     assert found[1].ffn[39] > 1e3 * FLOOR
 
 
-@pytest.mark.parametrize(
-    ("x", "expected"), [(1.0, 10.0), (2.0, 20.0), (4.0, 0.0), (1.5, 15.0), (3.0, 10.0), (0.0, 0.0), (5.0, -10.0)]
-)
-def test_lines_pass_through_their_points_and_go_on(x: float, expected: float) -> None:
-    assert _on_lines(x, [1.0, 2.0, 4.0], [10.0, 20.0, 0.0]) == pytest.approx(expected)
-    assert _on_lines(x, [7.0], [3.0]) == x - 4.0
-
-
 def test_a_layer_that_gives_almost_nothing_is_scored() -> None:
     host = make_host("average_pooling")
     with torch.no_grad():
@@ -214,75 +173,52 @@ def test_a_layer_that_gives_almost_nothing_is_scored() -> None:
     assert len(architecture.blocks[0].ffn.units) < len(architecture.blocks[1].ffn.units)
 
 
-def test_ranks_between_are_on_lines_of_the_logarithm() -> None:
-    known = {Attention.narrow(8): 1e-2, Attention(value_rank=8): 5e-3, Attention.narrow(24): 1e-4}
-    found = dict(_with_all_ranks(known, range(8, 32, 8)))
-    assert found.pop(Attention.narrow(16)) == pytest.approx(1e-3)
-    assert found == known
-    assert _with_all_ranks({}, range(8, 32, 8)) == []
-
-
-def test_errors_of_queries_and_of_values_tell_their_own_parts() -> None:
-    errors = {
-        Attention(query_key_rank=4): Missed(2.0, 0.0),
-        Attention(value_rank=4): Missed(0.0, 2.0),
-        Attention(value_rank=8): Missed(0.0, 1.0),
-        Attention(heads=(0,), query_key_rank=4): Missed(2.0, 4.0),
-        Attention.narrow(8): Missed(0.5, 1.0),
-    }
-    measured = {Attention(query_key_rank=4): 0.8, Attention(value_rank=4): 0.04, Attention(value_rank=8): 0.01}
-    found = _by_errors(measured, errors)
-    assert {kept: found[kept] for kept in measured} == pytest.approx(measured)
-    assert found[Attention(heads=(0,), query_key_rank=4)] == pytest.approx(0.8 + 0.16)
-    assert found[Attention.narrow(8)] == pytest.approx(0.2 + 0.01)
-    assert _by_errors({}, {}) == {}
-
-
 def test_errors_are_taken_on_images_from_all_over() -> None:
-    host = make_host("class_token")
-    family = family_of(host)
-    sites = family.blocks(host)[0]
+    host = Host.of(make_host("class_token"))
+    path = host.blocks[0].attention.path
     with torch.no_grad():
-        inputs = block_inputs(host, sites, images(host, 24).split(10))
-        layer = Layer(host, host, family, sites, inputs, inputs).knowing(sites.attention.path)
-        thin = _thinned(layer, 8 * 17)  # 17 tokens an image
+        inputs = first_inputs(host, images(host.model, 24).split(10))
+        pair = BlockPair(host.model, host, 0, inputs, inputs).knowing(path)
+        thin = pair.thinned(8 * 17)  # 17 tokens an image
         assert [len(x) for x in thin.dense_inputs] == [4, 4, 2]
         assert all(torch.equal(a, b[::3]) for a, b in zip(thin.dense_inputs, inputs, strict=True))
-        outputs = [list(some.wanted(sites.attention.path)) for some in (thin, layer)]
+        outputs = [list(some.wanted(path)) for some in (thin, pair)]
         assert all(torch.equal(a, b[::3]) for a, b in zip(*outputs, strict=True))
-        assert [len(x) for x in _thinned(layer, 10**6).dense_inputs] == [10, 10, 4]
+        assert [len(x) for x in pair.thinned(10**6).dense_inputs] == [10, 10, 4]
 
 
-def test_what_is_measured_is_narrower_in_one_way_only() -> None:
-    ranks = (8, 16, 24, None)
-    heads = ((5,), (2, 5), (0, 2, 5), None)
-    errors = {
-        Attention("msa", kept, query, value): Missed(0.0, 0.0)
-        for kept, query, value in itertools.product(heads, ranks, ranks)
-    }
-    del errors[Attention()]
-    assert _measured(errors, 32) == [
-        Attention(query_key_rank=8),
-        Attention(query_key_rank=16),
-        Attention(value_rank=8),
-        Attention(value_rank=16),
-        Attention(heads=(2, 5)),
-    ]
-    assert _measured({}, 32) == []
+def test_scores_are_saved_and_loaded_as_data(tmp_path: Path) -> None:
+    host = make_host("class_token")
+    scores = score(host, images(host, 16))
+    scores.save(tmp_path / "scores")
+    assert sorted(path.name for path in (tmp_path / "scores").iterdir()) == ["scores.json", "scores.safetensors"]
+    assert Scores.load(tmp_path / "scores") == scores
+    with pytest.raises(
+        CalibrationError, match=r"nothing holds no scores that can be read .*spvit\.score\(host, images\)"
+    ):
+        Scores.load(tmp_path / "nothing")
+    path = tmp_path / "scores" / "scores.json"
+    text = path.read_text()
+    for damaged in ("{", "[]", text.replace("spvit-scores", "others"), text.replace('"conv3"', '"conv5"')):
+        path.write_text(damaged)
+        with pytest.raises(CalibrationError, match="holds no scores that can be read"):
+            Scores.load(tmp_path / "scores")
 
 
-def test_widths_between_follow_the_error_after_repair() -> None:
-    errors = (8.0, 4.0, 2.0, 1.0, 0.5, 0.0)
-    found = _interpolated_widths([(1, 0.4), (3, 0.1)], errors)
-    assert found[:5] == pytest.approx((0.8, 0.4, 0.2, 0.1, 0.05))
-    assert found[5] == 0
-    found = _interpolated_widths([(1, 0.1), (3, 0.4)], errors)  # noise says that fewer units are better
-    assert all(a > b for a, b in itertools.pairwise(found))
-    assert found[:5] == pytest.approx((0.4,) * 5)
-    dead = _interpolated_widths([(1, 0.1)], (1.0, 0.5, 0.0, 0.0))
-    assert dead[1] == pytest.approx(0.1)
-    assert 0 < dead[2] < 2 * FLOOR
-    assert math.isclose(dead[3], 0)
-    single = _interpolated_widths([], (1.0, 0.0))  # a single unit: no width in between to measure
-    assert len(single) == 2
-    assert single[0] > single[1] == 0
+def test_scores_of_other_weights_are_refused() -> None:
+    host = make_host("class_token")
+    scores = score(host, images(host, 16))
+    other = randomise(copy.deepcopy(host), seed=1)
+    with pytest.raises(CalibrationError, match="of other weights than this VisionTransformer has; score it again"):
+        spvit.decide(other, macs="70%", scores=scores)
+    assert spvit.decide(copy.deepcopy(host), macs="70%", scores=scores) == spvit.decide(host, macs="70%", scores=scores)
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (5, 3, 4)])
+def test_without_two_logits_the_score_is_the_error_relative_to_the_variance(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    found, dense_output = (torch.randn(shape, generator=generator) for _ in range(2))
+    error, variance = divergence(found, dense_output, classes=shape[-1] if len(shape) == 2 else 0)
+    centred = dense_output - dense_output.flatten(0, -2).mean(0)
+    assert error / variance == pytest.approx(float((found - dense_output).square().sum() / centred.square().sum()))
+    assert divergence(dense_output, dense_output, classes=0)[0] == 0

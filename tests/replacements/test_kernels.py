@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from spvit import kernels
-from spvit.kernels import AttentionWeights
+from spvit.hosts.weights import AttentionWeights
+from spvit.replacements import kernels
 from tiny import assert_all_close, assert_close
 
 HEADS, WIDTH, DIM = 3, 4, 12
@@ -20,7 +22,12 @@ def _normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _weights(biases: bool = True) -> AttentionWeights:
+    unused = _normal(HEADS, WIDTH, DIM, seed=20)
     return AttentionWeights(
+        unused,
+        None,
+        unused,
+        None,
         _normal(HEADS, WIDTH, DIM, seed=1),
         _normal(HEADS, WIDTH, seed=2) if biases else None,
         _normal(DIM, HEADS, WIDTH, seed=3),
@@ -110,7 +117,7 @@ def test_convolving_values_is_convolving_with_mixed_weights(grid: tuple[int, int
     gradients, outputs = [], []
     for by_values in (True, False):
         x, w, mix = (leaf.clone().requires_grad_() for leaf in leaves.values())
-        weights = AttentionWeights(w, None, _weights().out_weight, None)
+        weights = replace(_weights(biases=False), value_weight=w)
         if by_values:
             three, one = kernels.convolve_values(torch.einsum("bgd,hed->bghe", x, w), mix, grid)
         else:
@@ -143,21 +150,3 @@ def test_value_biases_are_taken_out_before_padding(grid: tuple[int, int]) -> Non
     biased = kernels.convolve_values(values + weights.value_bias, mix, grid, kernels.mixed_value_bias(mix, weights))
     for own, other in zip(biased, expected):
         assert_close(own, other)
-
-
-@pytest.mark.parametrize("three", [True, False])
-def test_fold_batchnorm_keeps_the_output(three: bool) -> None:
-    weights = (kernels.conv3_weights if three else kernels.conv1_weights)(_mix(), _weights())
-    in_weight = weights.in_weight if three else weights.in_weight[:, :, None, None]
-    batchnorm = nn.BatchNorm2d(WIDTH, dtype=torch.float64).eval()
-    with torch.no_grad():
-        for seed, tensor in enumerate(
-            (batchnorm.weight, batchnorm.bias, batchnorm.running_mean, batchnorm.running_var)
-        ):
-            tensor.copy_(_normal(WIDTH, seed=10 + seed))
-        batchnorm.running_var.abs_().mul_(1e-4)  # so small that a wrong eps shows
-    x = _normal(2, DIM, 3, 4, seed=9)
-    before = batchnorm(F.conv2d(x, in_weight, weights.in_bias, padding=int(three)))
-    folded_weight, folded_bias = kernels.fold_batchnorm(weights.in_weight, weights.in_bias, batchnorm)
-    assert folded_weight.shape == weights.in_weight.shape
-    assert_close(F.conv2d(x, folded_weight.view_as(in_weight), folded_bias, padding=int(three)), before)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import reference
 import spvit
-from spvit import gates
-from spvit.surgery import gated_layers
+from spvit.search import gates
+from spvit.search.network import gated_layers
 from tiny import assert_close, assert_differ, backward, images, logits, make_host, make_net
 
 LOGITS = torch.tensor([1.5, -0.7, 0.0, 3.0, -2.0], dtype=torch.float64)

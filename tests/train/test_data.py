@@ -120,10 +120,16 @@ def test_mixup_makes_soft_targets() -> None:
     ("spoil", "words"),
     [
         (lambda root: _rename(root / "val", root / "test"), "has no folder val/"),
-        (lambda root: _empty(root / "train" / "cat"), "cat holds no images"),
+        (
+            lambda root: _empty(root / "train" / "cat"),
+            r"train: Found no valid file for the classes cat\..*; expected a folder of",
+        ),
         (lambda root: _rename(root / "val" / "dog", root / "val" / "cow"), "class 'dog' is in .*train but not in"),
-        (lambda root: (root / "val" / "emu").mkdir(), "emu holds no images"),
-        (lambda root: (_empty(root / "val", True), (root / "val").mkdir()), "val has no class folders"),
+        (lambda root: (root / "val" / "emu").mkdir(), "val: Found no valid file for the classes emu"),
+        (
+            lambda root: (_empty(root / "val", True), (root / "val").mkdir()),
+            "val: Couldn't find any class folder in .*; expected a folder of images for each class",
+        ),
     ],
 )
 def test_folders_that_do_not_fit_are_refused(tmp_path: Path, spoil, words: str) -> None:

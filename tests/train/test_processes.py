@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import spvit
-from training import MODEL, MODEL_ARGS, image_folder, states_equal
+from spvit.cli.main import main
+from training import GREY, MODEL, MODEL_ARGS, image_folder, micro_host, states_equal
 
 
 def launched(*words: str) -> str:
@@ -40,6 +41,17 @@ def test_a_continued_run_of_two_processes_equals_an_uninterrupted_one(tmp_path: 
     launched(*words, "--dense.epochs", "1", "--output", str(cut))
     launched("train", "--output", str(cut), "--resume", "--dense.epochs", "2")
     assert states_equal(spvit.load(whole), spvit.load(cut))
+
+
+def test_one_process_scores_and_decides_for_all(tmp_path: Path) -> None:
+    spvit.save(micro_host(), tmp_path / "host", preprocessing=GREY)
+    words = ["compress", "--model", str(tmp_path / "host"), "--data", "digits", "--calibration_images", "128"]
+    words += ["--macs", "60%", "--train_epochs", "1", "--finetune.warmup_epochs", "0"]
+    launched(*words, "--output", str(tmp_path / "run"))
+    assert main([*words, "--train_epochs", "0", "--output", str(tmp_path / "alone")]) == 0
+    files = [(tmp_path / run / "architecture.json").read_text() for run in ("run", "alone")]
+    assert files[0] == files[1]
+    assert spvit.Scores.load(tmp_path / "run").weights == spvit.Scores.load(tmp_path / "alone").weights
 
 
 def test_images_that_cannot_be_read_are_left_out_of_every_process_alike(tmp_path: Path) -> None:

@@ -14,12 +14,11 @@ from torch import nn
 import spvit
 from spvit.checkpoint import Preprocessing
 from spvit.errors import DataError, ModelError
-from spvit.train.compress import CompressConfig, run_compress
+from spvit.train.compress import CompressConfig
 from spvit.train.loop import Phase, run_phase
 from spvit.train.losses import distillation_loss, hard_distillation_loss
-from spvit.train.settings import LoopConfig
 from spvit.train.teacher import Teacher, open_teacher
-from training import digits, micro_host, short, short_search, states_equal
+from training import compressed, digits, micro_host, run_in, short, short_search, states_equal
 
 OTHER = Preprocessing((0.2,), (0.4,), crop=1.0)
 
@@ -106,7 +105,7 @@ def test_timm_model_of_any_family_teaches_and_stays_as_it_is(tmp_path: Path, con
 
     apart = disagreement()
     settings = short(2, distillation=1.0, distillation_kind=kind, teacher=convolutional)
-    run_phase(Phase("finetune", student, settings), images, tmp_path, LoopConfig())
+    run_phase(Phase("finetune", student, settings), run_in(tmp_path, images))
     assert disagreement() < 0.95 * apart
     after = open_teacher(convolutional, images)
     assert states_equal(before, after)
@@ -128,7 +127,7 @@ def test_share_of_distillation_weighs_labels_against_the_teacher(tmp_path: Path)
         run.mkdir()
         named = {"teacher": folder(run / "teacher"), "distillation_kind": "hard"} if share else {}
         settings = short(1, distillation=share, **named)
-        run_phase(Phase("finetune", micro_host(seed=1), settings), digits(), run, LoopConfig(log_every=1))
+        run_phase(Phase("finetune", micro_host(seed=1), settings), run_in(run, digits(), log_every=1))
         losses.append(float((run / "metrics.jsonl").read_text().split('"loss": ')[1].split(",")[0]))
     assert losses[1] == pytest.approx((losses[0] + losses[2]) / 2, rel=1e-5)
     assert losses[0] != pytest.approx(losses[2], rel=1e-2)
@@ -148,7 +147,7 @@ def test_bad_teacher_is_refused_before_anything_is_trained(tmp_path: Path, name,
         name = folder(tmp_path / "teacher", grey, **name)
     config = CompressConfig(search=short_search(1), finetune=short(1, distillation=0.5, teacher=name))
     with pytest.raises(error, match=words):
-        run_compress(micro_host(), digits(), {"macs": "60%"}, tmp_path / "run", config)
+        compressed(micro_host(), "60%", config, tmp_path / "run", digits())
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -162,5 +161,5 @@ def test_bad_teacher_is_refused_before_anything_is_trained(tmp_path: Path, name,
 def test_settings_that_do_not_fit_are_refused_before_the_search(tmp_path: Path, settings: dict, words: str) -> None:
     config = CompressConfig(search=short_search(1), finetune=short(1, **settings))
     with pytest.raises(DataError, match=words):
-        run_compress(micro_host(), digits(), {"macs": "60%"}, tmp_path / "run", config)
+        compressed(micro_host(), "60%", config, tmp_path / "run", digits())
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

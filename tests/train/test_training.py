@@ -15,15 +15,16 @@ import torch
 
 import spvit
 from spvit.architecture import FFN, Architecture, Attention, Block
-from spvit.errors import BudgetError, DataError, RunError, RunFolderError
-from spvit.surgery import gated_layers, make_searchable
-from spvit.train.compress import CompressConfig, check_folder, compress, run_compress
+from spvit.cost import count_params
+from spvit.errors import BudgetError, CalibrationError, DataError, RunError, RunFolderError
+from spvit.search.budget_loss import BudgetLoss
+from spvit.search.network import gated_layers, make_searchable, search_record
+from spvit.train.compress import CompressConfig, compress
 from spvit.train.loop import Evaluation, Loop, Phase, learning_rate_at, run_phase
-from spvit.train.losses import BudgetLoss
 from spvit.train.optimizers import optimizers
-from spvit.train.progress import PhaseProgress
-from spvit.train.settings import LoopConfig, PhaseConfig
-from training import digits, micro_host, short, short_search, states_equal
+from spvit.train.run_folder import RunFolder
+from spvit.train.settings import PhaseConfig
+from training import compressed, digits, micro_host, run_in, short, short_search, states_equal
 
 
 class Killed(BaseException):
@@ -68,19 +69,19 @@ def test_continued_run_equals_uninterrupted_run_exactly(tmp_path: Path, kind: st
     whole, cut = phase(), phase()
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
-    figures = run_phase(whole, images, tmp_path / "whole", LoopConfig(log_every=4))
+    figures = run_phase(whole, run_in(tmp_path / "whole", images, log_every=4))
     if kind == "search":
         kill_at(cut, 16)  # 11 steps an epoch: in the second epoch
         with pytest.raises(Killed):
-            run_phase(cut, images, tmp_path / "cut", LoopConfig(log_every=4))
+            run_phase(cut, run_in(tmp_path / "cut", images, log_every=4))
     else:
         hook = cut.model.register_forward_pre_hook(_raise_at(17))
         with pytest.raises(Killed):
-            run_phase(cut, images, tmp_path / "cut", LoopConfig(log_every=4))
+            run_phase(cut, run_in(tmp_path / "cut", images, log_every=4))
         hook.remove()
     again = phase()
     torch.manual_seed(99)  # what happened before must not matter
-    continued = run_phase(again, images, tmp_path / "cut", LoopConfig(log_every=4))
+    continued = run_phase(again, run_in(tmp_path / "cut", images, log_every=4))
     assert states_equal(whole.model, again.model)
     assert continued == figures
     whole_lines, cut_lines = lines(tmp_path / "whole"), lines(tmp_path / "cut")
@@ -104,7 +105,7 @@ def _raise_at(call: int):
 def test_search_records_budget_and_kinds(tmp_path: Path) -> None:
     phase = search_phase(1)
     before = copy.deepcopy(phase.model)
-    run_phase(phase, digits(), tmp_path, LoopConfig(log_every=5))
+    run_phase(phase, run_in(tmp_path, digits(), log_every=5))
     recorded = lines(tmp_path)
     steps = [values for values in recorded if values["event"] == "step"]
     assert [values["step"] for values in steps] == [5, 10, 11]
@@ -121,7 +122,7 @@ def test_search_records_budget_and_kinds(tmp_path: Path) -> None:
 def test_the_weight_of_the_budget_rises_over_its_share_of_the_search(tmp_path: Path, warmup: float) -> None:
     phase = search_phase(2, budget_warmup=warmup, gate_learning_rate=0.0)
     whole = phase.budget().item()
-    run_phase(phase, digits(), tmp_path, LoopConfig(log_every=1))
+    run_phase(phase, run_in(tmp_path, digits(), log_every=1))
     found = [values["budget_loss"] / whole for values in lines(tmp_path) if values["event"] == "step"]
     rising = round(22 * warmup)  # 11 steps an epoch
     expected = [(step + 1) / rising for step in range(rising)] + [1.0] * (22 - rising)
@@ -131,7 +132,7 @@ def test_the_weight_of_the_budget_rises_over_its_share_of_the_search(tmp_path: P
 def test_gates_have_an_optimizer_of_their_own_at_a_constant_rate(tmp_path: Path) -> None:
     phase = search_phase(1, learning_rate=0.0, minimum_learning_rate=0.0, gate_learning_rate=0.01)
     before = {name: value.clone() for name, value in phase.model.named_parameters()}
-    run_phase(phase, digits(), tmp_path, LoopConfig())
+    run_phase(phase, run_in(tmp_path, digits()))
     for name, value in phase.model.named_parameters():
         assert torch.equal(value, before[name]) != name.endswith("gate_logits"), name
 
@@ -139,38 +140,39 @@ def test_gates_have_an_optimizer_of_their_own_at_a_constant_rate(tmp_path: Path)
 def test_biases_norms_and_what_the_host_exempts_do_not_decay() -> None:
     host = micro_host()
     blocks = tuple(Block(Attention(kind), FFN.whole(96)) for kind in ("skip", "conv1"))
-    model = spvit.prune(host, Architecture(blocks, "mean", "mean"))  # constants there are vectors by token: biases too
+    # Constants are vectors by token there: biases too.
+    model = spvit.prune(host, Architecture(blocks, "linear", "mean"))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, exempt = optimizers(model, PhaseConfig(), False, 1)[0].param_groups
+    exempt, decayed = optimizers(model, PhaseConfig(), False, 1)[0].param_groups
     assert exempt["weight_decay"] == 0
     found = {names[id(parameter)] for parameter in decayed["params"]}
     assert {"blocks.0.mlp.fc1.weight", "blocks.1.attn.conv_in.weight"} <= found
     assert all(name.endswith("weight") and ".norm" not in name and ".bn" not in name for name in found)
     left = {names[id(parameter)] for parameter in exempt["params"]}
-    assert {"pos_embed", "cls_token", "blocks.0.attn.mean.bias", "blocks.1.attn.prefix.bias"} <= left
+    assert {"pos_embed", "cls_token", "blocks.0.attn.mean.bias", "blocks.1.attn.prefix.0.bias"} <= left
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_search_moves_the_cost_to_the_budget(tmp_path: Path, precision: str) -> None:
     phase = search_phase(4, budget_weight=200.0)
-    run_phase(phase, digits(), tmp_path, LoopConfig(precision=precision))
+    run_phase(phase, run_in(tmp_path, digits(), precision=precision))
     cost = phase.budget.expected_cost().item() / phase.budget.cost.dense
     assert cost == pytest.approx(0.6, abs=0.12)
     assert all(parameter.dtype == torch.float32 for parameter in phase.model.parameters())
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_state(tmp_path: Path) -> None:
-    run_phase(search_phase(1), digits(), tmp_path, LoopConfig())
+    run_phase(search_phase(1), run_in(tmp_path, digits()))
     phase = search_phase(2)
     with torch.no_grad():
         hook = gated_layers(phase.model)[0][0].register_forward_hook(
             lambda module, inputs, output: output * float("nan")
         )
     with pytest.raises(RunError, match=r"loss became nan at step 12 of search \(epoch 2\).*learning rate.*gate logits"):
-        run_phase(phase, digits(), tmp_path, LoopConfig())
+        run_phase(phase, run_in(tmp_path, digits()))
     hook.remove()
     assert [path.name for path in (tmp_path / "state" / "search").iterdir()] == ["epoch-0001"]
-    run_phase(search_phase(2), digits(), tmp_path, LoopConfig())
+    run_phase(search_phase(2), run_in(tmp_path, digits()))
 
 
 def test_distillation_pulls_towards_the_teacher(tmp_path: Path) -> None:
@@ -181,9 +183,7 @@ def test_distillation_pulls_towards_the_teacher(tmp_path: Path) -> None:
         student = micro_host(seed=1)
         folder = tmp_path / str(share)
         folder.mkdir()
-        run_phase(
-            Phase("finetune", student, short(3, distillation=share), teacher=teacher), images, folder, LoopConfig()
-        )
+        run_phase(Phase("finetune", student, short(3, distillation=share), teacher=teacher), run_in(folder, images))
         batch = torch.stack([images.validation[index][0] for index in range(64)])
         with torch.no_grad():
             gaps.append((student.eval()(batch).softmax(1) - teacher.eval()(batch).softmax(1)).abs().mean().item())
@@ -201,14 +201,14 @@ def test_learning_rate_warms_up_and_falls_to_the_minimum() -> None:
 
 def test_settings_out_of_range_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"epochs is -1, expected 0 or more"):
-        run_phase(Phase("dense", micro_host(), short(-1)), digits(), tmp_path, LoopConfig())
+        run_phase(Phase("dense", micro_host(), short(-1)), run_in(tmp_path, digits()))
     with pytest.raises(DataError, match=r"distillation is 2.0, expected 0 or more, at most 1"):
-        run_phase(Phase("dense", micro_host(), short(1, distillation=2.0)), digits(), tmp_path, LoopConfig())
+        run_phase(Phase("dense", micro_host(), short(1, distillation=2.0)), run_in(tmp_path, digits()))
     for name, value in (("budget_warmup", 1.5), ("budget_weight", -1.0)):
         with pytest.raises(DataError, match=f"{name} is {value}, expected 0 or more"):
-            run_phase(search_phase(1, **{name: value}), digits(), tmp_path, LoopConfig())
+            run_phase(search_phase(1, **{name: value}), run_in(tmp_path, digits()))
     with pytest.raises(DataError, match=r"precision is 'fp16', expected fp32 or bf16"):
-        run_phase(Phase("dense", micro_host(), short(1)), digits(), tmp_path, LoopConfig(precision="fp16"))
+        run_phase(Phase("dense", micro_host(), short(1)), run_in(tmp_path, digits(), precision="fp16"))
 
 
 @pytest.mark.parametrize("initialise", ["search", "host"])
@@ -218,14 +218,14 @@ def test_compress_writes_a_run_folder_and_continues_it(
     host, images = micro_host(), digits()
     before = copy.deepcopy(host)
     config = CompressConfig(dense=short(1), search=short_search(2), finetune=short(2), initialise=initialise)
-    whole = run_compress(host, images, {"macs": "60%"}, tmp_path / "whole", config)
+    whole = compressed(host, "60%", config, tmp_path / "whole", images)
     assert states_equal(host, before)
     loaded = spvit.load(tmp_path / "whole")
     assert states_equal(loaded, whole.model)
     assert Architecture.load(tmp_path / "whole" / "architecture.json") == whole.architecture
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert summary["pruned"]["accuracy"] == whole.pruned.accuracy
-    costs = spvit.surgery.search_record(make_searchable(host)).costs["macs"]
+    costs = search_record(make_searchable(host)).costs["macs"]
     assert costs.of(whole.architecture) == pytest.approx(0.6 * costs.dense, rel=0.005)
     save = Loop._save
 
@@ -237,9 +237,9 @@ def test_compress_writes_a_run_folder_and_continues_it(
     with monkeypatch.context() as patched:
         patched.setattr(Loop, "_save", save_and_die)
         with pytest.raises(Killed):
-            run_compress(host, images, {"macs": "60%"}, tmp_path / "cut", config)
-    run_compress(host, images, {"macs": "60%"}, tmp_path / "cut", replace(config, finetune=short(0)))
-    continued = run_compress(host, images, {"macs": "60%"}, tmp_path / "cut", config)
+            compressed(host, "60%", config, tmp_path / "cut", images)
+    compressed(host, "60%", replace(config, finetune=short(0)), tmp_path / "cut", images)
+    continued = compressed(host, "60%", config, tmp_path / "cut", images)
     assert states_equal(continued.model, whole.model)
 
 
@@ -247,12 +247,33 @@ def test_a_folder_is_not_continued_with_another_budget(tmp_path: Path) -> None:
     host, images = micro_host(), digits()
     for name, epochs in (("scored", 0), ("searched", 1)):
         config = CompressConfig(search=short_search(epochs), finetune=short(1))
-        first = run_compress(host, images, {"macs": "60%"}, tmp_path / name, config)
+        first = compressed(host, "60%", config, tmp_path / name, images)
         with pytest.raises(
             (BudgetError, DataError), match=r"not the .*55.0%.* asked for|fine-tuned another architecture"
         ):
-            run_compress(host, images, {"macs": "55%"}, tmp_path / name, config)
+            compressed(host, "55%", config, tmp_path / name, images)
         assert Architecture.load(tmp_path / name / "architecture.json") == first.architecture
+
+
+def test_scores_stay_in_the_run_folder_for_another_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host, images = micro_host(), digits()
+    config = CompressConfig(train_epochs=0, calibration_images=128)
+    first = compressed(host, "60%", config, tmp_path / "first", images)
+    fresh = compressed(host, "80%", config, tmp_path / "fresh", images)
+    monkeypatch.setattr("spvit.train.compress.score", lambda *args, **settings: pytest.fail("scored again"))
+    (tmp_path / "first" / "architecture.json").unlink()
+    again = compressed(host, "60%", config, tmp_path / "first", images)
+    assert again.architecture == first.architecture
+    config = replace(config, scores=str(tmp_path / "first"))
+    other = compressed(host, "80%", config, tmp_path / "other", images)
+    assert other.architecture == fresh.architecture != first.architecture
+    assert not (tmp_path / "other" / "scores.json").exists()
+    with pytest.raises(CalibrationError, match="the scores are of other weights"):
+        compress(micro_host(seed=1), images, "60%", config=config)
+    with pytest.raises(CalibrationError, match="holds no scores that can be read"):
+        compress(host, images, "60%", config=replace(config, scores=str(tmp_path / "none")))
+    with pytest.raises(RunFolderError, match="decide without a search; leave them out, or dense.epochs and search.ep"):
+        compress(host, images, "60%", config=replace(config, train_epochs=1, search=short_search(1)))
 
 
 def test_compress_without_a_folder_returns_a_plain_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -260,6 +281,11 @@ def test_compress_without_a_folder_returns_a_plain_model(monkeypatch: pytest.Mon
     config = CompressConfig(search=short_search(1), finetune=short(1))
     small = compress(micro_host(), digits(), "70%", config=config)
     assert small(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    host, config = micro_host(), CompressConfig(train_epochs=0, calibration_images=128)
+    small = compress(host, digits(), params="80%", config=config)
+    assert spvit.cost(host)["params"] * 0.8 == pytest.approx(count_params(small), rel=0.005)
+    with pytest.raises(BudgetError, match="one of macs or params, found both"):
+        compress(host, digits(), "50%", params="50%")
     assert not list(tmp_path.iterdir())
 
 
@@ -284,22 +310,22 @@ def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "notes.txt").write_text("mine")
     with pytest.raises(RunFolderError, match="is in use; name another folder"):
-        check_folder(tmp_path / "used", resume=False)
+        RunFolder.open(tmp_path / "used", resume=False)
     with pytest.raises(RunFolderError, match="holds no run to continue"):
-        check_folder(tmp_path / "new", resume=True)
+        RunFolder.open(tmp_path / "new", resume=True)
     with pytest.raises(RunFolderError, match="is a file"):
-        check_folder(tmp_path / "used" / "notes.txt", resume=False)
+        RunFolder.open(tmp_path / "used" / "notes.txt", resume=False)
 
 
 def test_a_phase_that_only_harms_ends_with_the_weights_from_before(tmp_path: Path) -> None:
     images = digits()
     model = micro_host()
-    run_phase(Phase("dense", model, short(4)), images, tmp_path, LoopConfig())
+    run_phase(Phase("dense", model, short(4)), run_in(tmp_path, images))
     start = copy.deepcopy(model)
     settings = {"learning_rate": 0.5, "clip_gradient": 0.0}
     harmed = copy.deepcopy(model)
-    worse = run_phase(Phase("harmed", harmed, short(1, **settings)), images, tmp_path, LoopConfig())
-    figures = run_phase(Phase("kept", model, short(1, **settings, keep_best=True)), images, tmp_path, LoopConfig())
+    worse = run_phase(Phase("harmed", harmed, short(1, **settings)), run_in(tmp_path, images))
+    figures = run_phase(Phase("kept", model, short(1, **settings, keep_best=True)), run_in(tmp_path, images))
     assert figures.accuracy > worse.accuracy
     assert states_equal(model, start)
     assert not states_equal(harmed, start)
@@ -311,7 +337,7 @@ def test_compress_ends_with_the_repaired_network_where_fine_tuning_only_harms(tm
     assert defaults.keep_best
     harmful = replace(defaults, learning_rate=0.5, clip_gradient=0.0, keep_best=keep_best)
     config = CompressConfig(dense=short(4), train_epochs=1, finetune=harmful, calibration_images=128)
-    found = run_compress(micro_host(), digits(), {"macs": "80%"}, tmp_path, config)
+    found = compressed(micro_host(), "80%", config, tmp_path, digits())
     assert (found.pruned == found.after_pruning) == keep_best
     assert (found.pruned.accuracy < found.after_pruning.accuracy) != keep_best
 
@@ -322,15 +348,15 @@ def test_averaged_and_best_weights_survive_a_kill(tmp_path: Path, settings: dict
     models = {name: micro_host() for name in names}
     for name in names:
         (tmp_path / name).mkdir()
-    run_phase(Phase("dense", models["plain"], short(3)), images, tmp_path / "plain", LoopConfig())
-    whole = run_phase(Phase("dense", models["whole"], short(3, **settings)), images, tmp_path / "whole", LoopConfig())
+    run_phase(Phase("dense", models["plain"], short(3)), run_in(tmp_path / "plain", images))
+    whole = run_phase(Phase("dense", models["whole"], short(3, **settings)), run_in(tmp_path / "whole", images))
     hook = models["cut"].register_forward_pre_hook(_raise_at(20))  # in the second epoch, evaluations counted
     with pytest.raises(Killed):
-        run_phase(Phase("dense", models["cut"], short(3, **settings)), images, tmp_path / "cut", LoopConfig())
+        run_phase(Phase("dense", models["cut"], short(3, **settings)), run_in(tmp_path / "cut", images))
     hook.remove()
     assert (tmp_path / "cut" / "state" / "dense" / "epoch-0001").is_dir()
     again = micro_host(seed=1)
-    assert run_phase(Phase("dense", again, short(3, **settings)), images, tmp_path / "cut", LoopConfig()) == whole
+    assert run_phase(Phase("dense", again, short(3, **settings)), run_in(tmp_path / "cut", images)) == whole
     assert states_equal(again, models["whole"])
     assert not states_equal(models["whole"], models["plain"])
 
@@ -339,7 +365,7 @@ def test_the_average_reaches_back_so_many_epochs_from_the_start(tmp_path: Path) 
     model, images = micro_host(), digits()
     expected = {key: value.clone() for key, value in model.state_dict().items()}
     phase = Phase("dense", model, short(2, averaging_epochs=1.5))
-    loop = Loop(phase, images, tmp_path, LoopConfig(), PhaseProgress(None))
+    loop = Loop(phase, run_in(tmp_path, images))
     decay, step, steps = math.exp(-1 / (1.5 * len(loop.train))), loop.step, 0
 
     def recorded(*args: Any) -> dict[str, float]:
@@ -359,4 +385,4 @@ def test_the_average_reaches_back_so_many_epochs_from_the_start(tmp_path: Path) 
 
 def test_averaging_is_checked() -> None:
     with pytest.raises(DataError, match=r"averaging_epochs is -0\.5, expected 0 or more"):
-        run_phase(Phase("dense", micro_host(), short(1, averaging_epochs=-0.5)), digits(), Path(), LoopConfig())
+        run_phase(Phase("dense", micro_host(), short(1, averaging_epochs=-0.5)), run_in(Path(), digits()))

@@ -1,4 +1,4 @@
-"""What each sub-command of `spvit` does: open, run, show, write."""
+"""What each sub-command of `spvit` does: open, run, write, show."""
 
 from __future__ import annotations
 
@@ -12,33 +12,14 @@ from rich.console import Console
 from torch import nn
 
 from spvit.architecture import Architecture, dense
-from spvit.benchmark import measure_latencies
+from spvit.benchmark import Latency, measure_latencies
 from spvit.budget import human
-from spvit.checkpoint import save, write_text
-from spvit.cli.convert import (
-    Published,
-    architecture_name,
-    check_indicated,
-    indicated_architecture,
-    model_name,
-    read_published,
-    rebuild,
-)
-from spvit.cli.demo import demo_settings
-from spvit.cli.inputs import check_trained, model_and_images
-from spvit.cli.options import (
-    CompressCommand,
-    ConvertCommand,
-    DemoCommand,
-    EvaluateCommand,
-    FinetuneCommand,
-    ProfileCommand,
-    RunCommand,
-    SearchCommand,
-    TrainCommand,
-)
+from spvit.checkpoint import save
+from spvit.cli import convert
+from spvit.cli import options as cli
+from spvit.cli.inputs import model_and_images
 from spvit.cli.plan import print_plan
-from spvit.cli.show import block_table, comparison_table, kinds_text
+from spvit.cli.show import block_table, comparison_table, kinds_text, latency_text, say
 from spvit.cost import count_macs, count_params
 from spvit.errors import ArchitectureError, CheckpointError, ModelError, RunFolderError
 from spvit.hosts.host import example_images
@@ -46,105 +27,64 @@ from spvit.hosts.recognise import family_of
 from spvit.models import ModelConfig, OpenedModel, open_model
 from spvit.replacements.costs import network_costs
 from spvit.surgery import prune, pruned_record
-from spvit.train.compress import (
-    Compressed,
-    check_folder,
-    deployed,
-    figures_of,
-    finetune,
-    holds_files,
-    run_compress,
-    train_dense,
-    write_model,
-)
-from spvit.train.data import Images
-from spvit.train.deciding import ARCHITECTURE, check_decision, search
+from spvit.train.compress import check_decision, deployed, figures_of, run_compress, search, write_model
+from spvit.train.loop import Phase, Run, run_phase
 from spvit.train.processes import processes
 from spvit.train.progress import PhaseProgress
-from spvit.train.settings import LoopConfig
-from spvit.train.teacher import check_phases
+from spvit.train.run_folder import DENSE, FINETUNE, RunFolder
+from spvit.train.settings import LoopConfig, check_settings
 from spvit.zoo import architectures, unfolded_params
 
-SETTINGS = "config.yaml"
 NOT_SETTINGS = ("resume", "dry_run")
 BATCHES = (1, 64)
 
 
-def heading(name: str) -> str:
-    """Return the first line of a run's config.yaml, which says what command it is of."""
-    return f"# spvit {name}"
-
-
-def _open(name: str, options: RunCommand, trains_head: bool, console: Console) -> tuple[OpenedModel, Images, Path]:
-    """Return the model and images of a run, and its folder with the settings written; refuse what does not fit."""
-    folder = check_folder(options.output, options.resume)
+def _open(name: str, options: cli.RunCommand, trains_head: bool, console: Console) -> tuple[nn.Module, Run]:
+    """Return the model of a run, and the run with its settings written."""
+    folder = RunFolder.open(options.output, options.resume)
     set_seed(options.seed)
-    opened, images = model_and_images(options, options.data, options.images)
-    check_trained(opened, options.model, images, trains_head)
+    opened, images = model_and_images(options, trains_head)
     state = processes()
     state.wait_for_everyone()  # until all have found the folder fit to write to
     if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
         settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in NOT_SETTINGS}
-        write_text(folder / SETTINGS, f"{heading(name)}\n{yaml.safe_dump(_plain(settings), sort_keys=False)}")
+        folder.write_settings(name, yaml.safe_dump(settings, sort_keys=False))
     state.wait_for_everyone()
-    cost = f"{human(count_params(opened.model))} params, {human(_macs(opened.model))} macs"
-    console.print(f"{options.model}: {cost}; {len(images.classes)} classes", highlight=False, soft_wrap=True)
-    return opened, images, folder
+    params, macs = count_params(opened.model), _macs(opened.model)
+    say(console, f"{options.model}: {human(params)} params, {human(macs)} macs; {len(images.classes)} classes")
+    return opened.model, Run(images, folder, options, PhaseProgress(console))
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _macs(model: nn.Module) -> int:
-    return count_macs(model, lambda twin: twin(example_images(twin)))
-
-
-def _shared(options: RunCommand) -> LoopConfig:
-    return LoopConfig(seed=options.seed, precision=options.precision, log_every=options.log_every)
-
-
-def train_command(options: TrainCommand, console: Console) -> None:
+def train_command(options: cli.TrainCommand, console: Console) -> None:
     """Train a dense model and write it."""
-    opened, images, folder = _open("train", options, trains_head=True, console=console)
-    figures = train_dense(opened.model, images, folder, _shared(options), options.dense, PhaseProgress(console))
-    write_model(opened.model, images, figures, folder)
-    _say_where(console, folder, f"accuracy {figures.accuracy:.2%}")
+    model, run = _open("train", options, True, console)
+    figures = run_phase(Phase(DENSE, model, options.dense), run)
+    write_model(model, figures, run.images, run.folder.path)
+    _say_where(console, run.folder.path, f"accuracy {figures.accuracy:.2%}")
 
 
-def search_command(options: SearchCommand, console: Console) -> None:
+def search_command(options: cli.SearchCommand, console: Console) -> None:
     """Search, and write the architecture and the pruned model as the search left it."""
-    opened, images, folder = _open("search", options, trains_head=False, console=console)
-    shared, budget = _shared(options), options.limits()
-    check_decision(opened.model, budget, options.multiple)
-    check_phases([options.search], images)
-    net, architecture = search(
-        opened.model,
-        images,
-        budget,
-        folder,
-        shared,
-        options.search,
-        PhaseProgress(console),
-        options.multiple,
-    )
-    console.print(block_table(architecture, network_costs(opened.model), "architecture"))
-    pruned = prune(opened.model, architecture, weights=net)
-    figures = figures_of(pruned, images, shared)
-    write_model(pruned, images, figures, folder)
-    _say_where(console, folder, f"accuracy {figures.accuracy:.2%} before fine-tuning")
+    host, run = _open("search", options, False, console)
+    check_settings(options.search)
+    limits = check_decision(host, options.budget(), options.multiple)
+    teacher = host if options.search.teacher is None else None
+    net, architecture = search(host, limits, options.search, run, options.multiple, teacher)
+    console.print(block_table(architecture, network_costs(host), "architecture"))
+    pruned = prune(host, architecture, weights=net)
+    figures = figures_of(pruned, run.images, options)
+    write_model(pruned, figures, run.images, run.folder.path)
+    _say_where(console, run.folder.path, f"accuracy {figures.accuracy:.2%} before fine-tuning")
 
 
-def finetune_command(options: FinetuneCommand, console: Console) -> None:
+def finetune_command(options: cli.FinetuneCommand, console: Console) -> None:
     """Fine-tune a pruned model, or a dense one after pruning it to an architecture, and write it folded."""
     architecture = Architecture.load(options.architecture) if options.architecture is not None else None
-    opened, images, folder = _open("finetune", options, trains_head=False, console=console)
-    model, teacher = opened.model, None
+    model, run = _open("finetune", options, False, console)
+    teacher = None
     if architecture is not None:
-        teacher, model = model, _pruned_to(model, architecture, str(options.architecture))
+        teacher = model if options.finetune.teacher is None else None
+        model = _pruned_to(model, architecture, str(options.architecture))
     elif pruned_record(model) is None:
         raise ModelError(f"{options.model} is a dense model; name what to keep with --architecture, or see spvit train")
     elif options.finetune.distillation > 0 and options.finetune.teacher is None:
@@ -152,42 +92,41 @@ def finetune_command(options: FinetuneCommand, console: Console) -> None:
             "distillation needs a teacher; name one with --finetune.teacher, or the dense model with --model and what "
             "to keep with --architecture"
         )
-    figures = finetune(model, images, folder, _shared(options), options.finetune, PhaseProgress(console), teacher)
-    write_model(deployed(model), images, figures, folder)
-    _say_where(console, folder, f"accuracy {figures.accuracy:.2%}")
+    figures = run_phase(Phase(FINETUNE, model, options.finetune, teacher=teacher), run)
+    write_model(deployed(model), figures, run.images, run.folder.path)
+    _say_where(console, run.folder.path, f"accuracy {figures.accuracy:.2%}")
 
 
-def compress_command(options: CompressCommand, console: Console) -> None:
-    """Train if asked, search, prune, fine-tune, fold and write; or print what that would take."""
+def compress_command(options: cli.CompressCommand, console: Console) -> None:
+    """Compress a model to a budget; or print what that would take."""
     if options.dry_run:
         print_plan(options, console)
         return
-    opened, images, folder = _open("compress", options, trains_head=options.dense.epochs > 0, console=console)
-    result = run_compress(opened.model, images, options.limits(), folder, options, console)
-    if processes().is_main_process:
-        _show_compressed(result, folder, console)
+    model, run = _open("compress", options, options.dense.epochs > 0, console)
+    result = run_compress(model, options.budget(), options, run)
+    if not processes().is_main_process:
+        return
+    costs = network_costs(result.host)
+    spent = {
+        "dense": {metric: cost.dense for metric, cost in costs.items()},
+        "pruned": {metric: cost.of(result.architecture) for metric, cost in costs.items()},
+    }
+    latencies = _latencies({"dense": result.host, "pruned": result.model})
+    console.print(block_table(result.architecture, costs, "architecture"))
+    console.print(comparison_table({"dense": result.dense, "pruned": result.pruned}, spent, latencies))
+    after = f"accuracy right after pruning {result.after_pruning.accuracy:.2%}"
+    _say_where(console, run.folder.path, f"attention: {kinds_text(result.architecture)}; {after}")
 
 
-def demo_command(options: DemoCommand, console: Console) -> None:
-    """Compress a small vision transformer on the digits."""
-    compress_command(demo_settings(options.output, options.macs, options.seed), console)
-
-
-def evaluate_command(options: EvaluateCommand, console: Console) -> None:
+def evaluate_command(options: cli.EvaluateCommand, console: Console) -> None:
     """Print a model's figures on the validation images."""
-    opened, images = model_and_images(options, options.data, options.images)
-    if not opened.trained:
-        raise ModelError(f"{options.model} has no trained weights for these {len(images.classes)} classes")
+    opened, images = model_and_images(options)
     figures = figures_of(opened.model, images, LoopConfig(precision=options.precision))
-    console.print(
-        f"accuracy {figures.accuracy:.2%}, top-5 {figures.accuracy_top5:.2%}, loss {figures.loss:.4f}, "
-        f"{figures.images:,} images",
-        highlight=False,
-        soft_wrap=True,
-    )
+    shares = f"accuracy {figures.accuracy:.2%}, top-5 {figures.accuracy_top5:.2%}"
+    say(console, f"{shares}, loss {figures.loss:.4f}, {figures.images:,} images")
 
 
-def profile_command(options: ProfileCommand, console: Console) -> None:
+def profile_command(options: cli.ProfileCommand, console: Console) -> None:
     """Print the costs of a model by block, dense against pruned; those of a published one as published too."""
     # Costs do not depend on weights, so none are downloaded.
     model = open_model(options, weights=False).model
@@ -207,77 +146,73 @@ def profile_command(options: ProfileCommand, console: Console) -> None:
     if architecture in architectures().values():
         own = {metric: cost.of(architecture) for metric, cost in costs.items()}
         unfolded = unfolded_params(host, architecture)
-        console.print(
-            f"deployed: {own['params']:,} params, {own['macs']:,} macs\n"
+        say(
+            console,
+            f"deployed: {own['params']:,} params, {own['macs']:,} macs",
             f"as published: {unfolded:,} params ({human(unfolded)}), which counts convolutions before folding, with "
             "the whole value and output projections",
-            highlight=False,
-            soft_wrap=True,
         )
     if options.latency:
-        _print_latencies({"dense": host.eval(), "pruned": pruned}, console)
+        for name, latencies in _latencies({"dense": host.eval(), "pruned": pruned}).items():
+            say(console, *(f"{name}: {latency_text(latency)}" for latency in latencies))
 
 
-def convert_command(options: ConvertCommand, console: Console) -> None:
+def convert_command(options: cli.ConvertCommand, console: Console) -> None:
     """Write a checkpoint of others in spvit's format, and say what it was recognised as."""
-    folder = Path(options.output)
-    if folder.is_file() or holds_files(folder):
-        raise RunFolderError(f"output {folder} is in use; name a new or empty folder")
+    run = RunFolder(options.output)
+    if run.path.is_file() or run.used:
+        raise RunFolderError(f"output {run.path} is in use; name a new or empty folder")
     if options.model_args and options.model is None:
         raise ModelError(f"model_args {options.model_args} need the timm model that they are for; name it with --model")
-    published = read_published(options.checkpoint)
+    published = convert.read_published(options.checkpoint)
     if published.form == "indicators":
-        _convert_indicators(published, options, folder, console)
+        _convert_indicators(published, options, run, console)
         return
-    indicators = read_published(options.indicators) if options.indicators is not None else None
-    name = options.model or model_name(published)
-    opened = _random_host(name, published, options)
+    indicators = convert.read_published(options.indicators) if options.indicators is not None else None
+    name = options.model or convert.model_name(published)
+    opened = _random_host(name, {"num_classes": published.classes(), **options.model_args})
     try:
-        model = rebuild(published, opened.model, indicators)
+        model = convert.rebuild(published, opened.model, indicators)
     except CheckpointError as error:
-        hint = "" if options.model is not None else ", told by its shapes; --model names another"
+        hint = "" if options.model is not None else ", determined by its shapes; --model names another"
         raise CheckpointError(f"{error} (model {name}{hint})") from error
-    save(model, folder, preprocessing=opened.preprocessing)
-    lines = [f"{options.checkpoint}: {published.described()}; model {name}, {published.classes()} classes"]
+    save(model, run.path, preprocessing=opened.preprocessing)
+    lines = [f"{published.path}: {published.described()}; model {name}, {published.classes()} classes"]
     record = pruned_record(model)
     if record is not None:
-        lines += _architecture_lines(record.architecture)
+        lines += _kept_lines(record.architecture, indicated=published.form == "dense")
         if indicators is None and any(len(block.ffn.units) < block.ffn.width for block in record.architecture.blocks):
-            lines.append("the file does not say which FFN units it kept, so the first stand for them; see --indicators")
-        if published.form == "dense":
-            lines.append(_attention_line(record.architecture))
-    _say_where(console, folder, "\n".join(lines))
+            lines.append("the file does not list which FFN units it kept; the first stand for them, see --indicators")
+    _say_where(console, run.path, *lines)
 
 
-def _random_host(name: str, published: Published, options: ConvertCommand) -> OpenedModel:
-    classes = {} if published.form == "indicators" else {"num_classes": published.classes()}
-    return open_model(ModelConfig(model=name, model_args={**classes, **options.model_args}, pretrained=False))
-
-
-def _convert_indicators(published: Published, options: ConvertCommand, folder: Path, console: Console) -> None:
+def _convert_indicators(
+    published: convert.Published, options: cli.ConvertCommand, run: RunFolder, console: Console
+) -> None:
     """Write the architecture of an indicator file, which holds no weights."""
     if options.indicators is not None:
-        raise CheckpointError(f"{options.checkpoint} is an FFN indicator file itself; --indicators goes with weights")
-    architecture = indicated_architecture(published)
-    if options.model is not None:
-        check_indicated(published, architecture, _random_host(options.model, published, options).model)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / ARCHITECTURE, architecture.to_json())
-    lines = [f"{options.checkpoint}: {published.described()}", *_architecture_lines(architecture)]
-    lines += [_attention_line(architecture), f"architecture in {folder / ARCHITECTURE}, for spvit finetune"]
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+        raise CheckpointError(f"{published.path} is an FFN indicator file itself; --indicators goes with weights")
+    host = _random_host(options.model, options.model_args).model if options.model is not None else None
+    architecture = convert.indicated_architecture(published, host)
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.write_architecture(architecture)
+    lines = [f"{published.path}: {published.described()}", *_kept_lines(architecture, indicated=True)]
+    say(console, *lines, f"architecture in {run.architecture}, for spvit finetune")
 
 
-def _architecture_lines(architecture: Architecture) -> list[str]:
+def _random_host(name: str, arguments: dict[str, Any]) -> OpenedModel:
+    return open_model(ModelConfig(model=name, model_args=arguments, pretrained=False))
+
+
+def _kept_lines(architecture: Architecture, indicated: bool) -> list[str]:
+    """Return what is kept in words; of an architecture that indicators say, where its attention is from too."""
     widths = ", ".join(f"{len(block.ffn.units)}/{block.ffn.width}" for block in architecture.blocks)
-    return [f"attention: {kinds_text(architecture)}; skip adds: {architecture.skip_rule}", f"FFN units: {widths}"]
-
-
-def _attention_line(architecture: Architecture) -> str:
-    name = architecture_name(architecture.widths())
-    if name is None:
-        return "an indicator file says nothing of attention, so all of it stays"
-    return f"attention as in the published architecture of these widths, {name}"
+    lines = [f"attention: {kinds_text(architecture)}; skip adds: {architecture.skip_rule}", f"FFN units: {widths}"]
+    if indicated:
+        name = convert.architecture_name(architecture.widths())
+        known = f"attention as in the published architecture of these widths, {name}"
+        lines.append(known if name else "an indicator file lists no attention layers, so all of them stay")
+    return lines
 
 
 def _pruned_to(host: nn.Module, architecture: Architecture, name: str) -> nn.Module:
@@ -289,45 +224,21 @@ def _pruned_to(host: nn.Module, architecture: Architecture, name: str) -> nn.Mod
 
 def _named_architecture(name: str) -> Architecture:
     published = architectures()
-    if name in published:
-        return published[name]
-    if not Path(name).is_file():
-        raise ArchitectureError(
-            f"architecture {name!r} is neither a file nor a published one; published are {', '.join(published)}"
-        )
-    return Architecture.load(name)
+    if name not in published and not Path(name).is_file():
+        known = ", ".join(published)
+        raise ArchitectureError(f"architecture {name!r} is neither a file nor a published one; published are {known}")
+    return published[name] if name in published else Architecture.load(name)
 
 
-def _print_latencies(models: dict[str, nn.Module], console: Console) -> None:
-    for batch in BATCHES:
-        images = example_images(models["dense"], batch)
-        for name, latency in zip(models, measure_latencies(list(models.values()), images)):
-            console.print(
-                f"{name}: {latency.latency_ms:.2f} ms (spread {latency.spread_ms:.2f}) at batch {batch}, "
-                f"{latency.images_per_s:.0f} images/s, {latency.device}, {latency.dtype}, {latency.threads} threads, "
-                f"{latency.repeats} repeats",
-                highlight=False,
-                soft_wrap=True,
-            )
+def _latencies(models: dict[str, nn.Module]) -> dict[str, list[Latency]]:
+    """Return the latencies of models by name, one a batch size, measured side by side."""
+    measured = [measure_latencies(list(models.values()), example_images(models["dense"], batch)) for batch in BATCHES]
+    return {name: [latencies[index] for latencies in measured] for index, name in enumerate(models)}
 
 
-def _show_compressed(result: Compressed, folder: Path, console: Console) -> None:
-    host, model = result.host, result.model
-    console.print(block_table(result.architecture, network_costs(host), "architecture"))
-    rows = {"dense": host, "pruned": model}
-    latencies = {batch: measure_latencies(list(rows.values()), example_images(host, batch)) for batch in BATCHES}
-    console.print(
-        comparison_table(
-            {"dense": result.dense, "pruned": result.pruned},
-            {name: {"params": count_params(row), "macs": _macs(row)} for name, row in rows.items()},
-            {name: [latencies[batch][index] for batch in BATCHES] for index, name in enumerate(rows)},
-        )
-    )
-    kept = kinds_text(result.architecture)
-    _say_where(console, folder, f"attention: {kept}; accuracy right after pruning {result.after_pruning.accuracy:.2%}")
+def _macs(model: nn.Module) -> int:
+    return count_macs(model, lambda twin: twin(example_images(twin)))
 
 
-def _say_where(console: Console, folder: Path, text: str) -> None:
-    console.print(
-        f'{text}\nfiles in {folder}; load the model with spvit.load("{folder}")', highlight=False, soft_wrap=True
-    )
+def _say_where(console: Console, folder: Path, *lines: str) -> None:
+    say(console, *lines, f'files in {folder}; load the model with spvit.load("{folder}")')

@@ -1,73 +1,63 @@
-"""What a command that trains starts from: the model and the images, each fitted to the other."""
+"""What a command starts from: the model and the images, each fitted to the other."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
+from spvit.cli.options import EvaluateCommand, RunCommand
 from spvit.errors import DataError, ModelError
 from spvit.hosts.recognise import family_of
-from spvit.models import HUGGING_FACE, ModelConfig, OpenedModel, number_of_classes, open_model
-from spvit.train.data import ImageConfig, Images, load_images
+from spvit.models import HUGGING_FACE, OpenedModel, number_of_classes, open_model
+from spvit.train.data import ImageConfig, Images, find_images, images_of
 
 logger = logging.getLogger("spvit")
 
 
 def model_and_images(
-    model: ModelConfig,
-    data: str,
-    config: ImageConfig,
-    *,
+    options: RunCommand | EvaluateCommand,
+    trains_head: bool = False,
     weights: bool = True,
-    load: Callable[..., Images] = load_images,
+    find: Callable[[str, ImageConfig], Any] = find_images,
 ) -> tuple[OpenedModel, Images]:
     """Return a model whose head has as many classes as the images, and images of the size that it takes.
 
     Args:
-        model: which model.
-        data: which images.
-        config: how they are read.
+        options: which model, and which images.
+        trains_head: whether the run begins by training the model, whose head may then be new.
         weights: whether to load pre-trained weights; without them the model is one to count and measure.
-        load: what finds the images, called as `load_images`.
+        find: finds the images, called as `find_images`.
 
     Raises:
-        DataError: the images cannot be had, or the model has other classes that cannot be changed.
-        ModelError, CheckpointError, UnsupportedHostError: the model cannot be had.
+        DataError: the images cannot be found, or the model has other classes that cannot be changed.
+        ModelError, CheckpointError, UnsupportedHostError: the model cannot be opened, or is not trained.
     """
-    # The images' class count decides the head, and the model's input decides the images: the head is fitted second.
-    first = open_model(model, weights=weights)
-    size = family_of(first.model).input_size(first.model)
-    images = load(data, config, size, first.preprocessing)
-    classes = number_of_classes(first.model)
-    if classes == len(images.classes):
-        _compare_classes(first.classes, images.classes, model.model, data)
-        return first, images
-    opened = open_model(model, len(images.classes), weights=weights)
-    if number_of_classes(opened.model) != len(images.classes):
-        raise DataError(
-            f"{data} has {len(images.classes)} classes, but {model.model} was made for {classes}; use a model of these "
-            "classes"
+    train, validation, classes = find(options.data, options.images)
+    opened = open_model(options, len(classes), weights=weights)
+    count = number_of_classes(opened.model)
+    if count != len(classes):
+        found = f"{options.data} has {len(classes)} classes, but {options.model} was made for {count}"
+        raise DataError(f"{found}; use a model of these classes")
+    _compare_classes(opened.classes, classes, options.model, options.data)
+    if not opened.trained and not trains_head:
+        raise ModelError(
+            f"{options.model} has no trained weights for these {count} classes; train it first (spvit train, or "
+            "--dense.epochs), or name trained weights with --checkpoint"
         )
-    return opened, images
+    size = family_of(opened.model).input_size(opened.model)
+    return opened, images_of(train, validation, classes, options.images, size, opened.preprocessing)
 
 
 def _compare_classes(own: tuple[str, ...] | None, found: tuple[str, ...], model: str, data: str) -> None:
-    """Raise DataError when images have a model's classes in another order; say so when they have other names."""
+    """Raise DataError when images have a model's classes in another order; warn when they have other names."""
     if own is None or own == found:
         return
     place = next(index for index, names in enumerate(zip(own, found)) if names[0] != names[1])
-    told = f"class {place} of {model} is {own[place]!r}, of {data} {found[place]!r}"
+    difference = f"class {place} of {model} is {own[place]!r}, of {data} {found[place]!r}"
     if sorted(own) == sorted(found):
-        raise DataError(f"{told}: the classes are in another order; name the folders so that they sort as the model's")
-    if model.startswith(HUGGING_FACE):
-        return  # where the same classes often have other names
-    logger.warning("%s: if these are not the same, the model's outputs do not stand for these classes", told)
-
-
-def check_trained(opened: OpenedModel, model: str, images: Images, trains_head: bool) -> None:
-    """Raise ModelError when a model has no trained weights for the images and the run does not begin with training."""
-    if not opened.trained and not trains_head:
-        raise ModelError(
-            f"{model} has no trained weights for these {len(images.classes)} classes; train it first "
-            "(spvit train, or --dense.epochs), or name trained weights with --checkpoint"
+        raise DataError(
+            f"{difference}: the classes are in another order; name the folders so that they sort as the model's do"
         )
+    if not model.startswith(HUGGING_FACE):  # where the same classes often have other names
+        logger.warning("%s: if these are not the same, the model's outputs are not for these classes", difference)

@@ -1,12 +1,13 @@
-"""What each command can be told: dataclasses whose attribute docstrings are the command line's help.
+"""The options of each command: dataclasses whose attribute docstrings are the help.
 
-A recipe (YAML) holds the same names. The resolved values of a run stand in its config.yaml.
+A recipe (YAML) holds the same names. The config.yaml of a run holds its resolved values.
 """
 
 # No postponed annotations here and where these classes inherit from: jsonargparse reads the types from the classes.
 from dataclasses import dataclass, field
 from typing import Any
 
+from spvit.budget import Budget
 from spvit.models import ModelConfig
 from spvit.train.compress import CompressConfig
 from spvit.train.data import ImageConfig
@@ -14,17 +15,23 @@ from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunCommand(ModelConfig, LoopConfig):
-    """What every command that trains is told."""
+class DataOptions:
+    """The images."""
 
     data: str
     """A folder with train/ and val/ (a folder a class in each), a torchvision data set (CIFAR10), or digits."""
+    images: ImageConfig = field(default_factory=ImageConfig)
+    """How images are read, augmented and batched."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCommand(DataOptions, ModelConfig, LoopConfig):
+    """Options of every command that trains."""
+
     output: str
     """Run folder to write: metrics, states, architecture, model. It must be new or empty, or see resume."""
     resume: bool = False
-    """Continue the run that the output folder holds, with its settings."""
-    images: ImageConfig = field(default_factory=ImageConfig)
-    """How images are read, augmented and batched."""
+    """Continue the run in the output folder, with its settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,21 +44,17 @@ class TrainCommand(RunCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetOptions:
-    """How much the pruned model may cost; give one of the two."""
+    """The cost of the pruned model: one of the two, or else half of the MACs."""
 
     macs: str | int | None = None
-    """Budget in MACs of one image: a share of the dense model's (50%), an amount (1.0G, 300M), or a whole number."""
+    """Budget in MACs of one image: a share of the dense model's (50%), an amount (1.0G, 300M), or a whole number. 50%
+    when no budget is given."""
     params: str | int | None = None
     """Budget in parameters, in the same forms."""
 
-    def limits(self) -> dict[str, str | int]:
-        """Return the budget given as keyword arguments; half of the MACs when none is."""
-        given: dict[str, str | int] = {}
-        if self.macs is not None:
-            given["macs"] = self.macs
-        if self.params is not None:
-            given["params"] = self.params
-        return given or {"macs": "50%"}
+    def budget(self) -> Budget:
+        """Return the budget; half of the MACs when none is given. Raises BudgetError when it is malformed."""
+        return Budget.parse("50%" if self.macs is None and self.params is None else self.macs, self.params)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +72,13 @@ class CompressCommand(BudgetOptions, CompressConfig, RunCommand):
     """Compress a model to a budget."""
 
     dry_run: bool = False
-    """Print the plan of the run, with time and memory from a few steps on this machine, and write nothing. Pre-trained
-    weights are not loaded; an imagenet folder that does not exist is stood in for."""
+    """Print the plan of the run, with time and memory from a few steps on this machine, and write nothing. It loads no
+    pre-trained weights, and takes noise for the images of a folder imagenet that does not exist."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoCommand(CompressCommand):
+    """Compress a small vision transformer on handwritten digits, end to end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,15 +92,11 @@ class FinetuneCommand(RunCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateCommand(ModelConfig):
+class EvaluateCommand(DataOptions, ModelConfig):
     """Measure a model's accuracy."""
 
-    data: str
-    """A folder with train/ and val/, a torchvision data set (CIFAR10), or digits."""
     precision: str = "fp32"
     """`fp32`, or `bf16` for mixed precision."""
-    images: ImageConfig = field(default_factory=ImageConfig)
-    """How images are read and batched."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,18 +109,6 @@ class ProfileCommand(ModelConfig):
     """Measure the latency at batch 1 and 64 on this machine too."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DemoCommand:
-    """Compress a small vision transformer on handwritten digits, end to end."""
-
-    output: str = "runs/demo"
-    """Run folder to write; it must be new or empty."""
-    macs: str = "50%"
-    """Budget in MACs: a share of the dense model's, an amount, or a whole number."""
-    seed: int = 0
-    """Seed of everything random."""
-
-
 @dataclass(frozen=True)
 class ConvertCommand:
     """Convert a DeiT, Swin or published SPViT checkpoint, or its FFN indicator file, to spvit's format."""
@@ -126,8 +118,8 @@ class ConvertCommand:
     output: str
     """Folder to write: the model, or architecture.json for an indicator file. It must be new or empty."""
     model: str | None = None
-    """timm model that the checkpoint is of; when absent, told by the shapes (DeiT and Swin, tiny to base, 224 px)."""
+    """timm model of the checkpoint; when absent, determined by the shapes (DeiT and Swin, tiny to base, 224 px)."""
     model_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of timm.create_model, such as {"img_size": 384}; they need model."""
     indicators: str | None = None
-    """An FFN indicator file that says which FFN units are kept."""
+    """An FFN indicator file, which lists the FFN units that are kept."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import dataclass
 
 from torch import nn
@@ -53,7 +54,8 @@ def _advice(model: nn.Module) -> str:
     inside = next((name for name, part in model.named_modules() if name and _registration_of(part)), None)
     if inside is not None:
         cls = type(model.get_submodule(inside)).__name__
-        return f"its {cls} inside is: pass model.{inside}"
+        expression = re.sub(r"\.(\d+)", r"[\1]", f"model.{inside}")
+        return f"its {cls} inside is: pass {expression}"
     supported = {library: [] for library in (item.library for item in REGISTRATIONS)}  # type: dict[str, list[str]]
     for item in REGISTRATIONS:
         supported[item.library] += item.classes
@@ -61,14 +63,9 @@ def _advice(model: nn.Module) -> str:
 
 
 def family_of_library(library: str, model_class: str | None = None) -> Family:
-    """Return the family that a saved model's host came from.
+    """Return the family that a saved model's host came from, by its library and class (None: the library's first one).
 
-    Args:
-        library: which library the host's class is in.
-        model_class: name of that class. None, as files had it when a library had one family, means its first one.
-
-    Raises:
-        UnsupportedHostError: names what is unknown and what is known.
+    Raises UnsupportedHostError naming what is unknown and what is known.
     """
     found = [item for item in REGISTRATIONS if item.library == library]
     if not found:

@@ -45,7 +45,9 @@ def calibration_batches(host: Host, images: Tensor | Iterable[Any]) -> list[Tens
     prepared = []
     for batch in images.split(BATCH) if isinstance(images, Tensor) else images:
         if isinstance(batch, Mapping):
-            batch = batch.get("pixel_values")
+            if "pixel_values" not in batch:
+                raise CalibrationError(f"a calibration batch has {', '.join(batch)}, expected pixel_values among them")
+            batch = batch["pixel_values"]
         tensor = batch[0] if isinstance(batch, (tuple, list)) else batch
         if not isinstance(tensor, Tensor) or tuple(tensor.shape[1:]) != host.input_size:
             found = list(tensor.shape[1:]) if isinstance(tensor, Tensor) else type(tensor).__name__

@@ -22,13 +22,7 @@ STEPS_PER_SITE = 512
 
 
 def decide_by_scores(host: Host, scores: Scores, budget: Budget, multiple: int | None = None) -> Architecture:
-    """Return the architecture with the least sum of scores within a budget, which it meets to 0.5 %.
-
-    Args:
-        host: the dense model that was scored.
-        scores: of it.
-        budget: in MACs or parameters.
-        multiple: FFN widths and ranks are multiples of it; None for 8, or less where 8 is too coarse.
+    """Return the architecture with the least sum of scores within a budget, as `decide` says.
 
     Raises:
         BudgetError: the budget cannot be reached; names the smallest cost that can.

@@ -19,18 +19,10 @@ from spvit.replacements.ffn import fit_ffn
 
 
 def repair(model: nn.Module, host: Host, architecture: Architecture, images: Tensor | Iterable[Any]) -> None:
-    """Set the weights of a pruned model in place so that it does on these images what the host does.
+    """Set the weights of a model that was pruned to an architecture, in place, so that it does what the host does.
 
-    What pruning left whole keeps its weights, bit for bit.
-
-    Args:
-        model: the host's model pruned to the architecture, on the same device.
-        host: the dense model.
-        architecture: what the model keeps.
-        images: as in `calibration_batches`.
-
-    Raises:
-        CalibrationError: the images do not fit the host, are too few, or lead to activations that are not finite.
+    What pruning left whole keeps its weights, bit for bit. Raises CalibrationError when the images do not fit the host,
+    are too few, or lead to activations that are not finite.
     """
     pruned = host.on(model)
     with evaluating(model, host.model):

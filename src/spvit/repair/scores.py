@@ -156,13 +156,8 @@ class Head:
 def divergence(found: Tensor, dense: Tensor, classes: int) -> tuple[float, float]:
     """Return how far outputs are from the dense ones, and what to divide that by once it is summed over batches.
 
-    With two classes or more it is the divergence of their probabilities, in nats, and the number of images. Features,
-    and a single logit, have no probabilities: then it is the squared error, and the dense outputs' variance.
-
-    Args:
-        found: logits or features, [B, classes] or [B, ..., D].
-        dense: the same of the dense network.
-        classes: that the head tells apart; 0 without a head.
+    With two classes or more it is the divergence of their probabilities, in nats, and the number of images. Features
+    [B, ..., D], and a single logit, have no probabilities: then it is the squared error, and the dense variance.
     """
     if classes >= 2:
         pair = (F.log_softmax(found.double(), dim=1), F.log_softmax(dense.double(), dim=1))
@@ -243,13 +238,7 @@ def score(
 def split_images(batches: list[Tensor], tokens: int, least: int = 0) -> tuple[list[Tensor], list[Tensor]]:
     """Return batches of the images to fit and of those to measure, each taken evenly from all: every other one of few.
 
-    Args:
-        batches: all images.
-        tokens: of one image.
-        least: images to fit, if there are so many.
-
-    Raises:
-        CalibrationError: there is but one image.
+    tokens: of one image; least: images to fit, if there are so many. Raises CalibrationError for a single image.
     """
     count = sum(len(batch) for batch in batches)
     if count < 2:

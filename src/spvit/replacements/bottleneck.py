@@ -101,13 +101,8 @@ class BottleneckConv(nn.Module):
         """Make the layer the linear map `outward (inward x - mean) + out_mean` wherever ReLU lets it, in place.
 
         Batch norm moves the hidden activations LINEAR_SIDE standard deviations above zero; the output bias moves back.
-
-        Args:
-            inward: [E, D] or, for a 3 x 3 convolution, [E, 9 D] with the nine positions of a channel side by side.
-            mean: of `inward x`, [E].
-            variance: of `inward x`, [E].
-            outward: [D, E].
-            out_mean: [D].
+        inward: [E, D] or, for a 3 x 3 convolution, [E, 9 D] with the nine positions of a channel side by side; mean,
+        variance of `inward x`: [E]; outward: [D, E]; out_mean: [D].
         """
         assert isinstance(self.bn, nn.BatchNorm2d)
         spread = torch.sqrt(variance + self.bn.eps)

@@ -40,11 +40,9 @@ def offsets(position: int) -> tuple[int, int]:
 
 
 def head_mix(head_logits: Tensor, temperature: float) -> Tensor:
-    """Return S [H, K], the weight of each head at each kernel position; every column sums to one.
+    """Return S [H, K], the weight of each head at each kernel position, from M [H, K]; every column sums to one.
 
-    Args:
-        head_logits: M, [H, K].
-        temperature: alpha; small values pick one head, large ones average all.
+    temperature: alpha; small values pick one head, large ones average all.
     """
     return torch.softmax(head_logits / temperature, dim=0)
 

@@ -9,7 +9,7 @@ Where attention works in windows, [B, N, D] stands for [B x windows, tokens of o
 
 from __future__ import annotations
 
-import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +40,6 @@ def candidate_mixture(gates: Tensor) -> Tensor:
     return torch.stack([c3, c2 * (1 - c3), c1 * (1 - c2) * (1 - c3)])
 
 
-@functools.cache
 def gate_sensitivity(bits: tuple[bool, ...]) -> list[list[float]]:
     """Return d(mixture) / d(gates) at sampled gates: one row a gate, one column a candidate (msa, conv3, conv1).
 
@@ -48,11 +47,15 @@ def gate_sensitivity(bits: tuple[bool, ...]) -> list[list[float]]:
     (1, -1, 0): closing any of them would put conv3 in attention's place. Columns that are zero throughout are
     candidates whose values are not needed at all.
     """
-    gates = torch.tensor([float(bit) for bit in bits], requires_grad=True)
+    gates = torch.tensor([float(bit) for bit in bits], device="cpu", requires_grad=True)
     with torch.enable_grad():
         mixture = candidate_mixture(gates)
     rows = [torch.autograd.grad(part, gates, retain_graph=True, allow_unused=True)[0] for part in mixture]
-    return torch.stack([torch.zeros(3) if row is None else row for row in rows], dim=1).tolist()
+    return torch.stack([torch.zeros_like(gates) if row is None else row for row in rows], dim=1).tolist()
+
+
+# Once, not in a forward pass, where a checkpoint of activations would save what is computed here.
+SENSITIVITY = {bits: gate_sensitivity(bits) for bits in itertools.product((False, True), repeat=3)}
 
 
 class _Choose(torch.autograd.Function):
@@ -178,7 +181,7 @@ class GatedAttention(nn.Module):
         gates = straight_through(self.gate_logits, self.draws.noise(self))
         bits = self.draws.sampled_bits(self)
         gates_learn = torch.is_grad_enabled() and gates.requires_grad
-        return Drawn(gates, NESTED[opened(bits)], gate_sensitivity(bits) if gates_learn else [])
+        return Drawn(gates, NESTED[opened(bits)], SENSITIVITY[bits] if gates_learn else [])
 
     def _convolve(self, x: Tensor, kind: str) -> Tensor:
         """Return one convolution candidate by its kernels, as the pruned network computes it: [B, N, D]."""

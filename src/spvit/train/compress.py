@@ -1,38 +1,40 @@
-"""The whole way from a dense model to a compressed one: train, search or score, decide, prune, repair, fine-tune, save.
+"""From a dense model to a compressed one: train, score or search, decide, prune, repair, fine-tune, write.
 
-A run folder holds everything: metrics.jsonl, architecture.json, state/ (resumable), model.safetensors and model.json.
+`run_compress` does it in order. Every step leaves its result in the run folder; a continued run starts from these.
 """
 
 import copy
-import json
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import set_seed
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
-from spvit.architecture import Architecture
-from spvit.checkpoint import Preprocessing, save, write_text
-from spvit.errors import RunFolderError
-from spvit.hosts.recognise import family_of
+from spvit.architecture import DEFAULT_MULTIPLE, Architecture
+from spvit.budget import Budget, check_multiple
+from spvit.checkpoint import Preprocessing, save
+from spvit.decide import decide
+from spvit.errors import DataError, RunFolderError
+from spvit.hosts.host import Host, input_size
+from spvit.repair.scores import Scores, score
+from spvit.replacements.costs import network_costs
+from spvit.search.budget_loss import BudgetLoss
+from spvit.search.network import make_searchable
 from spvit.surgery import fold, prune, pruned_record
 from spvit.train.data import ImageConfig, Images, load_images
-from spvit.train.deciding import (
-    CALIBRATION_IMAGES,
-    calibration,
-    check_calibration_images,
-    check_decision,
-    decide_from_scores,
-    search,
-)
-from spvit.train.loaders import validation_loader
-from spvit.train.loop import Evaluation, Phase, evaluate, make_accelerator, run_phase
+from spvit.train.loaders import training_loader, validation_loader
+from spvit.train.loop import Evaluation, Phase, Run, evaluate, make_accelerator, run_phase
 from spvit.train.processes import processes
 from spvit.train.progress import PhaseProgress
-from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig
-from spvit.train.teacher import check_dense_phase, check_phases
+from spvit.train.run_folder import DENSE, FINETUNE, SEARCH, RunFolder
+from spvit.train.settings import LoopConfig, PhaseConfig, SearchConfig, check_settings
+from spvit.train.teacher import open_teachers
+
+CALIBRATION_IMAGES = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +44,10 @@ class CompressConfig(LoopConfig):
     dense: PhaseConfig = field(default_factory=lambda: PhaseConfig(epochs=0))
     """Training of the dense model beforehand, for a model that is not trained on these images yet."""
     search: SearchConfig = field(default_factory=lambda: SearchConfig(epochs=0))
-    """The search for what to keep; with 0 epochs scores of the candidates decide, without training."""
+    """The search for what to keep; with 0 epochs scores decide, without training."""
     finetune: PhaseConfig = field(
         # A constant rate explores and the average from the repaired weights on gathers, at any length; a schedule that
-        # ends low gains less, and a short one may lose (docs/benchmarks.md, "Fine-tuning a repaired network").
+        # ends low gains less, and a short one may lose (docs/experiments/fine-tuning.md).
         default_factory=lambda: PhaseConfig(
             minimum_learning_rate=PhaseConfig.learning_rate,
             warmup_epochs=0.2,
@@ -61,6 +63,8 @@ class CompressConfig(LoopConfig):
     """Whether what pruning broke is repaired in closed form, from calibration images."""
     calibration_images: int = CALIBRATION_IMAGES
     """Training images for scores and repair; their labels are not used."""
+    scores: str | None = None
+    """A run folder whose scores to decide by, for another budget; when absent the model is scored."""
     initialise: str = "host"
     """Weights of the pruned model after a search: those of the `host`, as published (and then repaired), or of the
     `search`."""
@@ -69,8 +73,26 @@ class CompressConfig(LoopConfig):
 
 
 @dataclass(frozen=True)
+class Steps:
+    """What a compression will do, checked before anything is trained."""
+
+    limits: dict[str, Any]
+    """The budget as an argument of `decide`: MACs or parameters."""
+    search: SearchConfig | None
+    finetune: PhaseConfig
+    teachers: dict[str, nn.Module]
+    """The teachers that settings name, each opened once."""
+
+    def teacher(self, phase: PhaseConfig, dense: nn.Module | None) -> nn.Module | None:
+        """Return a phase's teacher: the one its settings name, or the dense model; None when it does not distil."""
+        if phase.distillation == 0:
+            return None
+        return dense if phase.teacher is None else self.teachers[phase.teacher]
+
+
+@dataclass(frozen=True)
 class Compressed:
-    """What a compression gave."""
+    """The result of a compression."""
 
     model: nn.Module
     """The pruned model, folded, in evaluation mode."""
@@ -84,179 +106,12 @@ class Compressed:
     """The pruned model's figures at the end."""
 
 
-def holds_files(folder: Path) -> bool:
-    """Return whether a folder exists and is not empty."""
-    return folder.is_dir() and any(folder.iterdir())
-
-
-def check_folder(folder: str | Path, resume: bool) -> Path:
-    """Return a run folder that may be written to. Raises RunFolderError when it is in use, or nothing can continue."""
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise RunFolderError(f"output {folder} is a file; name a folder")
-    used = holds_files(folder)
-    if resume and not used:
-        raise RunFolderError(f"output {folder} holds no run to continue; leave out --resume to start one")
-    if used and not resume:
-        raise RunFolderError(f"output {folder} is in use; name another folder, or continue its run with --resume")
-    return folder
-
-
-def train_dense(
-    host: nn.Module, images: Images, folder: Path, config: LoopConfig, phase: PhaseConfig, progress: PhaseProgress
-) -> Evaluation:
-    """Train a model in place and return its figures (phase `dense`). Raises DataError when it distils from nobody."""
-    check_dense_phase(phase)
-    return run_phase(Phase("dense", host, phase), images, folder, config, progress)
-
-
-def finetune(
-    model: nn.Module,
-    images: Images,
-    folder: Path,
-    config: LoopConfig,
-    phase: PhaseConfig,
-    progress: PhaseProgress,
-    teacher: nn.Module | None = None,
-) -> Evaluation:
-    """Fine-tune a pruned model in place, by the teacher too if the phase distils, and return its figures."""
-    return run_phase(
-        Phase("finetune", model, phase, teacher=teacher if phase.distillation > 0 else None),
-        images,
-        folder,
-        config,
-        progress,
-    )
-
-
-def figures_of(model: nn.Module, images: Images, config: LoopConfig) -> Evaluation:
-    """Return a model's figures on the validation images."""
-    accelerator = make_accelerator(config)
-    prepared, loader = accelerator.prepare(model, validation_loader(images))
-    figures = evaluate(prepared, loader, accelerator)
-    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
-    accelerator.free_memory()
-    return figures
-
-
-def deployed(model: nn.Module) -> nn.Module:
-    """Return the form to deploy: folded if pruned, in evaluation mode."""
-    return fold(model).eval() if pruned_record(model) is not None else model.eval()
-
-
-def write_model(model: nn.Module, images: Images, figures: Evaluation, folder: Path) -> None:
-    """Write a run's model with its preprocessing, classes and figures; a continued run replaces its own."""
-    if processes().is_main_process:
-        metrics = {name: value for name, value in vars(figures).items() if name != "images"}
-        save(
-            model,
-            folder,
-            preprocessing=images.preprocessing,
-            classes=images.classes,
-            metrics=metrics,
-            overwrite=True,
-        )
-
-
-def check_compress(
-    host: nn.Module, images: Images, budget: dict[str, str | int], config: CompressConfig, weights: bool = True
-) -> tuple[SearchConfig | None, PhaseConfig]:
-    """Refuse a compression that cannot work before anything is trained; return its search, if any, and fine-tuning.
-
-    Args:
-        host: the dense model.
-        images: training and validation images.
-        budget: `{"macs": "50%"}` or `{"params": ...}`.
-        config: settings.
-        weights: whether to look at the teachers' weights too.
-    """
-    if config.initialise not in ("search", "host"):
-        raise RunFolderError(f"initialise is {config.initialise!r}, expected search or host")
-    if config.train_epochs is not None and config.train_epochs < 0:
-        raise RunFolderError(f"train_epochs is {config.train_epochs}, expected 0 or more")
-    check_decision(host, budget, config.multiple)
-    check_calibration_images(config.calibration_images)
-    searching = config.search if config.search.epochs > 0 else None
-    finetuning = config.finetune
-    if config.train_epochs is not None:
-        finetuning = replace(finetuning, epochs=config.train_epochs)
-    if config.train_epochs == 0 and searching is not None:
-        raise RunFolderError(
-            f"nothing is to be trained, but search.epochs is {searching.epochs}; leave one of the two out"
-        )
-    if config.dense.epochs > 0:
-        check_dense_phase(config.dense)
-    check_phases([config.dense, *([] if searching is None else [searching]), finetuning], images, weights)
-    return searching, finetuning
-
-
-def run_compress(
-    host: nn.Module,
-    images: Images,
-    budget: dict[str, str | int],
-    folder: Path,
-    config: CompressConfig,
-    console: Console | None = None,
-) -> Compressed:
-    """Compress a host into a run folder, continuing from the state that the folder has. The host itself is not changed.
-
-    Args:
-        host: the dense model.
-        images: training and validation images.
-        budget: `{"macs": "50%"}` or `{"params": ...}`.
-        folder: the run folder.
-        config: settings.
-        console: where to show progress; None is silent.
-    """
-    searching, finetuning = check_compress(host, images, budget, config)
-    folder.mkdir(parents=True, exist_ok=True)
-    progress = PhaseProgress(console)
-    dense = copy.deepcopy(host)
-    if config.dense.epochs > 0:
-        dense_figures = train_dense(dense, images, folder, config, config.dense, progress)
-        write_model(dense, images, dense_figures, folder / "dense")
-    else:
-        dense_figures = figures_of(dense, images, config)
-        progress.note(f"dense model: accuracy {dense_figures.accuracy:.2%}")
-    needed = config.repair or searching is None
-    calibrating = calibration(images, config.seed, config.calibration_images) if needed else None
-    net, repairing = None, calibrating if config.repair else None
-    if searching is not None:
-        net, architecture = search(dense, images, budget, folder, config, searching, progress, config.multiple)
-    else:
-        assert calibrating is not None
-        architecture = decide_from_scores(dense, calibrating, budget, folder, config.multiple, progress)
-    if config.initialise != "search":
-        net = None
-    set_seed(config.seed)  # a continued run starts from the same weights where they are drawn
-    pruned = prune(dense, architecture, weights=net, repair=repairing)
-    after_pruning = figures_of(pruned, images, config)
-    progress.note(
-        f"after pruning{' and repair' if repairing is not None else ''}: accuracy {after_pruning.accuracy:.2%}"
-    )
-    if finetuning.epochs > 0:
-        figures = finetune(pruned, images, folder, config, finetuning, progress, teacher=dense)
-    else:
-        figures = after_pruning
-    model = deployed(pruned)
-    write_model(model, images, figures, folder)
-    _record_summary(folder, dense_figures, after_pruning, figures)
-    return Compressed(model, dense.eval(), architecture, dense_figures, after_pruning, figures)
-
-
-def _record_summary(folder: Path, dense: Evaluation, after_pruning: Evaluation, pruned: Evaluation) -> None:
-    if processes().is_main_process:
-        figures = {"dense": dense, "after_pruning": after_pruning, "pruned": pruned}
-        text = json.dumps({name: vars(value) for name, value in figures.items()}, indent=2)
-        write_text(folder / "summary.json", text + "\n")
-
-
 def compress(
     host: nn.Module,
     data: str | Images,
-    budget: str | int = "50%",
+    macs: str | int | None = None,
     *,
-    metric: str = "macs",
+    params: str | int | None = None,
     output: str | Path | None = None,
     config: CompressConfig | None = None,
     images: ImageConfig | None = None,
@@ -264,13 +119,13 @@ def compress(
     resume: bool = False,
     console: Console | None = None,
 ) -> nn.Module:
-    """Return the host compressed to a budget with spvit's own loop: decided, pruned, repaired, fine-tuned, folded.
+    """Return the host compressed to a budget: decided, pruned, repaired, fine-tuned, folded.
 
     Args:
         host: a trained model of a supported family; it stays as it is.
         data: a folder with `train/` and `val/`, a torchvision data set by name, `digits`, or loaded Images.
-        budget: `"50%"` of the host's cost, `"1.0G"` or a whole number.
-        metric: what the budget counts: `macs` of one image, or `params`.
+        macs: `"50%"` of the host's cost, `"1.0G"` or a whole number of MACs of one image; half when no budget is given.
+        params: the same in parameters; give at most one of the two.
         output: run folder to keep metrics, states and the model in; None keeps nothing but the returned model.
         config: settings of the phases.
         images: how `data` is read and augmented.
@@ -282,13 +137,193 @@ def compress(
         BudgetError, DataError, UnsupportedHostError, RunFolderError: bad input, before anything is trained.
         RunError: training failed; the run folder keeps the last good state.
     """
-    if isinstance(data, str):
-        size = family_of(host).input_size(host)
-        data = load_images(data, images or ImageConfig(), size, preprocessing or Preprocessing())
+    budget = Budget.parse("50%" if macs is None and params is None else macs, params)
     settings = config or CompressConfig()
-    limits: dict[str, str | int] = {metric: budget}
-    if output is None:
-        with tempfile.TemporaryDirectory() as temporary:
-            return run_compress(host, data, limits, Path(temporary), settings, console).model
-    folder = check_folder(output, resume)
-    return run_compress(host, data, limits, folder, settings, console).model
+    if isinstance(data, str):
+        data = load_images(data, images or ImageConfig(), input_size(host), preprocessing or Preprocessing())
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = RunFolder(temporary) if output is None else RunFolder.open(output, resume)
+        return run_compress(host, budget, settings, Run(data, folder, settings, PhaseProgress(console))).model
+
+
+def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: Run) -> Compressed:
+    """Compress a host into a run folder, continuing from what the folder has. The host itself is not changed."""
+    steps = check_compress(host, run.images, budget, config)
+    run.folder.path.mkdir(parents=True, exist_ok=True)
+    dense = copy.deepcopy(host).to(processes().device)
+    if config.dense.epochs > 0:
+        teacher = steps.teacher(config.dense, None)
+        dense_figures = run_phase(Phase(DENSE, dense, config.dense, teacher=teacher), run)
+        write_model(dense, dense_figures, run.images, run.folder.dense)
+    else:
+        dense_figures = figures_of(dense, run.images, config)
+        run.progress.note(f"dense model: accuracy {dense_figures.accuracy:.2%}")
+    net = None
+    needed = config.repair or steps.search is None
+    calibrating = calibration(run.images, config.seed, config.calibration_images) if needed else []
+    if steps.search is not None:
+        teacher = steps.teacher(steps.search, dense)
+        net, architecture = search(dense, steps.limits, steps.search, run, config.multiple, teacher)
+    else:
+        architecture = _decide_by_scores(dense, steps.limits, calibrating, config, run)
+    set_seed(config.seed)  # a continued run starts from the same weights where they are drawn
+    pruned = prune(
+        dense,
+        architecture,
+        weights=net if config.initialise == "search" else None,
+        repair=calibrating if config.repair else None,
+    )
+    after_pruning = figures = figures_of(pruned, run.images, config)
+    run.progress.note(f"after pruning{' and repair' if config.repair else ''}: accuracy {after_pruning.accuracy:.2%}")
+    if steps.finetune.epochs > 0:
+        teacher = steps.teacher(steps.finetune, dense)
+        figures = run_phase(Phase(FINETUNE, pruned, steps.finetune, teacher=teacher), run)
+    model = deployed(pruned)
+    write_model(model, figures, run.images, run.folder.path)
+    if processes().is_main_process:
+        summary = {"dense": dense_figures, "after_pruning": after_pruning, "pruned": figures}
+        run.folder.write_summary({name: vars(value) for name, value in summary.items()})
+    return Compressed(model, dense.eval(), architecture, dense_figures, after_pruning, figures)
+
+
+def check_compress(
+    host: nn.Module, images: Images, budget: Budget, config: CompressConfig, weights: bool = True
+) -> Steps:
+    """Refuse a compression that cannot work before anything is trained; return what it will do.
+
+    Without `weights` those of the teachers are not loaded, nor is the host expected to have its own.
+    """
+    if config.initialise not in ("search", "host"):
+        raise RunFolderError(f"initialise is {config.initialise!r}, expected search or host")
+    if config.train_epochs is not None and config.train_epochs < 0:
+        raise RunFolderError(f"train_epochs is {config.train_epochs}, expected 0 or more")
+    if config.calibration_images < 1:
+        raise DataError(f"calibration_images is {config.calibration_images}, expected 1 or more")
+    limits = check_decision(host, budget, config.multiple)
+    if config.scores is not None:
+        if config.search.epochs > 0 or config.dense.epochs > 0:
+            raise RunFolderError(
+                f"scores {config.scores} are of the model as it is, and decide without a search; leave them out, or "
+                "dense.epochs and search.epochs"
+            )
+        scores = Scores.load(config.scores)
+        if weights:
+            scores.check(Host.of(host))
+    searching = config.search if config.search.epochs > 0 else None
+    finetuning = config.finetune
+    if config.train_epochs is not None:
+        finetuning = replace(finetuning, epochs=config.train_epochs)
+    if config.train_epochs == 0 and searching is not None:
+        raise RunFolderError(
+            f"nothing is to be trained, but search.epochs is {searching.epochs}; leave one of the two out"
+        )
+    phases = [config.dense, *([] if searching is None else [searching]), finetuning]
+    for phase in phases:
+        check_settings(phase)
+    return Steps(limits, searching, finetuning, open_teachers(phases, images, weights))
+
+
+def check_decision(host: nn.Module, budget: Budget, multiple: int | None) -> dict[str, Any]:
+    """Return the budget as an argument of `decide`, in MACs or parameters.
+
+    Raises:
+        NotSearchableError, UnsupportedHostError: the model is not a dense host of a supported family.
+        BudgetError: the multiple is malformed, or the budget is out of reach.
+    """
+    check_multiple(multiple)
+    return {budget.metric: budget.target(network_costs(host)[budget.metric])}
+
+
+def search(
+    host: nn.Module,
+    limits: dict[str, Any],
+    phase: SearchConfig,
+    run: Run,
+    multiple: int | None = None,
+    teacher: nn.Module | None = None,
+) -> tuple[nn.Module, Architecture]:
+    """Search a host for what to keep; return the searched network and the architecture, which the run folder keeps.
+
+    Args:
+        host: the dense model; it stays as it is.
+        limits: the budget, `{"macs": 500_000_000}` or `{"params": ...}`.
+        phase: settings of the search.
+        run: images, run folder and settings.
+        multiple: FFN widths and ranks are multiples of it.
+        teacher: the teacher of a search that distils.
+    """
+    set_seed(run.config.seed)
+    net = searchable_for(host, phase)
+    loss = BudgetLoss(net, weight=phase.budget_weight, **limits)
+    run_phase(Phase(SEARCH, net, phase, loss, teacher), run)
+    return net, _decided(run.folder, lambda: decide(net, multiple=multiple, **limits))
+
+
+def searchable_for(host: nn.Module, phase: SearchConfig) -> nn.Module:
+    """Return the searchable network that a search's settings ask for; the dense host stays as it is."""
+    return make_searchable(host, temperature=phase.temperature, gate_logit=phase.gate_logit)
+
+
+def calibration(images: Images, seed: int, count: int) -> list[Tensor]:
+    """Return `count` training images, drawn by the seed, as batches [B, channels, height, width]."""
+    set_seed(seed)
+    batches: list[Tensor] = []
+    missing = count
+    for batch, _ in training_loader(images):
+        batches.append(batch[:missing])
+        missing -= len(batches[-1])
+        if missing == 0:
+            break
+    return batches
+
+
+def _decide_by_scores(
+    host: nn.Module, limits: dict[str, Any], images: Sequence[Tensor], config: CompressConfig, run: Run
+) -> Architecture:
+    """Return the architecture that scores choose. A continued run keeps its own, and scores once."""
+    folder = run.folder
+
+    def by_scores() -> Architecture:
+        if folder.architecture.is_file():
+            ((metric, target),) = limits.items()
+            folder.check_architecture(network_costs(host)[metric], target)
+            return Architecture.load(folder.architecture)
+        if config.scores is None and not folder.scores.is_file():
+            with run.progress.bar("scores", len(Host.of(host).blocks)):
+                multiple = config.multiple or DEFAULT_MULTIPLE
+                found = score(host, images, multiple=multiple, report=lambda *done: run.progress.step())
+            folder.write_scores(found)
+        scores = Scores.load(folder.path if config.scores is None else config.scores)
+        return decide(host, multiple=config.multiple, scores=scores, **limits)
+
+    return _decided(folder, by_scores)
+
+
+def _decided(folder: RunFolder, make: Callable[[], Architecture]) -> Architecture:
+    """Let one process decide and write; all read what it wrote."""
+    if processes().is_main_process:
+        folder.write_architecture(make())
+    processes().wait_for_everyone()
+    return Architecture.load(folder.architecture)
+
+
+def figures_of(model: nn.Module, images: Images, config: LoopConfig) -> Evaluation:
+    """Return a model's figures on the validation images."""
+    accelerator = make_accelerator()
+    prepared, loader = accelerator.prepare(model, validation_loader(images))
+    figures = evaluate(prepared, loader, accelerator, config.precision)
+    accelerator.free_memory()
+    return figures
+
+
+def deployed(model: nn.Module) -> nn.Module:
+    """Return the form to deploy: folded if pruned, in evaluation mode."""
+    return fold(model).eval() if pruned_record(model) is not None else model.eval()
+
+
+def write_model(model: nn.Module, figures: Evaluation, images: Images, folder: Path) -> None:
+    """Write a run's model with its preprocessing, classes and figures; a continued run replaces its own."""
+    if processes().is_main_process:
+        metrics = {name: value for name, value in vars(figures).items() if name != "images"}
+        own, classes = images.preprocessing, images.classes
+        save(model, folder, preprocessing=own, classes=classes, metrics=metrics, overwrite=True)

@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,12 @@ from torch.utils.data import Dataset, Subset
 
 from spvit.checkpoint import Preprocessing
 from spvit.errors import DataError
-from spvit.train.augmentation import keep_a_bit
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 DIGITS = "digits"
 DIGITS_HELD_OUT = 360
 
-Items = Sequence[tuple[Any, int]]
+Items = Any
+"""A sequence of (path, array or PIL image, class)."""
 
 logger = logging.getLogger("spvit")
 
@@ -83,20 +82,14 @@ class Images:
     config: ImageConfig
 
 
+@dataclass(frozen=True)
 class TransformedImages(Dataset[Any]):
     """Applies a transform to (path or array, class) pairs; reports what cannot be read with its path."""
 
-    def __init__(
-        self,
-        items: Sequence[tuple[Any, int]],
-        transform: Callable[[Image.Image], Tensor],
-        channels: int,
-        skip_corrupt: bool = False,
-    ) -> None:
-        self.items = items
-        self.transform = transform
-        self.mode = "L" if channels == 1 else "RGB"
-        self.skip_corrupt = skip_corrupt
+    items: Items
+    transform: Callable[[Image.Image], Tensor]
+    channels: int
+    skip_corrupt: bool
 
     def __len__(self) -> int:
         return len(self.items)
@@ -104,7 +97,7 @@ class TransformedImages(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
         source, target = self.items[index]
         try:
-            image = _open(source).convert(self.mode)
+            image = _open(source).convert("L" if self.channels == 1 else "RGB")
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             message = f"image {source} cannot be read ({reason}); remove it, or pass --images.skip_corrupt true"
@@ -112,7 +105,7 @@ class TransformedImages(Dataset[Any]):
                 raise DataError(message) from error
             logger.warning("left out: image %s cannot be read (%s)", source, reason)
             return None
-        return self.transform(image), target
+        return self.transform(image), int(target)
 
 
 def _open(source: Any) -> Image.Image:
@@ -123,40 +116,25 @@ def _open(source: Any) -> Image.Image:
     return Image.fromarray(source) if isinstance(source, np.ndarray) else source
 
 
-class _DatasetItems(Sequence[tuple[Any, int]]):
-    """A torchvision data set, read without its transform, as (image, class) pairs."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: Any) -> Any:
-        image, target = self.dataset[index]
-        return image, int(target)
-
-
 def load_images(source: str, config: ImageConfig, size: tuple[int, int, int], preprocessing: Preprocessing) -> Images:
-    """Return the images that a name stands for.
+    """Return the images that `find_images` finds, as `images_of` prepares them. Raises DataError as both do."""
+    return images_of(*find_images(source, config), config, size, preprocessing)
+
+
+def find_images(source: str, config: ImageConfig) -> tuple[Items, Items, tuple[str, ...]]:
+    """Return training and validation items, (path, array or PIL image, class) each, and the names of the classes.
 
     Args:
         source: a folder with `train/` and `val/`, each with a folder a class; the name of a torchvision data set; or
             `digits`.
-        config: how to read and augment.
-        size: (channels, height, width) that the model takes.
-        preprocessing: normalisation and resizing of the model; what `config` says takes precedence.
+        config: where torchvision's data sets are.
 
     Raises:
-        DataError: nothing is found, a class is missing or empty, or an option is out of range.
+        DataError: nothing is found, or a class is missing or empty.
     """
     if source == DIGITS:
-        train, validation, classes = _digits()
-    elif Path(source).is_dir():
-        train, validation, classes = _folder(Path(source))
-    else:
-        train, validation, classes = _torchvision(source, config)
-    return images_of(train, validation, classes, config, size, preprocessing)
+        return _digits()
+    return _folder(Path(source)) if Path(source).is_dir() else _torchvision(source, config)
 
 
 def images_of(
@@ -167,19 +145,24 @@ def images_of(
     size: tuple[int, int, int],
     preprocessing: Preprocessing,
 ) -> Images:
-    """Return images from (path, array or PIL image, class) pairs; the rest is as for `load_images`.
+    """Return images prepared for a model, augmented and normalised.
+
+    Args:
+        train: as `find_images` returns them; so are `validation` and `classes`.
+        config: how to read and augment.
+        size: (channels, height, width) that the model takes.
+        preprocessing: normalisation and resizing of the model; what `config` says takes precedence.
 
     Raises:
         DataError: an option is out of range.
     """
-    _check(config)
     preprocessing = Preprocessing(
         config.mean or preprocessing.mean,
         config.std or preprocessing.std,
         preprocessing.interpolation,
         config.crop or preprocessing.crop,
     )
-    _check_channels(preprocessing, size[0])
+    _check(config, preprocessing, size[0])
     training, evaluation = transforms(config, size, preprocessing)
     channels, skip = size[0], config.skip_corrupt
     train_images: Dataset[Any] = TransformedImages(train, training, channels, skip)
@@ -194,7 +177,7 @@ def images_of(
     return Images(Subset(train_images, order[config.held_out :]), held_out, classes, preprocessing, config)
 
 
-def _check(config: ImageConfig) -> None:
+def _check(config: ImageConfig, preprocessing: Preprocessing, channels: int) -> None:
     for name, least in (("batch_size", 1), ("workers", 0), ("held_out", 0), ("repeated_augmentation", 0)):
         value = getattr(config, name)
         if value < least:
@@ -204,8 +187,6 @@ def _check(config: ImageConfig) -> None:
     if (config.mixup > 0 or config.cutmix > 0) and config.batch_size % 2:
         raise DataError(f"images.batch_size is {config.batch_size}; mixup and cutmix need an even one")
 
-
-def _check_channels(preprocessing: Preprocessing, channels: int) -> None:
     for name in ("mean", "std"):
         values = getattr(preprocessing, name)
         if len(values) != channels:
@@ -220,14 +201,10 @@ def transforms(
     """Return timm's training and evaluation transforms of PIL images to tensors [channels, height, width]."""
     from timm.data import create_transform
 
-    shared = {
-        "input_size": size,
-        "interpolation": preprocessing.interpolation,
-        "mean": preprocessing.mean,
-        "std": preprocessing.std,
-    }
+    shared = {name: getattr(preprocessing, name) for name in ("interpolation", "mean", "std")}
     try:
         training = create_transform(
+            size,
             is_training=True,
             scale=config.crop_scale,
             ratio=config.crop_ratio,
@@ -245,7 +222,23 @@ def transforms(
             f"images.auto_augment {config.auto_augment!r} is not one of timm's; give one such as rand-m9-mstd0.5-inc1, "
             "augmix-m5-w4-d2 or original"
         ) from error
-    return keep_a_bit(training), create_transform(is_training=False, crop_pct=preprocessing.crop, **shared)
+    return _keep_a_bit(training), create_transform(size, crop_pct=preprocessing.crop, **shared)
+
+
+def _keep_a_bit(training: Any) -> Any:
+    """Let posterizing keep one bit at least: where timm keeps none, Pillow 13 raises ValueError."""
+    for part in training.transforms:
+        groups = [getattr(part, "ops", []), *getattr(part, "policy", [])]
+        for operation in (operation for group in groups for operation in group):
+            if getattr(operation, "name", "").startswith("Posterize"):
+                operation.aug_fn = _posterize
+    return training
+
+
+def _posterize(image: Image.Image, bits: int, **others: Any) -> Any:
+    from timm.data.auto_augment import posterize
+
+    return posterize(image, max(1, bits), **others)
 
 
 def mixup_of(config: ImageConfig, classes: int, smoothing: float) -> Callable[[Tensor, Tensor], Any] | None:
@@ -278,28 +271,22 @@ def _digits() -> tuple[Items, Items, tuple[str, ...]]:
 
 
 def _folder(folder: Path) -> tuple[Items, Items, tuple[str, ...]]:
-    splits: dict[str, dict[str, list[tuple[str, int]]]] = {}
+    from torchvision.datasets import ImageFolder
+
+    splits = {}
     for split in ("train", "val"):
         if not (folder / split).is_dir():
             raise DataError(f"{folder} has no folder {split}/; expected train/ and val/, each with a folder a class")
-        names = sorted(path.name for path in (folder / split).iterdir() if path.is_dir())
-        if not names:
-            raise DataError(f"{folder / split} has no class folders; expected a folder of images for each class")
-        splits[split] = {name: _class_files(folder / split / name, index) for index, name in enumerate(names)}
-    classes = tuple(splits["train"])
+        try:
+            splits[split] = ImageFolder(folder / split)
+        except FileNotFoundError as error:
+            reason = str(error).rstrip(".")
+            raise DataError(f"{folder / split}: {reason}; expected a folder of images for each class") from error
     for here, there in (("train", "val"), ("val", "train")):
-        missing = next((name for name in splits[here] if name not in splits[there]), None)
+        missing = next((name for name in splits[here].classes if name not in splits[there].classes), None)
         if missing is not None:
             raise DataError(f"class {missing!r} is in {folder / here} but not in {folder / there}; they must match")
-    train, validation = ([item for items in splits[split].values() for item in items] for split in ("train", "val"))
-    return train, validation, classes
-
-
-def _class_files(folder: Path, index: int) -> list[tuple[str, int]]:
-    files = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
-    if not files:
-        raise DataError(f"{folder} holds no images; expected files ending in {', '.join(IMAGE_ENDINGS)}")
-    return [(file, index) for file in files]
+    return splits["train"].samples, splits["val"].samples, tuple(splits["train"].classes)
 
 
 def _torchvision(name: str, config: ImageConfig) -> tuple[Items, Items, tuple[str, ...]]:
@@ -320,13 +307,13 @@ def _torchvision(name: str, config: ImageConfig) -> tuple[Items, Items, tuple[st
     except (RuntimeError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"torchvision's {name} is not under {config.root!r} and could not be had ({reason}); put its files there, "
-            "or name their folder with --images.root"
+            f"torchvision's {name} is not under {config.root!r} and could not be downloaded ({reason}); put its files "
+            "there, or name their folder with --images.root"
         ) from error
     classes = getattr(train, "classes", None)
     if classes is None:
-        classes = range(max(target for _, target in _DatasetItems(train)) + 1)
-    return _DatasetItems(train), _DatasetItems(validation), tuple(str(item) for item in classes)
+        classes = range(max(int(target) for _, target in train) + 1)
+    return train, validation, tuple(str(item) for item in classes)
 
 
 def _splits(parameters: Any) -> list[dict[str, str]]:

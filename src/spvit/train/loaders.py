@@ -35,11 +35,7 @@ def _collate_all(items: Sequence[tuple[Tensor, int] | None]) -> tuple[Tensor, Te
 
 
 def training_loader(images: Images) -> DataLoader[Any]:
-    """Return the loader of the training images: shuffled, whole batches, each image once.
-
-    Raises:
-        DataError: there are fewer training images than one batch holds.
-    """
+    """Return the loader of the training images: shuffled, each once, in whole batches. Raises DataError if too few."""
     _check_enough(images)
     return DataLoader(images.train, shuffle=True, drop_last=True, **_loading(images.config))
 
@@ -48,15 +44,7 @@ def repeated_loader(images: Images, processes: int, process: int) -> DataLoader[
     """Return the loader of one process's share of the training images with repeated augmentation: whole batches.
 
     The repeats of an image go to different processes as far as there are any, in the same step. Each epoch its order
-    comes from the sampler's `set_epoch`.
-
-    Args:
-        images: what to load, with its settings.
-        processes: how many processes share the images.
-        process: which of them this is.
-
-    Raises:
-        DataError: there are fewer training images than one batch of every process holds.
+    comes from the sampler's `set_epoch`. Raises DataError when there are too few images for a batch of every process.
     """
     from timm.data.distributed_sampler import RepeatAugSampler
 

@@ -4,40 +4,45 @@ A phase supplies the model, its settings and its extra losses. Every epoch start
 epoch), and the state is saved at its end, so a continued run repeats exactly what an uninterrupted one does.
 """
 
-import json
 import math
-import shutil
 import time
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from spvit.architecture import KINDS
-from spvit.checkpoint import write_text
+from spvit.checkpoint import fit_state
 from spvit.errors import DataError, RunError
 from spvit.hosts.host import logits_of
 from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import gate_parameters
-from spvit.train.best import BestWeights
 from spvit.train.data import Images, mixup_of
 from spvit.train.loaders import UNREAD, repeated_loader, training_loader, validation_loader
 from spvit.train.losses import distillation_loss, hard_distillation_loss, task_loss
-from spvit.train.optimizers import optimizers
+from spvit.train.optimizers import load_tensors, optimizers, tensors_of
+from spvit.train.processes import processes
 from spvit.train.progress import PhaseProgress
+from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig, check_settings
 from spvit.train.teacher import open_teacher
 
-METRICS = "metrics.jsonl"
-STATE = "state"
+
+@dataclass(frozen=True)
+class Run:
+    """What the phases of a run share."""
+
+    images: Images
+    folder: RunFolder
+    config: LoopConfig
+    progress: PhaseProgress = field(default_factory=PhaseProgress)
 
 
 @dataclass
@@ -49,7 +54,7 @@ class Phase:
     config: PhaseConfig
     budget: BudgetLoss | None = None
     teacher: nn.Module | None = None
-    """Who teaches when the settings name nobody."""
+    """The teacher of distillation; when absent the one that the settings name is opened."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +72,16 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator) -> Evaluation:
+def evaluate(
+    model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator, precision: str = "fp32"
+) -> Evaluation:
     """Return a model's figures over a loader, across all processes. The model's training flag survives."""
     was_training = model.training
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)
     for images, targets in loader:
-        logits = logits_of(model(images)).float()
+        with autocast(accelerator.device, precision):
+            logits = logits_of(model(images)).float()
         losses = nn.functional.cross_entropy(logits, targets, reduction="none", ignore_index=UNREAD)
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         read = (targets != UNREAD).float()
@@ -85,13 +93,16 @@ def evaluate(model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator
     return Evaluation(first / count, five / count, loss / count, int(count))
 
 
-def make_accelerator(config: LoopConfig) -> Accelerator:
+def make_accelerator() -> Accelerator:
     """Return the Accelerator of a run: any device, any number of processes."""
-    if config.precision not in ("fp32", "bf16"):
-        raise DataError(f"precision is {config.precision!r}, expected fp32 or bf16")
-    # Accelerate keeps one precision a process; a later run in the same process may ask for another.
-    AcceleratorState._reset_state(reset_partial_state=False)
-    return Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+    processes()
+    # Accelerate keeps one precision a process, but a later run may ask for another: autocast is ours.
+    return Accelerator(mixed_precision="no")
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context of a forward pass: `fp32` as it is, `bf16` in mixed precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def prepared_loader(images: Images, accelerator: Accelerator) -> Any:
@@ -103,68 +114,51 @@ def prepared_loader(images: Images, accelerator: Accelerator) -> Any:
     return prepare_data_loader(loader, accelerator.device, 1, 0, put_on_device=True)
 
 
-def run_phase(
-    phase: Phase, images: Images, folder: Path, config: LoopConfig, progress: PhaseProgress | None = None
-) -> Evaluation:
-    """Train a phase's model in place, from the last saved state if the run folder has one; return its final figures.
-
-    Args:
-        phase: what to train.
-        images: the training and validation images.
-        folder: the run folder; gets metrics.jsonl and state/PHASE/epoch-NNNN.
-        config: settings of the run.
-        progress: where to show progress; None is silent.
+def run_phase(phase: Phase, run: Run) -> Evaluation:
+    """Train a phase's model in place, from the last saved state if the folder has one; return its final figures.
 
     Raises:
         RunError: the loss is not finite; the last saved state stays.
-        DataError: an image cannot be read.
+        DataError: a setting is out of range, or an image cannot be read.
     """
-    return Loop(phase, images, folder, config, progress or PhaseProgress(None)).run()
+    return Loop(phase, run).run()
 
 
 class Loop:
     """A phase under way: its parts on their devices, and one step after another."""
 
-    def __init__(self, phase: Phase, images: Images, folder: Path, config: LoopConfig, progress: PhaseProgress) -> None:
+    def __init__(self, phase: Phase, run: Run) -> None:
         check_settings(phase.config)
-        self.phase, self.settings, self.config, self.progress = phase, phase.config, config, progress
-        self.folder = folder
-        self.accelerator = make_accelerator(config)
-        self.mixup = mixup_of(images.config, len(images.classes), phase.config.label_smoothing)
-        self.train = prepared_loader(images, self.accelerator)
+        self.phase, self.settings = phase, phase.config
+        self.folder, self.config, self.progress = run.folder, run.config, run.progress
+        self.accelerator = make_accelerator()
+        self.mixup = mixup_of(run.images.config, len(run.images.classes), phase.config.label_smoothing)
+        self.train = prepared_loader(run.images, self.accelerator)
         self.total = max(1, phase.config.epochs * len(self.train))
         weights, gates = optimizers(phase.model, phase.config, phase.budget is not None, self.total)
-        parts = [phase.model, validation_loader(images), weights] + ([gates] if gates is not None else [])
-        self.model, self.validation, self.weights, *rest = self.accelerator.prepare(*parts)
-        self.gates = rest[0] if rest else None
-        self.teacher = self._teacher(images)
-        self.batch = images.config.batch_size * self.accelerator.num_processes
-        reference = phase.config.reference_batch
-        self.scale = self.batch / reference if reference else 1.0
-        self.average: Any = self._averaged() if phase.config.averaging_epochs > 0 else None
-        self.best = BestWeights(self.states) if phase.config.keep_best else None
+        prepare = self.accelerator.prepare
+        self.model, self.validation, self.weights = prepare(phase.model, validation_loader(run.images), weights)
+        self.gates = prepare(gates) if gates is not None else None
+        teacher = phase.teacher if phase.config.distillation > 0 else None
+        if teacher is None and phase.config.teacher is not None:
+            teacher = open_teacher(phase.config.teacher, run.images)
+        if teacher is None and phase.config.distillation > 0:
+            raise DataError(
+                f"{phase.name}.distillation is {phase.config.distillation}, but there is no teacher; name a teacher "
+                f"with --{phase.name}.teacher, or leave distillation out"
+            )
+        self.teacher = teacher.to(self.accelerator.device).eval() if teacher is not None else None
+        self.batch = run.images.config.batch_size * self.accelerator.num_processes
+        self.scale = self.batch / phase.config.reference_batch if phase.config.reference_batch else 1.0
+        self.average: Any = None
+        if phase.config.averaging_epochs > 0:
+            # After so many epochs as the average reaches back, 1/e of it is left of where it started.
+            decay = math.exp(-1 / (phase.config.averaging_epochs * len(self.train)))
+            self.average = ModelEmaV3(self._plain(), decay=decay)
 
-    @property
-    def states(self) -> Path:
-        """Folder of the phase's saved states."""
-        return self.folder / STATE / self.phase.name
-
-    def _teacher(self, images: Images) -> nn.Module | None:
-        name = self.settings.teacher
-        teacher = open_teacher(name, images) if name is not None else self.phase.teacher
-        return teacher.to(self.accelerator.device).eval() if teacher is not None else None
-
-    def _averaged(self) -> Any:
-        """Return timm's running average of the weights, which is saved and restored with the rest of the state.
-
-        After so many epochs as it reaches back, 1/e of it is left of where it started.
-        """
-        from timm.utils import ModelEmaV3
-
-        plain = self.accelerator.unwrap_model(self.model)
-        average = ModelEmaV3(plain, decay=math.exp(-1 / (self.settings.averaging_epochs * len(self.train))))
-        self.accelerator.register_for_checkpointing(average)
-        return average
+    def _plain(self) -> nn.Module:
+        plain: nn.Module = self.accelerator.unwrap_model(self.model)
+        return plain
 
     def _judged(self) -> nn.Module:
         """Return the model that is evaluated, and whose weights are kept: the average if there is one."""
@@ -174,11 +168,10 @@ class Loop:
         """Train from the last saved state to the end and return the final figures."""
         done, figures = self._resume()
         epochs = self.settings.epochs
-        if done == 0 and self.best is not None:
+        if done == 0 and self.settings.keep_best:
             figures = self._evaluate()
             self._offer(0, figures)
-        self.progress.start(self.phase.name, epochs * len(self.train), done * len(self.train))
-        try:
+        with self.progress.bar(self.phase.name, epochs * len(self.train), done * len(self.train)):
             for epoch in range(done, epochs):
                 self._epoch(epoch)
                 figures = self._evaluate()
@@ -188,32 +181,35 @@ class Loop:
                 self._save(epoch + 1, figures)
                 self.progress.stand(standing)
                 self.progress.epoch(epoch + 1, epochs, figures.accuracy)
-        finally:
-            # A bar left running would hide the terminal's cursor under the message of what went wrong.
-            self.progress.stop()
         if figures is None:
             figures = self._evaluate()
-        plain = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        plain = self._plain()
         if self.average is not None:
             plain.load_state_dict(self.average.module.state_dict())
-        if self.best is not None and (best := self.best.figures()) and best["accuracy"] > figures.accuracy:
-            plain.load_state_dict(self.best.weights())
-            figures = evaluate(plain, self.validation, self.accelerator)
+        best = self.folder.best(self.phase.name) if self.settings.keep_best else None
+        if best is not None and best["accuracy"] > figures.accuracy:
+            fit_state(plain, self.folder.best_weights(self.phase.name), "of the best weights")
+            figures = evaluate(plain, self.validation, self.accelerator, self.config.precision)
             which = f"epoch {best['epoch']}" if best["epoch"] > 0 else "what it started from"
             self.progress.note(f"{self.phase.name}: {which} was the best on the validation images and is kept")
         self.accelerator.free_memory()
         return figures
 
     def _evaluate(self) -> Evaluation:
-        return evaluate(self._judged(), self.validation, self.accelerator)
+        return evaluate(self._judged(), self.validation, self.accelerator, self.config.precision)
 
     def _offer(self, epoch: int, figures: Evaluation) -> None:
-        if self.best is not None and self.accelerator.is_main_process:
-            self.best.offer(epoch, figures.accuracy, self.accelerator.unwrap_model(self._judged()))
+        if self.settings.keep_best and self.accelerator.is_main_process:
+            judged = self.accelerator.unwrap_model(self._judged())
+            self.folder.offer_best(self.phase.name, epoch, figures.accuracy, judged)
+        self.accelerator.wait_for_everyone()
 
     def _epoch(self, epoch: int) -> None:
-        # Several processes share the generator of their images' order; what else is drawn differs by process.
-        seed = _epoch_seed(self.config.seed, self.phase.name, epoch)
+        # All processes draw the images' order alike, what else is drawn differs by process. Nothing that was drawn
+        # before counts, so a state holds no random numbers.
+        letters = sum(map(ord, self.phase.name))
+        seed = (self.config.seed * 1_000_003 + letters * 10_007 + epoch * 101) % 2**31
+        set_seed(seed)
         self.train.set_epoch(seed)
         shared = getattr(self.train, "synchronized_generator", None)
         if shared is not None:
@@ -226,10 +222,9 @@ class Loop:
             step = epoch * len(self.train) + index
             learning_rate = self._set_learning_rates(step)
             values = self.step(images, targets, epoch, step, learning_rate)
-            self.progress.advance(values["loss"], values)
+            self.progress.step(values)
             if (step + 1) % self.config.log_every == 0 or index + 1 == len(self.train):
-                seconds = time.perf_counter() - started
-                rate = self.batch * (index + 1) / seconds
+                rate = self.batch * (index + 1) / (time.perf_counter() - started)
                 standing = self._standing()
                 self.progress.stand(standing)
                 self._record({"event": "step", "epoch": epoch + 1, "step": step + 1, **values, **standing,
@@ -240,7 +235,8 @@ class Loop:
         labels = targets
         if self.mixup is not None and len(images) % 2 == 0:
             images, labels = self.mixup(images, targets)
-        logits = logits_of(self.model(images))
+        with autocast(self.accelerator.device, self.config.precision):
+            logits = logits_of(self.model(images)).float()
         loss = task_loss(logits, labels, self.settings.label_smoothing)
         if self.teacher is not None:
             agreement = self._agreement(logits, images)
@@ -264,13 +260,13 @@ class Loop:
                 optimizer.step()
                 optimizer.zero_grad()
         if self.average is not None:
-            self.average.update(self.accelerator.unwrap_model(self.model))
+            self.average.update(self._plain())
         return figures
 
     def _agreement(self, logits: Tensor, images: Tensor) -> Tensor:
         """Return how far the student's logits are from what the teacher makes of the same images, a scalar."""
         assert self.teacher is not None
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), autocast(self.accelerator.device, self.config.precision):
             guidance = logits_of(self.teacher(images)).float()
         if self.settings.distillation_kind == "hard":
             return hard_distillation_loss(logits, guidance)
@@ -282,11 +278,9 @@ class Loop:
         return min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
 
     def _set_learning_rates(self, step: int) -> float:
-        settings = self.settings
-        warmup = int(settings.warmup_epochs * len(self.train))
-        rate = self.scale * learning_rate_at(
-            step, self.total, warmup, settings.learning_rate, settings.minimum_learning_rate
-        )
+        peak, minimum = self.settings.learning_rate, self.settings.minimum_learning_rate
+        warmup = int(self.settings.warmup_epochs * len(self.train))
+        rate = self.scale * learning_rate_at(step, self.total, warmup, peak, minimum)
         for group in self.weights.param_groups:
             group["lr"] = rate
         return rate
@@ -307,63 +301,43 @@ class Loop:
 
     def _record(self, values: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"phase": self.phase.name, **values}) + "\n")
+            self.folder.record(self.phase.name, values)
+
+    def _parts(self) -> dict[str, Any]:
+        """Return what a state holds: the models and optimizers, by name."""
+        average = self.average.module if self.average is not None else None
+        parts = {"model": self._plain(), "average": average, "weights": self.weights, "gates": self.gates}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def _save(self, epoch: int, figures: Evaluation) -> None:
-        accelerator, final = self.accelerator, self.states / f"epoch-{epoch:04d}"
-        partial = self.states / f".partial-{epoch:04d}"
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial))
-        accelerator.wait_for_everyone()
-        if not accelerator.is_main_process:
-            return
-        write_text(partial / "figures.json", json.dumps(vars(figures)))
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        for old in self.states.glob("epoch-*"):
-            if old.name < final.name:
-                shutil.rmtree(old)
+        if self.accelerator.is_main_process:
+            found = {name: tensors_of(part) for name, part in self._parts().items()}
+            tensors = {f"{name}.{key}": value for name, own in found.items() for key, value in own.items()}
+            self.folder.save_state(self.phase.name, epoch, tensors, vars(figures))
+        self.accelerator.wait_for_everyone()
 
     def _resume(self) -> tuple[int, Evaluation | None]:
         """Load the last saved state, if any; return the epochs done and the figures then."""
-        found = sorted(self.states.glob("epoch-*"))
-        if not found:
-            self._rewind_metrics(0)
+        done, tensors, figures = self.folder.read_state(self.phase.name)
+        if self.accelerator.is_main_process:
+            self.folder.rewind(self.phase.name, done)
+        if done == 0:
             return 0, None
-        done = int(found[-1].name.removeprefix("epoch-"))
-        self.accelerator.load_state(str(found[-1]))
-        self._rewind_metrics(done)
-        figures = Evaluation(**json.loads((found[-1] / "figures.json").read_text(encoding="utf-8")))
-        return done, figures
-
-    def _rewind_metrics(self, done: int) -> None:
-        """Drop the lines of an epoch that a kill cut short; it is run again."""
-        path = self.folder / METRICS
-        if not self.accelerator.is_main_process or not path.exists():
-            return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                values = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # a kill can cut the last line short
-            if values["phase"] != self.phase.name or values["epoch"] <= done:
-                kept.append(line)
-        write_text(path, "".join(line + "\n" for line in kept))
+        for name, part in self._parts().items():
+            prefix = f"{name}."
+            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            load_tensors(part, own, f"of epoch {done} of {self.phase.name}")
+        return done, Evaluation(**figures)
 
     def _stop_diverged(self, loss: float, epoch: int, step: int, learning_rate: float) -> None:
         standing = ""
-        if self.phase.budget is not None:
+        if self.gates is not None:
             logits = torch.cat([parameter.detach().flatten() for parameter in gate_parameters(self.phase.model)])
             kinds = ", ".join(f"{count} {kind}" for kind, count in self._standing()["kinds"].items())
             gates = f"gate logits {logits.min().item():.3g} to {logits.max().item():.3g}"
-            assert self.gates is not None
-            rate = self.gates.param_groups[0]["lr"]
-            standing = f", attention {kinds}, {gates}, gate learning rate {rate:.3g}"
-        saved = sorted(self.states.glob("epoch-*"))
-        kept = f"the last good state is {saved[-1]}" if saved else "no epoch was finished yet"
+            standing = f", attention {kinds}, {gates}, gate learning rate {self.gates.param_groups[0]['lr']:.3g}"
+        saved = self.folder.newest_state(self.phase.name)
+        kept = f"the last good state is {saved}" if saved else "no epoch was finished yet"
         raise RunError(
             f"the loss became {loss} at step {step + 1} of {self.phase.name} (epoch {epoch + 1}): learning rate "
             f"{learning_rate:.3g}{standing}; {kept}; lower --{self.phase.name}.learning_rate and continue with --resume"
@@ -377,7 +351,3 @@ def learning_rate_at(step: int, total: int, warmup: int, peak: float, minimum: f
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
     return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def _epoch_seed(seed: int, phase: str, epoch: int) -> int:
-    return (seed * 1_000_003 + sum(ord(letter) for letter in phase) * 10_007 + epoch * 101) % 2**31

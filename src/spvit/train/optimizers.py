@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+from typing import Any
+
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from spvit.checkpoint import fit_state, plain_state
+from spvit.models import undecayed
 from spvit.search.network import gate_parameters
 from spvit.train.settings import PhaseConfig
 
@@ -23,22 +29,36 @@ def optimizers(model: nn.Module, settings: PhaseConfig, gated: bool, steps: int)
     """
     gates = gate_parameters(model) if gated else []
     own = {id(parameter) for parameter in gates}
-    exempt: set[str] = getattr(model, "no_weight_decay", set)()
-    names = {"bias", "position_embeddings", "cls_token", "mask_token"} | {name.split(".")[-1] for name in exempt}
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in own:
-            groups[parameter.dim() > 1 and name.split(".")[-1] not in names].append(parameter)
-    weights = AdamW(
-        [
-            {"params": groups[True], "weight_decay": settings.weight_decay},
-            {"params": groups[False], "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-    )
+    groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=undecayed(model))
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+    weights = AdamW(groups, lr=settings.learning_rate)
     if not gates:
         return weights, None
     return weights, AdamW(gates, lr=gate_learning_rate(settings, steps), weight_decay=0.0)
+
+
+def tensors_of(part: nn.Module | Optimizer) -> dict[str, Tensor]:
+    """Return a model's weights, or an optimizer's moments and steps under `INDEX.NAME`, on the CPU.
+
+    An optimizer's other settings are those of the phase.
+    """
+    if isinstance(part, nn.Module):
+        return plain_state(part)
+    states: dict[int, dict[str, Tensor]] = part.state_dict()["state"]
+    return {f"{index}.{name}": value.cpu() for index, state in states.items() for name, value in state.items()}
+
+
+def load_tensors(part: nn.Module | Optimizer, tensors: Mapping[str, Tensor], name: str) -> None:
+    """Put back what `tensors_of` returned. Raises CheckpointError when it does not fit; `name` is for the message."""
+    if isinstance(part, nn.Module):
+        fit_state(part, tensors, name)
+        return
+    states: dict[int, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        index, _, own = key.partition(".")
+        states.setdefault(int(index), {})[own] = value
+    part.load_state_dict({"state": states, "param_groups": part.state_dict()["param_groups"]})
 
 
 def gate_learning_rate(settings: PhaseConfig, steps: int) -> float:

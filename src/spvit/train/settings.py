@@ -1,4 +1,4 @@
-"""What a run and its phases can be told; the attribute docstrings are the command line's help."""
+"""Settings of a run and its phases; the attribute docstrings are the command line's help."""
 
 import math
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ class LoopConfig:
         """Raise DataError when a value is out of range."""
         if not 0 <= self.seed < LARGEST_SEED:
             raise DataError(f"seed is {self.seed}, expected 0 or more, below {LARGEST_SEED}")
+        if self.precision not in ("fp32", "bf16"):
+            raise DataError(f"precision is {self.precision!r}, expected fp32 or bf16")
         if self.log_every < 1:
             raise DataError(f"log_every is {self.log_every}, expected 1 or more")
 
@@ -34,11 +36,11 @@ class PhaseConfig:
     """Settings of one phase of training."""
 
     epochs: int = 10
-    """Passes over the training images."""
+    """Passes over the training images; 0 leaves the phase out."""
     learning_rate: float = 5e-4
     """Peak learning rate of the weights (AdamW)."""
     minimum_learning_rate: float = 1e-5
-    """Learning rate at the end of the cosine schedule, at most the peak: the same for a constant rate."""
+    """Learning rate at the end of the cosine schedule; equal to the peak for a constant rate."""
     warmup_epochs: float = 0.5
     """Epochs in which the learning rate rises from zero."""
     reference_batch: int = 0
@@ -50,19 +52,18 @@ class PhaseConfig:
     clip_gradient: float = 1.0
     """Largest gradient norm of the weights, 0 for no clipping."""
     distillation: float = 0.0
-    """Share of the loss, 0 to 1, that is agreement with the teacher's outputs (DeiT: 0.5)."""
+    """Share of the loss, 0 to 1, that compares with the teacher's outputs (DeiT: 0.5)."""
     distillation_kind: str = "soft"
     """`soft`, the divergence from the teacher's outputs, or `hard`, the cross entropy with its first guess."""
     distillation_temperature: float = 1.0
     """Temperature of soft distillation."""
     teacher: str | None = None
-    """Who teaches: any timm model, hf:NAME or a folder that spvit wrote, of the same classes. It gets the images
+    """The teacher: any timm model, hf:NAME or a folder that spvit wrote, with the same classes. Its images are
     normalised as its own, and resized when its input size is fixed. When absent, the dense model teaches."""
     averaging_epochs: float = 0.0
-    """Epochs that a running average of the weights reaches back, from the weights that the phase starts with on; the
-    average takes their place in the end. 0 for no average."""
+    """Epochs that a running average of the weights reaches back; the average becomes the result. 0 for no average."""
     keep_best: bool = False
-    """Whether to end with the best weights by validation accuracy, those from before the phase among them."""
+    """Keep the weights with the best validation accuracy, including those from before the phase."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +74,13 @@ class SearchConfig(PhaseConfig):
     """Constant learning rate of the gate logits (an AdamW of their own, without decay). When absent, such that rate x
     steps is 12.5 as in the published DeiT search, but at most 0.05."""
     # A weight that is whole from the start closes gates by the dozen before the task has said which it needs
-    # (docs/benchmarks.md, "Settings of a search").
+    # (docs/experiments/search-settings.md).
     budget_weight: float = 2 * BUDGET_WEIGHT
-    """Weight of the budget loss against the relative cost (lambda), when it has risen."""
+    """Weight of the budget loss (lambda, on the relative cost) after its warm-up."""
     budget_warmup: float = 1.0
-    """Share of the search, 0 to 1, in which the weight of the budget loss rises from zero in a straight line."""
+    """Share of the search, 0 to 1, in which the weight of the budget loss rises linearly from zero."""
     gate_logit: float = 1.5
-    """Where the gate logits start (theta)."""
+    """Initial gate logits (theta)."""
     temperature: float | None = None
     """Temperature of the published head mix (alpha); the family's own when absent."""
 

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from test_cli import refused, run
 from torch import Tensor
 
 import spvit
+from command import refused, run
+from golden import golden, make_layer, needs_golden
 from published_files import (
     DEIT,
     MLP,
@@ -28,15 +29,13 @@ from published_files import (
     swin_logits,
     swin_state,
 )
-from spvit.architecture import architectures
 from spvit.checkpoint import Preprocessing, describe
 from spvit.cli.convert import indicated_architecture, model_name, read_published, rebuild
 from spvit.cost import count_params
 from spvit.errors import CheckpointError
 from spvit.models import ModelConfig, open_model
 from spvit.surgery import pruned_record
-from test_checkpoint import Harmful
-from test_golden import golden, make_layer, needs_golden
+from spvit.zoo import architectures
 from tiny import CLASSES, assert_close, assert_differ, images, logits
 
 UNFOLDED = ("conv3", "conv1", "skip", "msa")
@@ -314,7 +313,7 @@ def test_convert_writes_a_model_that_loads(capsys, family: str, tmp_path: Path) 
     assert "7 classes" in text
     assert "attention: 1 msa, 1 conv3, 1 conv1, 1 skip; skip adds: normalised_input" in text
     assert "FFN units: 24/72, 24/72" in text
-    assert "does not say which FFN units it kept" in text
+    assert "does not list which FFN units it kept" in text
     assert f'load("{out}")' in text
     assert sorted(file.name for file in out.iterdir()) == ["model.json", "model.safetensors"]
     assert describe(out).preprocessing == Preprocessing()
@@ -325,14 +324,14 @@ def test_convert_writes_a_model_that_loads(capsys, family: str, tmp_path: Path) 
     ffn = str(indicators(tmp_path / "ffn.pth", kept))
     code, text, _ = run(capsys, "convert", str(path), str(tmp_path / "b"), *MICRO[family], "--indicators", ffn)
     assert code == 0
-    assert "does not say" not in text
+    assert "does not list" not in text
     assert describe(tmp_path / "b").architecture.blocks[1].ffn.units[:2] == (1, 4)
 
     dense = str(write(tmp_path / "dense.pth", make(("dense",) * 4)))
     code, text, _ = run(capsys, "convert", dense, str(tmp_path / "c"), *MICRO[family], "--indicators", ffn)
     assert code == 0
     assert f"dense {name} checkpoint" in text
-    assert "says nothing of attention, so all of it stays" in text
+    assert "lists no attention layers, so all of them stay" in text
     assert describe(tmp_path / "c").architecture.widths() == (24, 24, *(len(v) // 3 for v in list(kept.values())[2:]))
 
 
@@ -343,7 +342,7 @@ def test_convert_of_an_indicator_file_writes_an_architecture(capsys, tmp_path: P
         code, text, problems = run(capsys, "convert", path, str(tmp_path / name), *options)
         assert (code, problems) == (0, "")
         assert f"{path}: published FFN indicator file, DeiT layout" in text
-        assert "all of it stays" in text
+        assert "all of them stay" in text
         assert [file.name for file in (tmp_path / name).iterdir()] == ["architecture.json"]
         found = spvit.Architecture.load(tmp_path / name / "architecture.json")
         assert found.kinds() == ("msa",) * 4
@@ -365,6 +364,13 @@ def test_convert_tells_deit_tiny_by_its_shapes(capsys, tmp_path: Path) -> None:
     assert "attention as in the published architecture of these widths, spvit_deit_tiny_patch16_224" in text
     assert describe(tmp_path / "out").architecture == known
     assert count_params(spvit.load(tmp_path / "out")) < count_params(model)
+
+
+class Harmful:
+    """Runs code when it is unpickled, unless only weights are read."""
+
+    def __reduce__(self) -> Any:
+        return (pytest.fail, ("a pickle was run",))
 
 
 def without(state: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
@@ -410,7 +416,7 @@ SEARCHED = {"blocks.1.attn.kernel_thresholds": torch.ones(3), "blocks.1.attn.bn_
         (
             FOLDED,
             lambda state: without(state, "blocks.1.attn.bconv.1"),
-            r"does not fit: the model's blocks\.1\.attn\.bn\.weight \[8\] is missing there",
+            r"does not fit: blocks\.1\.attn\.bn\.weight is missing there, but \[8\]",
         ),
         (
             UNFOLDED,
@@ -468,7 +474,7 @@ def test_swin_of_another_window_or_depth_is_refused(tmp_path: Path) -> None:
         model_args={**SWIN, "depths": (2, 1), "num_classes": CLASSES},
         checkpoint=published.path,
     )
-    with pytest.raises(CheckpointError, match=r"blocks\.1\.attn\.relative.* there, but the model has none"):
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.attn\.relative.* there, but missing in the model"):
         open_model(shallow)
     with pytest.raises(CheckpointError, match=r"has width 24 and \[2, 2\] blocks, expected a Swin of a known size"):
         model_name(published)
@@ -525,7 +531,7 @@ def test_weights_and_indicators_are_not_taken_for_each_other(tmp_path: Path) -> 
         ("width 24 and [4] blocks, expected a DeiT of a known size (tiny: 192 and [12], ", "DEIT OUT"),
         ("blocks.0 to blocks.3, but this VisionTransformer has 12, blocks.0", "DEIT OUT --model deit_tiny_patch16_224"),
         ("(model deit_tiny_patch16_224)", "DEIT OUT --model deit_tiny_patch16_224"),
-        ("(model deit_tiny_patch16_224, told by its shapes; --model names another)", "LARGE OUT"),
+        ("(model deit_tiny_patch16_224, determined by its shapes; --model names another)", "LARGE OUT"),
         ("is [1, 577, 192] there, but [1, 197, 192] in the model", "LARGE OUT"),
         ("is neither a timm model nor", "DEIT OUT --model deit_huge"),
         (

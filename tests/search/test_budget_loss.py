@@ -1,22 +1,19 @@
-"""The loss terms: the budget against the specification, the task, and distillation."""
+"""The budget as a loss term, against the specification and beside the other terms."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 import reference
 import spvit
+from spvit.architecture import Attention
 from spvit.errors import BudgetError, NotSearchableError
-from spvit.surgery import gated_layers, search_record
-from spvit.train.losses import BUDGET_WEIGHT, distillation_loss, task_loss
+from spvit.search.budget_loss import BUDGET_WEIGHT
+from spvit.search.network import gated_layers, search_record
+from spvit.train.losses import distillation_loss, task_loss
 from tiny import MIXED, assert_close, choose, images, logits, make_host, make_net
-
-
-def _normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("weight", [None, 3.0])
@@ -29,10 +26,11 @@ def test_budget_loss_is_the_formula(metric: str, weight: float | None) -> None:
 
     cost = search_record(net).costs[metric]
     block = cost.blocks[0]
+    kinds = (block.attention(Attention(kind)) for kind in ("msa", "conv3", "conv1"))
     layers = gated_layers(net)
     attention = [layer.gate_logits.detach().double().requires_grad_() for layer, _ in layers]
     ffn = [layer.gate_logits.detach().double().requires_grad_() for _, layer in layers]
-    expected = reference.expected_cost(attention, ffn, cost.fixed, block.msa, block.conv3, block.conv1, block.unit)
+    expected = reference.expected_cost(attention, ffn, cost.fixed, *kinds, block.unit)
     naive = (BUDGET_WEIGHT if weight is None else weight) * (
         expected / cost.dense - round(0.7 * cost.dense) / cost.dense
     ) ** 2
@@ -93,32 +91,6 @@ def test_budget_loss_refuses_what_has_no_gates_and_budgets_it_cannot_meet() -> N
         spvit.BudgetLoss(net, macs="1T")
     with pytest.raises(BudgetError, match="malformed"):
         spvit.BudgetLoss(net, params="half")
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_task_loss_with_class_indices(smoothing: float) -> None:
-    scores, targets = _normal(5, 7, seed=0), torch.tensor([0, 6, 3, 3, 1])
-    log_probabilities = torch.log_softmax(scores, dim=1)
-    wanted = (1 - smoothing) * F.one_hot(targets, 7).double() + smoothing / 7
-    assert_close(task_loss(scores, targets, smoothing), -(wanted * log_probabilities).sum(1).mean())
-
-
-def test_task_loss_with_soft_targets_smooths_no_more() -> None:
-    scores, targets = _normal(5, 7, seed=0), torch.softmax(_normal(5, 7, seed=1), dim=1)
-    expected = -(targets * torch.log_softmax(scores, dim=1)).sum(1).mean()
-    assert_close(task_loss(scores, targets, 0.1), expected)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_distillation_loss_is_the_divergence_at_a_temperature(temperature: float) -> None:
-    student, teacher = _normal(5, 7, seed=0).requires_grad_(), _normal(5, 7, seed=1)
-    p = torch.softmax(teacher / temperature, dim=1)
-    q = torch.softmax(student / temperature, dim=1)
-    loss = distillation_loss(student, teacher, temperature)
-    assert_close(loss.detach(), (temperature**2 * (p * (p / q).log()).sum(1).mean()).detach())
-    loss.backward()
-    assert_close(student.grad, temperature * (q - p).detach() / 5)
-    assert distillation_loss(teacher, teacher, temperature).abs() < 1e-12
 
 
 def test_a_step_with_all_terms_moves_every_parameter() -> None:

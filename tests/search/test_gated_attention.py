@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import copy
 import itertools
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 import reference
 import spvit
+from layers import DIM, DOUBLE, HEADS, gate, make_attention, make_layer, observe, tokens
 from spvit.architecture import KINDS
-from spvit.gated_linear import GatedLinear
-from spvit.hosts import family_of_library
-from spvit.pruned import Grid
-from spvit.searchable import SearchableAttention, candidate_mixture, gate_sensitivity
-from spvit.surgery import gated_layers
+from spvit.search.gated_attention import candidate_mixture, gate_sensitivity
+from spvit.search.network import gated_layers
 from tiny import (
+    HOSTS,
     MIXED,
+    ONE_A_FAMILY,
     assert_all_close,
     assert_close,
     assert_differ,
@@ -33,48 +31,7 @@ from tiny import (
     randomise,
 )
 
-DIM, HEADS, GRID = 24, 3, (3, 4)
 PATTERNS = list(itertools.product([False, True], repeat=3))
-DOUBLE = torch.float64
-
-
-def _attention(library: str, bias: bool) -> nn.Module:
-    if library == "timm":
-        from timm.layers import Attention
-
-        return Attention(DIM, HEADS, qkv_bias=bias, proj_bias=bias)
-    vit = pytest.importorskip("transformers.models.vit.modeling_vit")
-    config = vit.ViTConfig(hidden_size=DIM, num_attention_heads=HEADS, qkv_bias=bias, attn_implementation="sdpa")
-    return vit.ViTAttention(config)
-
-
-def make_layer(library: str = "timm", bias: bool = True, prefix_tokens: int = 1) -> SearchableAttention:
-    """Return a randomised gated attention layer in training mode, in double precision."""
-    layer = SearchableAttention(
-        _attention(library, bias),
-        family_of_library({"timm": "timm", "huggingface": "transformers"}[library]).access,
-        prefix_tokens=prefix_tokens,
-        grid=Grid(*GRID),
-        temperature=0.01,
-    )
-    return randomise(layer).to(DOUBLE).train()
-
-
-def tokens(prefix_tokens: int = 1, batch: int = 2) -> Tensor:
-    """Return random normalised tokens that need a gradient."""
-    generator = torch.Generator().manual_seed(3)
-    shape = (batch, prefix_tokens + GRID[0] * GRID[1], DIM)
-    return torch.randn(shape, generator=generator, dtype=DOUBLE).requires_grad_()
-
-
-def observe(layer: nn.Module, x: Tensor, *args: Any) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Return output, gradients (of x too) and buffers after a forward and backward pass."""
-    out = layer(x, *args)
-    out = out[0] if isinstance(out, tuple) else out
-    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(4), dtype=DOUBLE)).sum().backward()
-    gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
-    buffers = {name: buffer.clone() for name, buffer in layer.named_buffers() if "num_batches" not in name}
-    return out.detach(), {"x": x.grad, **gradients}, buffers
 
 
 @pytest.mark.parametrize("bits", PATTERNS)
@@ -188,7 +145,7 @@ def test_the_grid_must_fit_the_tokens() -> None:
         layer.train(training)
         with torch.no_grad():
             layer.gate_logits.fill_(-1).neg_() if training else layer.gate_logits.copy_(torch.tensor([1.0, -1, 1]))
-        with pytest.raises(ValueError, match="got 12 tokens, expected 1 prefix tokens and a grid of 3 x 4"):
+        with pytest.raises(ValueError, match="got 11 grid tokens, expected a grid of 3 x 4; call the whole model"):
             layer(tokens()[:, 1:])
 
 
@@ -203,24 +160,6 @@ def test_mixture_and_sensitivity_follow_the_formula(bits: tuple[bool, ...]) -> N
         (gradient,) = torch.autograd.grad(expected[column], gates, retain_graph=True, allow_unused=True)
         found = [row[column] for row in gate_sensitivity(bits)]
         assert found == ([0.0] * 3 if gradient is None else gradient.tolist())
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-def test_gated_linear_equals_the_reference(bias: bool, training: bool) -> None:
-    layer = randomise(GatedLinear(nn.Linear(16, 6, bias=bias))).to(DOUBLE).train(training)
-    uniforms = torch.rand(16, generator=torch.Generator().manual_seed(2), dtype=DOUBLE) if training else None
-    layer.draws.fix_uniforms(uniforms)
-    hidden = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
-    twin = reference.install(copy.deepcopy(layer), uniforms)
-    out, gradients, _ = observe(layer, hidden.clone().requires_grad_())
-    expected_out, expected_gradients, _ = observe(twin, hidden.clone().requires_grad_())
-    assert_close(out, expected_out)
-    if not training:  # a threshold has no gradient
-        assert gradients.pop("gate_logits") is None
-        assert expected_gradients.pop("gate_logits") is None
-    assert_all_close(gradients, expected_gradients)
-    assert 0 < (layer.linear.weight.grad == 0).all(dim=0).sum() < 16
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -253,6 +192,13 @@ def test_a_whole_network_learns_as_the_reference_does(name: str, size: tuple[int
             assert_close(own, other)
 
 
+@pytest.mark.parametrize("name", [name for name in HOSTS if name != "options"])  # whose norms the reference leaves out
+def test_a_whole_network_answers_as_the_reference_does(name: str) -> None:
+    host, net = make_net(name, ("msa", "conv3", "conv3", "msa"))
+    x = images(host)
+    assert_close(logits(net, x), logits(reference.install(copy.deepcopy(net), None), x))
+
+
 @pytest.mark.parametrize("bits", [(True, True, True), (True, True, False), (True, False, False)])
 @pytest.mark.parametrize("batch", [1, 5, 7])
 def test_batches_of_any_size_equal_the_reference(batch: int, bits: tuple[bool, ...]) -> None:
@@ -267,7 +213,7 @@ def test_batches_of_any_size_equal_the_reference(batch: int, bits: tuple[bool, .
 
 
 @pytest.mark.parametrize("kinds", [MIXED, ("msa",) * 4])
-@pytest.mark.parametrize("name", ["class_token", "huggingface"])
+@pytest.mark.parametrize("name", ONE_A_FAMILY)
 def test_bfloat16_autocast_stays_close_to_float32(name: str, kinds: tuple[str, ...]) -> None:
     host, net = make_net(name, dtype=torch.float32)
     net.train()
@@ -291,9 +237,7 @@ def test_bfloat16_autocast_stays_close_to_float32(name: str, kinds: tuple[str, .
 
 
 def test_layers_start_from_equal_heads_and_fresh_batch_norms() -> None:
-    layer = SearchableAttention(
-        _attention("timm", True), family_of_library("timm").access, prefix_tokens=1, grid=Grid(*GRID), temperature=0.01
-    )
+    layer = gate(make_attention("timm", True))
     assert (layer.head_logits == 1).all()
     assert layer.head_logits.shape == (HEADS, 9)
     assert layer.gate_logits.shape == (3,)
@@ -304,6 +248,7 @@ def test_layers_start_from_equal_heads_and_fresh_batch_norms() -> None:
 
 
 def test_temperature_is_the_family_s_unless_given() -> None:
+    assert {layer.temperature for layer, _ in gated_layers(make_net("swin")[1])} == {100.0}
     host, net = make_net("class_token")
     assert {layer.temperature for layer, _ in gated_layers(net)} == {0.01}
     warm = choose(randomise(spvit.make_searchable(host, temperature=1.0), seed=1), MIXED)

@@ -14,19 +14,17 @@ import reference
 import spvit
 from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.errors import ArchitectureError, CalibrationError
-from spvit.hosts import family_of
-from spvit.kernels import AttentionWeights, Projections
-from spvit.narrowing import (
+from spvit.hosts.host import Host
+from spvit.hosts.weights import AttentionWeights, read_weights
+from spvit.replacements.narrow import (
     LONGEST,
     low_rank_logits,
     narrow_blindly,
     narrow_heads,
-    narrow_queries_and_keys,
     narrow_values,
-    natural_out_weight,
     value_directions,
 )
-from tiny import ALIKE, assert_close, assert_differ, images, logits, make_host, randomise
+from tiny import assert_close, assert_differ, images, logits, make_host, randomise
 
 DOUBLE = torch.float64
 DIM, HEADS, WIDTH = 12, 3, 5
@@ -49,13 +47,29 @@ def moment(width: int, seed: int) -> Tensor:
     return factor @ factor.T + 0.1 * torch.eye(width, dtype=DOUBLE)
 
 
-def projections(bias: bool = True) -> Projections:
-    weights = randn(4, HEADS, WIDTH, DIM, seed=5)
-    biases = [*randn(3, HEADS, WIDTH, seed=6)] if bias else [None] * 3
-    shared = AttentionWeights(
-        weights[2], biases[2], weights[3].permute(2, 0, 1).contiguous(), randn(DIM) if bias else None
-    )
-    return Projections(weights[0], biases[0], weights[1], biases[1], shared, 0.7, 0.0, 0.0)
+def weights_of_layer(bias: bool = True) -> AttentionWeights:
+    query, key, value, out = randn(4, HEADS, WIDTH, DIM, seed=5)
+    query_bias, key_bias, value_bias = randn(3, HEADS, WIDTH, seed=6) if bias else [None] * 3
+    out_bias = randn(DIM) if bias else None
+    out_weight = out.permute(2, 0, 1).contiguous()
+    return AttentionWeights(query, query_bias, key, key_bias, value, value_bias, out_weight, out_bias)
+
+
+def one_head(out_weight: Tensor) -> AttentionWeights:
+    """Return weights of a layer with one head and this output projection [D, E]."""
+    projection = torch.eye(out_weight.shape[1], dtype=DOUBLE)[None]
+    return AttentionWeights(projection, None, projection, None, projection, None, out_weight[:, None], None)
+
+
+def directions_of(covariance: Tensor, out_weight: Tensor, rank: int) -> Tensor:
+    """Return the directions of a head's values that are kept, [V, E]."""
+    return value_directions(one_head(out_weight), covariance[None])[0, :rank]
+
+
+def predicting(covariance: Tensor, out_weight: Tensor, directions: Tensor) -> Tensor:
+    """Return the output projection [D, V] that best predicts a head's contribution from some directions."""
+    kept = Attention(value_rank=len(directions))
+    return narrow_values(one_head(out_weight), directions[None], kept, covariance[None])[0].out_weight[:, 0]
 
 
 def with_attention(*kept: Attention) -> Architecture:
@@ -105,9 +119,10 @@ def test_logits_of_singular_moments_stay_finite_and_right() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_narrow_queries_and_keys_are_folded_into_weights_and_biases(bias: bool) -> None:
-    layer, x = projections(bias), randn(40, DIM, seed=9)
+    layer, x = weights_of_layer(bias), randn(40, DIM, seed=9)
     augmented = torch.cat([x, torch.ones(40, 1)], dim=1)
-    query, query_bias, key, key_bias = narrow_queries_and_keys(layer, 2, augmented.T @ augmented / 40)
+    narrow = narrow_heads(layer, Attention(query_key_rank=2), augmented.T @ augmented / 40)
+    query, query_bias, key, key_bias = narrow.query_weight, narrow.query_bias, narrow.key_weight, narrow.key_bias
     assert query.shape == key.shape == (HEADS, 2, DIM)
     assert (query_bias is not None, key_bias is not None) == (bias, bias)
     zero = torch.zeros(HEADS, WIDTH, dtype=DOUBLE)
@@ -131,7 +146,7 @@ def value_loss(covariance: Tensor, out_weight: Tensor, directions: Tensor) -> fl
 @pytest.mark.parametrize("rank", range(1, WIDTH + 1))
 def test_value_directions_are_the_best_of_their_number(rank: int) -> None:
     covariance, out_weight = moment(WIDTH, 1), randn(DIM, WIDTH, seed=2)
-    directions = value_directions(covariance, out_weight, rank)
+    directions = directions_of(covariance, out_weight, rank)
     assert directions.shape == (rank, WIDTH)
     total = float((out_weight @ covariance @ out_weight.T).trace())
     loss = value_loss(covariance, out_weight, directions)
@@ -142,7 +157,7 @@ def test_value_directions_are_the_best_of_their_number(rank: int) -> None:
     variance = directions @ covariance @ directions.T  # uncorrelated, as large as what they replace
     level = covariance.diagonal().mean()
     assert (variance - level * torch.eye(rank)).abs().max() < 1e-5 * level
-    projection = natural_out_weight(covariance, out_weight, directions)
+    projection = predicting(covariance, out_weight, directions)
     kept = directions @ covariance
     assert_close(projection, torch.linalg.solve(kept @ directions.T, kept @ out_weight.T).T, scale=1e5)
     if rank == WIDTH:
@@ -151,14 +166,14 @@ def test_value_directions_are_the_best_of_their_number(rank: int) -> None:
 
 def test_directions_in_which_a_head_hardly_varies_do_not_become_noise() -> None:
     basis = randn(2, WIDTH)
-    directions = value_directions(basis.T @ basis, randn(DIM, WIDTH), 4)
+    directions = directions_of(basis.T @ basis, randn(DIM, WIDTH), 4)
     assert directions.norm(dim=1).max() < LONGEST * 1.001
     assert (directions[:2].norm(dim=1) < LONGEST / 2).all()
     assert value_loss(basis.T @ basis + 1e-9 * torch.eye(WIDTH), randn(DIM, WIDTH), directions) < 1e-6
 
 
 def test_there_may_be_more_value_directions_than_outputs() -> None:
-    directions = value_directions(moment(WIDTH, 1), randn(2, WIDTH), 4)
+    directions = directions_of(moment(WIDTH, 1), randn(2, WIDTH), 4)
     assert directions.shape == (4, WIDTH)
     assert torch.linalg.matrix_rank(directions) == 4
     assert value_loss(moment(WIDTH, 1), randn(2, WIDTH), directions) == pytest.approx(0, abs=1e-5)
@@ -166,9 +181,9 @@ def test_there_may_be_more_value_directions_than_outputs() -> None:
 
 def test_constant_heads_and_singular_covariances_have_directions() -> None:
     for covariance in (torch.zeros(WIDTH, WIDTH, dtype=DOUBLE), torch.ones(WIDTH, WIDTH, dtype=DOUBLE)):
-        directions = value_directions(covariance, randn(DIM, WIDTH), 3)
+        directions = directions_of(covariance, randn(DIM, WIDTH), 3)
         assert directions.isfinite().all()
-        projection = natural_out_weight(covariance, randn(DIM, WIDTH), directions)
+        projection = predicting(covariance, randn(DIM, WIDTH), directions)
         assert projection.isfinite().all()
         found = projection @ directions @ covariance
         assert (found - randn(DIM, WIDTH) @ covariance).abs().max() < 1e-3
@@ -176,37 +191,37 @@ def test_constant_heads_and_singular_covariances_have_directions() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_narrow_values_fold_their_rotation(bias: bool) -> None:
-    layer = projections(bias)
+    layer = weights_of_layer(bias)
     covariances = torch.stack([moment(WIDTH, seed) for seed in range(HEADS)])
     whole = narrow_heads(layer, Attention(value_rank=3), torch.eye(DIM + 1, dtype=DOUBLE))
-    narrow, rotation = narrow_values(whole, 3, covariances)
+    narrow, rotation = narrow_values(whole, value_directions(whole, covariances), Attention(value_rank=3), covariances)
     assert rotation.shape == (HEADS, 3, WIDTH)
     for head in range(HEADS):
-        assert_close(rotation[head], value_directions(covariances[head], whole.out_weight[:, head], 3))
-        assert_close(narrow.value_weight[head], rotation[head] @ layer.shared.value_weight[head])
+        assert_close(rotation[head], directions_of(covariances[head], whole.out_weight[:, head], 3))
+        assert_close(narrow.value_weight[head], rotation[head] @ layer.value_weight[head])
         if bias:
-            assert_close(narrow.value_bias[head], rotation[head] @ layer.shared.value_bias[head])
-        expected = natural_out_weight(covariances[head], whole.out_weight[:, head], rotation[head])
+            assert_close(narrow.value_bias[head], rotation[head] @ layer.value_bias[head])
+        expected = predicting(covariances[head], whole.out_weight[:, head], rotation[head])
         assert (narrow.out_weight[:, head] - expected).abs().max() < 1e-5 * expected.abs().max()
     assert (narrow.value_bias is None) == (not bias)
     assert narrow.query_weight is whole.query_weight
 
 
 def test_heads_that_stay_whole_keep_their_weights_bit_for_bit() -> None:
-    layer = projections()
+    layer = weights_of_layer()
     kept = narrow_heads(layer, Attention(heads=(0, 2)), torch.eye(DIM + 1, dtype=DOUBLE))
     for name in ("query", "key"):
         for part in ("weight", "bias"):
             assert torch.equal(getattr(kept, f"{name}_{part}"), getattr(layer, f"{name}_{part}")[[0, 2]])
-    assert torch.equal(kept.value_weight, layer.shared.value_weight[[0, 2]])
-    assert torch.equal(kept.out_weight, layer.shared.out_weight[:, [0, 2]])
-    assert torch.equal(kept.out_bias, layer.shared.out_bias)
-    assert torch.equal(narrow_blindly(layer, Attention(heads=(0, 2))).value_bias, layer.shared.value_bias[[0, 2]])
+    assert torch.equal(kept.value_weight, layer.value_weight[[0, 2]])
+    assert torch.equal(kept.out_weight, layer.out_weight[:, [0, 2]])
+    assert torch.equal(kept.out_bias, layer.out_bias)
+    assert torch.equal(narrow_blindly(layer, Attention(heads=(0, 2))).value_bias, layer.value_bias[[0, 2]])
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_without_images_inputs_count_as_white(bias: bool) -> None:
-    layer = projections(bias)
+    layer = weights_of_layer(bias)
     narrow = narrow_blindly(layer, Attention(query_key_rank=2, value_rank=2))
     for head in range(HEADS):
         biases = (layer.query_bias[head], layer.key_bias[head]) if bias else (torch.zeros(WIDTH),) * 2
@@ -221,30 +236,11 @@ def test_without_images_inputs_count_as_white(bias: bool) -> None:
             torch.cat([weight[head], own[head][:, None] if bias else torch.zeros(2, 1)], dim=1) for weight, own in parts
         ]
         assert (found[0].T @ found[1] - best).abs().max() < 1e-5 * best.abs().max()
-        mixed = layer.shared.out_weight[:, head] @ layer.shared.value_weight[head]
+        mixed = layer.out_weight[:, head] @ layer.value_weight[head]
         left, values, right = torch.linalg.svd(mixed, full_matrices=False)
         best = left[:, :2] * values[:2] @ right[:2]
         found_values = narrow.out_weight[:, head] @ narrow.value_weight[head]
         assert (found_values - best).abs().max() < 1e-5 * best.abs().max()
-
-
-NARROWABLE = [name for name in ALIKE if name != "options"]
-
-
-@pytest.mark.parametrize("name", NARROWABLE)
-def test_full_ranks_are_the_host(name: str) -> None:
-    host = make_host(name)
-    x = images(host)
-    width = family_of(host).blocks(host)[0].attention.head_width
-    expected = logits(host, x)
-    full = with_attention(Attention(heads=(0, 1, 2), query_key_rank=width, value_rank=width))
-    for repair, tolerance in ((None, 1e-6), (images(host, 16, seed=1), 1e-9)):
-        found = logits(spvit.prune(host, full, repair=repair), x)
-        assert (found - expected).abs().max() <= tolerance * expected.abs().max()
-    for kept in (Attention(heads=(0, 1, 2)), Attention(query_key_rank=width), Attention(value_rank=width)):
-        found = logits(spvit.prune(host, with_attention(kept)), x)
-        assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
-    assert_differ(logits(spvit.prune(host, with_attention(Attention(query_key_rank=2))), x), expected)
 
 
 @pytest.mark.parametrize("kept", [NARROW[name] for name in ("heads", "query_key_rank", "value_rank", "all")], ids=str)
@@ -253,10 +249,9 @@ def test_pruned_hosts_compute_what_their_weights_say(name: str, kept: Attention)
     host = make_host(name)
     model = spvit.prune(host, with_attention(kept))
     expected = copy.deepcopy(host)
-    for sites in family_of(host).blocks(host):
-        layer = family_of(host).access.read_projections(host.get_submodule(sites.attention.path))
-        narrow = narrow_blindly(layer, kept)
-        view = SimpleNamespace(**vars(narrow), scale=layer.scale)
+    for sites in Host.of(host).blocks:
+        layer = read_weights(host.get_submodule(sites.attention.path), sites.attention)
+        view = SimpleNamespace(**vars(narrow_blindly(layer, kept)), scale=sites.attention.scale)
 
         def forward(x: Tensor, *args: Any, _view: Any = view, **kwargs: Any) -> Any:
             out = torch.einsum("bnhv,dhv->bnd", reference.heads_out(x, _view), _view.out_weight)
@@ -287,17 +282,8 @@ def test_pruned_hosts_compute_what_their_weights_say(name: str, kept: Attention)
             Attention(value_rank=17),
             "block 1: value_rank is 17, expected at most the .*ViT.*, 16",
         ),
-        (
-            "options",
-            Attention(query_key_rank=4),
-            "block 1: queries and keys are normalised .*; leave query_key_rank out",
-        ),
-        (
-            "options",
-            Attention(value_rank=4),
-            "block 1: the outputs of all heads are normalised together there, so .*leave",
-        ),
-        ("options", Attention(heads=(0,)), "block 1: the outputs of all heads .*; leave heads and value_rank out"),
+        ("options", Attention(query_key_rank=4), "block 1: the attention of timm .* cannot be narrowed; keep it whole"),
+        ("options", Attention(heads=(0,)), "block 1: the attention of timm .* cannot be narrowed; keep it whole"),
     ],
 )
 def test_narrowings_that_a_host_cannot_take_are_refused(name: str, kept: Attention, message: str) -> None:
@@ -306,6 +292,25 @@ def test_narrowings_that_a_host_cannot_take_are_refused(name: str, kept: Attenti
     with pytest.raises(ArchitectureError, match=message):
         spvit.prune(host, with_attention(Attention(), kept), inplace=True)
     assert list(host.state_dict()) == keys
+
+
+@pytest.mark.parametrize("norm", ["of queries and keys", "of all outputs"])
+def test_norms_forbid_to_narrow_what_they_are_over(norm: str) -> None:
+    host = make_host("options")
+    for block in host.blocks:
+        names = ("norm",) if norm == "of queries and keys" else ("q_norm", "k_norm")
+        for name in names:
+            setattr(block.attn, name, torch.nn.Identity())
+    queries, values = Attention(query_key_rank=4), [Attention(value_rank=4), Attention(heads=(0,))]
+    allowed, forbidden = (values, [queries]) if norm == "of queries and keys" else ([queries], values)
+    for kept in allowed:
+        assert logits(spvit.prune(host, with_attention(Attention(), kept)), images(host)).isfinite().all()
+    message = "queries and keys are .*; leave query_key_rank out"
+    if norm == "of all outputs":
+        message = "the outputs of all heads are normalised together there, .*; leave heads and value_rank out"
+    for kept in forbidden:
+        with pytest.raises(ArchitectureError, match=f"block 1: {message}"):
+            spvit.prune(host, with_attention(Attention(), kept))
 
 
 def test_gated_attention_cannot_be_narrowed() -> None:

@@ -1,0 +1,144 @@
+"""The parser of a command: jsonargparse reads options from dataclasses; spellings, help and messages are set here."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
+
+from spvit.errors import SpvitError
+
+DEMO = Path(__file__).with_name("digits.yaml")
+"""The recipe of the demonstration."""
+_HEADINGS = {
+    "model and data": ("model", "checkpoint", "data", "images.batch-size"),
+    "budget, one of the two": ("macs", "params"),
+    "what to do": ("architecture", "scores", "train-epochs", "no-train"),
+    "phases": ("dense.epochs", "search.epochs", "finetune.epochs"),
+    "run": ("recipe", "output", "seed", "resume", "dry-run", "help", "help-all"),
+}
+"""Options of the short help."""
+_SHOWN_OF_DEMO = ("macs", "output", "seed", "resume", "help", "help-all")
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "tuple": "a list such as [0.5, 1.0]",
+    "dict": 'names with values such as {"img_size": 96}',
+}
+
+
+class CommandParser(ArgumentParser):
+    """Options with dashes or underscores in their names; `--flag`, `--flag true` and `--no-flag` for yes and no."""
+
+    needed: dict[str, str]
+    """What must be given, by key, as the user types it. The settings of a run to continue may give it too."""
+
+    def add_argument(self, *names: str, **settings: Any) -> Any:
+        """Add an option under both of its spellings."""
+        if settings.get("type") is bool:
+            del settings["type"]
+            settings |= {"action": ActionYesNo(no_prefix="no-"), "nargs": "?"}
+        dashed = [name.replace("_", "-") if name.startswith("--") else name for name in names]
+        return super().add_argument(*dict.fromkeys([*dashed, *names]), **settings)
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """Parse as jsonargparse does. Raises SpvitError: an option or value is wrong, or names code to import."""
+        try:
+            return super().parse_args(*args, **kwargs)
+        except ImportError as error:
+            raise SpvitError(f"a setting names code, which is never run: {error}") from error
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise SpvitError with jsonargparse's message in plain words and one line."""
+        raise SpvitError(self._in_plain_words(" ".join(message.split()))) from ex
+
+    def _in_plain_words(self, message: str) -> str:
+        if message.startswith('Parser key "'):
+            key, _, reason = message.removeprefix('Parser key "').partition('":')
+            expected = [words for name, words in _EXPECTED.items() if f"Expected a <class '{name}'>" in reason]
+            found = f"is {reason.rpartition('alue: ')[2]}, expected {' or '.join(expected)}"
+            return f"--{key.replace('_', '-')}{' ' + found if expected else ':' + reason}"
+        message = message.replace("invalid _boolean_type value:", "expected true or false, found")
+        unknown = ""
+        if message.startswith("unrecognized arguments: "):
+            unknown = message.split()[2].partition("=")[0]
+        elif "accept" in message:  # a key of a recipe: Group 'search' does not accept option 'speed'
+            unknown = "--" + ".".join(message.split("'")[1::2])
+        near = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
+        return f"{message}; did you mean {near[0]}?" if near else message
+
+
+class _ShortHelp(argparse.Action):
+    """`--help`: print the options that most people need, and end."""
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        """Leave the parser, which is not used again, with those options alone."""
+        have, demo = parser._option_string_actions, bool(parser.default_config_files)
+        parser._action_groups = []
+        for title, names in _HEADINGS.items():
+            own = [name for name in names if f"--{name}" in have and (not demo or name in _SHOWN_OF_DEMO)]
+            if title != "phases" or "--train-epochs" not in have:
+                parser.add_argument_group(title)._group_actions = [have[f"--{name}"] for name in own]
+        parser.print_help()
+        parser.exit()
+
+
+class Help(DefaultHelpFormatter):
+    """Help with one spelling of an option, and without types and empty defaults."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        every = action.option_strings
+        action.option_strings = [name for name in every if name.startswith("--")][:1]
+        try:
+            return super()._format_action_invocation(action)
+        finally:
+            action.option_strings = every
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = (action.help or "").rstrip(".")
+        given = "" if action.default in (None, {}, argparse.SUPPRESS) else " (default: %(default)s)"
+        return f"{text}{given}." if text else ""
+
+
+def command_parser(name: str, options: type) -> CommandParser:
+    """Return the parser of a command, whose options are a dataclass; those not keyword-only may be given in order."""
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True,
+        instantiate_subclass_spec_in_any=False,  # nothing in a recipe is imported or run
+        import_path_denylist=["*"],
+    )
+    parser = CommandParser(
+        prog=f"spvit {name}",
+        description=options.__doc__,
+        epilog="A recipe holds the same names: images: {batch_size: 64}. Dashes and underscores are the same.",
+        formatter_class=Help,
+        default_config_files=[DEMO] if name == "demo" else [],
+        exit_on_error=False,
+        allow_abbrev=False,
+        add_help=False,
+        print_config=None,
+    )
+    parser.add_argument("--recipe", action="config", help="YAML file of settings; later files take precedence.")
+    parser.add_class_arguments(options, None, as_group=False, as_positional=True)
+    have = parser._option_string_actions
+    if name == "profile":
+        parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="The same as --model.")
+    if "--train-epochs" in have:
+        zero = {"dest": "train_epochs", "action": "store_const", "const": 0, "default": argparse.SUPPRESS}
+        parser.add_argument("--no-train", "--no_train", **zero, help="Train nothing: --train-epochs 0.")
+    if "--data" in have:
+        parser.add_argument("--help", "-h", action=_ShortHelp, nargs=0, default=argparse.SUPPRESS, help="Show this.")
+        parser.add_argument("--help-all", action="help", help="List every option, those of each phase too.")
+    else:
+        parser.add_argument("--help", "-h", "--help-all", action="help", help="Show this.")
+    required = [action for action in parser._actions if action.required]
+    parser.needed = {action.dest: (action.option_strings or [action.dest.upper()])[0] for action in required}
+    for action in required:
+        action.required = False
+    words = [word if word.isupper() else f"{word} {word[2:].upper()}" for word in parser.needed.values()]
+    parser.usage = " ".join([parser.prog, *(words if name != "demo" else []), "[options]"])
+    return parser

@@ -1,0 +1,71 @@
+"""What the tests of the command share: running it, refusals, a recipe of the digits, small models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from spvit.benchmark import measure_latencies
+from spvit.cli.main import main
+from training import MODEL, MODEL_ARGS, micro_host
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+DIGITS = {
+    "model": MODEL,
+    "model_args": MODEL_ARGS,
+    "pretrained": False,
+    "data": "digits",
+    "images": {"batch_size": 128, "mean": [0.5], "std": [0.5], "crop": 1.0, "flip": 0.0},
+}
+SHORT = {"epochs": 1, "warmup_epochs": 0.0}
+TINY = {
+    "deit": {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3},
+    "swin": {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 24, "depths": [2, 2], "num_heads": [3, 4]},
+    "digits": {"depth": 2, "num_classes": 10},
+    "fashion": {"depth": 2, "num_classes": 2},
+}
+"""Arguments that make the models of the recipes small."""
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Return the exit code of a command and what it printed: output and problems."""
+    code = main(list(arguments))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def refused(capsys: pytest.CaptureFixture[str], words: str, *arguments: str) -> None:
+    """Assert that a command is refused in one line with these words, with exit code 2."""
+    code, _, problems = run(capsys, *arguments)
+    assert code == 2
+    assert problems.startswith("spvit: ")
+    assert len(problems.strip().splitlines()) == 1
+    assert words in problems
+
+
+def digits_recipe(folder: Path) -> Callable[..., str]:
+    """Return a function that writes a recipe of the micro model on the digits, with more settings, and names it."""
+
+    def write(**more: object) -> str:
+        path = folder / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**DIGITS, **more}))
+        return str(path)
+
+    return write
+
+
+def trained_weights(folder: Path) -> str:
+    """Return a weights file that fits the micro model."""
+    torch.save(micro_host().state_dict(), folder / "trained.pth")
+    return str(folder / "trained.pth")
+
+
+def measure_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure latencies in passing only; no test looks at them."""
+    monkeypatch.setattr("spvit.cli.commands.measure_latencies", partial(measure_latencies, seconds=0.0))
+    monkeypatch.setattr("spvit.cli.commands.BATCHES", (1,))

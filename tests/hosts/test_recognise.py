@@ -1,0 +1,155 @@
+"""Which models are hosts: families are found by class, and parts that they do not know are refused by name."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import spvit
+from spvit.errors import UnsupportedHostError
+from spvit.hosts.recognise import REGISTRATIONS, family_of, family_of_library
+from tiny import FAMILY_OF, HOSTS, make_host
+
+timm = pytest.importorskip("timm")
+
+
+def test_every_registered_class_has_a_tiny_host() -> None:
+    found = {(type(make_host(name)).__module__.split(".")[0], type(make_host(name)).__name__) for name in HOSTS}
+    assert found == {(item.library, name) for item in REGISTRATIONS for name in item.classes}
+    assert set(FAMILY_OF) == set(HOSTS)
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: nn.Linear(2, 2), r"torch\.nn\.modules\.linear\.Linear"),
+        (lambda: timm.create_model("test_resnet"), r"timm\.models\.resnet\.ResNet"),
+        (type("VisionTransformer", (nn.Module,), {}), r"test_recognise\.VisionTransformer"),
+    ],
+)
+def test_unknown_families_are_refused_by_name(make: Any, named: str) -> None:
+    supported = (
+        "supported are timm: VisionTransformer, VisionTransformerDistilled, SwinTransformer; transformers: "
+        "ViTForImageClassification$"
+    )
+    with pytest.raises(UnsupportedHostError, match=rf"{named} is not a supported model family; {supported}"):
+        family_of(make())
+    with pytest.raises(UnsupportedHostError, match="library 'keras' is unknown, expected one of timm, transformers$"):
+        family_of_library("keras")
+    known = "VisionTransformer, VisionTransformerDistilled, SwinTransformer"
+    with pytest.raises(UnsupportedHostError, match=f"class 'ResNet' of timm is unknown, expected one of {known}$"):
+        family_of_library("timm", "ResNet")
+
+
+def test_files_that_name_no_class_are_of_the_first_family() -> None:
+    assert family_of_library("timm") is family_of(make_host("class_token"))
+    assert family_of_library("timm", "SwinTransformer") is family_of(make_host("swin"))
+
+
+class _OddLinear(nn.Linear):
+    pass
+
+
+def _with_odd_first_layer() -> nn.Module:
+    host = make_host("class_token")
+    host.blocks[1].mlp.fc1 = _OddLinear(24, 72)
+    return host
+
+
+def _timm(**options: Any) -> nn.Module:
+    small = {"img_size": 64, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    return timm.create_model("vit_tiny_patch16_224", **{**small, **options})
+
+
+def _layer(name: str) -> Any:
+    return getattr(timm.layers, name, None) or getattr(timm.models.vision_transformer, name)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: _timm(patch_drop_rate=0.5), "with patch_drop_rate > 0 drops patches, .* patch_drop_rate=0"),
+        (
+            lambda: timm.models.VisionTransformer(img_size=None, pos_embed="none", no_embed_class=True, depth=1),
+            "without an img_size has no patch grid; create it with img_size=",
+        ),
+        (
+            lambda: _timm(block_fn=_layer("ParallelScalingBlock")),
+            r"blocks\.0 is a ParallelScalingBlock, .* with Block and ",
+        ),
+        (
+            lambda: _timm(attn_layer="diff"),
+            r"blocks\.0\.attn is a \S+\.DiffAttention, .* supported with exactly \S+\.Attention there",
+        ),
+        (
+            lambda: _timm(mlp_layer=_layer("SwiGLU")),
+            r"blocks\.0\.mlp is a \S+\.SwiGLU, .* supported with exactly \S+\.Mlp there",
+        ),
+        (
+            lambda: _timm(scale_mlp_norm=True),
+            r"blocks\.0\.mlp\.norm is a LayerNorm over the hidden units, ",
+        ),
+        (
+            _with_odd_first_layer,
+            r"blocks\.1\.mlp\.fc1 is a \S+\._OddLinear, .* supported with exactly \S+\.Linear there",
+        ),
+    ],
+)
+def test_parts_that_timm_hosts_may_not_have(make: Any, message: str) -> None:
+    host = make()
+    with pytest.raises(UnsupportedHostError, match=message):
+        spvit.make_searchable(host)
+
+
+def test_parts_that_hugging_face_hosts_may_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    vit = pytest.importorskip("transformers.models.vit.modeling_vit")
+    for part in ("attention", "mlp"):
+        host = make_host("huggingface")
+        setattr(host.vit.layers[2], part, nn.Identity())
+        with pytest.raises(UnsupportedHostError, match=rf"layers\.2\.{part} is a \S+\.Identity, but Hugging Face "):
+            spvit.make_searchable(host)
+    host = make_host("huggingface")
+    monkeypatch.delattr(vit, "ViTMLP")
+    with pytest.raises(
+        UnsupportedHostError, match=r"this version of transformers lays Hugging Face .* out differently"
+    ):
+        spvit.make_searchable(host)
+
+
+@pytest.mark.parametrize(
+    ("path", "wanted"),
+    [
+        ("layers.1", "SwinTransformerStage"),
+        ("layers.1.blocks.0", "SwinTransformerBlock"),
+        ("layers.0.blocks.1.attn", "WindowAttention"),
+        ("layers.0.blocks.1.attn.qkv", "Linear"),
+        ("layers.0.blocks.1.attn.proj", "Linear"),
+        ("layers.1.blocks.1.mlp", "Mlp"),
+        ("layers.1.blocks.1.mlp.fc2", "Linear"),
+    ],
+)
+def test_parts_that_swin_hosts_may_not_have(path: str, wanted: str) -> None:
+    host = make_host("swin")
+    host.set_submodule(path, nn.Identity())
+    message = rf"^{re.escape(path)} is a \S+\.Identity, but timm SwinTransformer hosts .* exactly \S+\.{wanted} there"
+    with pytest.raises(UnsupportedHostError, match=message):
+        spvit.make_searchable(host)
+
+
+def test_swin_hosts_may_not_norm_their_hidden_units() -> None:
+    host = make_host("swin")
+    host.layers[0].blocks[1].mlp.norm = nn.LayerNorm(72)
+    with pytest.raises(UnsupportedHostError, match=r"layers\.0\.blocks\.1\.mlp\.norm is a LayerNorm over the hidden "):
+        spvit.make_searchable(host)
+
+
+@pytest.mark.parametrize("name", ["swinv2_tiny_window8_256", "swinv2_cr_tiny_224"])
+def test_relatives_of_the_families_are_refused_by_name(name: str) -> None:
+    with torch.device("meta"):
+        host = timm.create_model(name)
+    with pytest.raises(UnsupportedHostError, match=rf"{type(host).__name__} is not a supported model family"):
+        family_of(host)
