@@ -195,7 +195,9 @@ def _attention(
         proj=Namespace(weight=part["proj.weight"], bias=part["proj.bias"]),
     )
     if probs is not None:
-        layer = Namespace(attention=attention, grid=grid, head_logits=probs, temperature=alpha, prefix_tokens=prefix)
+        layer = Namespace(
+            attention=attention, grid=grid, head_logits=probs, temperature=alpha, site=Namespace(prefix_tokens=prefix)
+        )
         if "bn_3x3.weight" in part:
             return reference.bottleneck(z, layer, _batch_norm(part, "bn_3x3"), list(range(9)), training=False)
         return reference.bottleneck(z, layer, _batch_norm(part, "bn_1x1"), [4], training=False)

@@ -23,7 +23,8 @@ from tiny import (
     MIXED,
     ONE_A_FAMILY,
     assert_close,
-    assert_differ,
+    assert_untouched,
+    everything_of,
     ffn_widths,
     images,
     logits,
@@ -56,28 +57,6 @@ VERBS: dict[str, Callable[[nn.Module], Any]] = {
 
 
 # A verb that fails half-way leaves the model as it was.
-
-
-def everything_of(model: nn.Module) -> tuple[Any, ...]:
-    """Return modules, hooks, flags, attributes and tensors of a model, to compare before and after."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
-    state = {key: value.nan_to_num(12345.0) for key, value in model.state_dict().items()}
-    shown = {
-        name: (id(module), type(module), module.training, [len(getattr(module, hook)) for hook in hooks])
-        for name, module in model.named_modules()
-    }
-    plain = {
-        name: {key: value for key, value in vars(module).items() if isinstance(value, (int, str, tuple, bool))}
-        for name, module in model.named_modules()
-    }
-    flags = {name: (id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()}
-    return shown, plain, flags, hasattr(model, "spvit_record"), state
-
-
-def assert_untouched(model: nn.Module, before: tuple[Any, ...]) -> None:
-    after = everything_of(model)
-    assert after[:-1] == before[:-1]
-    assert all(torch.equal(after[-1][key], value) for key, value in before[-1].items())
 
 
 class Breaks(RuntimeError):
@@ -175,23 +154,6 @@ def test_a_report_that_raises_leaves_the_host_alone() -> None:
 
     with pytest.raises(Breaks):
         spvit.score(host, images(host, 16), report=report)
-    assert_untouched(host, before)
-
-
-@pytest.mark.parametrize("name", ONE_A_FAMILY)
-def test_candidates_that_take_turns_leave_no_hooks(name: str) -> None:
-    from spvit.replacements.install import installed
-
-    host = make_host(name)
-    x, expected, before = images(host), logits(make_host(name), images(host)), everything_of(host)
-    dense_host = spvit.Host.of(host)
-    width = ffn_widths(host)[1]
-    for kind in ("conv3", "conv1", "skip", "msa") * 3:
-        with installed(dense_host, 1, Block(Attention(kind), FFN(width, tuple(range(9))))):
-            assert_differ(logits(host, x), expected)
-        assert_untouched(host, before)
-    with pytest.raises(Breaks), installed(dense_host, 1, Block(Attention("conv3"), FFN.whole(width))):
-        raise Breaks
     assert_untouched(host, before)
 
 
@@ -468,7 +430,7 @@ def test_the_searched_network_may_sit_in_a_module_with_parameters_of_its_own(nam
 # Programs made of pruned models.
 
 
-@pytest.mark.parametrize("name", ["registers", "average_pooling", "swin_options"])
+@pytest.mark.parametrize("name", ["registers", "swin_options"])
 def test_what_is_decided_and_repaired_is_exported_with_a_free_batch(name: str) -> None:
     host = make_host(name)
     x = images(host, 16)

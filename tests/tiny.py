@@ -257,3 +257,26 @@ def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 def assert_differ(actual: Tensor, expected: Tensor) -> None:
     """Check that two results are clearly not the same: by 1% of the largest magnitude."""
     assert (actual - expected).abs().max() > 0.01 * expected.abs().max()
+
+
+def everything_of(model: nn.Module) -> tuple[Any, ...]:
+    """Return modules, hooks, flags, attributes and tensors of a model, to compare before and after."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
+    state = {key: value.nan_to_num(12345.0) for key, value in model.state_dict().items()}
+    shown = {
+        name: (id(module), type(module), module.training, [len(getattr(module, hook)) for hook in hooks])
+        for name, module in model.named_modules()
+    }
+    plain = {
+        name: {key: value for key, value in vars(module).items() if isinstance(value, (int, str, tuple, bool))}
+        for name, module in model.named_modules()
+    }
+    flags = {name: (id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()}
+    return shown, plain, flags, hasattr(model, "spvit_record"), state
+
+
+def assert_untouched(model: nn.Module, before: tuple[Any, ...]) -> None:
+    """Compare a model with what `everything_of` returned before."""
+    after = everything_of(model)
+    assert after[:-1] == before[:-1]
+    assert all(torch.equal(after[-1][key], value) for key, value in before[-1].items())

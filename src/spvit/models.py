@@ -20,7 +20,7 @@ from spvit.checkpoint import (
     read_weights,
     timm_state,
 )
-from spvit.errors import ModelError, UnsupportedHostError
+from spvit.errors import ModelError, UnsupportedHostError, ZooError
 from spvit.hosts.host import input_size
 from spvit.hosts.recognise import family_of
 
@@ -123,6 +123,8 @@ def _open_timm(config: ModelConfig, classes: int | None, any_family: bool, weigh
         _spare_retries()
     try:
         model = timm.create_model(config.model, pretrained=pretrained and weights, **arguments)
+    except ZooError:
+        raise
     except (OSError, RuntimeError) as error:
         raise _not_downloaded(config.model, "timm", error) from error
     except (AssertionError, TypeError, ValueError) as error:

@@ -17,7 +17,6 @@ from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.errors import CalibrationError
 from spvit.hosts.host import Host
 from spvit.hosts.sites import BlockSites
-from spvit.hosts.walk import evaluating, reached
 from spvit.hosts.weights import read_weights
 from spvit.moments import RIDGE, WANTED_TOKENS
 from spvit.replacements.bottleneck import LINEAR_SIDE
@@ -370,16 +369,6 @@ def test_flags_survive_and_count_for_nothing(name: str) -> None:
     assert all(torch.equal(host.state_dict()[key], value) for key, value in expected.items())
 
 
-def test_flags_come_back_after_an_error() -> None:
-    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout()).eval())
-    with evaluating(model):
-        assert not any(module.training for module in model.modules())
-        assert not torch.is_grad_enabled()
-    with pytest.raises(CalibrationError), evaluating(model):
-        reached(model, torch.zeros(1, 2), nn.ReLU(), output=False)
-    assert [module.training for module in model.modules()] == [True, True, False, False]
-
-
 @pytest.mark.parametrize("constant", ["images", "everything"])
 def test_constant_activations_are_repaired_to_finite_weights(constant: str) -> None:
     host = make_host("class_token", torch.float32)
@@ -470,28 +459,6 @@ def test_too_few_images_are_refused_with_how_many_are_needed(
     host = make_host("class_token")
     with pytest.raises(CalibrationError, match=message):
         spvit.prune(host, architecture(kept, units=(units,)), repair=images(host, 1))
-
-
-def test_layers_that_the_forward_pass_leaves_out_are_named() -> None:
-    with pytest.raises(CalibrationError, match="the model's ReLU was not reached; its forward pass leaves it out"):
-        reached(nn.Linear(2, 2), torch.zeros(1, 2), nn.ReLU(), output=False)
-
-
-def test_reached_gives_inputs_by_position_or_name_and_stops_there() -> None:
-    class Calls(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(2, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.inner(input=x + 1)
-            raise AssertionError("nothing after it runs")
-
-    model = Calls()
-    assert torch.equal(reached(model, torch.zeros(1, 2), model.inner, output=False), torch.ones(1, 2))
-    assert torch.equal(reached(model, torch.zeros(1, 2), model.inner, output=True), model.inner(torch.ones(1, 2)))
-    assert not model.inner._forward_hooks
-    assert not model.inner._forward_pre_hooks
 
 
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator is at hand")

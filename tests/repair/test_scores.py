@@ -14,7 +14,6 @@ import spvit
 from spvit.architecture import FFN, REPAIRED, Architecture, Attention, Block, dense
 from spvit.errors import CalibrationError
 from spvit.hosts.host import Host
-from spvit.hosts.walk import BlockPair, first_inputs
 from spvit.repair.interpolation import FLOOR
 from spvit.repair.scores import (
     FITTING,
@@ -171,20 +170,6 @@ def test_a_layer_that_gives_almost_nothing_is_scored() -> None:
             parameter.mul_(1e-7)
     architecture = spvit.decide(host, macs="60%", calibration=images(host, 64))
     assert len(architecture.blocks[0].ffn.units) < len(architecture.blocks[1].ffn.units)
-
-
-def test_errors_are_taken_on_images_from_all_over() -> None:
-    host = Host.of(make_host("class_token"))
-    path = host.blocks[0].attention.path
-    with torch.no_grad():
-        inputs = first_inputs(host, images(host.model, 24).split(10))
-        pair = BlockPair(host.model, host, 0, inputs, inputs).knowing(path)
-        thin = pair.thinned(8 * 17)  # 17 tokens an image
-        assert [len(x) for x in thin.dense_inputs] == [4, 4, 2]
-        assert all(torch.equal(a, b[::3]) for a, b in zip(thin.dense_inputs, inputs, strict=True))
-        outputs = [list(some.wanted(path)) for some in (thin, pair)]
-        assert all(torch.equal(a, b[::3]) for a, b in zip(*outputs, strict=True))
-        assert [len(x) for x in pair.thinned(10**6).dense_inputs] == [10, 10, 4]
 
 
 def test_scores_are_saved_and_loaded_as_data(tmp_path: Path) -> None:

@@ -162,37 +162,37 @@ def test_mixture_and_sensitivity_follow_the_formula(bits: tuple[bool, ...]) -> N
         assert found == ([0.0] * 3 if gradient is None else gradient.tolist())
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(
-    ("name", "size"),
+    ("name", "size", "seeds"),
     [
-        ("class_token", None),
-        ("average_pooling", None),
-        ("no_biases", None),
-        ("dynamic", (48, 80)),
-        ("dynamic", (80, 48)),
-        ("huggingface", None),
-        ("swin", None),
-        ("swin_padded", None),
-        ("swin_always_partition", None),
-        ("swin_dynamic", (24, 28)),
+        ("class_token", None, 3),
+        ("average_pooling", None, 3),
+        ("no_biases", None, 3),
+        ("dynamic", (48, 80), 3),
+        ("dynamic", (80, 48), 3),
+        ("huggingface", None, 3),
+        ("swin", None, 1),
+        ("swin_padded", None, 3),
+        ("swin_always_partition", None, 1),
+        ("swin_dynamic", (24, 28), 1),
     ],
 )
-def test_a_whole_network_learns_as_the_reference_does(name: str, size: tuple[int, int] | None, seed: int) -> None:
-    host, net = make_net(name)
-    net.train()
-    total = sum(len(parameter) for parameter in spvit.gate_parameters(net))
-    uniforms = torch.rand(total, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
-    twin = reference.install(copy.deepcopy(net), uniforms)
-    gated_layers(net)[0][0].draws.fix_uniforms(uniforms)
+def test_a_whole_network_learns_as_the_reference_does(name: str, size: tuple[int, int] | None, seeds: int) -> None:
+    host, start = make_net(name)
     x = images(host, size=size)
-    assert_all_close(backward(net, x), backward(twin, x))
-    for own, other in zip(net.buffers(), twin.buffers()):
-        if own.is_floating_point():
-            assert_close(own, other)
+    total = sum(len(parameter) for parameter in spvit.gate_parameters(start))
+    for seed in range(seeds):
+        net = copy.deepcopy(start).train()
+        uniforms = torch.rand(total, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
+        twin = reference.install(copy.deepcopy(net), uniforms)
+        gated_layers(net)[0][0].draws.fix_uniforms(uniforms)
+        assert_all_close(backward(net, x), backward(twin, x))
+        for own, other in zip(net.buffers(), twin.buffers()):
+            if own.is_floating_point():
+                assert_close(own, other)
 
 
-@pytest.mark.parametrize("name", [name for name in HOSTS if name != "options"])  # whose norms the reference leaves out
+@pytest.mark.parametrize("name", [name for name in HOSTS if name.startswith("swin")])
 def test_a_whole_network_answers_as_the_reference_does(name: str) -> None:
     host, net = make_net(name, ("msa", "conv3", "conv3", "msa"))
     x = images(host)

@@ -244,6 +244,7 @@ class GatedAttention(nn.Module):
                 included = None
             else:
                 tokens, included = self.grid.gather(values, self.site.prefix_tokens), bias
+            self.grid.as_map(tokens)  # a view, which refuses tokens that do not fit the grid
             summed, centre = kernels.convolve_values(tokens.unflatten(2, (heads, width)), mix, size, included)
             summed = summed + bias.sum(0)  # [B, G, E]
             normalised = self.bn3(self.grid.as_map(summed))
