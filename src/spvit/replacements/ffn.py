@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from spvit.hosts.targets import wanted as wanted_of
 from spvit.hosts.walk import BlockPair
 from spvit.moments import Moments, regression, ridge_for
+from spvit.replacements.targets import targets
 
 
 def narrow_linear(linear: nn.Linear, units: Tensor, axis: int) -> nn.Linear:
@@ -42,7 +42,7 @@ def fit_ffn(pair: BlockPair) -> None:
     linear = pair.model.get_submodule(path)
     assert isinstance(linear, nn.Linear)
     moments = Moments()
-    for x, wanted in zip(pair.arriving(path), wanted_of(pair, path)):
+    for x, wanted in zip(pair.arriving(path), targets(pair, path)):
         moments.add(x, wanted - linear(x))
     correct(linear, moments)
 

@@ -23,10 +23,10 @@ from spvit.cost import AttentionCost, count_params
 from spvit.hosts.grid import Grid
 from spvit.hosts.host import Host
 from spvit.hosts.sites import AttentionSite
-from spvit.hosts.targets import wanted as wanted_of
 from spvit.hosts.walk import BlockPair
 from spvit.hosts.weights import AttentionWeights, read_weights
 from spvit.moments import Moments, cholesky, regression, ridge_for
+from spvit.replacements.targets import targets
 
 JITTER = 1e-7
 LONGEST = 10.0
@@ -186,7 +186,7 @@ def rotated_queries(pair: BlockPair, kept: Attention, second_moment: Tensor) -> 
     whole = NarrowAttention(layer, site, replace(kept, value_rank=None)).eval()
     whole.load(weights)
     moments = Moments()
-    for x, wanted in zip(pair.arriving(site.path), wanted_of(pair, site.path)):
+    for x, wanted in zip(pair.arriving(site.path), targets(pair, site.path)):
         moments.add(whole.heads_out(x), wanted)
     return weights, moments
 

@@ -17,9 +17,9 @@ from spvit.errors import CalibrationError
 from spvit.hosts.grid import Grid
 from spvit.hosts.host import Host
 from spvit.hosts.sites import AttentionSite
-from spvit.hosts.targets import wanted as wanted_of
 from spvit.hosts.walk import BlockPair
 from spvit.moments import NOT_FINITE
+from spvit.replacements.targets import targets
 
 
 class Skip(nn.Module):
@@ -89,7 +89,7 @@ class _Skip:
         if module.mean is None:
             return
         site, total, count = pair.sites.attention, torch.zeros(()), 0
-        for wanted in wanted_of(pair, site.path):
+        for wanted in targets(pair, site.path):
             grid = site.own_grid().gather(wanted, site.prefix_tokens).double().mean(dim=1, keepdim=True)
             # Without prefix tokens windows may outnumber images in what stands for them.
             parts = [wanted[:, : site.prefix_tokens].double(), grid] if site.prefix_tokens else [grid]

@@ -31,7 +31,7 @@ SMALLEST = 1e-4
 """Scales are not divided by below this share of the mean squared scale: such outputs hardly reach the stream."""
 
 
-def wanted(pair: BlockPair, path: str) -> Iterator[Tensor]:
+def targets(pair: BlockPair, path: str) -> Iterator[Tensor]:
     """Yield what a layer of the pruned block is to answer, [B, N, D] a batch: an attention layer, or an FFN's second.
 
     For an attention layer behind which both networks are one, all targets are the dense layer's output.
