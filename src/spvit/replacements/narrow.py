@@ -125,7 +125,7 @@ class _Narrow:
         return module
 
     def fit(self, module: nn.Module, pair: BlockPair, kept: Attention) -> None:
-        """Rotate queries and keys, then values, by how they vary; fit the output projection to the dense output."""
+        """Rotate queries and keys, then values, by how they vary; fit the output projection to its targets."""
         if not isinstance(module, NarrowAttention):
             return
         weights, moments = rotated_queries(pair, kept, inputs_of_attention(pair))
@@ -159,9 +159,9 @@ REPLACEMENT = _Narrow()
 
 
 def fitted_output(prior: Tensor, covariance: Tensor, cross: Tensor, moments: Moments) -> Tensor:
-    """Return the output projection [D, X] that best gives the dense output from narrow heads, drawn towards a prior.
+    """Return the output projection [D, X] that comes closest to the targets from narrow heads, drawn towards a prior.
 
-    covariance: of the narrow heads' outputs side by side, [X, X]; cross: with the dense output, [X, D]; both from the
+    covariance: of the narrow heads' outputs side by side, [X, X]; cross: with the targets, [X, D]; both from the
     moments, which say how many tokens there were. The repair and the estimate of what is missed share this formula.
     """
     return prior + regression(covariance, cross - covariance @ prior.T, ridge_for(moments, len(covariance))).T
@@ -176,7 +176,7 @@ def inputs_of_attention(pair: BlockPair) -> Tensor:
 
 
 def rotated_queries(pair: BlockPair, kept: Attention, second_moment: Tensor) -> tuple[AttentionWeights, Moments]:
-    """Return the kept heads with queries and keys at the kept rank, and the moments of their and the dense outputs.
+    """Return the kept heads with queries and keys at the kept rank, and the moments of their outputs and the targets.
 
     The heads' outputs, of whole values, are side by side [H E]. second_moment: as `inputs_of_attention` returns it.
     """

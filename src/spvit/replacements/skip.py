@@ -84,7 +84,7 @@ class _Skip:
         return Skip("mean", Constant(site.prefix_tokens + 1, site.dim, like))
 
     def fit(self, module: nn.Module, pair: BlockPair, kept: Attention) -> None:
-        """Let the layer add the mean output of the dense one: by prefix token, and one of all grid tokens."""
+        """Let the layer add the mean of its target: by prefix token, and one of all grid tokens."""
         assert isinstance(module, Skip)
         if module.mean is None:
             return

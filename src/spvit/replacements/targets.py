@@ -1,4 +1,4 @@
-"""What a changed layer is fitted to: its own dense output, and what brings the residual stream back.
+"""What a changed layer is fitted to: what it would answer unpruned, and what brings the residual stream back.
 
 By the time that images reach a block, the pruned network's residual stream s differs from the dense one, s*. Three
 outputs could be wanted of a layer f of that block, whose output is added to the stream times a scale g (LayerScale, or
@@ -9,7 +9,7 @@ one):
     stream  f(s*) + (s* - s) / g    what would bring the stream back to the dense one
 
 `own` is exact where the layer can be, but lets errors stand; `stream` mends them, and overfits when images are few or
-alike. Half of each is better than either at every budget and number of images (docs/experiments/repair_target.md).
+alike. Half of each is best or nearly so, whatever the budget and the images (docs/experiments/repair_target.md).
 
 Shapes: B batch, N tokens, D width.
 """
@@ -69,9 +69,10 @@ def _ffn(pair: BlockPair) -> Iterator[Tensor]:
         finally:
             handle.remove()
         if scale is not None:
-            with _answering({corrected: own}):
-                missing = (_tokens(dense(dense_x)) - _tokens(pruned(x))) * scale
-            own = own + STREAM * missing.reshape(own.shape)
+            nothing = torch.zeros_like(own)
+            with _answering({second: nothing, corrected: nothing}) as answers:
+                missing = (_tokens(dense(dense_x)) - _tokens(pruned(x))).reshape(own.shape) * scale
+            own = own + STREAM * (answers[second] - own + missing)
         yield own
 
 
@@ -99,17 +100,19 @@ def _scale(pair: BlockPair, path: str) -> Tensor | None:
 
 
 @contextmanager
-def _answering(answers: dict[nn.Module, Tensor]) -> Iterator[None]:
-    """Have modules answer other tensors inside the context, [B, N, D] or one vector [D] for all tokens."""
+def _answering(others: dict[nn.Module, Tensor]) -> Iterator[dict[nn.Module, Tensor]]:
+    """Have modules answer other tensors inside the context, [B, N, D] or one vector [D]; yield their own answers."""
+    answers: dict[nn.Module, Tensor] = {}
 
     def answer(module: nn.Module, args: Any, output: Any) -> Any:
-        own = answers[module].expand_as(_tokens(output))
-        return (own, *output[1:]) if isinstance(output, tuple) else own
+        answers[module] = _tokens(output)
+        other = others[module].expand_as(answers[module])
+        return (other, *output[1:]) if isinstance(output, tuple) else other
 
     with ExitStack() as stack:
-        for module in answers:
+        for module in others:
             stack.callback(module.register_forward_hook(answer).remove)
-        yield
+        yield answers
 
 
 def _tokens(output: Any) -> Tensor:
