@@ -79,17 +79,17 @@ def _ffn(pair: BlockPair) -> Iterator[Tensor]:
 def _scale(pair: BlockPair, path: str) -> Tensor | None:
     """Return one over the scale g at which a layer's output reaches the block's output, [D]; None where none is found.
 
-    Measured on a stream of zeros, beside which nothing is rounded off: the layer answers 0, v and 2 v, while the FFN
-    behind an attention layer answers 0. Then the block's output is to change by g v and 2 g v; behind a norm, say, it
-    does not.
+    Measured on a stream of zeros, beside which nothing is rounded off: the layer answers 0, v and 2 v, and the block's
+    other layer 0. Then the block's output is to change by g v and 2 g v; behind a norm, say, it does not.
     """
     block = pair.host.model.get_submodule(pair.sites.path)
-    layer, second = (pair.host.model.get_submodule(name) for name in (path, pair.sites.ffn.second))
+    paths = (path, pair.sites.attention.path, pair.sites.ffn.second)
+    layer, attention, second = (pair.host.model.get_submodule(name) for name in paths)
     x = torch.zeros_like(pair.dense_inputs[0][:1])
     probe = torch.linspace(1, 2, pair.sites.attention.dim, dtype=x.dtype, device=x.device)
     outputs = []
     for factor in (0, 1, 2):
-        with _answering({second: 0 * probe, layer: factor * probe}):
+        with _answering({attention: 0 * probe, second: 0 * probe, layer: factor * probe}):
             outputs.append(_tokens(block(x)).flatten(0, -2))
     changes = torch.stack([outputs[1] - outputs[0], (outputs[2] - outputs[0]) / 2])
     scale = changes[0, 0] / probe
