@@ -246,6 +246,61 @@ def expected_cost(
     return total
 
 
+# What a repaired layer is fitted to, from the modules of a dense block, run one by one. x, stream: [B, N, d].
+
+SMALLEST_SCALE = 1e-4
+
+
+def post_norm(block: Any) -> bool:
+    """Whether a block norms what its layers answer (timm's ResPostBlock)."""
+    return type(block).__name__ == "ResPostBlock"
+
+
+def attention_answer(block: Any, x: Tensor, grid: Any = None) -> Tensor:
+    """Return what a block's attention answers to the block's input; Swin's in windows, from a map [B, h, w, d]."""
+    if hasattr(block, "layernorm_before"):
+        answer: Tensor = block.attention(block.layernorm_before(x))[0]
+        return answer
+    if grid is not None:
+        return block.attn(map_to_windows(block.norm1(x).flatten(1, 2), grid), mask=block.attn_mask)
+    return block.attn(x if post_norm(block) else block.norm1(x))
+
+
+def ffn_answer(block: Any, stream: Tensor) -> Tensor:
+    """Return what a block's FFN answers to the stream behind attention."""
+    if post_norm(block):
+        return block.mlp(stream)
+    return block.mlp((block.layernorm_after if hasattr(block, "layernorm_after") else block.norm2)(stream))
+
+
+def per_scale(missing: Tensor, block: Any, name: str) -> Tensor:
+    """Return what a stream misses over the scale of a layer that is to bring it, damped; 0 behind a norm."""
+    if post_norm(block):
+        return 0 * missing
+    scale = getattr(getattr(block, name, None), "gamma", torch.ones_like(missing[0, 0]))
+    return missing * scale / (scale**2 + SMALLEST_SCALE * (scale**2).mean())
+
+
+def repair_target(own: Tensor, dense: Tensor, missing: Tensor, share: float, block: Any) -> Tensor:
+    """Return the mixture of what the dense layer would answer here, and of what brings the stream back."""
+    return own if post_norm(block) else (1 - share) * own + share * (dense + missing)
+
+
+def attention_target(block: Any, dense_x: Tensor, x: Tensor, share: float = 0.5, grid: Any = None) -> Tensor:
+    """Return what attention is fitted to, from the inputs of the dense and of the pruned block."""
+    missing = per_scale(dense_x - x, block, "ls1")
+    if grid is not None:
+        missing = map_to_windows(missing.flatten(1, 2), grid)
+    answers = [attention_answer(block, stream, grid) for stream in (x, dense_x)]
+    return repair_target(*answers, missing, share, block)
+
+
+def ffn_target(block: Any, dense_stream: Tensor, stream: Tensor, share: float = 0.5) -> Tensor:
+    """Return what an FFN is fitted to, from the streams behind the attention of the dense and of the pruned block."""
+    missing = per_scale(dense_stream - stream, block, "ls2")
+    return repair_target(ffn_answer(block, stream), ffn_answer(block, dense_stream), missing, share, block)
+
+
 # Closed-form repair from whole matrices of activations, in float64. Shapes: n tokens, x inputs, y outputs.
 
 

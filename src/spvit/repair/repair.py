@@ -1,7 +1,8 @@
 """Every changed layer is one regression: what pruning removed is predicted from what stays, from unlabelled images.
 
 Each layer that pruning changed is solved as a least-squares problem: its inputs are those of the network pruned so far,
-its target is the dense layer's output. Images pass block by block; second moments are summed up as they do.
+its target (replacements/targets.py) also mends what the layers before it changed. Images pass block by block; second
+moments are summed up as they do.
 """
 
 from __future__ import annotations

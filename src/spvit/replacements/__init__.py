@@ -45,7 +45,7 @@ class Replacement(Protocol):
         ...
 
     def fit(self, module: nn.Module, pair: BlockPair, kept: Attention) -> None:
-        """Set the module's weights in closed form, in place: from what arrives, and from the dense layer's output."""
+        """Set the module's weights in closed form, in place: from what arrives, and from its targets."""
         ...
 
     def cost(self, host: Host, site: AttentionSite, metric: str) -> AttentionCost:

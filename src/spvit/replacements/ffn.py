@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spvit.hosts.walk import BlockPair
 from spvit.moments import Moments, regression, ridge_for
+from spvit.replacements.targets import targets
 
 
 def narrow_linear(linear: nn.Linear, units: Tensor, axis: int) -> nn.Linear:
@@ -32,16 +33,16 @@ def narrow_linear(linear: nn.Linear, units: Tensor, axis: int) -> nn.Linear:
 
 
 def fit_ffn(pair: BlockPair) -> None:
-    """Correct the second linear layer of the pruned block's FFN so that its output is the dense layer's, in place.
+    """Correct the second linear layer of the pruned block's FFN so that it comes closest to its target, in place.
 
-    W <- W + S_yx (S_xx + lI)^-1, y being the dense layer's output less this one's. For an FFN with the inputs of the
-    dense one, y = W2[:, P] h_P is the part of the removed units P, and the correction W2[:, P] S_PK (S_KK + lI)^-1.
+    W <- W + S_yx (S_xx + lI)^-1, y being the target less this layer's output. For an FFN with the inputs of the dense
+    one, y = W2[:, P] h_P is the part of the removed units P, and the correction W2[:, P] S_PK (S_KK + lI)^-1.
     """
     path = pair.sites.ffn.second
     linear = pair.model.get_submodule(path)
     assert isinstance(linear, nn.Linear)
     moments = Moments()
-    for x, wanted in zip(pair.arriving(path), pair.wanted(path)):
+    for x, wanted in zip(pair.arriving(path), targets(pair, path)):
         moments.add(x, wanted - linear(x))
     correct(linear, moments)
 

@@ -26,6 +26,7 @@ from spvit.hosts.sites import AttentionSite
 from spvit.hosts.walk import BlockPair
 from spvit.hosts.weights import AttentionWeights, read_weights
 from spvit.moments import Moments, cholesky, regression, ridge_for
+from spvit.replacements.targets import targets
 
 JITTER = 1e-7
 LONGEST = 10.0
@@ -124,7 +125,7 @@ class _Narrow:
         return module
 
     def fit(self, module: nn.Module, pair: BlockPair, kept: Attention) -> None:
-        """Rotate queries and keys, then values, by how they vary; fit the output projection to the dense output."""
+        """Rotate queries and keys, then values, by how they vary; fit the output projection to its targets."""
         if not isinstance(module, NarrowAttention):
             return
         weights, moments = rotated_queries(pair, kept, inputs_of_attention(pair))
@@ -158,9 +159,9 @@ REPLACEMENT = _Narrow()
 
 
 def fitted_output(prior: Tensor, covariance: Tensor, cross: Tensor, moments: Moments) -> Tensor:
-    """Return the output projection [D, X] that best gives the dense output from narrow heads, drawn towards a prior.
+    """Return the output projection [D, X] that comes closest to the targets from narrow heads, drawn towards a prior.
 
-    covariance: of the narrow heads' outputs side by side, [X, X]; cross: with the dense output, [X, D]; both from the
+    covariance: of the narrow heads' outputs side by side, [X, X]; cross: with the targets, [X, D]; both from the
     moments, which say how many tokens there were. The repair and the estimate of what is missed share this formula.
     """
     return prior + regression(covariance, cross - covariance @ prior.T, ridge_for(moments, len(covariance))).T
@@ -175,7 +176,7 @@ def inputs_of_attention(pair: BlockPair) -> Tensor:
 
 
 def rotated_queries(pair: BlockPair, kept: Attention, second_moment: Tensor) -> tuple[AttentionWeights, Moments]:
-    """Return the kept heads with queries and keys at the kept rank, and the moments of their and the dense outputs.
+    """Return the kept heads with queries and keys at the kept rank, and the moments of their outputs and the targets.
 
     The heads' outputs, of whole values, are side by side [H E]. second_moment: as `inputs_of_attention` returns it.
     """
@@ -185,7 +186,7 @@ def rotated_queries(pair: BlockPair, kept: Attention, second_moment: Tensor) -> 
     whole = NarrowAttention(layer, site, replace(kept, value_rank=None)).eval()
     whole.load(weights)
     moments = Moments()
-    for x, wanted in zip(pair.arriving(site.path), pair.wanted(site.path)):
+    for x, wanted in zip(pair.arriving(site.path), targets(pair, site.path)):
         moments.add(whole.heads_out(x), wanted)
     return weights, moments
 

@@ -19,6 +19,7 @@ from spvit.hosts.host import Host
 from spvit.hosts.sites import AttentionSite
 from spvit.hosts.walk import BlockPair
 from spvit.moments import NOT_FINITE
+from spvit.replacements.targets import targets
 
 
 class Skip(nn.Module):
@@ -83,12 +84,12 @@ class _Skip:
         return Skip("mean", Constant(site.prefix_tokens + 1, site.dim, like))
 
     def fit(self, module: nn.Module, pair: BlockPair, kept: Attention) -> None:
-        """Let the layer add the mean output of the dense one: by prefix token, and one of all grid tokens."""
+        """Let the layer add the mean of its target: by prefix token, and one of all grid tokens."""
         assert isinstance(module, Skip)
         if module.mean is None:
             return
         site, total, count = pair.sites.attention, torch.zeros(()), 0
-        for wanted in pair.wanted(site.path):
+        for wanted in targets(pair, site.path):
             grid = site.own_grid().gather(wanted, site.prefix_tokens).double().mean(dim=1, keepdim=True)
             # Without prefix tokens windows may outnumber images in what stands for them.
             parts = [wanted[:, : site.prefix_tokens].double(), grid] if site.prefix_tokens else [grid]

@@ -1,0 +1,213 @@
+"""What a changed layer is fitted to: the formulas, what they bring back, and that models are left as they were."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import reference
+import spvit
+from spvit.architecture import FFN, Architecture, Attention, Block
+from spvit.hosts.host import Host
+from spvit.hosts.walk import BlockPair, advance, first_inputs
+from spvit.replacements import targets
+from tiny import assert_close, assert_differ, assert_untouched, everything_of, ffn_widths, images, logits, make_host
+
+SOME = ["class_token", "options", "residual_post_norm", "huggingface", "swin_non_square", "swin_padded"]
+STREAMS = [name for name in SOME if name != "residual_post_norm"]
+SHIFTED = 1  # every second block of Swin shifts its windows
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def pair_of(name: str, index: int = SHIFTED) -> BlockPair:
+    """Return a block of a host beside one that has other attention and other inputs."""
+    model = make_host(name)
+    host = Host.of(model)
+    dense_inputs = first_inputs(host, [images(model, 3), images(model, 2, seed=1)])
+    for earlier in range(index):
+        advance(host, earlier, dense_inputs)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [x + 0.3 * torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in dense_inputs]
+    pruned = copy.deepcopy(model)
+    for parameter in pruned.get_submodule(host.blocks[index].attention.path).parameters():
+        parameter.mul_(0.9)
+    return BlockPair(pruned, host, index, inputs, dense_inputs)
+
+
+def blocks(pair: BlockPair) -> tuple[nn.Module, nn.Module]:
+    """Return the dense and the pruned block."""
+    return pair.host.model.get_submodule(pair.sites.path), pair.model.get_submodule(pair.sites.path)
+
+
+def behind_attention(block: nn.Module, x: Tensor) -> Tensor:
+    """Return the stream behind a block's attention, [B, N, D], recorded on its way to the FFN."""
+    found: list[Tensor] = []
+    after = getattr(block, "norm2", None) or getattr(block, "layernorm_after", None)
+    reading = block.get_submodule("mlp") if reference.post_norm(block) else after
+    assert isinstance(reading, nn.Module)
+    handle = reading.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    block(x)
+    handle.remove()
+    return found[0]
+
+
+def answering(block: nn.Module, module: nn.Module, answer: Tensor, x: Tensor) -> Tensor:
+    """Return a block's output when one of its modules answers something else."""
+
+    def answer_other(module: nn.Module, args: object, output: object) -> object:
+        return (answer, None) if isinstance(output, tuple) else answer
+
+    handle = module.register_forward_hook(answer_other)
+    out: Tensor = block(x)
+    handle.remove()
+    return out
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", SOME)
+def test_targets_are_those_of_the_formulas(name: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "STREAM", share)
+    for index in (0, SHIFTED):
+        pair = pair_of(name, index)
+        dense, pruned = blocks(pair)
+        grid = pair.sites.attention.layout
+        attention = list(targets.targets(pair, pair.sites.attention.path))
+        ffn = list(targets.targets(pair, pair.sites.ffn.second))
+        assert len(attention) == len(ffn) == 2
+        for number, (x, dense_x) in enumerate(zip(pair.inputs, pair.dense_inputs)):
+            assert_close(attention[number], reference.attention_target(dense, dense_x, x, share, grid))
+            streams = behind_attention(dense, dense_x), behind_attention(pruned, x)
+            assert_close(ffn[number], reference.ffn_target(dense, *streams, share))
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_layer_that_meets_the_stream_target_brings_the_stream_back(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "STREAM", 1.0)
+    monkeypatch.setattr(targets, "SMALLEST", 0.0)
+    pair = pair_of(name)
+    dense, pruned = blocks(pair)
+    attention, second = (pair.model.get_submodule(path) for path in (pair.sites.attention.path, pair.sites.ffn.second))
+    corrected = zip(targets.targets(pair, pair.sites.attention.path), targets.targets(pair, pair.sites.ffn.second))
+    for x, dense_x, (after_attention, after_ffn) in zip(pair.inputs, pair.dense_inputs, corrected):
+        wanted = dense(dense_x)
+        assert_differ(pruned(x), wanted)
+        assert_close(answering(pruned, attention, after_attention, x), wanted)  # the FFN behind it is whole
+        assert_close(answering(pruned, second, after_ffn, x), wanted)
+
+
+def test_scales_are_those_of_the_layers_and_small_ones_are_damped() -> None:
+    pair = pair_of("options")
+    dense, _ = blocks(pair)
+    dense.ls1.gamma[:3] = torch.tensor([1e-9, -1e-9, 0.0])
+    for name, path in (("ls1", pair.sites.attention.path), ("ls2", pair.sites.ffn.second)):
+        gamma = dense.get_submodule(name).gamma
+        damping = 1e-4 * gamma.square().mean()
+        found = targets._scale(pair, path)
+        assert found is not None
+        assert_close(found, gamma / (gamma.square() + damping))
+        large = gamma.square() > 100 * damping
+        assert large.sum() > 10
+        assert ((found * gamma - 1).abs()[large] < 0.01).all()
+        assert found.abs().max() <= 0.5 / damping.sqrt()
+    assert found.abs().min() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["class_token", "options", "swin_padded", "huggingface"])
+def test_scales_are_found_in_low_precision_and_beside_a_large_stream(name: str, dtype: torch.dtype) -> None:
+    model = make_host(name, dtype)
+    host = Host.of(model)
+    inputs = [1000 * x for x in first_inputs(host, [images(model, 1)])]
+    expected = pair_of(name, 0)
+    for path in (host.blocks[0].attention.path, host.blocks[0].ffn.second):
+        found, wanted = targets._scale(BlockPair(model, host, 0, inputs, inputs), path), targets._scale(expected, path)
+        assert found is not None
+        assert wanted is not None
+        assert (found - wanted).abs().max() < 4 * torch.finfo(dtype).eps * wanted.abs().max()
+
+
+@pytest.mark.parametrize("name", ["residual_post_norm", "options"])
+def test_without_a_scale_a_layer_is_fitted_to_its_own_output(name: str) -> None:
+    pair = pair_of(name)
+    dense, pruned = blocks(pair)
+    if name == "options":
+        dense.ls1.gamma.zero_()
+    assert targets._scale(pair, pair.sites.attention.path) is None
+    for x, found in zip(pair.inputs, targets.targets(pair, pair.sites.attention.path)):
+        assert_close(found, reference.attention_answer(dense, x))
+    if name == "residual_post_norm":
+        assert targets._scale(pair, pair.sites.ffn.second) is None
+        for x, found in zip(pair.inputs, targets.targets(pair, pair.sites.ffn.second)):
+            assert_close(found, reference.ffn_answer(dense, behind_attention(pruned, x)))
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_where_nothing_was_pruned_before_layers_are_fitted_to_their_own_output(name: str) -> None:
+    other = pair_of(name)
+    same = copy.deepcopy(other.host.model)
+    pair = BlockPair(same, other.host, SHIFTED, list(other.dense_inputs), other.dense_inputs)
+    for x, found in zip(pair.wanted(pair.sites.attention.path), targets.targets(pair, pair.sites.attention.path)):
+        assert torch.equal(found, x)
+    for x, found in zip(pair.wanted(pair.sites.ffn.second), targets.targets(pair, pair.sites.ffn.second)):
+        assert_close(found, x)
+
+
+class Broken(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("broken", [None, "dense norm1", "dense mlp.act", "pruned mlp.act"])
+@pytest.mark.parametrize("name", ["options", "swin_padded"])
+def test_hooks_are_gone_afterwards_even_when_a_module_raises(name: str, broken: str | None) -> None:
+    pair = pair_of(name)
+    if broken is not None:
+        side, _, place = broken.partition(" ")
+        parent, _, child = place.rpartition(".")
+        setattr(blocks(pair)[side == "pruned"].get_submodule(parent), child, Broken())
+    models = (pair.host.model, pair.model)
+    before = [everything_of(model) for model in models]
+    for path in (pair.sites.attention.path, pair.sites.ffn.second):
+        reaches_it = broken is not None and (broken != "pruned mlp.act" or path == pair.sites.ffn.second)
+        with pytest.raises(ZeroDivisionError) if reaches_it else nullcontext():
+            list(targets.targets(pair, path))
+        for model, kept in zip(models, before):
+            assert_untouched(model, kept)
+
+
+def narrowed(host: nn.Module) -> Architecture:
+    """Return an architecture with every second FFN unit, and attention of half the rank where it can be narrowed."""
+    rank = 4 if Host.of(host).blocks[0].attention.narrows_values else None
+    kept = Attention(query_key_rank=rank, value_rank=rank)
+    return Architecture(tuple(Block(kept, FFN(width, tuple(range(0, width, 2)))) for width in ffn_widths(host)))
+
+
+@pytest.mark.parametrize("name", ["class_token", "options", "huggingface", "swin_padded"])
+def test_the_repaired_network_is_nearer_to_the_dense_one_on_new_images(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = make_host(name)
+    calibration, new = images(host, 256), images(host, 64, seed=1)
+
+    def error() -> float:
+        found = logits(spvit.prune(host, narrowed(host), repair=calibration), new)
+        return float((found - logits(host, new)).square().sum())
+
+    own = error()
+    for kind in ("ffn", "narrow"):
+        module = importlib.import_module(f"spvit.replacements.{kind}")
+        monkeypatch.setattr(module, "targets", lambda pair, path: pair.wanted(path))
+    assert own < 0.93 * error()
