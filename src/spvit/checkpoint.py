@@ -266,9 +266,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the damaged bytes lead to; all of it means the same to the user
         kind, reason = "safetensors" if path.suffix == ".safetensors" else "weights", first_line(error)
-        if refused := re.search(
-            r"Unsupported global: GLOBAL (\S+)", str(error)
-        ):  # not torch's advice to read it anyway
+        if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):  # torch says how to read it anyway
             reason = f"it holds a {refused[1]}, which is not read since it could run code; save the weights alone"
         raise CheckpointError(f"checkpoint {path} is damaged or not a {kind} file: {reason}") from error
     for name in ("model", "state_dict"):

@@ -187,10 +187,9 @@ def number_of_classes(model: nn.Module) -> int:
 
 def _head_keys(model: nn.Module) -> list[str]:
     """Return the keys of the parameters of a model's classification heads; none where the library names no head."""
-    of_timm: Any = getattr(model, "get_classifier", None)
-    heads = of_timm() if of_timm is not None else getattr(model, "classifier", None)
-    members = heads if isinstance(heads, tuple) else (heads,)
-    named = [(name, module) for name, module in model.named_modules() if any(module is member for member in members)]
+    heads: Any = getattr(model, "get_classifier", lambda: getattr(model, "classifier", None))()
+    members = {id(head) for head in (heads if isinstance(heads, tuple) else (heads,))}
+    named = [(name, module) for name, module in model.named_modules() if id(module) in members]
     return [f"{name}.{key}" for name, module in named for key in module.state_dict()]
 
 
@@ -199,20 +198,15 @@ def input_of(model: Any) -> tuple[int, tuple[int, int] | None]:
     try:
         channels, *size = input_size(model)
     except UnsupportedHostError:
-        source = getattr(model, "pretrained_cfg", None)
-        if source is not None:
-            channels, *size = source["input_size"]
-            return channels, (size[0], size[1]) if source.get("fixed_input_size") else None
-        # of Hugging Face: images are resized to what it was trained on
-        channels, side = getattr(model.config, "num_channels", 3), getattr(model.config, "image_size", None)
-        if side is None:
-            return channels, None
-        size = [side, side] if isinstance(side, int) else side
-    return channels, (size[0], size[1])
+        if source := getattr(model, "pretrained_cfg", None):
+            channels, *size = source["input_size"] if source.get("fixed_input_size") else source["input_size"][:1]
+        else:  # of Hugging Face: images are resized to what it was trained on
+            channels, side = getattr(model.config, "num_channels", 3), getattr(model.config, "image_size", None)
+            size = [side, side] if isinstance(side, int) else list(side or ())
+    return channels, (size[0], size[1]) if size else None
 
 
 def undecayed(model: nn.Module) -> set[str]:
     """Return patterns of the parameters that take no weight decay: biases by token, and position and class tokens."""
     exempt: set[str] = getattr(model, "no_weight_decay", set)()
-    tokens = ("cls_token", "mask_token", "position_embeddings")
-    return {f"*{name}" for name in exempt} | {f"*{name}" for name in tokens}
+    return {f"*{name}" for name in (*exempt, "cls_token", "mask_token", "position_embeddings")}

@@ -130,7 +130,7 @@ def test_kernel_order_and_temperature_of_swin_matter(tmp_path: Path) -> None:
     x = images(host.double())
     right = logits(rebuild(published, host), x)
     assert_close(right, swin_logits(state, x))
-    for change in ({"positions": tuple(range(9))}, {"temperature": 0.01}):
+    for change in ({"columns": tuple(range(9))}, {"temperature": 0.01}):
         wrong = dataclasses.replace(published, layout=dataclasses.replace(published.layout, **change))
         assert_differ(logits(rebuild(wrong, host), x), right)
 

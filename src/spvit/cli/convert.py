@@ -26,7 +26,7 @@ from spvit.errors import CheckpointError
 from spvit.hosts.host import Host
 from spvit.hosts.sites import AttentionSite, BlockSites
 from spvit.hosts.weights import AttentionWeights
-from spvit.replacements.kernels import CENTRE, POSITIONS, conv1_weights, conv3_weights, head_mix
+from spvit.replacements.kernels import POSITIONS, conv1_weights, conv3_weights, head_mix
 from spvit.surgery import prune
 from spvit.zoo import architectures, host_name
 
@@ -41,7 +41,8 @@ _FORMS = {
     (): ("unfolded", "skip"),
 }
 _KERNELS: dict[tuple[int, ...], str] = {(3, 3): "conv3", (1, 1): "conv1"}
-_FOLDED = {"bconv.0.": "conv_in.", "bconv.1.": "bn.", "bconv.3.": "conv_out."}  # bconv.2 is a ReLU
+# The layers of a convolution, unfolded and folded, by their names in a pruned model; bconv.2 is a ReLU.
+_LAYERS = {"bn_3x3": "bn", "bn_1x1": "bn", "bconv.0": "conv_in", "bconv.1": "bn", "bconv.3": "conv_out"}
 # Beside the projections in a Swin attention layer; the second is a buffer that timm computes.
 _BESIDE = ("relative_position_bias_table", "relative_position_index")
 
@@ -55,13 +56,12 @@ class Layout:
     """Regular expression of a block's prefix; its groups are the stage, if any, and the block."""
     temperature: float
     """Alpha of the head mix in the published checkpoints."""
-    positions: tuple[int, ...]
-    """Which kernel position each column of `head_probs` belongs to."""
+    columns: tuple[int, ...]
+    """Which column of `head_probs` each kernel position has."""
 
 
-_CENTRE_FIRST = (CENTRE, *(position for position in range(POSITIONS) if position != CENTRE))
 DEIT = Layout("DeiT", r"blocks\.(\d+)", 0.01, tuple(range(POSITIONS)))
-SWIN = Layout("Swin", r"layers\.(\d+)\.blocks\.(\d+)", 100.0, _CENTRE_FIRST)
+SWIN = Layout("Swin", r"layers\.(\d+)\.blocks\.(\d+)", 100.0, (1, 2, 3, 4, 0, 5, 6, 7, 8))  # the centre is first
 
 
 @dataclass(frozen=True)
@@ -210,9 +210,8 @@ def rebuild(published: Published, host: nn.Module, indicators: Published | None 
     """
     where = published.name
     if published.form == "indicators":
-        raise CheckpointError(
-            f"{published.path} is a {published.described()}, expected weights; name it with --indicators"
-        )
+        found = f"{published.path} is a {published.described()}"
+        raise CheckpointError(f"{found}, expected weights; name it with --indicators")
     sites = _fitting_sites(published, host)
     indicated = indicated_architecture(indicators, host) if indicators is not None else None
     dtype = next((value.dtype for value in published.state.values() if value.is_floating_point()), None)
@@ -264,29 +263,27 @@ def _converted(published: Published, prefix: str, kind: str, site: AttentionSite
         return {}
     part = published.below(prefix)
     if kind == "msa":  # query, key and value projections are packed: qkv.weight [3 D, D]
-        own = {key: value for key, value in part.items() if not key.startswith(("qk.", "v.", _BESIDE[1]))}
+        own = {key: value for key, value in part.items() if key.startswith(("proj.", _BESIDE[0]))}
         for name, shape in (("weight", (site.dim,)), ("bias", ())):
             if name == "weight" or "qk.bias" in part or "v.bias" in part:
                 query_key = published.need(f"{prefix}qk.{name}", 2 * site.dim, *shape)
                 own[f"qkv.{name}"] = torch.cat([query_key, published.need(f"{prefix}v.{name}", site.dim, *shape)])
         return own
+    own = {"bn.num_batches_tracked": torch.tensor(0)}
+    for old, new in _LAYERS.items():
+        own |= {f"{new}.{key}": value for key, value in published.below(f"{prefix}{old}.").items()}
     if "bconv.0.weight" not in part:
-        return _unfolded(published, prefix, kind, site)
-    own = {
-        new + key.removeprefix(old): part[key] for old, new in _FOLDED.items() for key in part if key.startswith(old)
-    }
+        return own | _unfolded(published, prefix, kind, site)
     own["conv_out.weight"] = published.need(f"{prefix}bconv.3.weight").flatten(1)
     if kind == "conv1":
         own["conv_in.weight"] = part["bconv.0.weight"].flatten(1)
-    return {"bn.num_batches_tracked": torch.tensor(0), **own}
+    return own
 
 
 def _unfolded(published: Published, prefix: str, kind: str, site: AttentionSite) -> dict[str, Tensor]:
-    """Return a convolution's weights from the projections [D, D] and the head mix [H, K] that it is stored as."""
+    """Return a convolution's two layers from the projections [D, D] and the head mix [H, K] that it is stored as."""
     dim, by_head, layout = site.dim, (site.heads, site.head_width), published.layout
-    columns = published.need(f"{prefix}head_probs", site.heads, POSITIONS)
-    head_logits = torch.empty_like(columns)
-    head_logits[:, list(layout.positions)] = columns
+    head_logits = published.need(f"{prefix}head_probs", site.heads, POSITIONS)[:, list(layout.columns)]
     value = published.need(f"{prefix}v.weight", dim, dim).unflatten(0, by_head)
     out = published.need(f"{prefix}proj.weight", dim, dim).unflatten(1, by_head)
     biased, none = f"{prefix}v.bias" in published.state, value[:, :0]  # a convolution has no queries and keys
@@ -294,8 +291,4 @@ def _unfolded(published: Published, prefix: str, kind: str, site: AttentionSite)
     shared = AttentionWeights(none, None, none, None, value, bias, out, published.state.get(f"{prefix}proj.bias"))
     mix = head_mix(head_logits, layout.temperature)
     weights = conv3_weights(mix, shared) if kind == "conv3" else conv1_weights(mix, shared)
-    return {
-        "bn.num_batches_tracked": torch.tensor(0),
-        **{f"conv_{name.replace('_', '.')}": value for name, value in vars(weights).items()},  # conv_in.weight, ...
-        **{f"bn.{key}": value for key, value in published.below(f"{prefix}bn_{kind[-1]}x{kind[-1]}.").items()},
-    }
+    return {f"conv_{name.replace('_', '.')}": value for name, value in vars(weights).items()}  # conv_in.weight, ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import difflib
 from pathlib import Path
 from typing import Any, NoReturn
@@ -90,12 +91,9 @@ class Help(DefaultHelpFormatter):
     """Help with one spelling of an option, and without types and empty defaults."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        every = action.option_strings
-        action.option_strings = [name for name in every if name.startswith("--")][:1]
-        try:
-            return super()._format_action_invocation(action)
-        finally:
-            action.option_strings = every
+        shown = copy.copy(action)
+        shown.option_strings = [name for name in action.option_strings if name.startswith("--")][:1]
+        return super()._format_action_invocation(shown)
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = (action.help or "").rstrip(".")
