@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 import subprocess
 import sys
@@ -591,3 +592,52 @@ def test_all_errors_are_spvit_errors() -> None:
     errors = [getattr(spvit, name) for name in spvit.__all__ if name.endswith("Error")]
     assert len(errors) > 6
     assert all(issubclass(error, spvit.SpvitError) for error in errors)
+
+
+def test_decide_says_what_a_dense_host_lacks() -> None:
+    with pytest.raises(spvit.NotSearchableError, match=r"give scores=spvit.score\(host, images\), or pass what"):
+        spvit.decide(make_host("class_token"), macs="50%")
+
+
+def test_a_host_that_was_pruned_since_is_refused() -> None:
+    host = spvit.Host.of(make_host("class_token"))
+    architecture = with_kinds(dense(ffn_widths(host.model)), *MIXED)
+    spvit.prune(host, architecture, inplace=True)
+    for verb in (
+        lambda: spvit.prune(host, architecture),
+        lambda: spvit.cost(host),
+        lambda: spvit.make_searchable(host),
+    ):
+        with pytest.raises(spvit.NotSearchableError, match="dense host"):
+            verb()
+
+
+def test_a_compiled_searchable_network_is_decided_and_pruned() -> None:
+    host, net = make_net("class_token")
+    compiled = torch.compile(net)
+    architecture = spvit.decide(compiled)
+    assert architecture == spvit.decide(net)
+    pruned = [spvit.prune(host, architecture, weights=weights).eval() for weights in (net, compiled)]
+    x = images(host)
+    assert torch.equal(*(logits(model, x) for model in pruned))
+
+
+def test_scores_of_other_weights_or_cut_short_are_refused() -> None:
+    host = make_host("class_token")
+    scores = spvit.score(host, images(host, 24))
+    changed = copy.deepcopy(host)
+    with torch.no_grad():
+        changed.blocks[0].mlp.fc1.weight[5:] += 1
+    cut = dataclasses.replace(scores, blocks=scores.blocks[:-1])
+    for model, given in ((changed, scores), (host, cut)):
+        with pytest.raises(spvit.CalibrationError, match="other weights"):
+            spvit.decide(model, macs="70%", scores=given)
+    with pytest.raises(spvit.CalibrationError, match="meta device"):
+        spvit.decide(copy.deepcopy(host).to("meta"), macs="70%", scores=scores)
+    with pytest.raises(spvit.CalibrationError, match="found both"):
+        spvit.decide(host, macs="70%", scores=scores, calibration=images(host, 24))
+
+
+def test_class_names_must_be_as_many_as_the_head_tells_apart(tmp_path: Path) -> None:
+    with pytest.raises(spvit.CheckpointError, match="1 class names were given for a model of 7 classes"):
+        spvit.save(make_host("class_token"), tmp_path / "model", classes=["one"])

@@ -28,6 +28,7 @@ from spvit.errors import (
     CalibrationError,
     CheckpointError,
     DataError,
+    GridError,
     ModelError,
     NotSearchableError,
     RunError,
@@ -55,10 +56,10 @@ _LATER = {
 
 __all__ = [
     "Architecture", "ArchitectureError", "BudgetError", "BudgetLoss", "CalibrationError", "CheckpointError",
-    "CompressConfig", "DataError", "Description", "Host", "ImageConfig", "Images", "ModelError", "NotSearchableError",
-    "PhaseConfig", "Preprocessing", "RunError", "RunFolderError", "Scores", "SearchConfig", "SpvitError",
-    "UnsupportedHostError", "ZooError", "architectures", "compress", "cost", "create_model", "decide", "describe",
-    "fold", "gate_parameters", "load", "make_searchable", "prune", "save", "score",
+    "CompressConfig", "DataError", "Description", "GridError", "Host", "ImageConfig", "Images", "ModelError",
+    "NotSearchableError", "PhaseConfig", "Preprocessing", "RunError", "RunFolderError", "Scores", "SearchConfig",
+    "SpvitError", "UnsupportedHostError", "ZooError", "architectures", "compress", "cost", "create_model", "decide",
+    "describe", "fold", "gate_parameters", "load", "make_searchable", "prune", "save", "score",
 ]  # fmt: skip
 
 

@@ -119,6 +119,8 @@ def save(
     if (folder / WEIGHTS).exists() and not overwrite:
         raise CheckpointError(f"{folder} holds a model already; name another folder, or pass overwrite=True")
     family, record = family_of(model), pruned_record(model)
+    if classes is not None and len(classes) != family.classes(model):
+        raise CheckpointError(f"{len(classes)} class names were given for a model of {family.classes(model)} classes")
     description = Description(
         host=family.source(model),
         architecture=record.architecture if record else None,

@@ -1,4 +1,4 @@
-"""MACs and parameters of a network by what its blocks keep, and budgets.
+"""MACs and parameters of a network by what its blocks keep.
 
 One table of costs serves architectures (integers) and the expectation of gates (tensors). Costs are MACs of one image,
 or parameters, of the deployed network (batch norms folded).

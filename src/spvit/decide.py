@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from spvit.architecture import DEFAULT_MULTIPLE, Architecture
 from spvit.budget import Budget, check_multiple
-from spvit.errors import BudgetError
+from spvit.errors import CalibrationError, NotSearchableError
 from spvit.hosts.host import Host
 from spvit.repair.choose import decide_by_scores
 from spvit.repair.scores import Scores, score
 from spvit.replacements.costs import network_costs
+from spvit.search.network import is_searchable
 from spvit.search.read_off import decide_by_gates
 
 
@@ -48,13 +49,19 @@ def decide(
 
     Raises:
         BudgetError: the budget is malformed, or cannot be reached; names the smallest or largest cost that can.
-        CalibrationError: the scores are of another model, or the images cannot be used.
+        CalibrationError: the scores are of another model, the images cannot be used, or both are given.
+        UnsupportedHostError: the model's family, or a part of it, is not known.
         NotSearchableError: the network has no gates and there are neither scores nor images.
     """
     check_multiple(multiple)
     if scores is None and calibration is None:
         budget = None if macs is None and params is None else Budget.parse(macs, params)
-        return decide_by_gates(net.model if isinstance(net, Host) else net, budget, multiple)
+        if isinstance(net, Host) or not is_searchable(net):
+            raise NotSearchableError(
+                f"this {type(net).__name__} is not searchable; give scores=spvit.score(host, images), "
+                "or pass what spvit.make_searchable(host) returned"
+            )
+        return decide_by_gates(net, budget, multiple)
     budget = Budget.parse(macs, params)
     host = Host.of(net)
     if scores is None:
@@ -62,5 +69,5 @@ def decide(
         assert calibration is not None
         scores = score(host, calibration, multiple=multiple or DEFAULT_MULTIPLE, report=report)
     elif calibration is not None:
-        raise BudgetError("decide takes scores or calibration images, found both; leave one of the two out")
+        raise CalibrationError("decide takes scores or calibration images, found both; leave one of the two out")
     return decide_by_scores(host, scores, budget, multiple)

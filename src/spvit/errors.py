@@ -25,6 +25,10 @@ class DataError(SpvitError, ValueError):
     """The images cannot be found or read, or do not fit each other or the model."""
 
 
+class GridError(SpvitError, ValueError):
+    """Tokens do not fit the patch grid of the layer that got them: a model's part was called, or patches dropped."""
+
+
 class ModelError(SpvitError, ValueError):
     """A model cannot be found, downloaded or built."""
 

@@ -65,7 +65,7 @@ def prune(
         NotSearchableError: `weights` is not searchable, or the host is not dense.
         CalibrationError: the calibration images do not fit the host, are too few, or give values that are not finite.
     """
-    if not isinstance(host, Host) and getattr(host, RECORD, None) is not None:
+    if getattr(host.model if isinstance(host, Host) else host, RECORD, None) is not None:
         raise NotSearchableError("prune takes the dense host; pass a searchable network as weights=")
     dense = Host.of(host)
     check_fits(dense, architecture)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 
 import spvit
@@ -249,7 +250,7 @@ def test_a_folder_is_not_continued_with_another_budget(tmp_path: Path) -> None:
         config = CompressConfig(search=short_search(epochs), finetune=short(1))
         first = compressed(host, "60%", config, tmp_path / name, images)
         with pytest.raises(
-            (BudgetError, DataError), match=r"not the .*55.0%.* asked for|fine-tuned another architecture"
+            (BudgetError, RunFolderError), match=r"not the .*55.0%.* asked for|fine-tuned another architecture"
         ):
             compressed(host, "55%", config, tmp_path / name, images)
         assert Architecture.load(tmp_path / name / "architecture.json") == first.architecture
@@ -272,7 +273,7 @@ def test_scores_stay_in_the_run_folder_for_another_budget(tmp_path: Path, monkey
         compress(micro_host(seed=1), images, "60%", config=config)
     with pytest.raises(CalibrationError, match="holds no scores that can be read"):
         compress(host, images, "60%", config=replace(config, scores=str(tmp_path / "none")))
-    with pytest.raises(RunFolderError, match="decide without a search; leave them out, or dense.epochs and search.ep"):
+    with pytest.raises(DataError, match="decide without a search; leave them out, or dense.epochs and search.ep"):
         compress(host, images, "60%", config=replace(config, train_epochs=1, search=short_search(1)))
 
 
@@ -293,13 +294,13 @@ def test_compress_refuses_before_it_trains(tmp_path: Path) -> None:
     host, images = micro_host(), digits()
     with pytest.raises(spvit.BudgetError, match="smallest reachable"):
         compress(host, images, "0.01%", output=tmp_path / "run")
-    with pytest.raises(RunFolderError, match="initialise is 'luck', expected search or host"):
+    with pytest.raises(DataError, match="initialise is 'luck', expected search or host"):
         compress(host, images, "50%", output=tmp_path / "run", config=CompressConfig(initialise="luck"))
     with pytest.raises(BudgetError, match="multiple is 0, expected 1 or more units"):
         compress(host, images, "50%", output=tmp_path / "run", config=CompressConfig(multiple=0))
     with pytest.raises(DataError, match="keep_best is on for the search"):
         CompressConfig(search=short_search(1, keep_best=True))
-    with pytest.raises(RunFolderError, match="nothing is to be trained, but search.epochs is 1; leave one of the two"):
+    with pytest.raises(DataError, match="nothing is to be trained, but search.epochs is 1; leave one of the two"):
         CompressConfig(train_epochs=0, search=short_search(1))
     assert not (tmp_path / "run").exists()
 
@@ -384,3 +385,38 @@ def test_the_average_reaches_back_so_many_epochs_from_the_start(tmp_path: Path) 
 def test_averaging_is_checked() -> None:
     with pytest.raises(DataError, match=r"averaging_epochs is -0\.5, expected 0 or more"):
         run_phase(Phase("dense", micro_host(), short(1, averaging_epochs=-0.5)), run_in(Path(), digits()))
+
+
+def test_compress_refuses_at_once_what_it_could_not_finish(tmp_path: Path) -> None:
+    fewer = replace(digits(), classes=("0", "1"))
+    with pytest.raises(DataError, match="the images have 2 classes, but the host tells 10 apart"):
+        spvit.compress(micro_host(), fewer, "60%")
+    size = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "embed_dim": 24, "depth": 2}
+    unnamed = timm.models.vision_transformer.VisionTransformer(num_heads=3, **size)
+    with pytest.raises(spvit.UnsupportedHostError, match="not made by timm.create_model"):
+        spvit.compress(unnamed, digits(), "60%", output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_host_with_channels_last_is_compressed(tmp_path: Path) -> None:
+    host = micro_host().to(memory_format=torch.channels_last)
+    config = CompressConfig(finetune=short(1), calibration_images=128)
+    spvit.compress(host, digits(), "70%", output=tmp_path / "run", config=config)
+    assert type(spvit.load(tmp_path / "run")) is type(host)
+
+
+def test_a_folder_of_the_user_stays_when_its_run_is_refused(tmp_path: Path) -> None:
+    for folder, kept in ((tmp_path / "there", True), (tmp_path / "new", False)):
+        if kept:
+            folder.mkdir()
+        run = RunFolder.open(folder)
+
+        def refused(run: RunFolder = run) -> None:
+            with run.removed_if_refused():
+                run.write_settings("compress", "macs: 1%\n")
+                raise BudgetError("out of reach")
+
+        with pytest.raises(BudgetError):
+            refused()
+        assert folder.is_dir() == kept
+        assert not kept or not any(folder.iterdir())

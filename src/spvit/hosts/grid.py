@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from spvit.errors import GridError
+
 
 @dataclass
 class Grid:
@@ -32,13 +34,13 @@ class Grid:
         """Return grid tokens [B, G, C] as a map [B, C, height, width] (channels last in memory, no copy).
 
         Raises:
-            ValueError: their number is not height x width.
+            GridError: their number is not height x width.
         """
         try:
             # No comparison of sizes before: it would bake them into a traced or exported program.
             planes = tokens.unflatten(1, (self.height, self.width))
         except RuntimeError as error:
-            raise ValueError(
+            raise GridError(
                 f"a convolution got {tokens.shape[1]} grid tokens, expected a grid of {self.height} x {self.width}; "
                 "call the whole model on images, and do not drop patches"
             ) from error

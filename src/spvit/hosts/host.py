@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spvit.cost import count_macs, count_params
-from spvit.errors import NotSearchableError, UnsupportedHostError
+from spvit.errors import CalibrationError, NotSearchableError, UnsupportedHostError
 from spvit.hosts.recognise import family_of
 from spvit.hosts.sites import BlockSites, Family
 from spvit.hosts.weights import AttentionWeights, read_weights
@@ -38,10 +38,11 @@ class Host:
             UnsupportedHostError: the model's family, or a part of it, is not known.
             NotSearchableError: the model is searchable or pruned already.
         """
+        own = model.model if isinstance(model, Host) else model
+        if getattr(own, RECORD, None) is not None:
+            raise NotSearchableError("this model is already searchable or pruned by spvit; start from the dense host")
         if isinstance(model, Host):
             return model
-        if getattr(model, RECORD, None) is not None:
-            raise NotSearchableError("this model is already searchable or pruned by spvit; start from the dense host")
         family = family_of(model)
         blocks = family.blocks(model)
         _check_blocks_differ(model, blocks)
@@ -68,12 +69,20 @@ class Host:
         return {"macs": macs, "params": count_params(self.model)}
 
     def fingerprint(self) -> str:
-        """Return a short text that differs when weights do: of the first numbers of every parameter."""
+        """Return a short text that differs, as good as always, when weights do: of some numbers of every parameter."""
         digest = hashlib.sha256()
         for name, parameter in self.model.named_parameters():
+            check_values(parameter)
             digest.update(f"{name} {list(parameter.shape)}".encode())
-            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+            flat = parameter.detach().flatten()
+            digest.update(flat[:: max(1, len(flat) // 256)].float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def check_values(parameter: nn.Parameter) -> None:
+    """Raise CalibrationError for a parameter on the meta device."""
+    if parameter.is_meta:
+        raise CalibrationError("the model is on the meta device, so its weights have no values; load them first")
 
 
 def _check_blocks_differ(model: nn.Module, blocks: tuple[BlockSites, ...]) -> None:

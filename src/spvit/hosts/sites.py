@@ -106,7 +106,7 @@ class Family(Protocol):
     """What a family of hosts has to say. Methods take a model of the family's class, dense or pruned."""
 
     name: str
-    """How messages and files call the family."""
+    """How messages call the family."""
     temperature: float
     """Default temperature of the head mix (alpha)."""
 

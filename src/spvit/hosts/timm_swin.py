@@ -20,6 +20,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spvit.errors import GridError
 from spvit.hosts.grid import Grid
 from spvit.hosts.sites import AttentionSite, BlockSites, Undo, expect
 from spvit.hosts.timm_models import TimmFamily
@@ -40,7 +41,7 @@ class WindowedGrid(Grid):
         """x: [B x windows, N, C]. Returns the tokens of the map, [B, G, C], without padding."""
         down, across = self.windows()
         if x.shape[0] % (down * across) or x.shape[1] != self.window[0] * self.window[1]:
-            raise ValueError(
+            raise GridError(
                 f"a convolution got {x.shape[0]} windows of {x.shape[1]} tokens, expected {down * across} an image of "
                 f"{self.window[0]} x {self.window[1]}; call the whole model on images"
             )

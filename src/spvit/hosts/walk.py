@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spvit.errors import CalibrationError
-from spvit.hosts.host import Host
+from spvit.hosts.host import Host, check_values
 from spvit.hosts.sites import BlockSites
 
 BATCH = 64
@@ -40,8 +40,7 @@ def calibration_batches(host: Host, images: Tensor | Iterable[Any]) -> list[Tens
         CalibrationError: there are none, they are not of the size that the host takes, raw bytes, or not finite.
     """
     parameter = next(host.model.parameters())
-    if parameter.is_meta:
-        raise CalibrationError("the model is on the meta device, so its weights have no values; load them first")
+    check_values(parameter)
     prepared = []
     for batch in images.split(BATCH) if isinstance(images, Tensor) else images:
         if isinstance(batch, Mapping):

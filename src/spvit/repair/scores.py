@@ -72,7 +72,8 @@ class Scores:
 
     def check(self, host: Host) -> None:
         """Raise CalibrationError unless the scores are of this host."""
-        if self.weights != host.fingerprint():
+        sizes = [len(block.ffn) - 1 for block in self.blocks]
+        if self.weights != host.fingerprint() or sizes != [block.ffn.units for block in host.blocks]:
             raise CalibrationError(
                 f"the scores are of other weights than {host.name} has; score it again with spvit.score(host, images)"
             )

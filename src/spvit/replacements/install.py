@@ -119,13 +119,13 @@ def narrow_ffn(host: Host, index: int, ffn: FFN, undo: ExitStack) -> None:
 
 
 @contextmanager
-def installed(host: Host, index: int, kept: Block) -> Iterator[nn.Module]:
+def installed(host: Host, index: int, kept: Block) -> Iterator[None]:
     """Have a block of a dense model keep so much, by the rules that a repair serves best; then put the block back.
 
-    Yields what stands where attention was, its weights still to be fitted.
+    Inside the context the weights of what stands where attention was are still to be fitted.
     """
     with ExitStack() as undo:
         grids = whole_grids(host, [index] if kept.attention.kind != "msa" else [], undo)
         replace_attention(host, index, kept.attention, REPAIRED, grids, undo, fitted=True)
         narrow_ffn(host, index, kept.ffn, undo)
-        yield host.model.get_submodule(host.blocks[index].attention.path)
+        yield

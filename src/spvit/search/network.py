@@ -33,12 +33,17 @@ class SearchRecord:
 def searchable_root(net: nn.Module) -> tuple[str, SearchRecord]:
     """Return the name of the searchable network inside any wrapper, and its record. Raises NotSearchableError."""
     for name, module in net.named_modules():
-        record = getattr(module, RECORD, None)
+        record = vars(module).get(RECORD)  # a compiled module answers for the one inside
         if isinstance(record, SearchRecord):
             return name, record
     raise NotSearchableError(
         f"this {type(net).__name__} is not searchable; pass what spvit.make_searchable(host) returned"
     )
+
+
+def is_searchable(net: nn.Module) -> bool:
+    """Return whether a network has gates, in any wrapper."""
+    return any(isinstance(vars(module).get(RECORD), SearchRecord) for module in net.modules())
 
 
 def search_record(net: nn.Module) -> SearchRecord:

@@ -19,7 +19,10 @@ from spvit.architecture import DEFAULT_MULTIPLE, Architecture
 from spvit.budget import Budget, check_multiple
 from spvit.checkpoint import Preprocessing, save, write_text
 from spvit.decide import decide
+from spvit.errors import DataError
 from spvit.hosts.host import Host, input_size
+from spvit.hosts.recognise import family_of
+from spvit.models import number_of_classes
 from spvit.repair.scores import Scores, score
 from spvit.replacements.costs import network_costs
 from spvit.search.budget_loss import BudgetLoss
@@ -122,6 +125,13 @@ def check_compress(
 ) -> dict[str, int]:
     """Refuse what cannot work before anything is trained; return the budget, and open the teachers, with `weights`."""
     limits = check_decision(host, budget, config.multiple)
+    family_of(host).source(host)  # a model that could not be written is refused before it is trained
+    classes = number_of_classes(host)
+    if classes != len(run.images.classes):
+        raise DataError(
+            f"the images have {len(run.images.classes)} classes, but the host tells {classes} apart; give it a head of "
+            "as many"
+        )
     if config.scores is not None:
         scores = Scores.load(config.scores)
         if weights:
@@ -175,7 +185,9 @@ def _by_scores(
             multiple = config.multiple or DEFAULT_MULTIPLE
             found = score(host, images, multiple=multiple, report=lambda *done: run.progress.step())
         run.folder.write_scores(found)
-    scores = Scores.load(run.folder.path if config.scores is None else config.scores)
+    elif config.scores is not None:
+        run.folder.write_scores(Scores.load(config.scores))
+    scores = Scores.load(run.folder.path)
     return decide(host, multiple=config.multiple, scores=scores, **limits)
 
 

@@ -46,11 +46,13 @@ def tensors_of(part: nn.Module | Optimizer) -> dict[str, Tensor]:
     if isinstance(part, nn.Module):
         return plain_state(part)
     states: dict[int, dict[str, Tensor]] = part.state_dict()["state"]
-    return {f"{index}.{name}": value.cpu() for index, state in states.items() for name, value in state.items()}
+    return {
+        f"{index}.{name}": value.cpu().contiguous() for index, state in states.items() for name, value in state.items()
+    }
 
 
 def load_tensors(part: nn.Module | Optimizer, tensors: Mapping[str, Tensor], name: str) -> None:
-    """Put back what `tensors_of` returned. Raises CheckpointError when it does not fit; `name` is for the message."""
+    """Put back what `tensors_of` returned. Raises CheckpointError naming `name` when a model's does not fit."""
     if isinstance(part, nn.Module):
         fit_state(part, tensors, name)
         return

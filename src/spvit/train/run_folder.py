@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from spvit.architecture import Architecture
 from spvit.checkpoint import plain_state, read_weights, replace_atomically, write_text
-from spvit.errors import CheckpointError, DataError, RunError, RunFolderError, SpvitError
+from spvit.errors import CheckpointError, RunError, RunFolderError, SpvitError
 from spvit.repair.scores import Scores
 
 DENSE, SEARCH, FINETUNE = "dense", "search", "finetune"
@@ -71,14 +71,21 @@ class RunFolder:
 
     @contextmanager
     def removed_if_refused(self) -> Iterator[None]:
-        """Remove a new folder when its run is refused before it has written more than its settings and scores."""
-        fresh, first = not self.used, (self.settings, self.scores, self.scores.with_suffix(".safetensors"))
+        """Remove what a run has written when it is refused before there is more than settings and scores.
+
+        A folder that was there, empty, stays.
+        """
+        made, fresh = not self.path.exists(), not self.used
+        first = (self.settings, self.scores, self.scores.with_suffix(".safetensors"))
         try:
             yield
         except SpvitError as error:
             produced = any(path.is_file() and path not in first for path in self.path.rglob("*"))
             if fresh and not produced and not isinstance(error, RunError):
-                shutil.rmtree(self.path, ignore_errors=True)
+                for path in first:
+                    path.unlink(missing_ok=True)
+                if made:
+                    shutil.rmtree(self.path, ignore_errors=True)
             raise
 
     def write_settings(self, command: str, text: str) -> None:
@@ -126,8 +133,11 @@ class RunFolder:
         if not self.metrics.exists():
             return
         *lines, _ = self.metrics.read_text(encoding="utf-8").split("\n")  # a kill can cut the last line short
-        found = [(line, json.loads(line)) for line in lines]
-        kept = [line for line, values in found if values["phase"] != phase or values["epoch"] <= epoch]
+        try:
+            found = [(line, json.loads(line)) for line in lines]
+        except json.JSONDecodeError as error:
+            raise RunFolderError(f"{self.metrics} is damaged ({error}); move it away to continue the run") from error
+        kept = [line for line, values in found if values.get("phase") != phase or values["epoch"] <= epoch]
         write_text(self.metrics, "".join(f"{line}\n" for line in kept))
 
     def states(self, phase: str) -> Path:
@@ -181,11 +191,11 @@ class RunFolder:
                 (Path(partial) / path.name).replace(path)
 
     def write_architecture(self, architecture: Architecture) -> None:
-        """Write architecture.json. Raises DataError when weights of another one were fine-tuned here already."""
+        """Write architecture.json. Raises RunFolderError when weights of another one were fine-tuned here already."""
         path = self.architecture
         if self.has_begun(FINETUNE) and path.is_file() and Architecture.load(path) != architecture:
             advice = "continue it with the settings that it was begun with, or name another folder"
-            raise DataError(f"{self.path} has fine-tuned another architecture than what was found now; {advice}")
+            raise RunFolderError(f"{self.path} has fine-tuned another architecture than what was found now; {advice}")
         write_text(path, architecture.to_json())
 
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field, replace
 
-from spvit.errors import DataError, RunFolderError
+from spvit.errors import DataError
 from spvit.search.budget_loss import BUDGET_WEIGHT
 
 CALIBRATION_IMAGES = 1024
@@ -195,13 +195,13 @@ class CompressConfig(LoopConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.initialise not in ("search", "host"):
-            raise RunFolderError(f"initialise is {self.initialise!r}, expected search or host")
+            raise DataError(f"initialise is {self.initialise!r}, expected search or host")
         if self.scores is not None and (self.search.epochs > 0 or self.dense.epochs > 0):
             why = f"scores {self.scores} are of the model as it is, and decide without a search"
-            raise RunFolderError(f"{why}; leave them out, or dense.epochs and search.epochs")
+            raise DataError(f"{why}; leave them out, or dense.epochs and search.epochs")
         if self.train_epochs == 0 and self.search.epochs > 0:
             searched = f"search.epochs is {self.search.epochs}"
-            raise RunFolderError(f"nothing is to be trained, but {searched}; leave one of the two out")
+            raise DataError(f"nothing is to be trained, but {searched}; leave one of the two out")
 
     @property
     def finetuning(self) -> PhaseConfig:
