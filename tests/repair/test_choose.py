@@ -262,7 +262,9 @@ def test_decisions_that_cannot_be_made_are_refused() -> None:
         spvit.decide(host, calibration=x)
     with pytest.raises(BudgetError, match="cannot be reached: the smallest reachable is"):
         spvit.decide(host, macs="1%", calibration=x)
-    with pytest.raises(BudgetError, match="decide takes scores or calibration images, found both; leave one of "):
+    with pytest.raises(
+        spvit.CalibrationError, match="decide takes scores or calibration images, found both; leave one of "
+    ):
         spvit.decide(host, macs="50%", calibration=x, scores=spvit.score(host, x))
     with pytest.raises(BudgetError, match="a budget is one of macs or params, found both"):
         spvit.decide(host, macs="50%", params="50%", calibration=x)
