@@ -14,7 +14,7 @@ from spvit.hosts.host import Host
 from spvit.repair.choose import decide_by_scores
 from spvit.repair.scores import Scores, score
 from spvit.replacements.costs import network_costs
-from spvit.search.network import is_searchable
+from spvit.search.network import searchable_inside
 from spvit.search.read_off import decide_by_gates
 
 
@@ -56,7 +56,7 @@ def decide(
     check_multiple(multiple)
     if scores is None and calibration is None:
         budget = None if macs is None and params is None else Budget.parse(macs, params)
-        if isinstance(net, Host) or not is_searchable(net):
+        if isinstance(net, Host) or searchable_inside(net) is None:
             raise NotSearchableError(
                 f"this {type(net).__name__} is not searchable; give scores=spvit.score(host, images), "
                 "or pass what spvit.make_searchable(host) returned"

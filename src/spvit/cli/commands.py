@@ -19,9 +19,9 @@ from spvit.cli import options as cli
 from spvit.cli.inputs import model_and_images
 from spvit.cli.plan import print_plan
 from spvit.cli.show import block_table, comparison_table, kinds_text, latency_text, say
-from spvit.cost import count_macs, count_params
+from spvit.cost import count_params
 from spvit.errors import ArchitectureError, CheckpointError, ModelError, RunFolderError
-from spvit.hosts.host import example_images
+from spvit.hosts.host import example_images, macs_of_image
 from spvit.hosts.recognise import family_of
 from spvit.models import ModelConfig, open_model
 from spvit.replacements.costs import network_costs
@@ -47,8 +47,7 @@ def _open(name: str, options: cli.RunCommand, trains_head: bool, console: Consol
     processes().wait_for_everyone()  # until all have found the folder fit to write to
     settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in NOT_SETTINGS}
     by_the_first(lambda: folder.write_settings(name, yaml.safe_dump(settings, sort_keys=False)))
-    macs = count_macs(model, lambda twin: twin(example_images(twin)))
-    costs = f"{human(count_params(model))} params, {human(macs)} macs"
+    costs = f"{human(count_params(model))} params, {human(macs_of_image(model))} macs"
     say(console, f"{options.model}: {costs}; {len(images.classes)} classes")
     return model, Run(images, folder, options, PhaseProgress(console))
 

@@ -65,8 +65,7 @@ class Host:
     @cached_property
     def totals(self) -> dict[str, int]:
         """What the whole model costs, by metric: MACs of one image, counted, and parameters."""
-        macs = count_macs(self.model, lambda twin: twin(example_images(twin)))
-        return {"macs": macs, "params": count_params(self.model)}
+        return {"macs": macs_of_image(self.model), "params": count_params(self.model)}
 
     def fingerprint(self) -> str:
         """Return a short text that differs, as good as always, when weights do: of some numbers of every parameter."""
@@ -107,6 +106,11 @@ def example_images(model: nn.Module, batch: int = 1) -> Tensor:
     """Return zero images that a model takes, dense or pruned: [batch, channels, height, width], in its dtype."""
     parameter = next(model.parameters())
     return torch.zeros(batch, *input_size(model), dtype=parameter.dtype, device=parameter.device)
+
+
+def macs_of_image(model: nn.Module) -> int:
+    """Return the MACs that a model takes for one image of its own size, dense or pruned."""
+    return count_macs(model, lambda twin: twin(example_images(twin)))
 
 
 def logits_of(output: Any) -> Tensor:

@@ -30,25 +30,21 @@ class SearchRecord:
     """What its host costs, by metric (`macs`, `params`)."""
 
 
-def searchable_root(net: nn.Module) -> tuple[str, SearchRecord]:
-    """Return the name of the searchable network inside any wrapper, and its record. Raises NotSearchableError."""
-    for name, module in net.named_modules():
-        record = vars(module).get(RECORD)  # a compiled module answers for the one inside
-        if isinstance(record, SearchRecord):
-            return name, record
-    raise NotSearchableError(
-        f"this {type(net).__name__} is not searchable; pass what spvit.make_searchable(host) returned"
-    )
-
-
-def is_searchable(net: nn.Module) -> bool:
-    """Return whether a network has gates, in any wrapper."""
-    return any(isinstance(vars(module).get(RECORD), SearchRecord) for module in net.modules())
+def searchable_inside(net: nn.Module) -> nn.Module | None:
+    """Return the searchable network inside any wrapper; None when there is none."""
+    # Looked up in the module itself: a compiled one answers for the one inside.
+    return next((part for part in net.modules() if isinstance(vars(part).get(RECORD), SearchRecord)), None)
 
 
 def search_record(net: nn.Module) -> SearchRecord:
     """Return what a searchable network knows, through any wrapper. Raises NotSearchableError."""
-    return searchable_root(net)[1]
+    inside = searchable_inside(net)
+    if inside is None:
+        raise NotSearchableError(
+            f"this {type(net).__name__} is not searchable; pass what spvit.make_searchable(host) returned"
+        )
+    record: SearchRecord = vars(inside)[RECORD]
+    return record
 
 
 def gated_layers(net: nn.Module) -> list[tuple[GatedAttention, GatedLinear]]:
@@ -106,8 +102,8 @@ def make_searchable(
 
 def dense_state(net: nn.Module) -> dict[str, torch.Tensor]:
     """Return the weights that a searchable network has trained, under the keys of its host."""
-    root, _ = searchable_root(net)
-    searched = net.get_submodule(root)
+    searched = searchable_inside(net)
+    assert searched is not None
     inner = {GatedAttention: "attention.", GatedLinear: "linear."}
     gated = {f"{name}.": inner[type(module)] for name, module in searched.named_modules() if type(module) in inner}
     state = {}

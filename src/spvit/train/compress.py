@@ -180,15 +180,15 @@ def _by_scores(
     host: nn.Module, limits: dict[str, Any], images: Sequence[Tensor], config: CompressConfig, run: Run
 ) -> Architecture:
     """Return the architecture that scores choose. A continued run has its scores already."""
+    dense = Host.of(host)
     if config.scores is None and not run.folder.scores.is_file():
-        with run.progress.bar("scores", len(Host.of(host).blocks)):
+        with run.progress.bar("scores", len(dense.blocks)):
             multiple = config.multiple or DEFAULT_MULTIPLE
-            found = score(host, images, multiple=multiple, report=lambda *done: run.progress.step())
+            found = score(dense, images, multiple=multiple, report=lambda *done: run.progress.step())
         run.folder.write_scores(found)
     elif config.scores is not None:
         run.folder.write_scores(Scores.load(config.scores))
-    scores = Scores.load(run.folder.path)
-    return decide(host, multiple=config.multiple, scores=scores, **limits)
+    return decide(dense, multiple=config.multiple, scores=Scores.load(run.folder.path), **limits)
 
 
 def _decided(folder: RunFolder, make: Callable[[], Architecture]) -> Architecture:
