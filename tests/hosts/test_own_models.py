@@ -311,7 +311,9 @@ def test_models_that_spvit_cannot_serve_are_refused_for_their_reason(name: str) 
     before = everything_of(model)
     with pytest.raises(spvit.UnsupportedHostError) as caught:
         spvit.recognise(model, torch.randn(4, 3, 32, 32, dtype=torch.float64))
-    assert re.search(reason, _one_line(caught.value), re.IGNORECASE), caught.value
+    names = "|".join({type(module).__name__ for module in model.modules()})  # a name alone gives no reason
+    message = re.sub(rf"\w+(\.\w+)+|\b({names})\b", "", _one_line(caught.value))
+    assert re.search(reason, message, re.IGNORECASE), caught.value
     assert_untouched(model, before)
 
 
