@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from spvit.errors import UnsupportedHostError
+from spvit.hosts.gathered import GatheredGrid, Layout, OwnSize
 from spvit.hosts.grid import Grid, GridTracker
 from spvit.hosts.sites import BlockSites, Undo
 
@@ -40,17 +41,27 @@ class FoundFamily:
         return self.classes_told_apart
 
     def watch_grids(self, model: nn.Module, blocks: Sequence[int]) -> tuple[dict[int, Grid], list[Undo]]:
-        """Return the grids of blocks; those of one size are one grid, which follows the size of the images."""
-        grids: dict[tuple[int, int], Grid] = {}
+        """Return the grids of blocks: one for those that get their tokens plainly and alike, which follows the images.
+
+        Windows are those of the model's own size, so that it then refuses images of others.
+        """
+        grids: dict[int, Grid] = {}
+        shared: dict[tuple[int, int], Grid] = {}
         undos: list[Undo] = []
-        module = model.get_submodule(self.images)
+        module, device = model.get_submodule(self.images), next(model.parameters()).device
         for index in blocks:
-            size = self.sites[index].attention.grid
-            if size not in grids:
-                grids[size] = Grid(*size)
-                patch = (self.size[1] // size[0], self.size[2] // size[1])
-                undos.append(module.register_forward_pre_hook(GridTracker(grids[size], patch, pads=False)).remove)
-        return {index: grids[self.sites[index].attention.grid] for index in blocks}, undos
+            site = self.sites[index].attention
+            if isinstance(site.layout, Layout):
+                grids[index] = GatheredGrid(*site.grid, site.layout).to(device)
+                continue
+            if site.grid not in shared:
+                shared[site.grid] = Grid(*site.grid)
+                patch = (self.size[1] // site.grid[0], self.size[2] // site.grid[1])
+                undos.append(module.register_forward_pre_hook(GridTracker(shared[site.grid], patch, pads=False)).remove)
+            grids[index] = shared[site.grid]
+        if any(isinstance(grid, GatheredGrid) for grid in grids.values()):
+            undos.append(module.register_forward_pre_hook(OwnSize(self.size[1:])).remove)
+        return grids, undos
 
     whole_grids = watch_grids
 

@@ -59,10 +59,11 @@ class Host:
         return read_weights(self.model.get_submodule(site.path), site)
 
     @cached_property
-    def calls(self) -> tuple[BlockCall, ...]:
-        """How the model calls each block: recorded from a pass in evaluation mode, once."""
+    def calls(self) -> dict[str, BlockCall]:
+        """How the model calls each block and what stands before it, by path: recorded from a pass, once."""
+        paths = [path for block in self.blocks for path in (block.before, block.path) if path is not None]
         # An odd number of images, which other sizes in a model hardly are.
-        return record_calls(self.model, [block.path for block in self.blocks], example_images(self, 3))
+        return dict(zip(paths, record_calls(self.model, paths, example_images(self, 3))))
 
     @cached_property
     def totals(self) -> dict[str, int]:

@@ -222,7 +222,12 @@ class GatedAttention(nn.Module):
         captured: list[Tensor] = []
         rows = self.site.value
         linear = self.attention.get_submodule(rows.weight.rpartition(".")[0])
-        handle = linear.register_forward_hook(lambda module, inputs, output: captured.append(output.detach()))
+
+        def capture(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if inputs[0].shape[:-1] == x.shape[:-1]:  # not in windows that the layer cuts inside
+                captured.append(output.detach())
+
+        handle = linear.register_forward_hook(capture)
         try:
             out = tokens_of(self.attention(*args, **kwargs))
         finally:
