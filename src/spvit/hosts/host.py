@@ -14,7 +14,7 @@ from spvit.cost import count_macs, count_params
 from spvit.errors import CalibrationError, NotSearchableError, UnsupportedHostError
 from spvit.hosts.recognise import RECORD, family_of
 from spvit.hosts.replay import BlockCall, record_calls
-from spvit.hosts.sites import BlockSites, Family
+from spvit.hosts.sites import AttentionSite, BlockSites, Family
 from spvit.hosts.weights import AttentionWeights, read_weights
 
 
@@ -57,6 +57,12 @@ class Host:
         """Return the weights of a block's attention layer."""
         site = self.blocks[index].attention
         return read_weights(self.model.get_submodule(site.path), site)
+
+    def norm_params(self, site: AttentionSite) -> int:
+        """Return the parameters of the norm before an attention layer, in the block or inside the layer."""
+        inside = None if site.inner_norm is None else f"{site.path}.{site.inner_norm}"
+        norms = (name for name in (site.norm, inside) if name is not None)
+        return sum(count_params(self.model.get_submodule(name)) for name in norms)
 
     @cached_property
     def calls(self) -> tuple[BlockCall, ...]:

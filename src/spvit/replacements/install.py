@@ -97,11 +97,12 @@ def replace_attention(
     module = replacement(kept.kind).make(layer, site, kept, rules, grids.get(index, Grid(*site.grid)), **hints)
     if module is layer:
         return
-    if kept.kind == "skip" and rules.skip != "normalised_input" and site.norm is not None:
+    blind = kept.kind == "skip" and rules.skip != "normalised_input"
+    if blind and site.norm is not None:
         no_norm = NoNorm(next(layer.parameters())).train(layer.training)  # nothing else reads the norm
         put(host.model, site.norm, no_norm, undo)
     module.requires_grad_(next(layer.parameters()).requires_grad)
-    put_attention(host, site, in_place(site, layer, module.train(layer.training)), undo)
+    put_attention(host, site, in_place(site, layer, module.train(layer.training), not blind), undo)
 
 
 def narrow_ffn(host: Host, index: int, ffn: FFN, undo: ExitStack) -> None:

@@ -158,15 +158,15 @@ def _ends(twin: nn.Module, seen: Pass, path: str) -> tuple[Tensor, Tensor]:
     block = twin.get_submodule(path)
     if not isinstance(block, nn.ModuleList):
         call = seen.calls[path][0]
-        given, out = call.tokens, first_tensor(call.output)
+        given, out = call.tokens, call.answer
     else:
         calls = [
             seen.calls[f"{path}.{name}"][0] for name, _ in block.named_children() if f"{path}.{name}" in seen.calls
         ]
-        given, last = calls[0].tokens, first_tensor(calls[-1].output)
+        given, last = calls[0].tokens, calls[-1].answer
         stream = given
         for own in calls:
-            answer = first_tensor(own.output)
+            answer = own.answer
             if (
                 stream is None
                 or own.tokens is None
