@@ -103,7 +103,9 @@ def recognise(model: nn.Module, images: Tensor | None = None) -> Host:
         NotSearchableError: the model is searchable or pruned already.
     """
     _check_dense(model)
-    if images is not None and (not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point()):
+    if images is not None and (
+        not isinstance(images, Tensor) or images.dim() != 4 or not images.numel() or not images.is_floating_point()
+    ):
         found = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise UnsupportedHostError(
             f"recognise got {found} for images, expected floating-point numbers [batch, channels, height, width]"

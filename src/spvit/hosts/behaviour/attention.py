@@ -88,7 +88,7 @@ def _block_around(twin: nn.Module, seen: Pass, owner: str, owners: list[str]) ->
     path = owner
     while path:
         path = path.rpartition(".")[0]
-        if sum(f"{other}.".startswith(f"{path}.") for other in owners) > 1 or not path:
+        if len({other for other in owners if f"{other}.".startswith(f"{path}.")}) > 1 or not path:
             return None
         child = owner[len(path) + 1 :].split(".")[0]
         linears = [

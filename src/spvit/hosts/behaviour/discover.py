@@ -33,6 +33,8 @@ from spvit.hosts.sites import AttentionSite, BlockSites
 
 IMAGES = 3
 NOISE = 0.05
+HIDDEN = -1e4
+"""A bias below it is a mask."""
 
 
 def discover(model: nn.Module, size: tuple[int, int, int]) -> FoundFamily:
@@ -98,6 +100,10 @@ def _sites(twin: nn.Module, seen: Pass, layer: FoundLayer, tokens: Tokens) -> Bl
         raise UnsupportedHostError(
             f"{layer.path} attends to {count} tokens, but {tokens.count} enter the first block; tokens that are "
             "merged, dropped or cut into windows are not supported"
+        )
+    if core.bias is not None and bool(core.bias.min() < HIDDEN):
+        raise UnsupportedHostError(
+            f"{layer.path}: a mask hides tokens from each other (causal or local attention); a convolution would not"
         )
     site = AttentionSite(
         path=layer.path,

@@ -214,6 +214,8 @@ def _by_head(x: Tensor, images: int) -> Tensor:
 
 def _explained(products: Tensor, logits: Tensor, images: int) -> tuple[float | None, Tensor | None]:
     """Return scale and bias with which logits are scaled products and a bias that is the same for every image."""
+    if not logits.isfinite().all():
+        return None, torch.full((1, 1, 1, 1), -torch.inf)
     p, z = (part.double().unflatten(0, (images, -1)) for part in (products, logits))
     dp, dz = p[1:] - p[:-1], z[1:] - z[:-1]
     scale = float((dp * dz).sum() / dp.square().sum())
