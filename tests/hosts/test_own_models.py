@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 import spvit
 from spvit.architecture import FFN, Architecture, Attention, Block
+from spvit.hosts.walk import tokens_of
 
 pytest.importorskip("einops")
 from own_models import EXPECTED, OWN, Expected
@@ -225,10 +225,10 @@ def test_what_single_heads_add_sums_to_the_whole_layer_but_for_a_constant(case: 
         blocks[index] = replace(blocks[index], attention=Attention(heads=heads))
         pruned = spvit.prune(case.host, replace(EVERYTHING, blocks=tuple(blocks)))
         layer = pruned.get_submodule(case.host.blocks[index].attention.path)
-        layer.register_forward_hook(lambda *call: outputs.append(copy.deepcopy(call[-1])))
+        layer.register_forward_hook(lambda *call: outputs.append(tokens_of(call[-1]).clone()))
         with torch.set_grad_enabled(True):  # so that no fused encoder passes the layer by
             pruned(case.x)
-    first, second, third, whole = (output[0] if isinstance(output, tuple) else output for output in outputs)
+    first, second, third, whole = outputs
     left = first + second + third - whole
     assert (left - left[:1, :1]).abs().max() <= 1e-9 * whole.abs().max()
 
