@@ -11,20 +11,18 @@ import pytest
 import yaml
 
 import spvit
-from spvit.architecture import FFN, KINDS, Architecture, Attention
+from spvit.architecture import FFN, Architecture, Attention
 from spvit.errors import BudgetError, CalibrationError, ConstraintError
-from spvit.repair.constraints import FORBIDDABLE, Constraints
+from spvit.repair.constraints import Constraints
 from spvit.replacements.costs import network_costs
 from tiny import ONE_A_FAMILY, WIDTH, ffn_widths, images, make_host, paths_of
-
-EVERYTHING = frozenset(FORBIDDABLE)
 
 
 def kept_at(host: spvit.Host, **constraints: object) -> tuple[list[int], list[int]]:
     """Return the blocks whose attention stays whole, and those whose FFN does."""
     allowed = Constraints(**constraints).at(host)
     units = [block.ffn.units for block in host.blocks]
-    attention = [index for index, own in enumerate(allowed) if not own.kinds]
+    attention = [index for index, own in enumerate(allowed) if own.whole]
     return attention, [index for index, own in enumerate(allowed) if own.least_units == units[index]]
 
 
@@ -61,16 +59,15 @@ def test_places_are_indices_ranges_parts_and_names(name: str) -> None:
 
 def test_kinds_are_forbidden_everywhere_or_somewhere() -> None:
     host = spvit.Host.of(make_host("class_token"))
-    assert {own.kinds for own in Constraints().at(host)} == {EVERYTHING}
-    assert {own.kinds for own in Constraints(forbid="skip conv3").at(host)} == {EVERYTHING - {"skip", "conv3"}}
-    somewhere = Constraints(forbid=("skip:0-1", "narrow:blocks.1.attn", "conv1:-1"), keep="blocks.2")
-    assert [own.kinds for own in somewhere.at(host)] == [
-        EVERYTHING - {"skip"}, EVERYTHING - {"skip", "narrow"}, frozenset(), EVERYTHING - {"conv1"},
+    assert {own.forbidden for own in Constraints().at(host)} == {frozenset()}
+    assert {own.forbidden for own in Constraints(forbid="skip conv3").at(host)} == {frozenset(("skip", "conv3"))}
+    somewhere = Constraints(forbid=("skip:0-1", "narrow:blocks.1.attn", "conv1:-1"), keep="blocks.2").at(host)
+    assert [set(own.forbidden) for own in somewhere] == [{"skip"}, {"skip", "narrow"}, set(), {"conv1"}]
+    narrow, skip, conv1 = Attention.narrow(4), Attention("skip"), Attention("conv1")
+    found = [[own.takes(kept) for kept in (Attention(), narrow, skip, conv1)] for own in somewhere]
+    assert found == [
+        [True, True, False, True], [True, False, False, True], [True, False, False, False], [True, True, True, False],
     ]  # fmt: skip
-
-
-def test_new_kinds_can_be_forbidden_too() -> None:
-    assert set(FORBIDDABLE) == {"narrow", *KINDS} - {"msa"}
 
 
 def test_smallest_widths_are_shares_or_numbers() -> None:
@@ -192,8 +189,8 @@ def amount(error: pytest.ExceptionInfo[BudgetError]) -> int:
 )
 def test_budgets_out_of_reach_name_the_smallest_and_what_to_loosen(constraints, loosest: str) -> None:
     host, _ = scored("class_token")
-    under = ", ".join(map(re.escape, Constraints(**constraints).given().values()))
-    words = f"multiples of 1, {under}: the smallest reachable is .* macs\\); loosen ({loosest}): without it "
+    under = "; ".join(map(re.escape, Constraints(**constraints).given().values()))
+    words = f"multiples of 1, under {under}: the smallest reachable is .* macs\\); loosen ({loosest}): without it "
     with pytest.raises(BudgetError, match=words) as error:
         decided("class_token", "45%", **constraints)
     found = decided("class_token", amount(error), **constraints)

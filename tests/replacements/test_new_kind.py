@@ -34,6 +34,8 @@ def test_it_is_pruned_repaired_folded_saved_and_priced(name: str, tmp_path: Path
     host = make_host(name)
     architecture = averaging(host)
     assert Architecture.from_json(architecture.to_json()) == architecture
+    forbidden = spvit.Constraints(forbid="average")
+    assert "average" not in spvit.decide(host, macs="70%", scores=serving, constraints=forbidden).kinds()
     x, unseen = images(host, 32), images(host, 8, seed=1)
     expected = logits(host, unseen)
     cut, repaired = (spvit.prune(host, architecture, repair=repair) for repair in (None, x))

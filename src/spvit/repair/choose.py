@@ -80,7 +80,7 @@ def check_reachable(
     least, given = smallest(constraints), constraints.given()
     if target >= least:
         return target
-    under = "".join(f", {words}" for words in given.values())
+    under = f", under {'; '.join(given.values())}" if given else ""
     loosened = [(smallest(replace(constraints, **{name: None})), name) for name in given]
     advice = f"; loosen {loosest[1]}: without it {human(loosest[0])}" if given and (loosest := min(loosened)) else ""
     raise BudgetError(

@@ -20,8 +20,6 @@ from spvit.hosts.host import Host
 
 PARTS = ("attention", "ffn")
 NARROW = "narrow"
-FORBIDDABLE = (NARROW, *list(KINDS)[1:])
-
 Places = int | str | tuple[int | str, ...] | None
 Site = tuple[int, str]
 """A block's index and one of its parts."""
@@ -31,14 +29,17 @@ Site = tuple[int, str]
 class Allowed:
     """What one block may become; its attention may always stay whole."""
 
-    kinds: frozenset[str] = frozenset(FORBIDDABLE)
-    """What else may stand where its attention is."""
+    whole: bool = False
+    """Whether its attention has to."""
+    forbidden: frozenset[str] = frozenset()
+    """Kinds that may not stand where its attention is, `narrow` for fewer heads or dimensions."""
     least_units: int = 1
     """Fewest units that its FFN keeps."""
 
     def takes(self, kept: Attention) -> bool:
         """Return whether this may stand where the block's attention is."""
-        return kept == Attention() or (NARROW if kept.narrowed() else kept.kind) in self.kinds
+        kind = NARROW if kept.narrowed() else kept.kind
+        return kept == Attention() or not (self.whole or kind in self.forbidden)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +63,12 @@ class Constraints:
     def __post_init__(self) -> None:
         for name in ("keep", "only", "forbid"):
             object.__setattr__(self, name, _listed(name, getattr(self, name)))
+        known = (NARROW, *list(KINDS)[1:])
         for item in _listed("forbid", self.forbid):
             kind = str(item).partition(":")[0]
-            if kind not in FORBIDDABLE:
-                hint = "the layer as it was cannot be forbidden" if kind == "msa" else _nearest(kind, FORBIDDABLE)
-                raise ConstraintError(f"forbid {item!r}: expected a kind, {', '.join(FORBIDDABLE)}; {hint}")
+            if kind not in known:
+                hint = "the layer as it was cannot be forbidden" if kind == "msa" else _nearest(kind, known)
+                raise ConstraintError(f"forbid {item!r}: expected a kind, {', '.join(known)}; {hint}")
         if self.smallest_width is not None:
             _least_units(self.smallest_width, 1)
 
@@ -96,9 +98,9 @@ class Constraints:
             raise ConstraintError(f"smallest_width is {self.smallest_width}, but {found}")
         allowed = []
         for index, count in enumerate(units):
-            kinds = {kind for kind in FORBIDDABLE if (index, kind) not in banned and (index, "attention") not in kept}
+            forbidden = frozenset(kind for other, kind in banned if other == index)
             width = count if (index, "ffn") in kept else min(least[index], count)
-            allowed.append(Allowed(frozenset(kinds), width))
+            allowed.append(Allowed((index, "attention") in kept, forbidden, width))
         return tuple(allowed)
 
 
