@@ -249,7 +249,11 @@ def _error(model: nn.Module, x: Tensor, expected: Tensor) -> float:
     return (_out(model, x) - expected).square().mean().item()
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["copy", "pickle"])
+def _pickled(net: nn.Module) -> Any:
+    return pickle.loads(pickle.dumps(net))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled], ids=["copy", "pickle"])
 def test_copies_are_the_model(case: Case, duplicate: Callable[[nn.Module], nn.Module]) -> None:
     for model in (case.repaired, spvit.make_searchable(case.host)):
         assert torch.equal(_out(duplicate(model), case.x), _out(model, case.x))

@@ -24,7 +24,7 @@ class Layout:
     places: tuple[int, ...]
     """Position in the map, row-major, of each of the S tokens of an image; -1: padding."""
     shape: tuple[int, ...]
-    """The layer takes and answers [B x S / product of this, *this, D]: (tokens of a window,), or a map's (height, width)."""
+    """Of what the layer takes, [B x windows, *this, D]: (tokens,) or (height, width) of a window, or of the map."""
 
 
 class GatheredGrid(Grid, nn.Module):
@@ -61,7 +61,7 @@ class GatheredGrid(Grid, nn.Module):
 
 @dataclass
 class OwnSize:
-    """A forward pre-hook for what takes a model's images: refuses those of another size than its windows were found for."""
+    """A forward pre-hook for what takes a model's images: refuses sizes that its windows were not found for."""
 
     size: tuple[int, int]
 
@@ -71,5 +71,6 @@ class OwnSize:
         if found != self.size:
             raise GridError(
                 f"images are {found[0]} x {found[1]}, but the windows of this model's attention are known for "
-                f"{self.size[0]} x {self.size[1]} only; give images of that size, or recognise the dense model for others"
+                f"{self.size[0]} x {self.size[1]} only; give images of that size, or start again from the dense model: "
+                "spvit.recognise(model, images)"
             )

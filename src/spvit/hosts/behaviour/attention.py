@@ -89,7 +89,7 @@ def _block_around(twin: nn.Module, seen: Pass, owner: str, owners: list[str]) ->
     path = owner
     while path:
         path = path.rpartition(".")[0]
-        if sum(f"{other}.".startswith(f"{path}.") for other in owners) > 1 or not path:
+        if len({other for other in owners if f"{other}.".startswith(f"{path}.")}) > 1 or not path:
             return None
         child = owner[len(path) + 1 :].split(".")[0]
         linears = [
@@ -110,7 +110,7 @@ def _layer(twin: nn.Module, seen: Pass, core: Core, block: str) -> FoundLayer:
         if len(seen.calls[path]) > 1:
             raise UnsupportedHostError(f"{path} runs {len(seen.calls[path])} times in a forward pass; expected once")
         call, module = seen.calls[path][0], twin.get_submodule(path)
-        answer = first_tensor(call.output)
+        answer = call.answer
         if answer is None or answer.dim() < 3:
             continue
         for split, rows, token_first in _answers(seen, core, path, answer):
@@ -148,7 +148,7 @@ def _normed(seen: Pass, layer: nn.Module, path: str, x: Tensor) -> list[tuple[st
     found = []
     for name, _ in layer.named_modules():
         call = seen.calls.get(f"{path}.{name}", [None])[0]
-        given, answer = (None, None) if call is None else (call.tokens, first_tensor(call.output))
+        given, answer = (None, None) if call is None else (call.tokens, call.answer)
         if given is None or answer is None or given.numel() != x.numel() or answer.shape != given.shape:
             continue
         if torch.equal(given.reshape(x.shape), x):
@@ -187,7 +187,7 @@ def projection_of(
         return found[0], None, found[1]
     for name, _ in module.named_modules():
         call = seen.calls.get(f"{layer.path}.{name}", [None])[0]
-        given, answer = (None, None) if call is None else (call.tokens, first_tensor(call.output))
+        given, answer = (None, None) if call is None else (call.tokens, call.answer)
         if given is None or answer is None or given.shape != answer.shape or answer.dim() != 4:
             continue
         for turned in (lambda t: t, lambda t: t.transpose(1, 2)):
@@ -227,10 +227,10 @@ def norm_before(
     for name, _ in twin.get_submodule(layer.block).named_modules():
         path = f"{layer.block}.{name}"
         own = seen.calls.get(path, [None])[0]
-        answer = None if own is None else first_tensor(own.output)
-        if answer is None or f"{path}.".startswith(f"{layer.path}."):
+        answer = None if own is None else own.answer
+        if own is None or answer is None or f"{path}.".startswith(f"{layer.path}."):
             continue
-        feeds = path == source or (answer.shape == given.shape and answer.data_ptr() == given.data_ptr())
+        feeds = path == source or (answer.shape == given.shape and layer.call.takes_what(own))
         if not feeds or any(True for _ in twin.get_submodule(path).children()) or call is None:
             continue
         outputs = [_silent(twin, layer, path, call, factor) for factor in (1.0, 2.0)]
@@ -242,8 +242,8 @@ def _silent(twin: nn.Module, layer: FoundLayer, norm: str, call: Call, factor: f
     """Return a block's output with zeros from its attention, and its norm's output times a factor."""
     handle = twin.get_submodule(norm).register_forward_hook(lambda module, args, output: factor * output)
     try:
-        with torch.no_grad(), silenced(twin, [layer.path]):
-            output = first_tensor(twin.get_submodule(layer.block)(*call.args, **call.kwargs))
+        with silenced(twin, [layer.path]):
+            output = first_tensor(call.again(twin.get_submodule(layer.block)))
     finally:
         handle.remove()
     assert output is not None

@@ -37,6 +37,8 @@ from spvit.hosts.sites import AttentionSite, BlockSites
 
 IMAGES = 3
 NOISE = 0.05
+HIDDEN = -1e4
+"""A bias below it is a mask."""
 
 
 def discover(model: nn.Module, size: tuple[int, int, int]) -> FoundFamily:
@@ -74,8 +76,10 @@ def discover(model: nn.Module, size: tuple[int, int, int]) -> FoundFamily:
             tokens.append(find_tokens(twin, seen, images, layer.block, layer.token_first, silent))
         else:
             tokens.append(tokens[-1])
-    found = zip(layers, tokens, macs, between)
-    sites = tuple(replace(_sites(twin, seen, *each), before=before) for *each, before in found)
+    sites = tuple(
+        replace(_sites(twin, seen, layer, own, count), before=before)
+        for layer, own, count, before in zip(layers, tokens, macs, between)
+    )
     return FoundFamily(type(model).__name__, sites, size, tokens[0].images, _classes(model, seen))
 
 
@@ -109,7 +113,11 @@ def _sites(twin: nn.Module, seen: Pass, layer: FoundLayer, tokens: Tokens, macs:
     attention_dropout, out_dropout = dropouts(module, layer.call)
     dim = x.shape[-1]
     # Narrow attention works on tokens that come in their windows.
-    plain = plain and (windows == 1 or layer.call.tokens.shape[:2] == (batch, count))
+    plain = plain and (windows == 1 or (layout is not None and layout.shape == (count,)))
+    if windows == 1 and core.bias is not None and bool(core.bias.min() < HIDDEN):
+        raise UnsupportedHostError(
+            f"{layer.path}: a mask hides tokens from each other (causal or local attention); a convolution would not"
+        )
     site = AttentionSite(
         path=layer.path,
         norm=norm_before(twin, seen, layer, block_call, source),
@@ -162,7 +170,7 @@ def _layout(
     """Return how a layer gets the tokens of its block, where not simply as they are, and the module that made them."""
     given, batch, count = layer.call.tokens, *layer.core.value.shape[::2][:2]
     assert given is not None
-    found = layout_of(seen, twin, layer.path, layer.block, IMAGES, tokens.prefix)
+    found = layout_of(seen, layer.path, layer.block, IMAGES, tokens.prefix)
     if found is not None and call is not None and not is_plain(found[0], given, IMAGES):
         check_answers(twin, layer.path, twin.get_submodule(layer.block), call, found[0])
         return found
@@ -196,7 +204,7 @@ def _chain(twin: nn.Module, seen: Pass, layers: list[FoundLayer]) -> list[str | 
             between.append(None)
             continue
         own = ((path, calls[0]) for path, calls in seen.calls.items() if len(calls) == 1)
-        found = (path for path, call in own if _equal(call.tokens, out) and _equal(first_tensor(call.output), given))
+        found = (path for path, call in own if _equal(call.tokens, out) and _equal(call.answer, given))
         between.append(next(found, None))
         if between[-1] is None:
             raise UnsupportedHostError(
@@ -220,15 +228,15 @@ def _ends(twin: nn.Module, seen: Pass, path: str) -> tuple[Tensor, Tensor]:
     block = twin.get_submodule(path)
     if not isinstance(block, nn.ModuleList):
         call = seen.calls[path][0]
-        given, out = call.tokens, first_tensor(call.output)
+        given, out = call.tokens, call.answer
     else:
         calls = [
             seen.calls[f"{path}.{name}"][0] for name, _ in block.named_children() if f"{path}.{name}" in seen.calls
         ]
-        given, last = calls[0].tokens, first_tensor(calls[-1].output)
+        given, last = calls[0].tokens, calls[-1].answer
         stream = given
         for own in calls:
-            answer = first_tensor(own.output)
+            answer = own.answer
             if (
                 stream is None
                 or own.tokens is None

@@ -25,22 +25,19 @@ def places_of(rows: Tensor, source: Tensor) -> tuple[int, ...] | None:
     return tuple(found)
 
 
-def layout_of(
-    seen: Pass, twin: nn.Module, layer: str, block: str, images: int, prefix: int
-) -> tuple[Layout, str | None] | None:
+def layout_of(seen: Pass, layer: str, block: str, images: int, prefix: int) -> tuple[Layout, str | None] | None:
     """Return how a layer gets its block's tokens and the module that made them (None: the block gets them).
 
     None: it gets them as no rearrangement of anything in the block that a map or tokens [B, G, D] may be.
     """
-    call, stream = seen.calls[layer][0], seen.calls.get(block, [Call((), {})])[0].tokens
-    given = call.tokens
+    call, around = seen.calls[layer][0], seen.calls.get(block)
+    given, stream = call.tokens, None if around is None else around[0].tokens
     if given is None or stream is None or prefix or len(given.flatten(0, -2)) % images:
         return None
     rows = given.reshape(images, -1, given.shape[-1])
-    made = [(own[0].order, path, first_tensor(own[0].output)) for path, own in seen.calls.items()]
-    inside = sorted(item[:2] for item in made if item[1].startswith(f"{block}.") and item[0] < call.order)
-    outputs = {path: output for _, path, output in made}
-    for path, tokens in [(None, stream), *((path, outputs[path]) for _, path in inside)]:
+    inside = sorted((own[0].order, path) for path, own in seen.calls.items() if f"{path}.".startswith(f"{block}."))
+    before = [path for order, path in inside if order < call.order]
+    for path, tokens in [(None, stream), *((path, seen.calls[path][0].answer) for path in before)]:
         if tokens is None or tokens.dim() < 3 or len(tokens) != images or tokens.shape[-1] != given.shape[-1]:
             continue
         tokens = tokens.flatten(1, -2)
@@ -59,7 +56,7 @@ def is_plain(layout: Layout, given: Tensor, images: int) -> bool:
 
 
 def check_answers(twin: nn.Module, layer: str, block: nn.Module, call: Call, layout: Layout) -> None:
-    """Raise UnsupportedHostError unless what a layer answers for a token moves that token of the block's output alone."""
+    """Raise UnsupportedHostError unless what a layer answers for a token moves that token of its block alone."""
     generator = torch.Generator().manual_seed(2)
     stream = call.tokens
     assert stream is not None
@@ -78,8 +75,7 @@ def check_answers(twin: nn.Module, layer: str, block: nn.Module, call: Call, lay
 
         handle = twin.get_submodule(layer).register_forward_hook(give)
         try:
-            with torch.no_grad():
-                output = first_tensor(block(*call.args, **call.kwargs))
+            output = first_tensor(call.again(block))
         finally:
             handle.remove()
         assert output is not None
