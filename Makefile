@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUTPUT ?= runs/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint census clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/spvit demo --output $(OUTPUT)
@@ -17,6 +17,10 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Every ViT-like model of timm and the usual ones of other libraries; minutes on two cores. Writes docs/models.md.
+census: $(VENV)/bench.stamp
+	$(BIN)/python benchmarks/census.py --output docs/models.md
+
 $(VENV)/demo.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[demo]'
@@ -25,6 +29,11 @@ $(VENV)/demo.stamp: pyproject.toml
 $(VENV)/dev.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(VENV)/bench.stamp: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,bench]'
 	touch $@
 
 clean:

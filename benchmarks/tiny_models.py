@@ -25,23 +25,24 @@ from torch import nn
 CLASSES = 7
 BLOCKS = 4
 STAGES = (1, 2, 1, 1)  # blocks of each stage; two in the second, since windows shift in every second block
-HEADS = (3, 4, 6, 8)  # of each stage
+TWO_STAGES = {"depths": [2, 2], "num_heads": [3, 4], "window_size": 4}  # of Swins
 SHAPES = ((3, 8), (4, 16), None)  # heads and their width; None: as wide as the name says
-ARCHES = ("depth", "depths", "layers", "stages", "serial_depths", "depth_list")  # how constructors call their blocks
+DEPTHS = ("depth", "depths", "layers", "stages", "serial_depths", "depth_list")  # how constructors call their blocks
 IGNORED = ("cache_dir", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_filter_fn", "feature_cfg")
 
 # The rule: all names of these modules of timm.models, which are those whose networks have attention between tokens
 # (softmax or linear, over all of them, in windows, pooled, or beside convolutions), or which are called vision
 # transformers or vision formers. Not: attention over channels inside a CNN (SE, ECA, CBAM), bottleneck attention in
 # ResNets (byoanet), MLP mixers, state spaces.
-MODULES = frozenset(
-    "beit cait coat convit cpubone crossvit davit deepseek_vit deit edgenext efficientformer efficientformer_v2 "
-    "efficientvit_mit efficientvit_msra eva fastvit focalnet gcvit gemma4_vit hiera hieradet_sam2 iformer levit "
-    "lowformer maxxvit metaformer mobilenetv5 mobilevit mvitv2 naflexvit nest nextvit pit pvt_v2 qwen3_vit repvit "
-    "shvit swiftformer swin_transformer swin_transformer_v2 swin_transformer_v2_cr tiny_vit tnt twins visformer "
-    "vision_transformer vision_transformer_hybrid vision_transformer_relpos vision_transformer_sam vitamin volo "
-    "xcit".split()
-)
+MODULES = frozenset((
+    "beit", "cait", "coat", "convit", "cpubone", "crossvit", "davit", "deepseek_vit", "deit", "edgenext",
+    "efficientformer", "efficientformer_v2", "efficientvit_mit", "efficientvit_msra", "eva", "fastvit", "focalnet",
+    "gcvit", "gemma4_vit", "hiera", "hieradet_sam2", "iformer", "levit", "lowformer", "maxxvit", "metaformer",
+    "mobilenetv5", "mobilevit", "mvitv2", "naflexvit", "nest", "nextvit", "pit", "pvt_v2", "qwen3_vit", "repvit",
+    "shvit", "swiftformer", "swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr", "tiny_vit", "tnt",
+    "twins", "visformer", "vision_transformer", "vision_transformer_hybrid", "vision_transformer_relpos",
+    "vision_transformer_sam", "vitamin", "volo", "xcit",
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -146,20 +147,26 @@ def _shortened(value: Any) -> Any:
 
 def _short(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments that leave few blocks."""
-    found = {name: _shortened(settings[name]) for name in ARCHES if name in settings}
+    found = {name: _shortened(settings[name]) for name in DEPTHS if name in settings}
     return {name: value for name, value in found.items() if value is not None}
 
 
 def _narrow(settings: Mapping[str, Any], heads: int, head_width: int) -> dict[str, Any]:
-    """Return arguments that leave few heads and small ones; none where width is not one number."""
+    """Return arguments that leave few heads and small ones; none where it is not known how."""
     dim, own = settings.get("embed_dim"), settings.get("num_heads")
-    if not isinstance(dim, int) or not isinstance(own, (int, tuple, list)):
+    dims = settings.get("embed_dims")
+    if isinstance(dims, (tuple, list)) and isinstance(own, (tuple, list)) and len(dims) == len(own):
+        return {"num_heads": [1, 2, 3, 4][: len(own)], "embed_dims": [8, 16, 24, 32][: len(own)]}
+    if not isinstance(dim, int):
         return {}
-    narrow = {"embed_dim": heads * head_width, "num_heads": heads if isinstance(own, int) else HEADS[: len(own)]}
+    if not isinstance(own, int):
+        return {"embed_dim": heads * head_width} | {key: TWO_STAGES[key] for key in TWO_STAGES.keys() & settings.keys()}
+    narrow: dict[str, Any] = {"embed_dim": heads * head_width, "num_heads": heads}
     if isinstance(settings.get("head_dim"), int):
         narrow["head_dim"] = head_width
-    if isinstance(settings.get("num_kv_heads"), int):
-        narrow["num_kv_heads"] = 1
+    if (shared := settings.get("num_kv_heads")) is not None:
+        fewer = [heads if number == own else 1 for number in ([shared] if isinstance(shared, int) else shared)]
+        narrow["num_kv_heads"] = fewer[0] if isinstance(shared, int) else fewer[:BLOCKS]
     if isinstance(settings.get("intermediate_size"), int):
         narrow["intermediate_size"] = 3 * heads * head_width
     return narrow
@@ -173,14 +180,18 @@ def _options(name: str) -> Iterator[dict[str, Any]]:
     columns = isinstance(patch_size, int) and patch_size >= 8
     sides = (4 * patch_size, 6 * patch_size) if columns else (64, 128)
     small = [_short(settings) | ({} if shape is None else _narrow(settings, *shape)) for shape in SHAPES]
-    for shrunk in ({}, *small)[1:] + ({},):
+    for shrunk in (*small, {}):
         for side in (*sides, None):
             image: dict[str, Any] = {}
             if side is not None:
                 image = {"pretrained_cfg_overlay": {"input_size": (3, side, side)}}
                 image |= {"img_size": side} if "img_size" in settings else {}
                 windows = settings.get("window_size")
-                image |= {"window_size": 2 if columns else 4} if isinstance(windows, int) else {}
+                image |= (
+                    {"window_size": 2 if columns else 4}
+                    if isinstance(windows, int) and "window_size" not in shrunk
+                    else {}
+                )
             yield {"num_classes": CLASSES, **shrunk, **image}
 
 
