@@ -18,7 +18,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 # Every ViT-like model of timm and the usual ones of other libraries; minutes on two cores. Writes docs/models.md.
-census: $(VENV)/bench.stamp
+census: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/census.py --output docs/models.md
 
 $(VENV)/demo.stamp: pyproject.toml
@@ -29,11 +29,6 @@ $(VENV)/demo.stamp: pyproject.toml
 $(VENV)/dev.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $@
-
-$(VENV)/bench.stamp: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev,bench]'
 	touch $@
 
 clean:

@@ -29,7 +29,9 @@ units. The column *attention* says what else it may become:
 - *fewer heads and values*: queries and keys of the heads that stay keep their dimensions, as positions or norms act
   on them;
 - *replaced whole*: it stays as it is or is replaced;
-- *in windows*: it attends within windows of the grid; a convolution in its place acts on the whole grid.
+- *in windows*: it attends within windows of the grid; a convolution in its place acts on the whole grid;
+- *no search*: `spvit.make_searchable` refuses the model, as gates would change the statistics of a norm over the FFN's
+  units; scores and `decide` take it.
 
 *Saved* says whether `spvit.save` writes a file from which `spvit.load` rebuilds the model by itself.
 """

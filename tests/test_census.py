@@ -58,9 +58,9 @@ def test_faults_are_crashes_and_name_the_stage(census: Any, monkeypatch: pytest.
     assert outcome.result == "crash"
     assert outcome.detail.startswith("counts_exactly: ContractError: ")
     assert "0 counted" in outcome.detail
-    monkeypatch.setattr(spvit.Host, "of", lambda model: 1 / 0)
+    monkeypatch.setattr(spvit, "recognise", lambda model, images: 1 / 0)
     (outcome,) = census.outcomes_of([VIT], limit=60)
-    assert outcome.detail == "Host.of: ZeroDivisionError: division by zero"
+    assert outcome.detail == "recognise: ZeroDivisionError: division by zero"
     assert "Faults of spvit" in __import__("census_page").page([outcome])
 
 

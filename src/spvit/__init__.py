@@ -37,7 +37,7 @@ from spvit.errors import (
     UnsupportedHostError,
     ZooError,
 )
-from spvit.hosts.host import Host
+from spvit.hosts.host import Host, recognise
 from spvit.repair.scores import Scores, score
 from spvit.replacements.costs import cost
 from spvit.search.budget_loss import BudgetLoss
@@ -59,7 +59,7 @@ __all__ = [
     "CompressConfig", "DataError", "Description", "GridError", "Host", "ImageConfig", "Images", "ModelError",
     "NotSearchableError", "PhaseConfig", "Preprocessing", "RunError", "RunFolderError", "Scores", "SearchConfig",
     "SpvitError", "UnsupportedHostError", "ZooError", "architectures", "compress", "cost", "create_model", "decide",
-    "describe", "fold", "gate_parameters", "load", "make_searchable", "prune", "save", "score",
+    "describe", "fold", "gate_parameters", "load", "make_searchable", "prune", "recognise", "save", "score",
 ]  # fmt: skip
 
 

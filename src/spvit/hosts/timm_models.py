@@ -9,7 +9,7 @@ from timm.layers import Mlp
 from torch import nn
 
 from spvit.errors import UnsupportedHostError
-from spvit.hosts.sites import FFNSite, Rows, expect
+from spvit.hosts.sites import FFNSite, Rows, UnitRows, expect
 
 
 class TimmFamily:
@@ -36,15 +36,16 @@ class TimmFamily:
         rows = heads * head_width
         attention = {
             "path": f"{path}.attn",
-            "query": Rows("qkv"),
-            "key": Rows("qkv", rows),
-            "value": Rows("qkv", 2 * rows),
-            "out": "proj",
+            "query": Rows.of("qkv", block.attn),
+            "key": Rows.of("qkv", block.attn, rows),
+            "value": Rows.of("qkv", block.attn, 2 * rows),
+            "out": Rows.of("proj", block.attn),
             "dim": block.attn.qkv.in_features,
             "heads": heads,
             "head_width": head_width,
         }
-        return attention, FFNSite(f"{path}.mlp.fc1", f"{path}.mlp.fc2", block.mlp.fc1.out_features)
+        units = block.mlp.fc1.out_features
+        return attention, FFNSite((UnitRows(f"{path}.mlp.fc1"),), f"{path}.mlp.fc2", units)
 
     def input_size(self, model: Any) -> tuple[int, int, int]:
         """Return (channels, height, width) of the images that the model takes."""
