@@ -12,6 +12,7 @@ from spvit.budget import Budget, check_multiple
 from spvit.errors import CalibrationError, NotSearchableError
 from spvit.hosts.host import Host
 from spvit.repair.choose import decide_by_scores
+from spvit.repair.objective import Asked
 from spvit.repair.scores import Scores, score
 from spvit.replacements.costs import network_costs
 from spvit.search.network import searchable_inside
@@ -26,6 +27,7 @@ def decide(
     multiple: int | None = None,
     scores: Scores | None = None,
     calibration: Tensor | Iterable[Any] | None = None,
+    objective: Asked = "auto",
     report: Callable[[int, int], object] | None = None,
 ) -> Architecture:
     """Return the architecture with the best scores within a budget, or the one that the gates of a search choose.
@@ -45,11 +47,12 @@ def decide(
             4, 2, 1 that lands within 0.5 % where 8 is too coarse (very small hosts); by gates without a budget 1.
         scores: what `score(host, images)` returned.
         calibration: images to score the host with now, as in `score`: the short form for a single budget.
+        objective: with calibration images, what counts of the outputs, as in `score`; scores must be by the same.
         report: with calibration images, called with (blocks scored, blocks) after each.
 
     Raises:
         BudgetError: the budget is malformed, or cannot be reached; names the smallest or largest cost that can.
-        CalibrationError: the scores are of another model, the images cannot be used, or both are given.
+        CalibrationError: the scores are of another model or objective, the images cannot be used, or both are given.
         UnsupportedHostError: the model's family, or a part of it, is not known.
         NotSearchableError: the network has no gates and there are neither scores nor images.
     """
@@ -67,7 +70,8 @@ def decide(
     if scores is None:
         budget.target(network_costs(host)[budget.metric])  # refuse what cannot be reached before scoring
         assert calibration is not None
-        scores = score(host, calibration, multiple=multiple or DEFAULT_MULTIPLE, report=report)
+        scores = score(host, calibration, multiple=multiple or DEFAULT_MULTIPLE, objective=objective, report=report)
     elif calibration is not None:
         raise CalibrationError("decide takes scores or calibration images, found both; leave one of the two out")
+    scores.check_objective(host, objective)
     return decide_by_scores(host, scores, budget, multiple)
