@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import spvit
+from spvit.architecture import FFN, REPAIRED, Architecture, Attention, Block, dense
 from spvit.errors import CalibrationError, DataError
 from spvit.hosts.host import Host
 from spvit.repair.objective import Answer, Head, Objective, Reference, answer_of
 from spvit.repair.scores import Scores
-from tiny import ALIKE, HOSTS, assert_close, images, logits, make_host, paths_of, randomise
+from tiny import ALIKE, HOSTS, WIDTH, assert_close, images, logits, make_host, paths_of, randomise
 
 DIM, TOKENS, BATCH = 8, 5, 3
 
@@ -30,7 +31,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-class Block(nn.Module):
+class Layer(nn.Module):
     """One linear layer, called and answering as the blocks of some library do."""
 
     def __init__(self, answer: Callable[[Tensor], Any] = lambda x: x) -> None:
@@ -60,7 +61,7 @@ class Toy(nn.Module):
     ) -> None:
         super().__init__()
         self.stem, self.norm, self.pool = nn.Linear(DIM, DIM), nn.LayerNorm(DIM), Pool()
-        self.blocks = nn.ModuleList([Block(), Block()])
+        self.blocks = nn.ModuleList([Layer(), Layer()])
         self.call, self.behind = call, behind
 
     def forward(self, pixels: Tensor) -> Any:
@@ -252,6 +253,29 @@ def test_auto_is_logits_of_classes_the_output_of_one_logit_and_features_without_
     own = spvit.score(headless(), images(headless(), 12), multiple=4, objective=torch.nn.Identity())
     assert values(own) == named["pooled"]
     assert own.objective == "function Identity"
+
+
+@pytest.mark.parametrize("name", ["tokens", "features", "function"])
+def test_measured_scores_are_what_pruning_to_one_candidate_does(name: str) -> None:
+    host = headless()
+    x = images(host, 24)
+    asked: Any = (lambda output: output[:, :5].square()) if name == "function" else name
+    scores = spvit.score(host, x, objective=asked)
+    for index, kept in ((1, Attention("conv1")), (3, Attention("skip"))):
+        blocks = list(dense([WIDTH] * 4).blocks)
+        blocks[index] = Block(kept, FFN.whole(WIDTH))
+        model: Any = spvit.prune(host, Architecture(tuple(blocks), *REPAIRED), repair=x[::2]).eval()
+        with torch.no_grad():
+            wanted, found = (net.forward_features(x[1::2]) for net in (host, model))
+        parts = {"tokens": [wanted[:, :1], wanted[:, 1:]], "function": [wanted[:, 0, :5].square()]}
+        others = {"tokens": [found[:, :1], found[:, 1:]], "function": [found[:, 0, :5].square()]}
+        for own in (parts, others):
+            own["features"] = [own["tokens"][0], *own["tokens"]]  # its output is the class token
+        errors = [
+            float((other - part).square().sum() / (part - part.mean(0)).square().sum())
+            for other, part in zip(others[name], parts[name])
+        ]
+        assert dict(scores.blocks[index].attention)[kept] == pytest.approx(sum(errors) / len(errors), rel=1e-5)
 
 
 def test_whole_passes_measure_what_the_head_measures(monkeypatch: pytest.MonkeyPatch) -> None:
