@@ -121,7 +121,7 @@ def outputs_of(output: Any) -> list[Tensor]:
     get = output.get if isinstance(output, Mapping) else lambda name: getattr(output, name, None)
     found = next((value for name in OUTPUTS if (value := get(name)) is not None), output)
     several = found.values() if isinstance(found, Mapping) else found if isinstance(found, (list, tuple)) else [found]
-    tensors = [item for item in several if isinstance(item, Tensor)]
+    tensors = [item for item in several if isinstance(item, Tensor) and item.dim()]
     if not tensors:
         raise UnsupportedHostError(
             f"cannot find logits or features in a {type(output).__name__}; expected a tensor, tensors, or one of "

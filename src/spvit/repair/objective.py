@@ -60,7 +60,7 @@ def answer_of(model: nn.Module, last: str, images: Tensor) -> Answer:
         if inside and inside[-1] is module:
             inside.pop()
         if module is block:
-            tokens[:] = [_tensor(output)]
+            tokens[:] = [output[0] if isinstance(output, tuple) else output]
         elif tokens and not inside and isinstance(output, Tensor) and output.shape == tokens[0].shape:
             tokens[:] = [output]
 
@@ -74,10 +74,6 @@ def answer_of(model: nn.Module, last: str, images: Tensor) -> Answer:
     if not tokens:
         raise CalibrationError(f"the model's last block {last} was not reached; its forward pass leaves it out")
     return Answer(output, tokens[0])
-
-
-def _tensor(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,7 @@ class Objective:
         """Return the parts of an answer that count, [B, ...] each."""
         if self.function is not None:
             part = self.function(answer.output)
-            if not isinstance(part, Tensor) or not part.dim():
+            if not isinstance(part, Tensor) or part.shape[:1] != answer.tokens.shape[:1]:
                 found = f"a tensor {list(part.shape)}" if isinstance(part, Tensor) else f"a {type(part).__name__}"
                 raise CalibrationError(f"the objective, {self.name}, returned {found}, expected a tensor [images, ...]")
             return [part]
@@ -190,21 +186,21 @@ class Head:
     """What a host does behind its last block, as a function of that block's output."""
 
     def __init__(self, host: Host, images: Tensor) -> None:
-        blocks = {block.path: host.model.get_submodule(block.path) for block in host.blocks}
-        passing = {path: _Passing(block) for path, block in blocks.items()}
-        memo: dict[int, Any] = {id(block): passing[path] for path, block in blocks.items()}
-        self._shell = copy.deepcopy(host.model, memo)
-        self._path = host.blocks[-1].path
-        self._last = passing[self._path]
+        blocks = [host.model.get_submodule(block.path) for block in host.blocks]
+        passing = {id(block): _Passing(block) for block in blocks}
+        self._shell = copy.deepcopy(host.model, dict(passing))
+        self._path, self._last = host.blocks[-1].path, passing[id(blocks[-1])]
         self._image = images[:1]
 
         def record(module: nn.Module, args: Any, output: Any) -> None:
-            memo[id(module)].rest = output[1:] if isinstance(output, tuple) else None
+            passing[id(module)].rest = output[1:] if isinstance(output, tuple) else None
 
-        handles = [block.register_forward_hook(record) for block in blocks.values()]
-        host.model(self._image)
-        for handle in handles:
-            handle.remove()
+        handles = [block.register_forward_hook(record) for block in blocks]
+        try:
+            host.model(self._image)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def __call__(self, out: Tensor) -> Answer:
         """Return the host's answer from the last block's output [B, N, D]."""
