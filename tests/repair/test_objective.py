@@ -170,6 +170,42 @@ def test_tokens_of_hugging_face_are_the_last_hidden_state() -> None:
         assert torch.equal(found, model.vit(x).last_hidden_state)
 
 
+TOWER = {"image_size": 32, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+TOWERS = {  # class, configuration, list of blocks, prefix tokens, and whether all is behind the last block
+    "Dinov2Model": ("Dinov2Config", {}, "encoder.layer", 1, True),
+    "Dinov2WithRegistersModel": ("Dinov2WithRegistersConfig", {}, "encoder.layer", 5, True),
+    "Dinov2Backbone": ("Dinov2Config", {"out_features": ["stage1", "stage2"]}, "encoder.layer", 1, False),
+    "DINOv3ViTModel": ("DINOv3ViTConfig", {"intermediate_size": 48}, "model.layer", 1, True),
+    "SiglipVisionModel": ("SiglipVisionConfig", {"intermediate_size": 48}, "encoder.layers", 0, True),
+    "CLIPVisionModelWithProjection": (
+        "CLIPVisionConfig",
+        {"projection_dim": 7},
+        "vision_model.encoder.layers",
+        1,
+        True,
+    ),
+    "ViTModel": ("ViTConfig", {"intermediate_size": 48}, "layers", 1, True),
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_of_hugging_face(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config, options, blocks, prefix, exact = TOWERS[name]
+    model = getattr(transformers, name)(getattr(transformers, config)(**TOWER, **options))
+    host = host_of(model, f"{blocks}.0", f"{blocks}.1")
+    x = normal(2, 3, 32, 32)
+    with torch.no_grad():
+        answer = answer_of(model, f"{blocks}.1", x)
+        assert Head(host, normal(1, 3, 32, 32, seed=1)).agrees(host, objective("features", prefix), x) == exact
+    if exact:
+        assert torch.equal(answer.tokens, answer.output.last_hidden_state)
+    maps = [[2, 24, 4, 4]] * 2
+    pooled = [[2, 7 if name.startswith("CLIP") else 24]] if exact else maps
+    tokens = [[2, prefix, 24], [2, 16, 24]] if prefix else [[2, 16, 24]]
+    assert [list(part.shape) for part in objective("features", prefix).parts(answer)] == pooled + tokens
+
+
 def test_a_block_that_is_left_out_is_named() -> None:
     model = Toy(lambda block, x: x, normed)
     with pytest.raises(CalibrationError, match=r"last block blocks\.1 was not reached; its forward pass leaves it out"):
