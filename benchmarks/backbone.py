@@ -117,7 +117,7 @@ def timed(run: Any, device: str) -> tuple[Any, float]:
 
 
 def measure(model: nn.Module, photographs: Sequence[Image.Image], seed: int, options: argparse.Namespace) -> list[Any]:
-    """Return a row for every budget and target of one split of the photographs."""
+    """Return a row for every objective, budget and target of one split of the photographs."""
     normal = timm.data.resolve_model_data_config(model)
     shuffled = random.Random(seed).sample(photographs, len(photographs))
     tested = max(1, round(TEST_SHARE * len(shuffled)))
