@@ -7,7 +7,7 @@ patched: what passed once, for images of the host's own size, is passed again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,8 +27,6 @@ class BlockCall:
     keywords: Mapping[str, Any] = field(default_factory=dict)
     images: int = 0
     """Images of the pass that was recorded, by which tensors are known that hold an entry for each; 0: none does."""
-    items: int = 0
-    """How many items the block answers with, tokens first; 0: tokens alone."""
 
     def __call__(self, block: nn.Module, x: Tensor) -> Any:
         """Return the block's answer to tokens."""
@@ -65,13 +63,6 @@ def record_calls(model: nn.Module, paths: Sequence[str], images: Tensor) -> tupl
 
         return record
 
-    def counter(path: str) -> Any:
-        def count(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, (tuple, list)):
-                calls[path] = replace(calls[path], items=len(output))
-
-        return count
-
     handles = []
     for path in paths:
         block = model.get_submodule(path)
@@ -79,7 +70,6 @@ def record_calls(model: nn.Module, paths: Sequence[str], images: Tensor) -> tupl
             calls[path] = BlockCall()
         else:
             handles.append(block.register_forward_pre_hook(recorder(path), with_kwargs=True))
-            handles.append(block.register_forward_hook(counter(path)))
     try:
         with torch.no_grad():
             model(images)
