@@ -173,11 +173,17 @@ class _Watching(TorchFunctionMode):
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
         if causal:
             mask = torch.full((query.shape[-2], key.shape[-2]), -torch.inf, device=query.device).triu(1)
-        if query.dim() in (3, 4) and query.shape[1] == key.shape[1]:
-            bias = None if mask is None else mask.expand(*([1] * (4 - mask.dim())), *mask.shape)
-            flat = query.dim() == 3
-            query, key, value, out = (_by_head(part, self.images) for part in (query, key, value, out))
-            self.seen.cores.append(Core(self._running(), query, key, value, out, float(scale), bias, flat))
+        if query.dim() not in (3, 4) or query.shape[1] != key.shape[1]:
+            return
+        flat, bias, known = query.dim() == 3, None, float(scale)  # type: bool, Tensor | None, float | None
+        if mask is not None:
+            bias = mask.expand(*([1] * (4 - mask.dim())), *mask.shape)
+            if flat and mask.shape == (*query.shape[:2], key.shape[1]):
+                by_image = mask.unflatten(0, (self.images, -1))
+                # A bias of each image, from its queries, is no bias in the sense of a core, and it is large.
+                bias, known = (by_image[:1], known) if bool((by_image == by_image[:1]).all()) else (None, None)
+        query, key, value, out = (_by_head(part, self.images) for part in (query, key, value, out))
+        self.seen.cores.append(Core(self._running(), query, key, value, out, known, bias, flat))
 
     def _product(self, name: str, args: Any, out: Tensor) -> None:
         left, right = _operands(name, args, out)
