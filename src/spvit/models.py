@@ -93,6 +93,7 @@ def _open_timm(config: ModelConfig, classes: int | None, weights: bool) -> Opene
     import timm
     from timm.data import resolve_data_config
 
+    from spvit.hosts.timm_models import check_timm_model
     from spvit.zoo import architectures, host_name  # with it timm knows the published models
 
     name = config.model.split(".")[0]
@@ -101,7 +102,7 @@ def _open_timm(config: ModelConfig, classes: int | None, weights: bool) -> Opene
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         known = "a timm model nor a folder that spvit wrote, and does not start with hf:"
         raise ModelError(f"model {config.model!r} is neither {known}{hint}")
-    checkpoint.check_timm_model(host_name(name) if name in architectures() else name, config.model_args)
+    check_timm_model(host_name(name) if name in architectures() else name, config.model_args)
     arguments = {**({} if classes is None else {"num_classes": classes}), **config.model_args}
     pretrained = config.pretrained and config.checkpoint is None
     if pretrained and weights:

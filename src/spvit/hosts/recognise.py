@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from spvit.errors import UnsupportedHostError
@@ -29,7 +31,6 @@ class Registration:
 REGISTRATIONS = (
     Registration("timm", ("VisionTransformer", "VisionTransformerDistilled"), "spvit.hosts.timm_vit"),
     Registration("timm", ("SwinTransformer",), "spvit.hosts.timm_swin"),
-    Registration("transformers", ("ViTForImageClassification",), "spvit.hosts.hf_vit"),
 )
 
 
@@ -54,13 +55,27 @@ def family_of(model: nn.Module, size: tuple[int, int, int] | None = None) -> Fam
     try:
         if advice is not None:
             raise UnsupportedHostError(advice)
-        return discover(model, size or _size_of(model))
+        return discover(_with_values(model), size or size_of(model))
     except UnsupportedHostError as error:
         cls = type(model)
         raise UnsupportedHostError(f"{cls.__module__}.{cls.__qualname__} is not supported: {error}") from error
 
 
-def _size_of(model: Any) -> tuple[int, int, int]:
+def _with_values(model: nn.Module) -> nn.Module:
+    """Return a model that can run: of one on the meta device a copy with random weights, which recognition may have."""
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        return model
+    buffer = next((name for name, buffer in model.named_buffers() if buffer.is_meta), None)
+    if buffer is not None:
+        raise UnsupportedHostError(f"it is on the meta device, where {buffer} has no values; load its weights first")
+    twin = copy.deepcopy(model).to_empty(device="cpu").float()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.normal_(0, parameter[0].numel() ** -0.5) if parameter.dim() > 1 else parameter.normal_(1, 0.1)
+    return twin
+
+
+def size_of(model: Any) -> tuple[int, int, int]:
     """Return (channels, height, width) of the images that a model says it takes. Raises UnsupportedHostError."""
     config = getattr(model, "config", None)
     described = getattr(model, "pretrained_cfg", None) or {}
@@ -96,22 +111,6 @@ def _advice(model: nn.Module) -> str | None:
     cls = type(model.get_submodule(inside)).__name__
     expression = re.sub(r"\.(\d+)", r"[\1]", f"model.{inside}")
     return f"its {cls} inside is: pass {expression}"
-
-
-def family_of_library(library: str, model_class: str | None = None) -> Family:
-    """Return the family that a saved model's host came from, by its library and class (None: the library's first one).
-
-    Raises UnsupportedHostError naming what is unknown and what is known.
-    """
-    found = [item for item in REGISTRATIONS if item.library == library]
-    if not found:
-        known = ", ".join(dict.fromkeys(item.library for item in REGISTRATIONS))
-        raise UnsupportedHostError(f"the host's library {library!r} is unknown, expected one of {known}")
-    for registration in found:
-        if model_class is None or model_class in registration.classes:
-            return _adapter(registration)
-    known = ", ".join(name for item in found for name in item.classes)
-    raise UnsupportedHostError(f"the host's class {model_class!r} of {library} is unknown, expected one of {known}")
 
 
 def _adapter(registration: Registration) -> Family:
