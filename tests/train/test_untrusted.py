@@ -187,6 +187,8 @@ def test_recipes_and_settings_of_a_run_are_data(tmp_path: Path, marker: Path, mo
         yaml.safe_dump({**plain, "images": evil}),
         yaml.safe_dump({**plain, "dense": evil}),
         yaml.safe_dump({**plain, "model_args": evil}),
+        yaml.safe_dump({**plain, "model": "harmful_module:Evil"}),
+        yaml.safe_dump({**plain, "dense": {"teacher": "harmful_module:Evil"}}),
         yaml.safe_dump({**plain, "model_args": {**MODEL_ARGS, "norm_layer": evil}}),
     ]
     for text in texts:

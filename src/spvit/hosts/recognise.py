@@ -44,13 +44,9 @@ def family_of(model: nn.Module, size: tuple[int, int, int] | None = None) -> Fam
     Raises:
         UnsupportedHostError: names the model's class, and what was looked for and found, or the part of it to pass.
     """
-    record = vars(model).get(RECORD)
-    if record is not None:
-        family: Family = record.family
-        return family
-    registration = _registration_of(model)
-    if registration is not None:
-        return _adapter(registration)
+    known = known_family(model)
+    if known is not None:
+        return known
     advice = _advice(model)
     try:
         if advice is not None:
@@ -59,6 +55,16 @@ def family_of(model: nn.Module, size: tuple[int, int, int] | None = None) -> Fam
     except UnsupportedHostError as error:
         cls = type(model)
         raise UnsupportedHostError(f"{cls.__module__}.{cls.__qualname__} is not supported: {error}") from error
+
+
+def known_family(model: nn.Module) -> Family | None:
+    """Return the family of a model that is known without running it, by its record or its class; None for others."""
+    record = vars(model).get(RECORD)
+    if record is not None:
+        family: Family = record.family
+        return family
+    registration = _registration_of(model)
+    return None if registration is None else _adapter(registration)
 
 
 def _with_values(model: nn.Module) -> nn.Module:
@@ -75,8 +81,16 @@ def _with_values(model: nn.Module) -> nn.Module:
     return twin
 
 
-def size_of(model: Any) -> tuple[int, int, int]:
+def size_of(model: nn.Module) -> tuple[int, int, int]:
     """Return (channels, height, width) of the images that a model says it takes. Raises UnsupportedHostError."""
+    channels, size = said_size(model)
+    if size is None:
+        raise UnsupportedHostError("it does not say what images it takes; pass some: spvit.recognise(model, images)")
+    return (channels, *size)
+
+
+def said_size(model: Any) -> tuple[int, tuple[int, int] | None]:
+    """Return how many channels the images of any model have, and (height, width) as it says; None if it does not."""
     config = getattr(model, "config", None)
     described = getattr(model, "pretrained_cfg", None) or {}
     sides = [getattr(config, "image_size", None)]
@@ -86,9 +100,7 @@ def size_of(model: Any) -> tuple[int, int, int]:
     side = next((item for item in sides if isinstance(item, int) or _is_pair(item)), None)
     convolution = next((part for part in model.modules() if isinstance(part, nn.Conv2d)), None)
     channels = getattr(config, "num_channels", 3 if convolution is None else convolution.in_channels)
-    if side is None:
-        raise UnsupportedHostError("it does not say what images it takes; pass some: spvit.recognise(model, images)")
-    return (channels, side, side) if isinstance(side, int) else (channels, *side)
+    return channels, (side, side) if isinstance(side, int) else side
 
 
 def _is_pair(value: Any) -> bool:
