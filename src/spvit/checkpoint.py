@@ -193,6 +193,8 @@ def _read_field(name: str, value: Any) -> Any:
 def _to_json(description: Description) -> str:
     own = {name: value for name, value in asdict(replace(description, architecture=None)).items() if value is not None}
     text = json.dumps({"format": FORMAT, "version": VERSION, **own}, indent=2)
+    # Lists of numbers take one line: the tokens of windows are thousands.
+    text = re.sub(r"\[\s+([-+.e\d\s,]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
     if description.architecture is None:
         return text + "\n"
     return text[: text.rindex("\n}")] + ',\n  "architecture": ' + description.architecture.to_json().rstrip() + "\n}\n"

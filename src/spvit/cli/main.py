@@ -19,6 +19,7 @@ from rich.logging import RichHandler
 
 from spvit.cli import commands as run
 from spvit.cli import options as cli
+from spvit.cli.check import check_command
 from spvit.cli.parser import CommandParser, Help, command_parser
 from spvit.errors import RunError, SpvitError
 from spvit.models import names_code
@@ -32,6 +33,7 @@ COMMANDS: dict[str, tuple[Any, Callable[..., None]]] = {  # the options and the 
     "finetune": (cli.FinetuneCommand, run.finetune_command),
     "evaluate": (cli.EvaluateCommand, run.evaluate_command),
     "profile": (cli.ProfileCommand, run.profile_command),
+    "check": (cli.CheckCommand, check_command),
     "convert": (cli.ConvertCommand, run.convert_command),
     "demo": (cli.DemoCommand, run.compress_command),
 }
