@@ -11,7 +11,7 @@ import timm
 from timm.layers import Mlp
 from torch import nn
 
-from spvit.errors import ModelError, UnsupportedHostError
+from spvit.errors import ModelError, UnknownPartError, UnsupportedHostError
 from spvit.hosts.sites import FFNSite, Rows, UnitRows, expect
 
 
@@ -21,14 +21,14 @@ class TimmFamily:
     name: str
 
     def expect_parts(self, model: nn.Module, path: str, attention: type) -> None:
-        """Raise UnsupportedHostError unless a block's attention and FFN are timm's own, without norms on its units."""
+        """Raise UnknownPartError unless a block's attention and FFN are timm's own, without norms on its units."""
         expect(model, f"{path}.attn", attention, self.name)
         expect(model, f"{path}.mlp", Mlp, self.name)
         for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
             expect(model, f"{path}.{part}", nn.Linear, self.name)
         norm = model.get_submodule(f"{path}.mlp.norm")
         if not isinstance(norm, nn.Identity):
-            raise UnsupportedHostError(
+            raise UnknownPartError(
                 f"{path}.mlp.norm is a {type(norm).__name__} over the hidden units, which pruning would change; use a "
                 "model without a norm there (scale_mlp_norm)"
             )
