@@ -52,7 +52,7 @@ def test_blocks_of_several_kinds_and_why_not(capsys) -> None:
     about = found(capsys, "swin_tiny_patch4_window7_224", "--model-args", json.dumps(SWIN))
     assert [block["blocks"] for block in about["blocks"]] == [f"layers.{i}.blocks.{j}" for i in (0, 1) for j in (0, 1)]
     assert about["blocks"][0]["windows"] == "16 of 16"
-    assert about["found"] == "by its class or its record"
+    assert about["found"] == "by its class"
     normed = found(capsys, "vit_tiny_patch16_224", "--model-args", json.dumps({**TIMM, "qk_norm": True}))
     may = normed["blocks"][0]["may become"]
     assert may["narrower values"] == "yes"
@@ -67,7 +67,7 @@ def test_folders_of_ours_and_of_hugging_face(capsys, tmp_path: Path) -> None:
     spvit.save(spvit.prune(host, Architecture(blocks)), tmp_path / "pruned")
     capsys.readouterr()
     dense, pruned = (found(capsys, name) for name in (f"hf:{tmp_path / 'hf'}", str(tmp_path / "pruned")))
-    assert pruned["found"] == "by its class or its record, before it was pruned"
+    assert pruned["found"] == "by what it does and verified, before it was pruned"
     assert pruned["blocks"] == dense["blocks"]
     assert dense["blocks"][0]["blocks"] == "vit.layers.{0..3}"
     assert dense["classes"] == 7

@@ -19,6 +19,7 @@ from spvit.budget import human
 from spvit.cli.options import CheckCommand
 from spvit.cli.show import say
 from spvit.errors import ModelError, SpvitError
+from spvit.hosts.found import FoundFamily
 from spvit.hosts.host import Host, recognise
 from spvit.hosts.recognise import known_family, said_size
 from spvit.hosts.site_files import NUMBER, alike
@@ -37,7 +38,7 @@ def check_command(options: CheckCommand, console: Console) -> None:
     config = ModelConfig(model=options.model, model_args=options.model_args, pretrained=False)
     model = open_model(config, any_family=True, weights=False, code=True).model
     host = _host(model, options)
-    how = "by what it does and verified" if known_family(model) is None else "by its class or its record"
+    how = "by what it does and verified" if isinstance(host.family, FoundFamily) else "by its class"
     if pruned_record(model) is not None:
         how += ", before it was pruned"
     blocks, start = [], 0

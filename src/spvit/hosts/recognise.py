@@ -13,6 +13,7 @@ from torch import nn
 
 from spvit.errors import UnsupportedHostError
 from spvit.hosts.behaviour.discover import discover
+from spvit.hosts.declared import Sites
 from spvit.hosts.sites import Family
 
 RECORD = "spvit_record"
@@ -27,6 +28,9 @@ class Registration:
     classes: tuple[str, ...]
     adapter: str
 
+
+DECLARED: dict[type[nn.Module], Sites] = {}
+"""What users declare, by class."""
 
 REGISTRATIONS = (
     Registration("timm", ("VisionTransformer", "VisionTransformerDistilled"), "spvit.hosts.timm_vit"),
@@ -47,6 +51,9 @@ def family_of(model: nn.Module, size: tuple[int, int, int] | None = None) -> Fam
     known = known_family(model)
     if known is not None:
         return known
+    declared = _declared_for(model)
+    if declared is not None:
+        return _verified(model, declared, size)
     advice = _advice(model)
     try:
         if advice is not None:
@@ -64,7 +71,44 @@ def known_family(model: nn.Module) -> Family | None:
         family: Family = record.family
         return family
     registration = _registration_of(model)
-    return None if registration is None else _adapter(registration)
+    return None if registration is None or _declared_for(model) is not None else _adapter(registration)
+
+
+def register(cls: type[nn.Module], sites: Sites | None) -> None:
+    """Declare where the layers of a class of models are, its subclasses included; every verb then takes its models.
+
+    What is declared is verified on each model: attention must compute what the named projections give, each FFN unit
+    must act alone, tokens must be patches behind prefix tokens. It holds for this process.
+
+    Args:
+        cls: the class of the whole model.
+        sites: the names; None takes a declaration back.
+
+    Raises:
+        UnsupportedHostError: cls is no class of models. Wrong names raise it when a model of the class is used.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise UnsupportedHostError(f"register takes a class of models, found {cls!r}; pass type(model)")
+    if sites is None:
+        DECLARED.pop(cls, None)
+    else:
+        DECLARED[cls] = sites
+
+
+def _declared_for(model: nn.Module) -> Sites | None:
+    return next((DECLARED[cls] for cls in type(model).__mro__ if cls in DECLARED), None)
+
+
+def _verified(model: nn.Module, declared: Sites, size: tuple[int, int, int] | None) -> Family:
+    """Return the family that a user declares of a model. Raises UnsupportedHostError saying what does not hold."""
+    try:
+        family = discover(_with_values(model), size or declared.input_size or size_of(model), declared)
+        declared.check(model, family.sites)
+    except UnsupportedHostError as error:
+        raise UnsupportedHostError(
+            f"the sites registered for {type(model).__qualname__} do not hold: {error}"
+        ) from error
+    return family
 
 
 def _with_values(model: nn.Module) -> nn.Module:
