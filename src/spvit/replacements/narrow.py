@@ -46,6 +46,7 @@ class NarrowAttention(nn.Module):
     cosines: Tensor | None
     sines: Tensor | None
     bias_index: Tensor | None
+    bias_table: nn.Parameter | None
 
     def __init__(self, layer: nn.Module, site: AttentionSite, kept: Attention) -> None:
         """Make room for what is kept of the dense layer at a site; its weights are loaded next."""
@@ -99,8 +100,9 @@ class NarrowAttention(nn.Module):
 
     def _of_heads(self, x: Tensor) -> Tensor:
         """Return the kept heads' part of what may have something for each head of the host: [.., H, N, any]."""
-        by_head = self.kept_heads is not None and x.dim() > 2 and x.shape[-3] == self.host_heads
-        return x.index_select(-3, self.kept_heads) if by_head else x
+        if self.kept_heads is None or x.dim() < 3 or x.shape[-3] != self.host_heads:
+            return x
+        return x.index_select(-3, self.kept_heads)
 
     def _rotated(self, query: Tensor, key: Tensor, named: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return queries and keys rotated by the layer's own tables, or by those that it is given."""
@@ -213,8 +215,8 @@ class _Narrow:
         biased, own_norms = int(_biased(weights)), (name for name in site.norms if name is not None)
         rest = norm + sum(count_params(layer.get_submodule(name)) for name in own_norms)
         rest += 0 if weights.out_bias is None else site.dim
-        own_bias = site.bias is not None and not site.bias.argument
-        head = layer.get_parameter(site.bias.table).numel() // site.heads if own_bias else 0
+        bias = site.bias
+        head = 0 if bias is None or bias.argument else layer.get_parameter(bias.table).numel() // site.heads
         return AttentionCost(norm + count_params(layer), 2 * (site.dim + biased), 2 * site.dim + biased, rest, head)
 
 

@@ -6,8 +6,7 @@ Shapes: B images, N tokens, T = B N, D width, C channels, H heads, E head width.
 from __future__ import annotations
 
 import inspect
-import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from spvit.hosts.behaviour.equations import CLOSE
 from spvit.hosts.behaviour.watch import Core
-from spvit.hosts.position import bias_of_pairs, cosines_and_sines, entries_by_head, inside_layer, rotated
+from spvit.hosts.position import bias_of_pairs, cosines_and_sines, entries_by_head, rotated
 from spvit.hosts.sites import Bias, Rotary
 
 
@@ -42,8 +42,8 @@ def rotations(
                 if rotary.by_head and torch.equal(cosines[:1].expand_as(cosines), cosines):  # tables of each image
                     continue
                 if cosines.shape[-2] in counts and _rotate(cosines, sines, pairs):
-                    back = (rotated(part, cosines, -sines, pairs) for part in (core.query, core.key))
-                    yield rotary, *back
+                    query, key = (rotated(part, cosines, -sines, pairs) for part in (core.query, core.key))
+                    yield rotary, query, key
 
 
 def _tables(found: Mapping[str, Any], width: int) -> Iterator[tuple[tuple[str, ...], list[Any]]]:
@@ -93,7 +93,7 @@ def find_bias(module: nn.Module, own: nn.Module, core: Core, arguments: Mapping[
     """Return where what was added to the logits comes from; None: unknown. own: the host's own layer, not yet run."""
     assert core.bias is not None
     _, heads, tokens, _ = core.query.shape
-    want = core.bias.expand(-1, heads, -1, -1)
+    want = core.bias.detach().expand(-1, heads, -1, -1)
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.is_floating_point() and 2 <= value.dim() <= 4 and _same(value, want):
             return Bias(name, True)
