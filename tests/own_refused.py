@@ -257,8 +257,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "linear_attention": (lambda: vit(LinearAttention), "attention|softmax"),
     "causal": (lambda: vit(CausalAttention, prefix=0), "mask|causal|-inf|logits"),
     "causal_fused": (lambda: vit(FusedCausalAttention, prefix=0), "mask|causal"),
-    "talking_heads": (lambda: vit(TalkingHeads), "talking|mix|logits"),
-    "soft_capped": (lambda: vit(SoftCapped), "logits|softmax|quer"),
     "normed_values": (lambda: vit(NormedValues), "value"),
     "activated_values": (lambda: vit(ActivatedValues), "value"),
     "dropped_patches": (lambda: ThinningViT(_plain), "token|patch"),
@@ -273,6 +271,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 EITHER: dict[str, Callable[[], nn.Module]] = {
+    "talking_heads": lambda: vit(TalkingHeads),  # whole or replaced: its values and output are plain
+    "soft_capped": lambda: vit(SoftCapped),
     "late_scaling": lambda: vit(LateScaling),
     "one_key_head": lambda: vit(OneKeyHead),
     "raw_parameters": lambda: vit(RawParameters),

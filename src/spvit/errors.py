@@ -21,6 +21,10 @@ class CheckpointError(SpvitError, ValueError):
     """A checkpoint cannot be read or written, or does not fit the model."""
 
 
+class ConstraintError(SpvitError, ValueError):
+    """What a decision shall leave alone is malformed, or names what the host does not have."""
+
+
 class DataError(SpvitError, ValueError):
     """The images cannot be found or read, or do not fit each other or the model."""
 

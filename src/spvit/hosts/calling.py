@@ -71,11 +71,14 @@ class InPlace(nn.Module):
         return out.transpose(0, 1)
 
 
-def in_place(site: AttentionSite, layer: nn.Module, module: nn.Module) -> nn.Module:
-    """Return a module that maps tokens to tokens so that it takes the calls of the dense layer of a site."""
+def in_place(site: AttentionSite, layer: nn.Module, module: nn.Module, norms: bool = True) -> nn.Module:
+    """Return a module that maps tokens to tokens so that it takes the calls of the dense layer of a site.
+
+    norms: whether the layer's own norm before its projections stays.
+    """
     if not site.parameters:
         return module
-    norm = None if site.inner_norm is None else layer.get_submodule(site.inner_norm)
+    norm = None if site.inner_norm is None or not norms else layer.get_submodule(site.inner_norm)
     return InPlace(site, norm, module).train(layer.training)
 
 

@@ -14,7 +14,7 @@ from spvit.cost import count_macs, count_params
 from spvit.errors import CalibrationError, NotSearchableError, UnsupportedHostError
 from spvit.hosts.recognise import RECORD, family_of
 from spvit.hosts.replay import BlockCall, record_calls
-from spvit.hosts.sites import BlockSites, Family
+from spvit.hosts.sites import AttentionSite, BlockSites, Family
 from spvit.hosts.weights import AttentionWeights, read_weights
 
 
@@ -58,6 +58,12 @@ class Host:
         site = self.blocks[index].attention
         return read_weights(self.model.get_submodule(site.path), site)
 
+    def norm_params(self, site: AttentionSite) -> int:
+        """Return the parameters of the norm before an attention layer, in the block or inside the layer."""
+        inside = None if site.inner_norm is None else f"{site.path}.{site.inner_norm}"
+        norms = (name for name in (site.norm, inside) if name is not None)
+        return sum(count_params(self.model.get_submodule(name)) for name in norms)
+
     @cached_property
     def calls(self) -> tuple[BlockCall, ...]:
         """How the model calls each block: recorded from a pass in evaluation mode, once."""
@@ -98,7 +104,9 @@ def recognise(model: nn.Module, images: Tensor | None = None) -> Host:
         NotSearchableError: the model is searchable or pruned already.
     """
     _check_dense(model)
-    if images is not None and (not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point()):
+    if images is not None and (
+        not isinstance(images, Tensor) or images.dim() != 4 or not images.numel() or not images.is_floating_point()
+    ):
         found = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise UnsupportedHostError(
             f"recognise got {found} for images, expected floating-point numbers [batch, channels, height, width]"

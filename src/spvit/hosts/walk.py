@@ -128,7 +128,7 @@ def block_of(host: Host, index: int) -> Callable[[Tensor], Tensor]:
     block, call = host.model.get_submodule(host.blocks[index].path), host.calls[index]
     if isinstance(block, nn.ModuleList):
         return lambda x: functools.reduce(lambda stream, layer: layer(stream) + stream, block, x)
-    return lambda x: tokens_of(call(block, x))
+    return lambda x: tokens_of(call(block, x.clone()))  # some blocks add to their input in place
 
 
 def tokens_of(output: Any) -> Tensor:

@@ -97,11 +97,29 @@ def replace_attention(
     module = replacement(kept.kind).make(layer, site, kept, rules, grids.get(index, Grid(*site.grid)), **hints)
     if module is layer:
         return
-    if kept.kind == "skip" and rules.skip != "normalised_input" and site.norm is not None:
+    blind = kept.kind == "skip" and rules.skip != "normalised_input"
+    if blind and site.norm is not None:
         no_norm = NoNorm(next(layer.parameters())).train(layer.training)  # nothing else reads the norm
         put(host.model, site.norm, no_norm, undo)
-    module.requires_grad_(next(layer.parameters()).requires_grad)
-    put_attention(host, site, in_place(site, layer, module.train(layer.training)), undo)
+    _stay_frozen(module, layer)
+    put_attention(host, site, in_place(site, layer, module.train(layer.training), not blind), undo)
+
+
+def _stay_frozen(module: nn.Module, layer: nn.Module) -> None:
+    """Freeze weights, or biases, of what replaces a layer where some of the layer's projections' are frozen.
+
+    Norms that the module takes over stay as they are. Without biases the weights speak for new ones.
+    """
+    own = dict(layer.named_parameters())
+    norms = {name.removesuffix("weight") for name in own if name.endswith(".weight") and own[name].dim() == 1}
+    kinds: dict[bool, list[bool]] = {False: [], True: []}  # whether weights, and biases, are frozen
+    for name, parameter in own.items():
+        if not name.startswith(tuple(norms)):
+            kinds[name.endswith("bias")].append(not parameter.requires_grad)
+    taken_over = {id(parameter) for parameter in own.values()}
+    for name, parameter in module.named_parameters():
+        if id(parameter) not in taken_over:
+            parameter.requires_grad_(not any(kinds[name.endswith("bias")] or kinds[False]))
 
 
 def narrow_ffn(host: Host, index: int, ffn: FFN, undo: ExitStack) -> None:

@@ -213,7 +213,7 @@ class _Narrow:
         norm = 0 if site.norm is None else count_params(host.model.get_submodule(site.norm))
         weights = read_weights(layer, site)
         biased, own_norms = int(_biased(weights)), (name for name in site.norms if name is not None)
-        rest = norm + sum(count_params(layer.get_submodule(name)) for name in own_norms)
+        rest = host.norm_params(site) + sum(count_params(layer.get_submodule(name)) for name in own_norms)
         rest += 0 if weights.out_bias is None else site.dim
         bias = site.bias
         head = 0 if bias is None or bias.argument else layer.get_parameter(bias.table).numel() // site.heads

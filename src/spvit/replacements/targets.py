@@ -106,7 +106,7 @@ def _answering(others: dict[nn.Module, Tensor]) -> Iterator[dict[nn.Module, Tens
 
     def answer(module: nn.Module, args: Any, output: Any) -> Any:
         answers[module] = tokens_of(output)
-        other = others[module].expand_as(answers[module])
+        other = others[module].expand_as(answers[module]).clone()  # some blocks add to it in place
         return (other, *output[1:]) if isinstance(output, tuple) else other
 
     with ExitStack() as stack:

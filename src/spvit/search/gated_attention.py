@@ -222,18 +222,23 @@ class GatedAttention(nn.Module):
         captured: list[Tensor] = []
         rows = self.site.value
         linear = self.attention.get_submodule(rows.weight.rpartition(".")[0])
-        handle = linear.register_forward_hook(lambda module, inputs, output: captured.append(output.detach()))
+        # A layer that reads its projection's parameters does not call it, and it may add a bias of its own.
+        called = type(linear) is nn.Linear and (rows.bias is None) == (linear.bias is None)
+        handle = (
+            linear.register_forward_hook(lambda module, inputs, output: captured.append(output)) if called else None
+        )
         try:
             out = tokens_of(self.attention(*args, **kwargs))
         finally:
-            handle.remove()
-        if captured and isinstance(linear, nn.Linear) and (rows.bias is None) == (linear.bias is None):
+            if handle is not None:
+                handle.remove()
+        if captured:
             indices = rows.indices(self.site.heads, self.site.head_width).flatten()
             start, count = rows.start, len(indices)
+            values = batch_first(self.site, captured[0].detach())
             packed = torch.equal(indices, torch.arange(start, start + count))
-            values = batch_first(self.site, captured[0])
             values = values[..., start : start + count] if packed else values[..., indices.to(values.device)]
-        else:  # a layer that reads its projection's parameters does not call it
+        else:
             weight, bias = read_rows(self.attention, rows, (self.site.heads, self.site.head_width))
             with torch.no_grad():
                 values = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())

@@ -77,9 +77,15 @@ def make_searchable(
 
     Raises:
         UnsupportedHostError: the host's family, or a part of it, is not known.
-        NotSearchableError: the model is searchable or pruned already.
+        NotSearchableError: the model is searchable or pruned already, or has norms over its hidden units.
     """
     dense = Host.of(host)
+    normed = next((block.ffn.norm for block in dense.blocks if block.ffn.norm is not None), None)
+    if normed is not None:
+        raise NotSearchableError(
+            f"{normed} is a norm over an FFN's hidden units, whose statistics gates would change; use spvit.score and "
+            "spvit.decide instead of a search"
+        )
     record = SearchRecord(network_costs(dense), dense.family)
     alpha = dense.family.temperature if temperature is None else temperature
     searched = dense if inplace else dense.on(copy.deepcopy(dense.model))

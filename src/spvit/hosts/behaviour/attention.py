@@ -89,7 +89,7 @@ def _block_around(twin: nn.Module, seen: Pass, owner: str, owners: list[str]) ->
     path = owner
     while path:
         path = path.rpartition(".")[0]
-        if sum(f"{other}.".startswith(f"{path}.") for other in owners) > 1 or not path:
+        if len({other for other in owners if f"{other}.".startswith(f"{path}.")}) > 1 or not path:
             return None
         child = owner[len(path) + 1 :].split(".")[0]
         linears = [
@@ -112,7 +112,7 @@ def _layer(twin: nn.Module, seen: Pass, core: Core, block: str) -> FoundLayer:
         if len(seen.calls[path]) > 1:
             raise UnsupportedHostError(f"{path} runs {len(seen.calls[path])} times in a forward pass; expected once")
         call, module = seen.calls[path][0], twin.get_submodule(path)
-        answer = first_tensor(call.output)
+        answer = call.answer
         if answer is None or answer.dim() != 3 or sorted(answer.shape[:2]) != sorted((batch, count)):
             continue
         token_first = answer.shape[0] != batch
@@ -136,7 +136,7 @@ def _normed(seen: Pass, layer: nn.Module, path: str, x: Tensor) -> list[tuple[st
     found = []
     for name, _ in layer.named_modules():
         call = seen.calls.get(f"{path}.{name}", [None])[0]
-        given, answer = (None, None) if call is None else (call.tokens, first_tensor(call.output))
+        given, answer = (None, None) if call is None else (call.tokens, call.answer)
         if given is None or answer is None or given.numel() != x.numel() or answer.shape != given.shape:
             continue
         if torch.equal(given.reshape(x.shape), x):
@@ -171,7 +171,7 @@ def projection_of(
         return found[0], None, found[1]
     for name, _ in module.named_modules():
         call = seen.calls.get(f"{layer.path}.{name}", [None])[0]
-        given, answer = (None, None) if call is None else (call.tokens, first_tensor(call.output))
+        given, answer = (None, None) if call is None else (call.tokens, call.answer)
         if given is None or answer is None or given.shape != answer.shape or answer.dim() != 4:
             continue
         for turned in (lambda t: t, lambda t: t.transpose(1, 2)):
@@ -245,14 +245,11 @@ def norm_before(twin: nn.Module, seen: Pass, layer: FoundLayer, x: Tensor, call:
     for name, _ in twin.get_submodule(layer.block).named_modules():
         path = f"{layer.block}.{name}"
         own = seen.calls.get(path, [None])[0]
-        answer = None if own is None else first_tensor(own.output)
-        if answer is None or f"{path}.".startswith(f"{layer.path}.") or answer.shape != given.shape:
+        answer = None if own is None else own.answer
+        if own is None or answer is None or f"{path}.".startswith(f"{layer.path}.") or answer.shape != given.shape:
             continue
-        if (
-            answer.data_ptr() != given.data_ptr()
-            or any(True for _ in twin.get_submodule(path).children())
-            or call is None
-        ):
+        whole = not any(True for _ in twin.get_submodule(path).children())
+        if call is None or not whole or not layer.call.takes_what(own):
             continue
         outputs = [_silent(twin, layer, path, call, factor) for factor in (1.0, 2.0)]
         return path if torch.equal(*outputs) else None
@@ -270,8 +267,7 @@ def _silent(twin: nn.Module, layer: FoundLayer, norm: str, call: Call, factor: f
         twin.get_submodule(norm).register_forward_hook(lambda module, args, output: factor * output),
     ]
     try:
-        with torch.no_grad():
-            output = first_tensor(twin.get_submodule(layer.block)(*call.args, **call.kwargs))
+        output = first_tensor(call.again(twin.get_submodule(layer.block)))
     finally:
         for handle in handles:
             handle.remove()

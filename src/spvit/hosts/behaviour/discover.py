@@ -33,6 +33,8 @@ from spvit.hosts.sites import AttentionSite, BlockSites
 
 IMAGES = 3
 NOISE = 0.05
+HIDDEN = -1e4
+"""A bias below it is a mask."""
 
 
 def discover(model: nn.Module, size: tuple[int, int, int]) -> FoundFamily:
@@ -98,6 +100,10 @@ def _sites(model: nn.Module, twin: nn.Module, seen: Pass, layer: FoundLayer, tok
             f"{layer.path} attends to {count} tokens, but {tokens.count} enter the first block; tokens that are "
             "merged, dropped or cut into windows are not supported"
         )
+    if core.bias is not None and bool(core.bias.min() < HIDDEN):
+        raise UnsupportedHostError(
+            f"{layer.path}: a mask hides tokens from each other (causal or local attention); a convolution would not"
+        )
     site = AttentionSite(
         path=layer.path,
         norm=norm_before(twin, seen, layer, x, block_call),
@@ -159,15 +165,15 @@ def _ends(twin: nn.Module, seen: Pass, path: str) -> tuple[Tensor, Tensor]:
     block = twin.get_submodule(path)
     if not isinstance(block, nn.ModuleList):
         call = seen.calls[path][0]
-        given, out = call.tokens, first_tensor(call.output)
+        given, out = call.tokens, call.answer
     else:
         calls = [
             seen.calls[f"{path}.{name}"][0] for name, _ in block.named_children() if f"{path}.{name}" in seen.calls
         ]
-        given, last = calls[0].tokens, first_tensor(calls[-1].output)
+        given, last = calls[0].tokens, calls[-1].answer
         stream = given
         for own in calls:
-            answer = first_tensor(own.output)
+            answer = own.answer
             if (
                 stream is None
                 or own.tokens is None

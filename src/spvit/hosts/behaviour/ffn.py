@@ -6,18 +6,15 @@ Shapes: D width, U hidden units.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spvit.errors import UnsupportedHostError
-from spvit.hosts.behaviour.watch import Pass, stopped_at
+from spvit.hosts.behaviour.watch import Pass, first_tensor, stopped_at
 from spvit.hosts.sites import FFNSite, UnitRows, expect
-
-UNIT = 1
-"""The unit that is halved: neither its own twin in interleaved rows, nor the first."""
 
 
 def find_ffn(twin: nn.Module, seen: Pass, block: str, attention: str, dim: int) -> FFNSite:
@@ -101,16 +98,17 @@ class _Probe:
     def _moves_alone(self, rows: tuple[UnitRows, ...]) -> bool:
         """Return whether each row of a unit moves that one input of the second layer alone."""
         before = self._hidden()
+        unit = int(before.flatten(0, -2).std(0).argmax())  # one that an activation does not shut
         for part in rows:
             linear: Any = self.twin.get_submodule(part.linear)
-            row = part.start + part.step * UNIT
+            row = part.start + part.step * unit
             with _restored(linear.weight, linear.bias), torch.no_grad():
                 linear.weight[row] *= 0.5
                 if linear.bias is not None:
                     linear.bias[row] *= 0.5
                 after = self._hidden()
             moved = (after - before).abs().flatten(0, -2).amax(0) > 1e-6 * before.abs().max()
-            if moved.nonzero().flatten().tolist() != [UNIT]:
+            if moved.nonzero().flatten().tolist() != [unit]:
                 return False
         return True
 
@@ -148,14 +146,10 @@ class _Probe:
             raise UnsupportedHostError(f"{site.second}: the FFN with one unit fewer does not drop that unit alone")
 
     def _run(self, norm: nn.Module | None = None) -> Tensor:
-        with torch.no_grad():
-            if norm is None:
-                output = self.module(*self.call.args, **self.call.kwargs)
-            else:
-                with _passing(norm):
-                    output = self.module(*self.call.args, **self.call.kwargs)
-        first: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-        return first
+        with nullcontext() if norm is None else _passing(norm):
+            output = first_tensor(self.call.again(self.module))
+        assert output is not None
+        return output
 
 
 def _is_norm(module: nn.Module, units: int) -> bool:

@@ -7,6 +7,7 @@ Shapes: B images (or windows), H heads, N tokens, M tokens attended to, E head w
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,17 +42,33 @@ class Core:
 
 @dataclass
 class Call:
-    """One call of a module."""
+    """One call of a module, with its tokens as they were then: what follows may change them in place."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    tokens: Tensor | None
+    """A copy of the first tensor that was passed."""
     output: Any = None
+    answer: Tensor | None = None
+    """A copy of the tensor that was answered, or of the first of several."""
     order: int = 0
+    """By when calls end."""
 
-    @property
-    def tokens(self) -> Tensor | None:
-        """The first tensor that was passed."""
-        return next((value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor)), None)
+    def again(self, module: nn.Module) -> Any:
+        """Call a module again in the same way."""
+        given = first_tensor((*self.args, *self.kwargs.values()))
+        fresh = None if self.tokens is None else self.tokens.clone()
+
+        def anew(value: Any) -> Any:
+            return fresh if value is given and given is not None else value
+
+        with torch.no_grad():
+            return module(*map(anew, self.args), **{name: anew(value) for name, value in self.kwargs.items()})
+
+    def takes_what(self, other: Call) -> bool:
+        """Return whether its first tensor is the very one that another call answered."""
+        given, answered = first_tensor((*self.args, *self.kwargs.values())), first_tensor(other.output)
+        return given is not None and answered is not None and given.data_ptr() == answered.data_ptr()
 
 
 @dataclass
@@ -69,11 +86,13 @@ class Pass:
 def watch(model: nn.Module, images: Tensor) -> Pass:
     """Run a model once on images, in evaluation mode, and return what was seen."""
     seen, stack, handles = Pass(), [], []  # type: Pass, list[str], list[Any]
+    ended = itertools.count()
 
     def enter(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             stack.append(name)
-            seen.calls.setdefault(name, []).append(Call(args, kwargs))
+            tokens = first_tensor((*args, *kwargs.values()))
+            seen.calls.setdefault(name, []).append(Call(args, kwargs, None if tokens is None else tokens.clone()))
 
         return hook
 
@@ -81,7 +100,9 @@ def watch(model: nn.Module, images: Tensor) -> Pass:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             stack.pop()
             call = seen.calls[name][-1]
-            call.output, call.order = output, sum(map(len, seen.calls.values()))
+            answer = first_tensor(output)
+            call.output, call.answer = output, None if answer is None else answer.clone()
+            call.order = next(ended)
 
         return hook
 
@@ -193,6 +214,8 @@ def _by_head(x: Tensor, images: int) -> Tensor:
 
 def _explained(products: Tensor, logits: Tensor, images: int) -> tuple[float | None, Tensor | None]:
     """Return scale and bias with which logits are scaled products and a bias that is the same for every image."""
+    if not logits.isfinite().all():
+        return None, torch.full((1, 1, 1, 1), -torch.inf)
     p, z = (part.double().unflatten(0, (images, -1)) for part in (products, logits))
     dp, dz = p[1:] - p[:-1], z[1:] - z[:-1]
     scale = float((dp * dz).sum() / dp.square().sum())
@@ -220,7 +243,7 @@ def stopped_at(run: nn.Module, images: Tensor | None, module: nn.Module, call: C
     handle = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         with torch.no_grad():
-            run(images) if call is None else run(*call.args, **call.kwargs)
+            run(images) if call is None else call.again(run)
     except _Stopped as stopped:
         return stopped.arrived
     finally:
@@ -255,8 +278,8 @@ def dropouts(layer: nn.Module, call: Call) -> tuple[float, float]:
     flags = [(module, module.training) for module in layer.modules()]
     seeing = _Dropping()
     try:
-        with torch.no_grad(), seeing:
-            layer.train()(*call.args, **call.kwargs)
+        with seeing:
+            call.again(layer.train())
     finally:
         for module, flag in flags:
             module.training = flag
