@@ -209,7 +209,7 @@ def test_towers_of_hugging_face(name: str) -> None:
 def test_a_block_that_is_left_out_is_named() -> None:
     model = Toy(lambda block, x: x, normed)
     with pytest.raises(CalibrationError, match=r"last block blocks\.1 was not reached; its forward pass leaves it out"):
-        answer_of(host_of(model, "blocks.1"), torch.zeros(1, 1, TOKENS, DIM))
+        answer_of(host_of(model, "blocks.1"), normal(1, 1, TOKENS, DIM))
 
 
 def test_parts_of_an_answer() -> None:

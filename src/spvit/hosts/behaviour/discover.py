@@ -192,11 +192,14 @@ def _ends(twin: nn.Module, seen: Pass, path: str) -> tuple[Tensor, Tensor]:
 
 def _classes(model: nn.Module, seen: Pass) -> int:
     """Return how many classes a model tells apart: those of its logits, or of a linear layer that answers last."""
-    logits = getattr(seen.output, "logits", None)
+    named = (
+        seen.output if isinstance(seen.output, dict) else vars(seen.output) if hasattr(seen.output, "__dict__") else {}
+    )
+    logits = named.get("logits")
     if isinstance(logits, Tensor):
         return logits.shape[-1] if logits.dim() == 2 else 0
-    output = first_tensor(seen.output)
-    if output is None or output.dim() != 2:
+    output = seen.output[0] if isinstance(seen.output, (tuple, list)) and seen.output else seen.output
+    if not isinstance(output, Tensor) or output.dim() != 2:
         return 0
     said = getattr(model, "num_classes", None)
     if isinstance(said, int):
