@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -77,9 +77,9 @@ def normed(net: Any, x: Tensor, pixels: Tensor) -> Tensor:
 
 
 def host_of(model: nn.Module, *paths: str) -> Any:
-    attention = SimpleNamespace(prefix_tokens=1)
+    attention = SimpleNamespace(prefix_tokens=1, token_first=False)
     blocks = tuple(SimpleNamespace(path=path, attention=attention) for path in paths or ("blocks.0", "blocks.1"))
-    return SimpleNamespace(model=randomise(model).double().eval(), blocks=blocks)
+    return Host(randomise(model).double().eval(), cast(Any, None), cast(Any, blocks), (3, 32, 32))
 
 
 CALLS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
@@ -118,7 +118,7 @@ def test_the_head_of_a_transformer_encoder_which_asks_its_layers_for_their_parts
     with torch.no_grad():
         head = Head(host, normal(1, 1, TOKENS, DIM, seed=1))
         assert head.agrees(host, objective("features"), x)
-        assert_close(answer_of(host.model, "1.layers.1", x).tokens, net(x))
+        assert_close(answer_of(host, x).tokens, net(x))
 
 
 BEHIND: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
@@ -158,7 +158,7 @@ def test_tokens_of_timm_are_those_behind_the_last_norm(name: str) -> None:
     model: Any = make_host(name)
     x = images(model, 2)
     with torch.no_grad():
-        found = answer_of(model, Host.of(model).blocks[-1].path, x).tokens
+        found = answer_of(Host.of(model), x).tokens
         assert torch.equal(found, model.forward_features(x))
 
 
@@ -166,7 +166,7 @@ def test_tokens_of_hugging_face_are_the_last_hidden_state() -> None:
     model: Any = make_host("huggingface")
     x = images(model, 2)
     with torch.no_grad():
-        found = answer_of(model, Host.of(model).blocks[-1].path, x).tokens
+        found = answer_of(Host.of(model), x).tokens
         assert torch.equal(found, model.vit(x).last_hidden_state)
 
 
@@ -196,7 +196,7 @@ def test_towers_of_hugging_face(name: str) -> None:
     host = host_of(model, f"{blocks}.0", f"{blocks}.1")
     x = normal(2, 3, 32, 32)
     with torch.no_grad():
-        answer = answer_of(model, f"{blocks}.1", x)
+        answer = answer_of(host, x)
         assert Head(host, normal(1, 3, 32, 32, seed=1)).agrees(host, objective("features", prefix), x) == exact
     if exact:
         assert torch.equal(answer.tokens, answer.output.last_hidden_state)
@@ -209,7 +209,7 @@ def test_towers_of_hugging_face(name: str) -> None:
 def test_a_block_that_is_left_out_is_named() -> None:
     model = Toy(lambda block, x: x, normed)
     with pytest.raises(CalibrationError, match=r"last block blocks\.1 was not reached; its forward pass leaves it out"):
-        answer_of(model, "blocks.1", torch.zeros(1, 1, TOKENS, DIM))
+        answer_of(host_of(model, "blocks.1"), normal(1, 1, TOKENS, DIM))
 
 
 def test_parts_of_an_answer() -> None:

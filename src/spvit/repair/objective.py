@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spvit.errors import CalibrationError
+from spvit.hosts.calling import batch_first
 from spvit.hosts.host import Host, outputs_of
 from spvit.hosts.walk import reached
 from spvit.repair.interpolation import FLOOR
@@ -44,13 +45,16 @@ class Answer:
     """[B, N, D], or a map [B, height, width, D]: behind the last norm, or the last block where there is none."""
 
 
-def answer_of(model: nn.Module, last: str, images: Tensor) -> Answer:
-    """Return a model's answer; `last` is the dotted name of its last block.
+def answer_of(host: Host, images: Tensor) -> Answer:
+    """Return the answer of a host's model.
 
     Tokens are the output of the last module that keeps the shape of the last block's output. What runs inside a module
     that was reached after that block, such as the keys of a pooling layer, does not count.
     """
+    model, last = host.model, host.blocks[-1].path
     block, tokens, inside = model.get_submodule(last), [], []  # type: ignore[var-annotated]
+    if isinstance(block, nn.ModuleList):  # which is not called
+        block = block[-1]
 
     def enter(module: nn.Module, args: Any) -> None:
         if tokens:
@@ -73,7 +77,7 @@ def answer_of(model: nn.Module, last: str, images: Tensor) -> Answer:
             handle.remove()
     if not tokens:
         raise CalibrationError(f"the model's last block {last} was not reached; its forward pass leaves it out")
-    return Answer(output, tokens[0])
+    return Answer(output, batch_first(host.blocks[-1].attention, tokens[0]))
 
 
 @dataclass(frozen=True)
@@ -186,10 +190,10 @@ class Head:
     """What a host does behind its last block, as a function of that block's output."""
 
     def __init__(self, host: Host, images: Tensor) -> None:
+        self._answers_alone = not any(isinstance(host.model.get_submodule(b.path), nn.ModuleList) for b in host.blocks)
         blocks = [host.model.get_submodule(block.path) for block in host.blocks]
         passing = {id(block): _Passing(block) for block in blocks}
-        self._shell = copy.deepcopy(host.model, dict(passing))
-        self._path, self._last = host.blocks[-1].path, passing[id(blocks[-1])]
+        self._shell, self._last = host.on(copy.deepcopy(host.model, dict(passing))), passing[id(blocks[-1])]
         self._image = images[:1]
 
         def record(module: nn.Module, args: Any, output: Any) -> None:
@@ -205,12 +209,15 @@ class Head:
     def __call__(self, out: Tensor) -> Answer:
         """Return the host's answer from the last block's output [B, N, D]."""
         self._last.given = out
-        return answer_of(self._shell, self._path, self._image.expand(len(out), -1, -1, -1))
+        count = len(batch_first(self._shell.blocks[-1].attention, out))
+        return answer_of(self._shell, self._image.expand(count, -1, -1, -1))
 
     def agrees(self, host: Host, objective: Objective, images: Tensor) -> bool:
         """Return whether that is all that the host's outputs come from; other blocks' outputs may reach them, too."""
-        out = reached(host.model, images, host.model.get_submodule(self._path), output=True)
-        wanted = objective.parts(answer_of(host.model, self._path, images))
+        if not self._answers_alone:
+            return False
+        out = reached(host.model, images, host.model.get_submodule(host.blocks[-1].path), output=True)
+        wanted = objective.parts(answer_of(host, images))
         try:
             found = objective.parts(self(out))
         except Exception:  # whatever it needs is not there; a fault of the objective itself has shown above
