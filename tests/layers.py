@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from spvit.hosts.calling import answer_as_tuple
 from spvit.hosts.grid import Grid
 from spvit.hosts.sites import AttentionSite, Rows
-from spvit.replacements.install import answer_as_tuple
 from spvit.search.gated_attention import GatedAttention
 from tiny import randomise
 
@@ -35,16 +36,20 @@ def site_of(
     dim: int = DIM,
     heads: int = HEADS,
     grid: tuple[int, int] = GRID,
+    bias: bool = True,
 ) -> AttentionSite:
     """Return the site of a lone layer."""
     projections = {
-        "timm": {"query": Rows("qkv"), "key": Rows("qkv", dim), "value": Rows("qkv", 2 * dim), "out": "proj"},
-        "huggingface": {"query": Rows("q_proj"), "key": Rows("k_proj"), "value": Rows("v_proj"), "out": "o_proj"},
+        "timm": [("qkv", 0), ("qkv", dim), ("qkv", 2 * dim), ("proj", 0)],
+        "huggingface": [(f"{name}_proj", 0) for name in "qkvo"],
     }
+    rows = [
+        Rows(f"{linear}.weight", f"{linear}.bias" if bias else None, start) for linear, start in projections[library]
+    ]
     return AttentionSite(
         path="",
         norm=None,
-        **projections[library],
+        **dict(zip(("query", "key", "value", "out"), rows)),
         dim=dim,
         heads=heads,
         head_width=dim // heads,
@@ -54,15 +59,16 @@ def site_of(
         narrows_queries=True,
         narrows_values=True,
         scale=(dim // heads) ** -0.5,
-        returns_tuple=library == "huggingface",
+        tuple_items=2 if library == "huggingface" else 0,
     )
 
 
 def gate(attention: nn.Module, library: str = "timm", prefix_tokens: int = 1) -> GatedAttention:
     """Return a gated layer around a dense one, as it starts."""
-    layer = GatedAttention(attention, site_of(library, prefix_tokens), Grid(*GRID), 0.01)
+    biased = any(name.endswith(("qkv.bias", "q_proj.bias")) for name, _ in attention.named_parameters())
+    layer = GatedAttention(attention, site_of(library, prefix_tokens, bias=biased), Grid(*GRID), 0.01)
     if library == "huggingface":
-        layer.register_forward_hook(answer_as_tuple)
+        layer.register_forward_hook(partial(answer_as_tuple, items=2))
     return layer
 
 

@@ -27,6 +27,7 @@ from spvit.errors import (
     BudgetError,
     CalibrationError,
     CheckpointError,
+    ConstraintError,
     DataError,
     GridError,
     ModelError,
@@ -37,7 +38,8 @@ from spvit.errors import (
     UnsupportedHostError,
     ZooError,
 )
-from spvit.hosts.host import Host
+from spvit.hosts.host import Host, recognise
+from spvit.repair.constraints import Constraints
 from spvit.repair.scores import Scores, score
 from spvit.replacements.costs import cost
 from spvit.search.budget_loss import BudgetLoss
@@ -56,10 +58,11 @@ _LATER = {
 
 __all__ = [
     "Architecture", "ArchitectureError", "BudgetError", "BudgetLoss", "CalibrationError", "CheckpointError",
-    "CompressConfig", "DataError", "Description", "GridError", "Host", "ImageConfig", "Images", "ModelError",
-    "NotSearchableError", "PhaseConfig", "Preprocessing", "RunError", "RunFolderError", "Scores", "SearchConfig",
-    "SpvitError", "UnsupportedHostError", "ZooError", "architectures", "compress", "cost", "create_model", "decide",
-    "describe", "fold", "gate_parameters", "load", "make_searchable", "prune", "save", "score",
+    "CompressConfig", "ConstraintError", "Constraints", "DataError", "Description", "GridError", "Host", "ImageConfig",
+    "Images", "ModelError", "NotSearchableError", "PhaseConfig", "Preprocessing", "RunError", "RunFolderError",
+    "Scores", "SearchConfig", "SpvitError", "UnsupportedHostError", "ZooError", "architectures", "compress", "cost",
+    "create_model", "decide", "describe", "fold", "gate_parameters", "load", "make_searchable", "prune", "recognise",
+    "save", "score",
 ]  # fmt: skip
 
 

@@ -30,6 +30,10 @@ class AttentionCost:
     """One dimension of the queries and keys of one head."""
     value: int = 0
     """One dimension of the values of one head."""
+    rest: int = 0
+    """Of a narrower layer, what no head and no dimension brings."""
+    head: int = 0
+    """One head of a narrower layer, beside its dimensions."""
     rules: Mapping[str, int] = field(default_factory=dict)
     """What the architecture's rules for prefix tokens or for skipped layers add."""
 
@@ -57,12 +61,13 @@ class BlockCost:
     def attention(self, kept: Attention, rules: Rules = PUBLISHED) -> int:
         """Return the cost of what stands where the attention layer was."""
         cost = self.kinds[kept.kind]
+        rules_cost = sum(cost.rules.get(rule, 0) for rule in rules)
+        if not kept.narrowed():
+            return cost.whole + rules_cost
         heads = self.heads if kept.heads is None else len(kept.heads)
         query_key = self.head_width if kept.query_key_rank is None else kept.query_key_rank
         value = self.head_width if kept.value_rank is None else kept.value_rank
-        removed = self.heads * self.head_width * (cost.query_key + cost.value)
-        narrowed = heads * (query_key * cost.query_key + value * cost.value)
-        return cost.whole - removed + narrowed + sum(cost.rules.get(rule, 0) for rule in rules)
+        return cost.rest + heads * (cost.head + query_key * cost.query_key + value * cost.value) + rules_cost
 
     def of(self, block: Block, rules: Rules) -> int:
         """Return the cost of what an architecture keeps of the block."""

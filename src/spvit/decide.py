@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from spvit.architecture import DEFAULT_MULTIPLE, Architecture
 from spvit.budget import Budget, check_multiple
-from spvit.errors import CalibrationError, NotSearchableError
+from spvit.errors import CalibrationError, ConstraintError, NotSearchableError
 from spvit.hosts.host import Host
-from spvit.repair.choose import decide_by_scores
+from spvit.repair.choose import check_reachable, decide_by_scores
+from spvit.repair.constraints import Constraints
 from spvit.repair.objective import Asked
 from spvit.repair.scores import Scores, score
-from spvit.replacements.costs import network_costs
 from spvit.search.network import searchable_inside
 from spvit.search.read_off import decide_by_gates
 
@@ -27,6 +27,7 @@ def decide(
     multiple: int | None = None,
     scores: Scores | None = None,
     calibration: Tensor | Iterable[Any] | None = None,
+    constraints: Constraints | None = None,
     objective: Asked = "auto",
     report: Callable[[int, int], object] | None = None,
 ) -> Architecture:
@@ -47,12 +48,14 @@ def decide(
             4, 2, 1 that lands within 0.5 % where 8 is too coarse (very small hosts); by gates without a budget 1.
         scores: what `score(host, images)` returned.
         calibration: images to score the host with now, as in `score`: the short form for a single budget.
+        constraints: what the scores' choice leaves alone, such as `Constraints(keep=(0, -1), forbid="skip")`.
         objective: with calibration images, what counts of the outputs, as in `score`; scores must be by the same.
         report: with calibration images, called with (blocks scored, blocks) after each.
 
     Raises:
         BudgetError: the budget is malformed, or cannot be reached; names the smallest or largest cost that can.
         CalibrationError: the scores are of another model or objective, the images cannot be used, or both are given.
+        ConstraintError: constraints name what the host does not have, or are given for the gates of a search.
         UnsupportedHostError: the model's family, or a part of it, is not known.
         NotSearchableError: the network has no gates and there are neither scores nor images.
     """
@@ -64,14 +67,20 @@ def decide(
                 f"this {type(net).__name__} is not searchable; give scores=spvit.score(host, images), "
                 "or pass what spvit.make_searchable(host) returned"
             )
+        if constraints is not None and constraints.given():
+            found = "; ".join(constraints.given().values())
+            raise ConstraintError(
+                f"{found}: constraints bind decisions by scores, but here the gates of a search decide; leave them "
+                "out, or decide for the dense host with scores=spvit.score(host, images)"
+            )
         return decide_by_gates(net, budget, multiple)
     budget = Budget.parse(macs, params)
-    host = Host.of(net)
+    host, constraints = Host.of(net), constraints or Constraints()
     if scores is None:
-        budget.target(network_costs(host)[budget.metric])  # refuse what cannot be reached before scoring
+        check_reachable(host, budget, multiple, constraints)  # before scoring
         assert calibration is not None
         scores = score(host, calibration, multiple=multiple or DEFAULT_MULTIPLE, objective=objective, report=report)
     elif calibration is not None:
         raise CalibrationError("decide takes scores or calibration images, found both; leave one of the two out")
     scores.check_objective(host, objective)
-    return decide_by_scores(host, scores, budget, multiple)
+    return decide_by_scores(host, scores, budget, multiple, constraints)

@@ -21,6 +21,10 @@ class CheckpointError(SpvitError, ValueError):
     """A checkpoint cannot be read or written, or does not fit the model."""
 
 
+class ConstraintError(SpvitError, ValueError):
+    """What a decision shall leave alone is malformed, or names what the host does not have."""
+
+
 class DataError(SpvitError, ValueError):
     """The images cannot be found or read, or do not fit each other or the model."""
 
@@ -47,6 +51,10 @@ class RunFolderError(SpvitError, ValueError):
 
 class UnsupportedHostError(SpvitError, ValueError):
     """The model is of no supported family, or has a part that its family's adapter does not know."""
+
+
+class UnknownPartError(UnsupportedHostError):
+    """A model of a known family has a part that is not the family's own; what it does may still be recognised."""
 
 
 class ZooError(SpvitError, ValueError):

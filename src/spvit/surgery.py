@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
 from spvit.architecture import Architecture
 from spvit.errors import NotSearchableError, UnsupportedHostError
-from spvit.hosts.host import RECORD, Host
-from spvit.hosts.recognise import family_of
+from spvit.hosts.host import Host
+from spvit.hosts.recognise import RECORD, family_of
+from spvit.hosts.sites import Family
 from spvit.hosts.walk import calibration_batches, where_float64_is
 from spvit.repair.repair import repair as repair_in_place
 from spvit.replacements.bottleneck import BottleneckConv
@@ -29,6 +30,7 @@ class PrunedRecord:
 
     architecture: Architecture
     folded: bool
+    family: Family
 
 
 def pruned_record(model: nn.Module) -> PrunedRecord | None:
@@ -93,7 +95,7 @@ def prune(
         if batches is not None:
             repair_in_place(model, target, architecture, batches)
         undo.pop_all()
-    setattr(model, RECORD, PrunedRecord(architecture, folded=False))
+    setattr(model, RECORD, PrunedRecord(architecture, False, dense.family))
     return cast(Model, model)
 
 
@@ -126,5 +128,5 @@ def fold(model: Model, *, inplace: bool = False) -> Model:
     for module in folded.modules():
         if isinstance(module, BottleneckConv):
             module.fold_batchnorm()
-    setattr(folded, RECORD, PrunedRecord(record.architecture, folded=True))
+    setattr(folded, RECORD, replace(record, folded=True))
     return folded

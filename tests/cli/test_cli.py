@@ -17,6 +17,7 @@ import yaml
 
 import spvit
 from command import DIGITS, SHORT, digits_recipe, measure_briefly, refused, run, trained_weights
+from spvit.architecture import dense
 from spvit.cli.main import main, parse
 from spvit.models import ModelConfig, open_model
 from training import MODEL, MODEL_ARGS, image_folder, micro_host, states_equal
@@ -118,6 +119,25 @@ def test_compress_without_a_search_decides_repairs_and_continues(capsys, recipe,
         refused(capsys, f"holds a run with --{option} {found}", "compress", "--output", str(out), "--resume", *asked)
     searching = ["--output", str(out), "--resume", "--search.epochs", "1"]
     refused(capsys, "scores, without a search, not by a search", "compress", *searching)
+
+
+def test_compress_leaves_alone_what_it_is_told_to(capsys, recipe, trained, tmp_path: Path) -> None:
+    settings = recipe(checkpoint=trained, calibration_images=300, macs="75%", forbid=["skip", "conv3:1"])
+    words = ["compress", "--recipe", settings, "--keep", "-2", "*.0.attn", "--smallest-width=25%", "--no-train"]
+    words += ["--output", str(tmp_path / "run")]
+    code, text, problems = run(capsys, *words, "--dry-run")
+    assert (code, problems) == (0, "")
+    assert "constraints: keep -2, *.0.attn; forbid skip, conv3:1; smallest_width 25%" in text
+    assert run(capsys, *words)[0] == 0
+    kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (kept["keep"], kept["forbid"], kept["smallest_width"]) == ([-2, "*.0.attn"], ["skip", "conv3:1"], "25%")
+    first, second = spvit.Architecture.load(tmp_path / "run" / "architecture.json").blocks
+    assert first == dense([96]).blocks[0]
+    assert second.attention.kind in ("msa", "conv1")
+    assert 24 <= len(second.ffn.units) < 96
+    resume = ["compress", "--output", str(tmp_path / "run"), "--resume"]
+    refused(capsys, "holds a run with --keep (-2, '*.0.attn'), not (1,)", *resume, "--keep", "1")
+    assert run(capsys, *resume)[0] == 0
 
 
 @pytest.mark.parametrize("words", [["--no-train"], ["--train-epochs", "0", "--repair", "false"]])
@@ -325,6 +345,13 @@ def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_pat
         ("too few to fit and measure", "compress --recipe TRAINED --output OUT --no-train --calibration-images 1"),
         ("calibration tokens are too few", "compress --recipe TRAINED --output OUT --no-train --calibration-images 4"),
         ("multiples of 1: the smallest reachable", "compress --recipe TRAINED --output OUT --no-train --macs 1%"),
+        ("keep 2: this VisionTransformer has blocks 0 to 1", "compress --recipe TRAINED --output OUT --keep 0 2"),
+        ("only 'block.1' matches no", "compress --recipe TRAINED --output OUT --only block.1"),
+        ("did you mean 'skip'?", "compress --recipe TRAINED --output OUT --forbid skips"),
+        ("smallest_width is '120%'", "compress --recipe TRAINED --output OUT --smallest-width 120%"),
+        ("loosen keep: without it", "compress --recipe TRAINED --output OUT --keep 0 -1 --forbid skip"),
+        ("keep 0: these bind decisions by", "compress --recipe TRAINED --output OUT --keep 0 --search.epochs 1"),
+        ("unrecognized arguments: --keep", "search --recipe TRAINED --output OUT --keep 0"),
         ("log_every is 0, expected 1 or more", "train --recipe RECIPE --output OUT --log_every 0"),
         ("seed is -1, expected 0 or more", "train --recipe RECIPE --output OUT --seed -1"),
         ("images.held_out is -1", "train --recipe RECIPE --output OUT --images.held_out -1"),
@@ -417,6 +444,10 @@ def test_options_have_dashes_or_underscores_and_flags_take_yes_and_no() -> None:
         assert options(word, "3").model_args == {"depth": 3}
     assert (options("--dry-run").dry_run, options("--dry-run", "false").dry_run) == (True, False)
     assert (options("--dry_run", "true", "--no-dry-run").dry_run, options().dry_run) == (False, False)
+    for line in ("--keep -1 0 *.mlp", "--keep -1,0,*.mlp", "--keep=-1 0 *.mlp", '--keep [-1, 0, "*.mlp"]'):
+        found = options(*line.split(), "--forbid", "skip", "--smallest_width", "64", "--only", "ffn")
+        assert (found.keep, found.forbid, found.only) == ((-1, 0, "*.mlp"), ("skip",), ("ffn",))
+        assert found.smallest_width == 64
     for words in (["--no-repair"], ["--repair", "false"], ["--repair=no"]):
         assert options(*words).repair is False
     for words in (["NAME"], ["--model", "NAME"], ["NAME", "--latency"], ["--latency", "true", "NAME"]):

@@ -15,6 +15,7 @@ import spvit
 from spvit.errors import UnsupportedHostError
 from spvit.hosts.host import Host, example_images, input_size, logits_of, outputs_of
 from spvit.hosts.recognise import family_of, family_of_library
+from spvit.hosts.sites import Rows
 from spvit.hosts.weights import read_weights
 from tiny import FAMILY_OF, HOSTS, assert_close, images, logits, make_host, paths_of
 
@@ -37,8 +38,8 @@ def test_sites_are_where_the_family_says(name: str) -> None:
 
     for block in host.blocks:
         site = block.attention
-        paths = [site.path, block.ffn.first, block.ffn.second, site.norm]
-        paths += [f"{site.path}.{rows.linear}" for rows in (site.query, site.key, site.value)]
+        paths = [site.path, *block.ffn.linears, block.ffn.second, site.norm]
+        paths += [f"{site.path}.{linear_of(rows)}" for rows in (site.query, site.key, site.value)]
         for path in {path for path in paths if path is not None}:
             model.get_submodule(path).register_forward_hook(partial(record, path))
     grids, _ = host.family.watch_grids(model, range(4))
@@ -46,10 +47,10 @@ def test_sites_are_where_the_family_says(name: str) -> None:
 
     for index, (block, paths) in enumerate(zip(host.blocks, paths_of(model))):
         site, ffn = block.attention, block.ffn
-        assert (block.path, site.path, ffn.first, ffn.second) == (
+        assert (block.path, site.path, ffn.linears, ffn.second) == (
             paths.block,
             paths.attention,
-            paths.first,
+            (paths.first,),
             paths.second,
         )
         tokens, out = seen[site.path]
@@ -63,7 +64,7 @@ def test_sites_are_where_the_family_says(name: str) -> None:
             assert torch.equal(normalised[:, site.prefix_tokens :], gathered)
             # What the host pads with is zero, and so is what a grid pads with.
             assert torch.equal(grids[index].scatter(gathered), tokens[:, site.prefix_tokens :])
-        assert seen[ffn.first][1].shape == seen[ffn.second][0].shape == (3, site.tokens, ffn.units)
+        assert seen[ffn.linears[0]][1].shape == seen[ffn.second][0].shape == (3, site.tokens, ffn.units)
         attention = model.get_submodule(site.path)
         weights = host.weights(index)
         for part, rows in (("query", site.query), ("key", site.key), ("value", site.value)):
@@ -71,11 +72,16 @@ def test_sites_are_where_the_family_says(name: str) -> None:
             bias = getattr(weights, f"{part}_bias")
             found = found if bias is None else found + bias
             assert found.shape[2:] == (site.heads, site.head_width)
-            captured = seen[f"{site.path}.{rows.linear}"][1]
+            captured = seen[f"{site.path}.{linear_of(rows)}"][1]
             assert_close(captured[..., rows.start : rows.start + site.heads * site.head_width], found.flatten(2))
         assert weights.out_weight.shape == (site.dim, site.heads, site.head_width)
         assert weights.out_bias is None or weights.out_bias.shape == (site.dim,)
-        assert isinstance(attention(tokens), tuple) == site.returns_tuple
+        assert isinstance(attention(tokens), tuple) == bool(site.tuple_items)
+
+
+def linear_of(rows: Rows) -> str:
+    """Return the name of the linear layer that rows are of."""
+    return rows.weight.removesuffix(".weight")
 
 
 @pytest.mark.parametrize("name", HOSTS)
@@ -86,7 +92,7 @@ def test_weights_are_views_through_which_gradients_flow(name: str) -> None:
     weights = read_weights(attention, site)
     sum(part.sum() for part in vars(weights).values() if part is not None).backward()
     touched = {name for name, parameter in attention.named_parameters() if parameter.grad is not None}
-    projections = {site.query.linear, site.key.linear, site.value.linear, site.out}
+    projections = {linear_of(rows) for rows in (site.query, site.key, site.value, site.out)}
     wanted = {f"{projection}.{part}" for projection in projections for part in ("weight", "bias")}
     assert touched == wanted & {name for name, _ in attention.named_parameters()}
     for name in touched:

@@ -79,7 +79,7 @@ def test_rounded_costs_never_break_the_limit_and_lose_little(seed: int) -> None:
 def kinds_costing(msa: int, conv3: int, conv1: int, narrow: int, skip: int = 0) -> dict[str, AttentionCost]:
     """Return costs by kind; the rules of a repair add three to convolutions, and `skip` to skipped layers."""
     return {
-        "msa": AttentionCost(msa, narrow, narrow),
+        "msa": AttentionCost(msa, narrow, narrow, msa - 2 * 4 * 2 * narrow),
         "conv3": AttentionCost(conv3, rules={REPAIRED.prefix: 3}),
         "conv1": AttentionCost(conv1, rules={REPAIRED.prefix: 3}),
         "skip": AttentionCost(0, rules={REPAIRED.skip: skip}),

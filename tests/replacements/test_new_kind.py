@@ -72,6 +72,8 @@ def test_it_is_scored_and_chosen_where_it_serves(name: str) -> None:
     assert architecture.kinds().count("average") >= 2
     assert 0.995 * 0.7 <= spvit.cost(host, architecture)["macs"] / spvit.cost(host)["macs"] <= 0.7
     assert Architecture.from_json(architecture.to_json()) == architecture
+    forbidden = spvit.Constraints(forbid="average")
+    assert "average" not in spvit.decide(host, macs="70%", scores=serving, constraints=forbidden).kinds()
     assert logits(spvit.prune(host, architecture, repair=x), x).isfinite().all()
     assert architecture == spvit.decide(host, macs="70%", scores=serving)
 

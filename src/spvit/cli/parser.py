@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,11 +18,14 @@ DEMO = Path(__file__).with_name("digits.yaml")
 _HEADINGS = {
     "model and data": ("model", "checkpoint", "data", "images.batch-size"),
     "budget, one of the two": ("macs", "params"),
+    "what may change": ("keep", "only", "forbid"),
     "what to do": ("architecture", "scores", "train-epochs", "no-train"),
     "phases": ("dense.epochs", "search.epochs", "finetune.epochs"),
     "run": ("recipe", "output", "seed", "resume", "dry-run", "help", "help-all"),
 }
 _SHOWN_OF_DEMO = ("macs", "output", "seed", "resume", "help", "help-all")
+_SEVERAL = ("--keep", "--only", "--forbid")
+"""Options that take several words."""
 _EXPECTED = {
     "int": "a whole number",
     "float": "a number",
@@ -45,10 +49,10 @@ class CommandParser(ArgumentParser):
         dashed = [name.replace("_", "-") if name.startswith("--") else name for name in names]
         return super().add_argument(*dict.fromkeys([*dashed, *names]), **settings)
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+    def parse_args(self, args: Sequence[str], **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parse as jsonargparse does. Raises SpvitError: an option or value is wrong, or names code to import."""
         try:
-            return super().parse_args(*args, **kwargs)
+            return super().parse_args(_joined(args), **kwargs)
         except ImportError as error:
             raise SpvitError(f"a setting names code, which is never run: {error}") from error
 
@@ -70,6 +74,18 @@ class CommandParser(ArgumentParser):
             unknown = "--" + ".".join(message.split("'")[1::2])
         near = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
         return f"{message}; did you mean {near[0]}?" if near else message
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """Return words of a command line with those after an option that takes several as one: `--keep=0 -1`."""
+    joined: list[str] = []
+    for word in words:
+        option = joined[-1].partition("=")[0] if joined else ""
+        if option in _SEVERAL and not word.startswith("--"):
+            joined[-1] += f"{' ' if '=' in joined[-1] else '='}{word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 class _ShortHelp(argparse.Action):

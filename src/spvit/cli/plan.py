@@ -50,6 +50,8 @@ def print_plan(options: CompressCommand, console: Console) -> None:
     ]
     planned = {phase.name: _planned(phase, run, share) for phase in phases if phase.config.epochs > 0}
     say(console, f"plan of spvit compress to {options.output}; nothing is written", f"model: {options.model}")
+    if options.given():
+        say(console, f"constraints: {'; '.join(options.given().values())}")
     for metric, cost in costs.items():
         after = f"{'' if metric == budgeted else 'about '}{human(share * cost.dense)} ({share:.1%}) after"
         say(console, f"{metric}: {human(cost.dense)} before, {after}")

@@ -11,7 +11,7 @@ from transformers.models.vit import modeling_vit
 
 from spvit.errors import UnsupportedHostError
 from spvit.hosts.grid import Grid, GridTracker
-from spvit.hosts.sites import AttentionSite, BlockSites, FFNSite, Rows, Undo, expect
+from spvit.hosts.sites import AttentionSite, BlockSites, FFNSite, Rows, Undo, UnitRows, expect
 
 
 class _HuggingFaceViT:
@@ -49,10 +49,10 @@ class _HuggingFaceViT:
             AttentionSite(
                 path=f"{path}.attention",
                 norm=f"{path}.layernorm_before",
-                query=Rows("q_proj"),
-                key=Rows("k_proj"),
-                value=Rows("v_proj"),
-                out="o_proj",
+                query=Rows.of("q_proj", attention),
+                key=Rows.of("k_proj", attention),
+                value=Rows.of("v_proj", attention),
+                out=Rows.of("o_proj", attention),
                 dim=attention.q_proj.in_features,
                 heads=attention.num_attention_heads,
                 head_width=attention.head_dim,
@@ -63,9 +63,9 @@ class _HuggingFaceViT:
                 narrows_values=True,
                 scale=attention.scaling,
                 dropout=attention.attention_dropout,
-                returns_tuple=True,
+                tuple_items=2,
             ),
-            FFNSite(f"{path}.mlp.fc1", f"{path}.mlp.fc2", layer.mlp.fc1.out_features),
+            FFNSite((UnitRows(f"{path}.mlp.fc1"),), f"{path}.mlp.fc2", layer.mlp.fc1.out_features),
         )
 
     def _patch_size(self, model: nn.Module) -> tuple[int, int]:

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from spvit.cost import count_macs, count_params
 from spvit.errors import CalibrationError, NotSearchableError, UnsupportedHostError
-from spvit.hosts.recognise import family_of
-from spvit.hosts.sites import BlockSites, Family
+from spvit.hosts.recognise import RECORD, family_of
+from spvit.hosts.replay import BlockCall, record_calls
+from spvit.hosts.sites import AttentionSite, BlockSites, Family
 from spvit.hosts.weights import AttentionWeights, read_weights
 
 OUTPUTS = ("logits", "image_embeds", "pooler_output", "last_hidden_state", "feature_maps")
 """Names of a model's main output, in the order in which they count."""
-RECORD = "spvit_record"
-"""Attribute in which a searchable or pruned model keeps what spvit knows of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,22 +37,20 @@ class Host:
         """Return the host that a model is; a Host is returned as it is.
 
         Raises:
-            UnsupportedHostError: the model's family, or a part of it, is not known.
+            UnsupportedHostError: the model is no vision transformer that spvit can take; names what was found.
             NotSearchableError: the model is searchable or pruned already.
         """
-        own = model.model if isinstance(model, Host) else model
-        if getattr(own, RECORD, None) is not None:
-            raise NotSearchableError("this model is already searchable or pruned by spvit; start from the dense host")
         if isinstance(model, Host):
+            _check_dense(model.model)
             return model
-        family = family_of(model)
-        blocks = family.blocks(model)
-        _check_blocks_differ(model, blocks)
-        return Host(model, family, blocks, family.input_size(model))
+        return recognise(model)
 
     def on(self, model: nn.Module) -> Host:
         """Return the same host on a copy of its model."""
-        return replace(self, model=model)
+        other = replace(self, model=model)
+        if "calls" in vars(self):  # what blocks get beside tokens does not depend on what was pruned
+            vars(other)["calls"] = self.calls
+        return other
 
     @property
     def name(self) -> str:
@@ -65,10 +62,22 @@ class Host:
         site = self.blocks[index].attention
         return read_weights(self.model.get_submodule(site.path), site)
 
+    def norm_params(self, site: AttentionSite) -> int:
+        """Return the parameters of the norm before an attention layer, in the block or inside the layer."""
+        inside = None if site.inner_norm is None else f"{site.path}.{site.inner_norm}"
+        norms = (name for name in (site.norm, inside) if name is not None)
+        return sum(count_params(self.model.get_submodule(name)) for name in norms)
+
+    @cached_property
+    def calls(self) -> tuple[BlockCall, ...]:
+        """How the model calls each block: recorded from a pass in evaluation mode, once."""
+        # An odd number of images, which other sizes in a model hardly are.
+        return record_calls(self.model, [block.path for block in self.blocks], example_images(self, 3))
+
     @cached_property
     def totals(self) -> dict[str, int]:
         """What the whole model costs, by metric: MACs of one image, counted, and parameters."""
-        return {"macs": macs_of_image(self.model), "params": count_params(self.model)}
+        return {"macs": macs_of_image(self), "params": count_params(self.model)}
 
     def fingerprint(self) -> str:
         """Return a short text that differs, as good as always, when weights do: of some numbers of every parameter."""
@@ -81,6 +90,42 @@ class Host:
         return digest.hexdigest()[:16]
 
 
+def recognise(model: nn.Module, images: Tensor | None = None) -> Host:
+    """Return the host that a model is: where its attention layers and FFNs are, each verified.
+
+    Families that spvit knows by class need no images. Of any other model a copy runs: attention is where a softmax of
+    q k^T is multiplied with values, its projections are found by equations, FFN units by changing one, tokens by
+    changing corners of an image.
+
+    Args:
+        model: any vision transformer whose blocks hold self-attention and an FFN.
+        images: a batch as the model takes it, [batch, channels, height, width]; only its size counts. None: images of
+            the size that the model says it takes.
+
+    Raises:
+        UnsupportedHostError: names the part of the model, what was looked for, and what was found.
+        NotSearchableError: the model is searchable or pruned already.
+    """
+    _check_dense(model)
+    if images is not None and (
+        not isinstance(images, Tensor) or images.dim() != 4 or not images.numel() or not images.is_floating_point()
+    ):
+        found = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise UnsupportedHostError(
+            f"recognise got {found} for images, expected floating-point numbers [batch, channels, height, width]"
+        )
+    family = family_of(model, None if images is None else (images.shape[1], images.shape[2], images.shape[3]))
+    blocks = family.blocks(model)
+    _check_blocks_differ(model, blocks)
+    return Host(model, family, blocks, family.input_size(model))
+
+
+def _check_dense(model: nn.Module) -> None:
+    """Raise NotSearchableError for a model that is searchable or pruned."""
+    if getattr(model, RECORD, None) is not None:
+        raise NotSearchableError("this model is already searchable or pruned by spvit; start from the dense host")
+
+
 def check_values(parameter: nn.Parameter) -> None:
     """Raise CalibrationError for a parameter on the meta device."""
     if parameter.is_meta:
@@ -91,7 +136,7 @@ def _check_blocks_differ(model: nn.Module, blocks: tuple[BlockSites, ...]) -> No
     """Raise UnsupportedHostError when two blocks share a layer, which cannot become two different things."""
     first: dict[int, str] = {}
     for block in blocks:
-        for path in (block.attention.path, block.ffn.first, block.ffn.second):
+        for path in (block.attention.path, *block.ffn.linears, block.ffn.second):
             other = first.setdefault(id(model.get_submodule(path)), path)
             if other != path:
                 raise UnsupportedHostError(
@@ -100,20 +145,21 @@ def _check_blocks_differ(model: nn.Module, blocks: tuple[BlockSites, ...]) -> No
                 )
 
 
-def input_size(model: nn.Module) -> tuple[int, int, int]:
+def input_size(model: nn.Module | Host) -> tuple[int, int, int]:
     """Return (channels, height, width) of the images that a model takes, dense or pruned."""
-    return family_of(model).input_size(model)
+    return model.input_size if isinstance(model, Host) else family_of(model).input_size(model)
 
 
-def example_images(model: nn.Module, batch: int = 1) -> Tensor:
+def example_images(model: nn.Module | Host, batch: int = 1) -> Tensor:
     """Return zero images that a model takes, dense or pruned: [batch, channels, height, width], in its dtype."""
-    parameter = next(model.parameters())
+    parameter = next((model.model if isinstance(model, Host) else model).parameters())
     return torch.zeros(batch, *input_size(model), dtype=parameter.dtype, device=parameter.device)
 
 
-def macs_of_image(model: nn.Module) -> int:
+def macs_of_image(model: nn.Module | Host) -> int:
     """Return the MACs that a model takes for one image of its own size, dense or pruned."""
-    return count_macs(model, lambda twin: twin(example_images(twin)))
+    images = example_images(model).to("meta")
+    return count_macs(model.model if isinstance(model, Host) else model, lambda twin: twin(images))
 
 
 def outputs_of(output: Any) -> list[Tensor]:

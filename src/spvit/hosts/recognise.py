@@ -1,15 +1,20 @@
-"""The families of hosts that spvit supports, found by class name: no model library is loaded before it is used."""
+"""Finds the family of a model: by its class, so that no model library is loaded before it is used, or by behaviour."""
 
 from __future__ import annotations
 
 import importlib
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from spvit.errors import UnsupportedHostError
+from spvit.hosts.behaviour.discover import discover
 from spvit.hosts.sites import Family
+
+RECORD = "spvit_record"
+"""Attribute in which a searchable or pruned model keeps what spvit knows of it, its family among that."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +33,51 @@ REGISTRATIONS = (
 )
 
 
-def family_of(model: nn.Module) -> Family:
-    """Return the family of a model.
+def family_of(model: nn.Module, size: tuple[int, int, int] | None = None) -> Family:
+    """Return the family of a model: by its class where spvit knows it, or else found by what it does.
+
+    Args:
+        model: dense, searchable or pruned.
+        size: (channels, height, width) of its images; None: as the model says.
 
     Raises:
-        UnsupportedHostError: names the model's class, and the part of it to pass or the supported families.
+        UnsupportedHostError: names the model's class, and what was looked for and found, or the part of it to pass.
     """
+    record = vars(model).get(RECORD)
+    if record is not None:
+        family: Family = record.family
+        return family
     registration = _registration_of(model)
     if registration is not None:
         return _adapter(registration)
-    cls = type(model)
-    raise UnsupportedHostError(f"{cls.__module__}.{cls.__qualname__} is not a supported model family; {_advice(model)}")
+    advice = _advice(model)
+    try:
+        if advice is not None:
+            raise UnsupportedHostError(advice)
+        return discover(model, size or _size_of(model))
+    except UnsupportedHostError as error:
+        cls = type(model)
+        raise UnsupportedHostError(f"{cls.__module__}.{cls.__qualname__} is not supported: {error}") from error
+
+
+def _size_of(model: Any) -> tuple[int, int, int]:
+    """Return (channels, height, width) of the images that a model says it takes. Raises UnsupportedHostError."""
+    config = getattr(model, "config", None)
+    described = getattr(model, "pretrained_cfg", None) or {}
+    sides = [getattr(config, "image_size", None)]
+    for part in model.modules():
+        sides += [getattr(part, name, None) for name in ("image_size", "img_size")]
+    sides += [described.get("input_size", (None,))[1:]]
+    side = next((item for item in sides if isinstance(item, int) or _is_pair(item)), None)
+    convolution = next((part for part in model.modules() if isinstance(part, nn.Conv2d)), None)
+    channels = getattr(config, "num_channels", 3 if convolution is None else convolution.in_channels)
+    if side is None:
+        raise UnsupportedHostError("it does not say what images it takes; pass some: spvit.recognise(model, images)")
+    return (channels, side, side) if isinstance(side, int) else (channels, *side)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(item, int) for item in value)
 
 
 def _registration_of(model: nn.Module) -> Registration | None:
@@ -47,19 +86,16 @@ def _registration_of(model: nn.Module) -> Registration | None:
     return next((item for item in REGISTRATIONS if library == item.library and cls.__name__ in item.classes), None)
 
 
-def _advice(model: nn.Module) -> str:
-    """Return what to do with a model of no supported class."""
+def _advice(model: nn.Module) -> str | None:
+    """Return what to do with a model that wraps one; None: it wraps none that is known."""
     if hasattr(model, "merge_and_unload"):
         return "it wraps a model with adapters: pass model.merge_and_unload()"
     inside = next((name for name, part in model.named_modules() if name and _registration_of(part)), None)
-    if inside is not None:
-        cls = type(model.get_submodule(inside)).__name__
-        expression = re.sub(r"\.(\d+)", r"[\1]", f"model.{inside}")
-        return f"its {cls} inside is: pass {expression}"
-    supported = {library: [] for library in (item.library for item in REGISTRATIONS)}  # type: dict[str, list[str]]
-    for item in REGISTRATIONS:
-        supported[item.library] += item.classes
-    return "supported are " + "; ".join(f"{library}: {', '.join(names)}" for library, names in supported.items())
+    if inside is None:
+        return None
+    cls = type(model.get_submodule(inside)).__name__
+    expression = re.sub(r"\.(\d+)", r"[\1]", f"model.{inside}")
+    return f"its {cls} inside is: pass {expression}"
 
 
 def family_of_library(library: str, model_class: str | None = None) -> Family:

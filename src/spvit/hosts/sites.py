@@ -9,20 +9,41 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from spvit.errors import UnsupportedHostError
+from spvit.errors import UnknownPartError
 from spvit.hosts.grid import Grid
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Where queries, keys or values of all heads are made: H x E rows of a linear layer, a head after another."""
+    """Where the projection of all heads to queries, keys or values is: the rows of a parameter of the attention layer.
 
-    linear: str
-    """Name of the linear layer inside the attention layer."""
+    Dimension e of head h is row `start + h * by_head + e * by_dim`. Of the output projection they are columns. For
+    example three packed projections of 3 heads of 8: values start at 48; head-major packing has by_head 24.
+    """
+
+    weight: str
+    """Name of the parameter inside the attention layer, [rows, D], or [D, columns] of the output projection."""
+    bias: str | None = None
+    """Name of its bias: one number for every row of the weight, or for those of this projection alone."""
     start: int = 0
-    """First row."""
+    by_head: int | None = None
+    """Rows from a head to the next; None: as many as a head is wide."""
+    by_dim: int = 1
+    """Rows from a dimension of a head to the next."""
+
+    @staticmethod
+    def of(linear: str, layer: nn.Module, start: int = 0) -> Rows:
+        """Return rows of a linear layer inside an attention layer, with its bias if it has one, head after head."""
+        biased = layer.get_submodule(linear).bias is not None
+        return Rows(f"{linear}.weight", f"{linear}.bias" if biased else None, start)
+
+    def indices(self, heads: int, width: int) -> Tensor:
+        """Return the rows, [heads, width]."""
+        by_head = width * self.by_dim if self.by_head is None else self.by_head
+        return self.start + torch.arange(heads)[:, None] * by_head + torch.arange(width) * self.by_dim
 
 
 @dataclass(frozen=True)
@@ -36,8 +57,7 @@ class AttentionSite:
     query: Rows
     key: Rows
     value: Rows
-    out: str
-    """Name of the output projection inside the layer."""
+    out: Rows
     dim: int
     heads: int
     head_width: int
@@ -62,8 +82,14 @@ class AttentionSite:
     """Dropout probability of the output."""
     norms: tuple[str | None, str | None, str | None] = (None, None, None)
     """Names, inside the layer, of norms over a head's queries, over its keys, and over the outputs of all heads."""
-    returns_tuple: bool = False
-    """Whether the layer answers `(output, None)`."""
+    inner_norm: str | None = None
+    """Name, inside the layer, of a norm that its input goes through first."""
+    parameters: tuple[str, ...] = ()
+    """Names of what the layer's forward takes, the tokens first; empty: tokens, then perhaps a mask."""
+    tuple_items: int = 0
+    """How many items the layer answers with: the output, then None; 0: the output itself."""
+    token_first: bool = False
+    """Whether it takes and answers [N, B, D] in place of [B, N, D]."""
 
     def own_grid(self) -> Grid:
         """Return how attention gets the grid of images of the host's own size; it does not follow other sizes."""
@@ -76,14 +102,31 @@ class AttentionSite:
 
 
 @dataclass(frozen=True)
+class UnitRows:
+    """Where an FFN's hidden units are made: unit u is row `start + u * step` of a linear layer."""
+
+    linear: str
+    """Dotted name of the linear layer in the host."""
+    start: int = 0
+    step: int = 1
+
+
+@dataclass(frozen=True)
 class FFNSite:
     """Where an FFN sits."""
 
-    first: str
-    """Dotted name of its first linear layer in the host."""
+    first: tuple[UnitRows, ...]
+    """One row a unit; two where units are gated (SwiGLU), in two linear layers or packed in one."""
     second: str
     """Dotted name of its second linear layer in the host."""
     units: int
+    norm: str | None = None
+    """Dotted name of a norm over the hidden units; it gets narrower with them."""
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Dotted names of the linear layers that make the units."""
+        return tuple(dict.fromkeys(rows.linear for rows in self.first))
 
 
 @dataclass(frozen=True)
@@ -91,7 +134,8 @@ class BlockSites:
     """A block and its two sites."""
 
     path: str
-    """Dotted name of the block in the host: a module that maps tokens [B, N, D] to tokens of the same shape."""
+    """Dotted name of the block in the host: a module that maps tokens [B, N, D] to tokens of the same shape, or a
+    ModuleList of layers whose outputs are added to the tokens one after the other."""
     attention: AttentionSite
     ffn: FFNSite
     before: str | None = None
@@ -105,10 +149,15 @@ Undo = Callable[[], object]
 class Family(Protocol):
     """What a family of hosts has to say. Methods take a model of the family's class, dense or pruned."""
 
-    name: str
-    """How messages call the family."""
-    temperature: float
-    """Default temperature of the head mix (alpha)."""
+    @property
+    def name(self) -> str:
+        """How messages call the family."""
+        ...
+
+    @property
+    def temperature(self) -> float:
+        """Default temperature of the head mix (alpha)."""
+        ...
 
     def blocks(self, model: nn.Module) -> tuple[BlockSites, ...]:
         """Return the sites of every block of a dense model. Raises UnsupportedHostError naming an unknown part."""
@@ -143,7 +192,7 @@ class Family(Protocol):
 
 
 def expect(model: nn.Module, path: str, cls: type, family: str) -> None:
-    """Raise UnsupportedHostError unless the module at a dotted name is of exactly this class.
+    """Raise UnknownPartError unless the module at a dotted name is of exactly this class.
 
     Subclasses compute something else with the same weights: a LoRA layer adds its adapter, a quantised one unpacks.
     """
@@ -156,7 +205,7 @@ def expect(model: nn.Module, path: str, cls: type, family: str) -> None:
             "; merge adapters first (model = model.merge_and_unload()), prune before you quantise, and take off "
             "parametrisations"
         )
-    raise UnsupportedHostError(
+    raise UnknownPartError(
         f"{path} is a {found.__module__}.{found.__qualname__}, but {family} hosts are supported with exactly "
         f"{cls.__module__}.{cls.__qualname__} there{advice}"
     )

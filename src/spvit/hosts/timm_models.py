@@ -8,8 +8,8 @@ import timm
 from timm.layers import Mlp
 from torch import nn
 
-from spvit.errors import UnsupportedHostError
-from spvit.hosts.sites import FFNSite, Rows, expect
+from spvit.errors import UnknownPartError, UnsupportedHostError
+from spvit.hosts.sites import FFNSite, Rows, UnitRows, expect
 
 
 class TimmFamily:
@@ -18,14 +18,14 @@ class TimmFamily:
     name: str
 
     def expect_parts(self, model: nn.Module, path: str, attention: type) -> None:
-        """Raise UnsupportedHostError unless a block's attention and FFN are timm's own, without norms on its units."""
+        """Raise UnknownPartError unless a block's attention and FFN are timm's own, without norms on its units."""
         expect(model, f"{path}.attn", attention, self.name)
         expect(model, f"{path}.mlp", Mlp, self.name)
         for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
             expect(model, f"{path}.{part}", nn.Linear, self.name)
         norm = model.get_submodule(f"{path}.mlp.norm")
         if not isinstance(norm, nn.Identity):
-            raise UnsupportedHostError(
+            raise UnknownPartError(
                 f"{path}.mlp.norm is a {type(norm).__name__} over the hidden units, which pruning would change; use a "
                 "model without a norm there (scale_mlp_norm)"
             )
@@ -36,15 +36,16 @@ class TimmFamily:
         rows = heads * head_width
         attention = {
             "path": f"{path}.attn",
-            "query": Rows("qkv"),
-            "key": Rows("qkv", rows),
-            "value": Rows("qkv", 2 * rows),
-            "out": "proj",
+            "query": Rows.of("qkv", block.attn),
+            "key": Rows.of("qkv", block.attn, rows),
+            "value": Rows.of("qkv", block.attn, 2 * rows),
+            "out": Rows.of("proj", block.attn),
             "dim": block.attn.qkv.in_features,
             "heads": heads,
             "head_width": head_width,
         }
-        return attention, FFNSite(f"{path}.mlp.fc1", f"{path}.mlp.fc2", block.mlp.fc1.out_features)
+        units = block.mlp.fc1.out_features
+        return attention, FFNSite((UnitRows(f"{path}.mlp.fc1"),), f"{path}.mlp.fc2", units)
 
     def input_size(self, model: Any) -> tuple[int, int, int]:
         """Return (channels, height, width) of the images that the model takes."""

@@ -5,7 +5,8 @@ Shapes: B batch, N tokens = P prefix tokens + G grid tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spvit.errors import CalibrationError
+from spvit.hosts.calling import batch_first, inside
 from spvit.hosts.host import Host, check_values
 from spvit.hosts.sites import BlockSites
 
@@ -96,14 +98,14 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def reached(run: nn.Module, x: Tensor, module: nn.Module, output: bool) -> Tensor:
-    """Return the first input or the output [B, N, D] of a module inside one that is run on x; nothing after it runs."""
+def reached(run: Callable[[Tensor], object], x: Tensor, module: nn.Module, output: bool) -> Tensor:
+    """Return the first input or the output of a module inside what is run on x; nothing after it runs."""
 
     def stop_before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Reached(args[0] if args else next(iter(kwargs.values())))
+        raise _Reached(args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor)))
 
     def stop_after(module: nn.Module, args: Any, result: Any) -> None:
-        raise _Reached(result[0] if isinstance(result, tuple) else result)
+        raise _Reached(tokens_of(result))
 
     if output:
         handle = module.register_forward_hook(stop_after)
@@ -118,18 +120,35 @@ def reached(run: nn.Module, x: Tensor, module: nn.Module, output: bool) -> Tenso
     raise CalibrationError(f"the model's {type(module).__name__} was not reached; its forward pass leaves it out")
 
 
+def block_of(host: Host, index: int) -> Callable[[Tensor], Tensor]:
+    """Return a block as a function of the tokens that it takes, which returns the tokens that it answers.
+
+    What the model passes to it besides is passed here too. A ModuleList is the sum that it stands for.
+    """
+    block, call = host.model.get_submodule(host.blocks[index].path), host.calls[index]
+    if isinstance(block, nn.ModuleList):
+        return lambda x: functools.reduce(lambda stream, layer: layer(stream) + stream, block, x)
+    return lambda x: tokens_of(call(block, x.clone()))  # some blocks add to their input in place
+
+
+def tokens_of(output: Any) -> Tensor:
+    """Return the tokens of what a module answers: the output, or the first of several."""
+    tokens: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return tokens
+
+
 def first_inputs(host: Host, batches: Iterable[Tensor]) -> list[Tensor]:
-    """Return what the first block takes, [B, N, D] a batch of images."""
-    block = host.model.get_submodule(host.blocks[0].path)
-    return [reached(host.model, batch, block, output=False) for batch in batches]
+    """Return what the first block takes, a batch of images each."""
+    first = host.model.get_submodule(host.blocks[0].path)
+    module = first[0] if isinstance(first, nn.ModuleList) else first
+    return [reached(host.model, batch, module, output=False) for batch in batches]
 
 
 def through(host: Host, index: int, x: Tensor) -> Tensor:
-    """Return what the next block takes, [B, N, D], from a block's input; after the last block, its output."""
-    out = host.model.get_submodule(host.blocks[index].path)(x)
-    out = out[0] if isinstance(out, tuple) else out
+    """Return what the next block takes from a block's input; after the last block, its output."""
+    out = block_of(host, index)(x)
     between = host.blocks[index + 1].before if index + 1 < len(host.blocks) else None
-    return out if between is None else host.model.get_submodule(between)(out)
+    return out if between is None else tokens_of(host.model.get_submodule(between)(out))
 
 
 def advance(host: Host, index: int, inputs: list[Tensor]) -> None:
@@ -140,7 +159,10 @@ def advance(host: Host, index: int, inputs: list[Tensor]) -> None:
 
 @dataclass(frozen=True)
 class BlockPair:
-    """One block of the pruned model beside the dense one, with the inputs that each has: lists of [B, N, D]."""
+    """One block of the pruned model beside the dense one, with the inputs that each has: lists of [B, N, D].
+
+    Those of a host with its tokens first are [N, B, D].
+    """
 
     model: nn.Module
     host: Host
@@ -159,21 +181,45 @@ class BlockPair:
         """Return the same pair that has run a module of the dense block once, for several fits to its output."""
         return replace(self, known={path: list(self.wanted(path))})
 
+    def images(self, x: Tensor, some: slice) -> Tensor:
+        """Return the tokens of some images, of what a block takes."""
+        return x[:, some] if self.sites.attention.token_first else x[some]
+
     def thinned(self, tokens: int) -> BlockPair:
         """Return a pair of dense blocks with as many of its images, evenly from all, as have so many tokens."""
-        step = max(1, sum(x.shape[:-1].numel() for x in self.dense_inputs) // tokens)
-        inputs = [x[::step] for x in self.dense_inputs]
-        known = {path: [out[::step] for out in outputs] for path, outputs in self.known.items()}
+        some = slice(None, None, max(1, sum(x.shape[:-1].numel() for x in self.dense_inputs) // tokens))
+        inputs = [self.images(x, some) for x in self.dense_inputs]
+        known = {path: [out[some] for out in outputs] for path, outputs in self.known.items()}
         return replace(self, inputs=inputs, dense_inputs=inputs, known=known)
 
+    @property
+    def block(self) -> Callable[[Tensor], Tensor]:
+        """The pruned block, as a function of tokens."""
+        return block_of(self.host.on(self.model), self.index)
+
+    @property
+    def dense_block(self) -> Callable[[Tensor], Tensor]:
+        """The dense block, as a function of tokens."""
+        return block_of(self.host, self.index)
+
     def arriving(self, path: str) -> Iterator[Tensor]:
-        """Yield what arrives at a module of the pruned block."""
-        block, module = self.model.get_submodule(self.sites.path), self.model.get_submodule(path)
-        return (reached(block, x, module, output=False) for x in self.inputs)
+        """Yield what arrives at a module of the pruned block, [B, N, ...]; of attention, at its projections."""
+        site, module = self.sites.attention, self.model.get_submodule(path)
+        if path != site.path:
+            return self._passing(self.inputs, self.block, module, output=False)
+        if inside(module) is not module:
+            return (reached(self.block, x, inside(module), output=False) for x in self.inputs)
+        if site.inner_norm is not None:
+            return self._passing(self.inputs, self.block, module.get_submodule(site.inner_norm), output=True)
+        return self._passing(self.inputs, self.block, module, output=False)
 
     def wanted(self, path: str) -> Iterator[Tensor]:
-        """Yield the output of a module of the dense block."""
+        """Yield the output of a module of the dense block, [B, N, ...]."""
         if path in self.known:
             return iter(self.known[path])
-        block, module = self.host.model.get_submodule(self.sites.path), self.host.model.get_submodule(path)
-        return (reached(block, x, module, output=True) for x in self.dense_inputs)
+        return self._passing(self.dense_inputs, self.dense_block, self.host.model.get_submodule(path), output=True)
+
+    def _passing(
+        self, inputs: list[Tensor], block: Callable[[Tensor], Tensor], module: nn.Module, output: bool
+    ) -> Iterator[Tensor]:
+        return (batch_first(self.sites.attention, reached(block, x, module, output)) for x in inputs)

@@ -31,18 +31,32 @@ class AttentionWeights:
 
 
 def read_weights(layer: nn.Module, site: AttentionSite) -> AttentionWeights:
-    """Return the weights of a dense attention layer as views of its parameters."""
+    """Return the weights of a dense attention layer; those that lie together are views of its parameters."""
     by_head = (site.heads, site.head_width)
-
-    def rows(part: Rows) -> tuple[Tensor, Tensor | None]:
-        linear = layer.get_submodule(part.linear)
-        assert isinstance(linear, nn.Linear)
-        own = slice(part.start, part.start + site.heads * site.head_width)
-        bias: Tensor | None = linear.bias
-        return linear.weight[own].unflatten(0, by_head), None if bias is None else bias[own].unflatten(0, by_head)
-
-    out = layer.get_submodule(site.out)
-    assert isinstance(out, nn.Linear)
+    out_bias = None if site.out.bias is None else layer.get_parameter(site.out.bias)
     return AttentionWeights(
-        *rows(site.query), *rows(site.key), *rows(site.value), out.weight.unflatten(1, by_head), out.bias
+        *read_rows(layer, site.query, by_head),
+        *read_rows(layer, site.key, by_head),
+        *read_rows(layer, site.value, by_head),
+        _taken(layer.get_parameter(site.out.weight), site.out, by_head, 1),
+        out_bias,
     )
+
+
+def read_rows(layer: nn.Module, rows: Rows, by_head: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """Return the weight [H, E, D] and the bias [H, E] of one projection. by_head: (H, E)."""
+    weight = layer.get_parameter(rows.weight)
+    taken = _taken(weight, rows, by_head, 0)
+    if rows.bias is None:
+        return taken, None
+    bias = layer.get_parameter(rows.bias)
+    return taken, _taken(bias, rows, by_head, 0) if len(bias) == len(weight) else bias.unflatten(0, by_head)
+
+
+def _taken(parameter: Tensor, rows: Rows, by_head: tuple[int, int], axis: int) -> Tensor:
+    """Return the rows (axis 0) or columns (axis 1) of all heads, with that axis as [H, E]."""
+    heads, width = by_head
+    if rows.by_dim == 1 and rows.by_head in (None, width):
+        return parameter.narrow(axis, rows.start, heads * width).unflatten(axis, by_head)
+    indices = rows.indices(heads, width).flatten().to(parameter.device)
+    return parameter.index_select(axis, indices).unflatten(axis, by_head)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from spvit.architecture import FFN, REPAIRED, Architecture, Attention, Block
+from spvit.architecture import DEFAULT_MULTIPLE, FFN, KINDS, REPAIRED, Architecture, Attention, Block
 from spvit.budget import MULTIPLES, TOLERANCE, Budget, human, too_coarse
 from spvit.cost import NetworkCost
 from spvit.errors import BudgetError
 from spvit.hosts.host import Host
+from spvit.hosts.sites import BlockSites
+from spvit.repair.constraints import Allowed, Constraints
+from spvit.repair.errors import Ranking, narrowest
 from spvit.repair.scores import BlockScores, Scores
 from spvit.replacements.costs import network_costs
 
@@ -20,36 +24,81 @@ STEPS_PER_SITE = 512
 """Steps in which costs are counted, for every site, so that rounding takes no more than 1/512 of what may be spent."""
 
 
-def decide_by_scores(host: Host, scores: Scores, budget: Budget, multiple: int | None = None) -> Architecture:
-    """Return the architecture with the least sum of scores within a budget, as `decide` says.
+def decide_by_scores(
+    host: Host, scores: Scores, budget: Budget, multiple: int | None, constraints: Constraints
+) -> Architecture:
+    """Return the architecture with the least sum of scores within a budget and constraints, as `decide` says.
 
     Raises:
-        BudgetError: the budget cannot be reached; names the smallest cost that can.
+        BudgetError: the budget cannot be reached; names the smallest cost that can, or the nearest below.
         CalibrationError: the scores are of another model.
+        ConstraintError: the constraints name what the host does not have.
     """
     scores.check(host)
+    target = check_reachable(host, budget, multiple, constraints, scores.blocks)
     cost = network_costs(host)[budget.metric]
-    target = budget.target(cost)
     multiples = MULTIPLES if multiple is None else (multiple,)
-    # Nothing but attention brings the image to a class token.
-    attends = any(block.attention.prefix_tokens for block in host.blocks)
+    attends, allowed = _attends(host), constraints.at(host)
     # The best that is affordable is within tolerance nearly always; where all are below, the rest is spent, in the
     # finest steps, which harm least.
     nearly = math.ceil((1 - TOLERANCE) * target)
     for candidate, wanted in [*((step, 0) for step in multiples), *((step, nearly) for step in reversed(multiples))]:
-        chosen = choose(scores.blocks, cost, target, candidate, wanted, attends)
+        chosen = choose(scores.blocks, cost, target, candidate, wanted, attends, allowed)
         if chosen is not None and abs(cost.of(chosen) - target) <= TOLERANCE * target:
             return chosen
-    sites = _sites(scores.blocks, cost, multiples[-1])
-    variants = _attending(sites) if attends else [sites]
-    smallest = cost.fixed + min(sum(min(spent for _, spent, _ in site) for site in variant) for variant in variants)
-    if target < smallest:
-        raise BudgetError(
-            f"a budget of {human(target)} {budget.metric} ({target / cost.dense:.1%}) cannot be reached with FFN "
-            f"widths that are multiples of {multiples[-1]}: the smallest reachable is {human(smallest)} "
-            f"({smallest / cost.dense:.1%}, {smallest:,} {budget.metric})"
-        )
-    raise too_coarse(multiples[-1], budget.metric, target)
+    sites = _sites(scores.blocks, cost, multiples[-1], allowed)
+    costly = [[(what, spent, -float(spent)) for what, spent, _ in site] for site in sites]
+    found = [_least_sum(variant, target - cost.fixed, 0) for variant in (_attending(costly) if attends else [costly])]
+    below = cost.fixed + max(_sum(chosen, 1) for chosen in found if chosen is not None)
+    # A little more than it costs, since costs are counted in steps.
+    nearest = f"the nearest below is {below:,}, so ask for {math.ceil(10025 * below / cost.dense) / 100:.2f}%"
+    raise BudgetError(f"{too_coarse(multiples[-1], budget.metric, target)}; {nearest}")
+
+
+def check_reachable(
+    host: Host,
+    budget: Budget,
+    multiple: int | None,
+    constraints: Constraints,
+    scores: Sequence[BlockScores] | None = None,
+) -> int:
+    """Return the target in MACs or parameters. Without scores, what scoring will find counts.
+
+    Raises:
+        BudgetError: nothing costs so little; names the smallest reachable cost, and which constraint to loosen.
+        ConstraintError: the constraints name what the host does not have.
+    """
+    cost = network_costs(host)[budget.metric]
+    target, step = budget.target(cost), MULTIPLES[-1] if multiple is None else multiple
+    blocks = scores or [_unscored(block, multiple or DEFAULT_MULTIPLE) for block in host.blocks]
+
+    def smallest(under: Constraints) -> int:
+        sites = _sites(blocks, cost, step, under.at(host))
+        variants = _attending(sites) if _attends(host) else [sites]
+        return cost.fixed + min(sum(min(spent for _, spent, _ in site) for site in variant) for variant in variants)
+
+    least, given = smallest(constraints), constraints.given()
+    if target >= least:
+        return target
+    under = f", under {'; '.join(given.values())}" if given else ""
+    loosened = [(smallest(replace(constraints, **{name: None})), name) for name in given]
+    advice = f"; loosen {loosest[1]}: without it {human(loosest[0])}" if given and (loosest := min(loosened)) else ""
+    raise BudgetError(
+        f"a budget of {human(target)} {budget.metric} ({target / cost.dense:.1%}) cannot be reached with FFN "
+        f"widths that are multiples of {step}{under}: the smallest reachable is {human(least)} "
+        f"({least / cost.dense:.1%}, {least:,} {budget.metric}){advice}"
+    )
+
+
+def _unscored(block: BlockSites, multiple: int) -> BlockScores:
+    """Return what scores hold of a block's cheapest choices, without the scores."""
+    forms, none = (*map(Attention, KINDS), narrowest(block.attention, multiple)), (0.0,) * (block.ffn.units + 1)
+    return BlockScores(tuple((kept, 0.0) for kept in forms), Ranking((), none), none)
+
+
+def _attends(host: Host) -> bool:
+    """Return whether some block has to keep attention: nothing else brings the image to a class token."""
+    return any(block.attention.prefix_tokens for block in host.blocks)
 
 
 def choose(
@@ -59,14 +108,15 @@ def choose(
     multiple: int,
     wanted: int = 0,
     attends: bool = False,
+    allowed: Sequence[Allowed] | None = None,
 ) -> Architecture | None:
     """Return the architecture with the least sum of scores that costs at most the target, or None if none does.
 
     Dynamic programming over the sites, on costs in whole steps of 1/512 of the target for all sites together, rounded
     up so that the target holds. The cost is at least `wanted` where there is such a choice; with `attends` some block
-    keeps attention.
+    keeps attention. `allowed` says what each block may become; None allows everything.
     """
-    sites = _sites(scores, cost, multiple)
+    sites = _sites(scores, cost, multiple, allowed)
     limit, least = target - cost.fixed, wanted - cost.fixed
     chosen = _least_sum(sites, limit, least)
     if chosen is not None and attends and all(attention.kind != "msa" for attention, _, _ in chosen[::2]):
@@ -97,13 +147,15 @@ def _attending(sites: Sequence[list[Choice]]) -> Iterator[list[list[Choice]]]:
         yield [*sites[:index], staying, *sites[index + 1 :]]
 
 
-def _sites(scores: Sequence[BlockScores], cost: NetworkCost, multiple: int) -> list[list[Choice]]:
+def _sites(
+    scores: Sequence[BlockScores], cost: NetworkCost, multiple: int, allowed: Sequence[Allowed] | None = None
+) -> list[list[Choice]]:
     """Return what every attention and FFN in turn may keep."""
     sites: list[list[Choice]] = []
-    for block, own in zip(scores, cost.blocks):
-        fitting = [(kept, score) for kept, score in block.attention if _of_multiple(kept, multiple)]
+    for block, own, may in zip(scores, cost.blocks, allowed or [Allowed()] * len(scores)):
+        fitting = [(kept, score) for kept, score in block.attention if _of_multiple(kept, multiple) and may.takes(kept)]
         sites.append([(kept, own.attention(kept, REPAIRED), score) for kept, score in fitting])
-        widths = sorted({*range(multiple, own.units, multiple), own.units})
+        widths = sorted({*range(multiple, own.units, multiple), own.units} - set(range(may.least_units)))
         sites.append([(width, own.unit * width, block.ffn[width]) for width in widths])
     return sites
 

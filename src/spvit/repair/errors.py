@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from spvit.architecture import Attention
+from spvit.hosts.sites import AttentionSite
 from spvit.hosts.walk import BlockPair
 from spvit.moments import Moments, cholesky, ridge_for
 from spvit.replacements.narrow import (
@@ -54,6 +55,13 @@ def paired_ranks(ranks: Sequence[int]) -> list[int]:
     if len(ranks) <= MOST_RANKS:
         return list(ranks)
     return [ranks[-1 - index * len(ranks) // MOST_RANKS] for index in reversed(range(MOST_RANKS))]
+
+
+def narrowest(site: AttentionSite, multiple: int) -> Attention:
+    """Return the narrowest layer that `attention_errors` knows at a site, of ranks that are multiples of a number."""
+    ranks = paired_ranks(range(multiple, site.head_width, multiple))
+    queries, values = (ranks[0] if may and ranks else None for may in (site.narrows_queries, site.narrows_values))
+    return Attention("msa", (0,) if site.narrows_values and site.heads > 1 else None, queries, values)
 
 
 def attention_errors(pair: BlockPair, ranks: Sequence[int]) -> dict[Attention, Missed]:

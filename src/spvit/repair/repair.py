@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from spvit.architecture import Architecture, Block
+from spvit.hosts.calling import inside
 from spvit.hosts.host import Host
 from spvit.hosts.walk import BlockPair, advance, calibration_batches, evaluating, first_inputs
 from spvit.replacements import replacement
@@ -50,6 +51,7 @@ def repair_block(pair: BlockPair, kept: Block) -> None:
     """Repair one block in place: its attention, then its FFN behind the repaired attention."""
     attention = kept.attention
     if attention.kind != "msa" or attention.narrowed():
-        replacement(attention.kind).fit(pair.model.get_submodule(pair.sites.attention.path), pair, attention)
+        replaced = inside(pair.model.get_submodule(pair.sites.attention.path))
+        replacement(attention.kind).fit(replaced, pair, attention)
     if len(kept.ffn.units) < kept.ffn.width:
         fit_ffn(pair)

@@ -286,7 +286,7 @@ def _into_second(pair: BlockPair) -> tuple[nn.Linear, Moments]:
     """Return the second linear layer of the dense block's FFN, and the moments of what it takes."""
     second = pair.host.model.get_submodule(pair.sites.ffn.second)
     assert isinstance(second, nn.Linear)
-    moments, block = Moments(), pair.host.model.get_submodule(pair.sites.path)
+    moments = Moments()
     for x in pair.dense_inputs:
-        moments.add(reached(block, x, second, output=False))
+        moments.add(reached(pair.dense_block, x, second, output=False))
     return second, moments

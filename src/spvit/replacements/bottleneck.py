@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from spvit.architecture import Attention, Rules
-from spvit.cost import AttentionCost, count_params
+from spvit.cost import AttentionCost
 from spvit.hosts.grid import Grid, as_tokens
 from spvit.hosts.host import Host
 from spvit.hosts.sites import AttentionSite
@@ -196,7 +196,7 @@ class _Bottleneck:
         if metric == "macs":
             tokens = site.grid[0] * site.grid[1]
             return AttentionCost(maps * bottleneck * tokens, rules={"linear": 2 * bottleneck * site.prefix_tokens})
-        norm = 0 if site.norm is None else count_params(host.model.get_submodule(site.norm))
+        norm = host.norm_params(site)
         biases = site.dim + site.head_width
         linear = 2 * bottleneck + biases if site.prefix_tokens else 0
         return AttentionCost(norm + maps * bottleneck + biases, rules={"linear": linear})

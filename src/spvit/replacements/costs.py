@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from spvit.architecture import KINDS, Architecture
-from spvit.cost import METRICS, BlockCost, NetworkCost
+from spvit.cost import METRICS, BlockCost, NetworkCost, count_params
 from spvit.hosts.host import Host
 from spvit.hosts.sites import BlockSites
 from spvit.replacements import replacement
@@ -14,13 +16,14 @@ from spvit.replacements.install import check_fits
 
 def _block_cost(host: Host, block: BlockSites, metric: str) -> BlockCost:
     site, ffn = block.attention, block.ffn
-    first, second = host.model.get_submodule(ffn.first), host.model.get_submodule(ffn.second)
-    assert isinstance(first, nn.Linear)
-    assert isinstance(second, nn.Linear)
-    unit = (first.weight.numel() + second.weight.numel()) // ffn.units
+    firsts: list[Any] = [host.model.get_submodule(rows.linear) for rows in ffn.first]
+    second: Any = host.model.get_submodule(ffn.second)
+    unit = sum(first.in_features for first in firsts) + second.out_features
+    norm = 0 if ffn.norm is None else count_params(host.model.get_submodule(ffn.norm)) // ffn.units
+    biases = sum(first.bias is not None for first in firsts) + norm
     return BlockCost(
         {kind: replacement(kind).cost(host, site, metric) for kind in KINDS},
-        unit * site.tokens if metric == "macs" else unit + int(first.bias is not None),
+        unit * site.tokens if metric == "macs" else unit + biases,
         ffn.units,
         site.heads,
         site.head_width,

@@ -8,6 +8,9 @@ Shapes: D width, X inputs and Y outputs of a linear layer, K kept units.
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +21,7 @@ from spvit.replacements.targets import targets
 
 def narrow_linear(linear: nn.Linear, units: Tensor, axis: int) -> nn.Linear:
     """Return a copy of a linear layer with only these outputs (axis 0) or inputs (axis 1). units: [kept], indices."""
+    units = units.to(linear.weight.device)
     weight = linear.weight.detach().index_select(axis, units)
     bias = linear.bias
     like = {"device": weight.device, "dtype": weight.dtype}
@@ -30,6 +34,20 @@ def narrow_linear(linear: nn.Linear, units: Tensor, axis: int) -> nn.Linear:
     if bias is not None:
         narrow.bias.requires_grad_(bias.requires_grad)
     return narrow.train(linear.training)
+
+
+def narrow_norm(norm: nn.Module, units: Tensor) -> nn.Module:
+    """Return a copy of a norm over hidden units that goes over these alone. units: [kept], indices.
+
+    Its mean and variance are then those of the kept units; the repair of the layer behind it makes up for that.
+    """
+    narrow: Any = copy.deepcopy(norm)
+    for name, parameter in norm.named_parameters():
+        kept = parameter.detach()[units.to(parameter.device)].clone()
+        setattr(narrow, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+    if hasattr(narrow, "normalized_shape"):
+        narrow.normalized_shape = (len(units),)
+    return narrow
 
 
 def fit_ffn(pair: BlockPair) -> None:

@@ -5,6 +5,7 @@ Every change goes through `put`, which says how to take it back: a verb that fai
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,11 +15,12 @@ from torch import nn
 
 from spvit.architecture import FFN, REPAIRED, Architecture, Attention, Block, Rules
 from spvit.errors import ArchitectureError
+from spvit.hosts.calling import answer_as_tuple, in_place, stand_in
 from spvit.hosts.grid import Grid
 from spvit.hosts.host import Host
 from spvit.hosts.sites import AttentionSite
 from spvit.replacements import replacement
-from spvit.replacements.ffn import narrow_linear
+from spvit.replacements.ffn import narrow_linear, narrow_norm
 from spvit.replacements.skip import NoNorm
 
 
@@ -28,15 +30,11 @@ def put(model: nn.Module, path: str, module: nn.Module, undo: ExitStack) -> None
     model.set_submodule(path, module)
 
 
-def answer_as_tuple(module: nn.Module, args: Any, output: Any) -> Any:
-    """Forward hook: answer `(output, None)`, as the attention layers of some libraries do."""
-    return output if isinstance(output, tuple) else (output, None)
-
-
 def put_attention(host: Host, site: AttentionSite, module: nn.Module, undo: ExitStack) -> None:
     """Put a module where an attention layer is, which it then answers like, in the host's model."""
-    if site.returns_tuple:
-        module.register_forward_hook(answer_as_tuple)
+    stand_in(module, host.model.get_submodule(site.path))
+    if site.tuple_items:
+        module.register_forward_hook(functools.partial(answer_as_tuple, items=site.tuple_items))
     put(host.model, site.path, module, undo)
 
 
@@ -99,23 +97,51 @@ def replace_attention(
     module = replacement(kept.kind).make(layer, site, kept, rules, grids.get(index, Grid(*site.grid)), **hints)
     if module is layer:
         return
-    if kept.kind == "skip" and rules.skip != "normalised_input" and site.norm is not None:
+    blind = kept.kind == "skip" and rules.skip != "normalised_input"
+    if blind and site.norm is not None:
         no_norm = NoNorm(next(layer.parameters())).train(layer.training)  # nothing else reads the norm
         put(host.model, site.norm, no_norm, undo)
-    module.requires_grad_(next(layer.parameters()).requires_grad)
-    put_attention(host, site, module.train(layer.training), undo)
+    _stay_frozen(module, layer)
+    put_attention(host, site, in_place(site, layer, module.train(layer.training), not blind), undo)
+
+
+def _stay_frozen(module: nn.Module, layer: nn.Module) -> None:
+    """Freeze weights, or biases, of what replaces a layer where some of the layer's projections' are frozen.
+
+    Norms that the module takes over stay as they are. Without biases the weights speak for new ones.
+    """
+    own = dict(layer.named_parameters())
+    norms = {name.removesuffix("weight") for name in own if name.endswith(".weight") and own[name].dim() == 1}
+    kinds: dict[bool, list[bool]] = {False: [], True: []}  # whether weights, and biases, are frozen
+    for name, parameter in own.items():
+        if not name.startswith(tuple(norms)):
+            kinds[name.endswith("bias")].append(not parameter.requires_grad)
+    taken_over = {id(parameter) for parameter in own.values()}
+    for name, parameter in module.named_parameters():
+        if id(parameter) not in taken_over:
+            parameter.requires_grad_(not any(kinds[name.endswith("bias")] or kinds[False]))
 
 
 def narrow_ffn(host: Host, index: int, ffn: FFN, undo: ExitStack) -> None:
     """Leave the kept units of an FFN only, in the host's model, in place."""
     if len(ffn.units) == ffn.width:
         return
-    sites = host.blocks[index].ffn
-    for path, axis in ((sites.first, 0), (sites.second, 1)):
-        linear = host.model.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
-        units = torch.tensor(ffn.units, dtype=torch.long, device=linear.weight.device)
-        put(host.model, path, narrow_linear(linear, units, axis), undo)
+    site = host.blocks[index].ffn
+    units = torch.tensor(ffn.units, dtype=torch.long)
+    for path in site.linears:
+        rows = torch.cat([part.start + part.step * units for part in site.first if part.linear == path])
+        # Packed rows keep their order, interleaved ones too.
+        ordered = rows if all(part.step == 1 for part in site.first) else rows.sort().values
+        put(host.model, path, narrow_linear(_linear(host, path), ordered, 0), undo)
+    put(host.model, site.second, narrow_linear(_linear(host, site.second), units, 1), undo)
+    if site.norm is not None:
+        put(host.model, site.norm, narrow_norm(host.model.get_submodule(site.norm), units), undo)
+
+
+def _linear(host: Host, path: str) -> nn.Linear:
+    linear = host.model.get_submodule(path)
+    assert isinstance(linear, nn.Linear)
+    return linear
 
 
 @contextmanager

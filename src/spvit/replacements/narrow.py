@@ -42,19 +42,18 @@ class NarrowAttention(nn.Module):
     def __init__(self, layer: nn.Module, site: AttentionSite, kept: Attention) -> None:
         """Make room for what is kept of the dense layer at a site; its weights are loaded next."""
         super().__init__()
-        values, out = (layer.get_submodule(name) for name in (site.value.linear, site.out))
-        assert isinstance(values, nn.Linear)
-        like: dict[str, Any] = {"device": values.weight.device, "dtype": values.weight.dtype}
+        weights = read_weights(layer, site)
+        like: dict[str, Any] = {"device": weights.value_weight.device, "dtype": weights.value_weight.dtype}
         self.heads = site.heads if kept.heads is None else len(kept.heads)
         self.query_key_rank = site.head_width if kept.query_key_rank is None else kept.query_key_rank
         self.value_rank = site.head_width if kept.value_rank is None else kept.value_rank
         self.scale, self.dropout = site.scale, site.dropout
-        rows, biased = self.heads * (2 * self.query_key_rank + self.value_rank), values.bias is not None
+        rows, biased = self.heads * (2 * self.query_key_rank + self.value_rank), _biased(weights)
         self.qkv = nn.utils.skip_init(nn.Linear, site.dim, rows, bias=biased, **like)
         self.query_norm, self.key_norm, self.out_norm = (
             nn.Identity() if name is None else layer.get_submodule(name) for name in site.norms
         )
-        columns, biased = self.heads * self.value_rank, out.bias is not None
+        columns, biased = self.heads * self.value_rank, weights.out_bias is not None
         self.proj = nn.utils.skip_init(nn.Linear, columns, site.dim, bias=biased, **like)
         self.out_drop = nn.Dropout(site.out_dropout)
 
@@ -64,10 +63,10 @@ class NarrowAttention(nn.Module):
         parts = (weights.query_weight, weights.key_weight, weights.value_weight)
         self.qkv.weight.copy_(torch.cat([part.flatten(0, 1) for part in parts]))
         self.proj.weight.copy_(weights.out_weight.flatten(1))
-        biases = (weights.query_bias, weights.key_bias, weights.value_bias)
-        given = [bias.flatten() for bias in biases if bias is not None]
-        if given:
-            self.qkv.bias.copy_(torch.cat(given))
+        if _biased(weights):  # where one part has a bias, those without have one of zeros
+            biases = (weights.query_bias, weights.key_bias, weights.value_bias)
+            given = [part[..., 0] * 0 if bias is None else bias for part, bias in zip(parts, biases)]
+            self.qkv.bias.copy_(torch.cat([bias.flatten() for bias in given]))
         if weights.out_bias is not None:
             self.proj.bias.copy_(weights.out_bias)
 
@@ -146,16 +145,24 @@ class _Narrow:
         layer = host.model.get_submodule(site.path)
         if metric == "macs":
             attending = site.windows * site.keys
-            linear = sum(part.weight.numel() for part in layer.modules() if isinstance(part, nn.Linear))
+            linear = 4 * site.heads * site.head_width * site.dim
             products = 2 * attending * site.keys * site.heads * site.head_width
             each = site.tokens * (2 * site.dim + site.keys)
             return AttentionCost(attending * linear + products, each, each)
         norm = 0 if site.norm is None else count_params(host.model.get_submodule(site.norm))
-        biased = int(read_weights(layer, site).value_bias is not None)
-        return AttentionCost(norm + count_params(layer), 2 * (site.dim + biased), 2 * site.dim + biased)
+        weights = read_weights(layer, site)
+        biased, own_norms = int(_biased(weights)), (name for name in site.norms if name is not None)
+        rest = host.norm_params(site) + sum(count_params(layer.get_submodule(name)) for name in own_norms)
+        rest += 0 if weights.out_bias is None else site.dim
+        return AttentionCost(norm + count_params(layer), 2 * (site.dim + biased), 2 * site.dim + biased, rest)
 
 
 REPLACEMENT = _Narrow()
+
+
+def _biased(weights: AttentionWeights) -> bool:
+    """Return whether queries, keys or values have a bias."""
+    return any(bias is not None for bias in (weights.query_bias, weights.key_bias, weights.value_bias))
 
 
 def fitted_output(prior: Tensor, covariance: Tensor, cross: Tensor, moments: Moments) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spvit.architecture import Attention, Rules
-from spvit.cost import AttentionCost, count_params
+from spvit.cost import AttentionCost
 from spvit.errors import CalibrationError
 from spvit.hosts.grid import Grid
 from spvit.hosts.host import Host
@@ -102,7 +102,7 @@ class _Skip:
     def cost(self, host: Host, site: AttentionSite, metric: str) -> AttentionCost:
         if metric == "macs":
             return AttentionCost(0)
-        norm = 0 if site.norm is None else count_params(host.model.get_submodule(site.norm))
+        norm = host.norm_params(site)
         return AttentionCost(0, rules={"normalised_input": norm, "mean": (site.prefix_tokens + 1) * site.dim})
 
 

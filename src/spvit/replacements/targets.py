@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spvit.hosts.walk import BlockPair, reached
+from spvit.hosts.calling import batch_first
+from spvit.hosts.walk import BlockPair, reached, tokens_of
 
 STREAM = 0.5
 """Share of `stream` in what is wanted; the rest is `own`."""
@@ -44,12 +45,11 @@ def targets(pair: BlockPair, path: str) -> Iterator[Tensor]:
 
 def _attention(pair: BlockPair) -> Iterator[Tensor]:
     site, scale = pair.sites.attention, _scale(pair, pair.sites.attention.path)
-    dense = pair.host.model.get_submodule(pair.sites.path)
     layer = pair.host.model.get_submodule(site.path)
     for x, dense_x, answer in zip(pair.inputs, pair.dense_inputs, pair.wanted(site.path)):
-        own = reached(dense, x, layer, output=True)
+        own = batch_first(site, reached(pair.dense_block, x, layer, output=True))
         if scale is not None:
-            missing = (dense_x - x) * scale
+            missing = batch_first(site, dense_x - x) * scale
             if site.layout is not None:  # a map [B, height, width, D], which attention gets in windows
                 missing = site.layout.scatter(missing.flatten(1, 2))
             own = own + STREAM * (answer - own + missing)
@@ -58,22 +58,23 @@ def _attention(pair: BlockPair) -> Iterator[Tensor]:
 
 def _ffn(pair: BlockPair) -> Iterator[Tensor]:
     site, scale = pair.sites.ffn, _scale(pair, pair.sites.ffn.second)
-    dense, pruned = (model.get_submodule(pair.sites.path) for model in (pair.host.model, pair.model))
-    first, second = (pair.host.model.get_submodule(path) for path in (site.first, site.second))
-    arriving, corrected = pair.model.get_submodule(site.first), pair.model.get_submodule(site.second)
+    dense, pruned = pair.dense_block, pair.block
+    firsts = [pair.host.model.get_submodule(path) for path in site.linears]
+    arriving, corrected = (pair.model.get_submodule(path) for path in (site.linears[0], site.second))
+    second = pair.host.model.get_submodule(site.second)
     for x, dense_x in zip(pair.inputs, pair.dense_inputs):
         hidden = reached(pruned, x, arriving, output=False)
-        handle = first.register_forward_pre_hook(lambda module, args, given=hidden: (given,))
-        try:
+        with ExitStack() as stack:
+            for first in firsts:
+                hook = first.register_forward_pre_hook(lambda module, args, given=hidden: (given,))
+                stack.callback(hook.remove)
             own = reached(dense, x, second, output=True)
-        finally:
-            handle.remove()
         if scale is not None:
             nothing = torch.zeros_like(own)
             with _answering({second: nothing, corrected: nothing}) as answers:
-                missing = (_tokens(dense(dense_x)) - _tokens(pruned(x))).reshape(own.shape) * scale
+                missing = (dense(dense_x) - pruned(x)).reshape(own.shape) * scale
             own = own + STREAM * (answers[second] - own + missing)
-        yield own
+        yield batch_first(pair.sites.attention, own)
 
 
 def _scale(pair: BlockPair, path: str) -> Tensor | None:
@@ -82,15 +83,14 @@ def _scale(pair: BlockPair, path: str) -> Tensor | None:
     Measured on a stream of zeros, beside which nothing is rounded off: the layer answers 0, v and 2 v, and the block's
     other layer 0. Then the block's output is to change by g v and 2 g v; behind a norm, say, it does not.
     """
-    block = pair.host.model.get_submodule(pair.sites.path)
     paths = (path, pair.sites.attention.path, pair.sites.ffn.second)
     layer, attention, second = (pair.host.model.get_submodule(name) for name in paths)
-    x = torch.zeros_like(pair.dense_inputs[0][:1])
+    x = torch.zeros_like(pair.images(pair.dense_inputs[0], slice(1)))
     probe = torch.linspace(1, 2, pair.sites.attention.dim, dtype=x.dtype, device=x.device)
     outputs = []
     for factor in (0, 1, 2):
         with _answering({attention: 0 * probe, second: 0 * probe, layer: factor * probe}):
-            outputs.append(_tokens(block(x)).flatten(0, -2))
+            outputs.append(pair.dense_block(x).flatten(0, -2))
     changes = torch.stack([outputs[1] - outputs[0], (outputs[2] - outputs[0]) / 2])
     scale = changes[0, 0] / probe
     tolerance = max(1e-3, 4 * torch.finfo(x.dtype).eps)
@@ -105,16 +105,11 @@ def _answering(others: dict[nn.Module, Tensor]) -> Iterator[dict[nn.Module, Tens
     answers: dict[nn.Module, Tensor] = {}
 
     def answer(module: nn.Module, args: Any, output: Any) -> Any:
-        answers[module] = _tokens(output)
-        other = others[module].expand_as(answers[module])
+        answers[module] = tokens_of(output)
+        other = others[module].expand_as(answers[module]).clone()  # some blocks add to it in place
         return (other, *output[1:]) if isinstance(output, tuple) else other
 
     with ExitStack() as stack:
         for module in others:
             stack.callback(module.register_forward_hook(answer).remove)
         yield answers
-
-
-def _tokens(output: Any) -> Tensor:
-    """Return the tokens of what a module answers."""
-    return output[0] if isinstance(output, tuple) else output

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spvit.hosts.calling import batch_first, tokens_in
 from spvit.hosts.grid import Grid, as_tokens
 from spvit.hosts.sites import AttentionSite
-from spvit.hosts.weights import AttentionWeights, read_weights
+from spvit.hosts.walk import tokens_of
+from spvit.hosts.weights import AttentionWeights, read_rows, read_weights
 from spvit.replacements import kernels
 from spvit.replacements.bottleneck import Searched
 from spvit.replacements.kernels import CENTRE, POSITIONS
@@ -156,14 +158,15 @@ class GatedAttention(nn.Module):
         """Return S [H, K]."""
         return kernels.head_mix(self.head_logits, self.temperature)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """x: [B, N, D], normalised; further arguments go to the original layer. Returns [B, N, D] in its form."""
-        if not self.training:
-            kind = self.decided()
-            if kind == "msa":
-                return self.attention(x, *args, **kwargs)
-            return self._convolve(x, kind) if kind != "skip" else torch.zeros_like(x)
-        return self._search(x, args, kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes what the original layer takes, and returns its output in the same form."""
+        if self.training:
+            return batch_first(self.site, self._search(args, kwargs))
+        kind = self.decided()
+        if kind == "msa":
+            return self.attention(*args, **kwargs)
+        x = tokens_in(self.site, self.attention, args, kwargs)
+        return batch_first(self.site, self._convolve(x, kind) if kind != "skip" else torch.zeros_like(x))
 
     def searched(self, kind: str) -> Searched | None:
         """Return what the search has found for a kind: head mix and batch norm of a convolution."""
@@ -203,8 +206,8 @@ class GatedAttention(nn.Module):
             return out
         return torch.cat([x[:, : self.site.prefix_tokens].to(out.dtype), out], dim=1)
 
-    def _search(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-        drawn = self._draw()
+    def _search(self, args: Any, kwargs: Any) -> Tensor:
+        drawn, x = self._draw(), tokens_in(self.site, self.attention, args, kwargs)
         kind, needed = drawn.kind, drawn.needed()
         outputs: dict[str, Tensor] = {"skip": torch.zeros_like(x)} if kind == "skip" else {}
         values = None
@@ -217,15 +220,29 @@ class GatedAttention(nn.Module):
     def _attend(self, x: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return the original layer's output [B, N, D] and the values it computed, bias included, [B, N, H E]."""
         captured: list[Tensor] = []
-        projection = self.attention.get_submodule(self.site.value.linear)
-        handle = projection.register_forward_hook(lambda module, inputs, output: captured.append(output.detach()))
+        rows = self.site.value
+        linear = self.attention.get_submodule(rows.weight.rpartition(".")[0])
+        # A layer that reads its projection's parameters does not call it, and it may add a bias of its own.
+        called = type(linear) is nn.Linear and (rows.bias is None) == (linear.bias is None)
+        handle = (
+            linear.register_forward_hook(lambda module, inputs, output: captured.append(output)) if called else None
+        )
         try:
-            out = self.attention(x, *args, **kwargs)
+            out = tokens_of(self.attention(*args, **kwargs))
         finally:
-            handle.remove()
-        rows = self.site.heads * self.site.head_width
-        values = captured[0][..., self.site.value.start : self.site.value.start + rows]
-        return (out[0] if isinstance(out, tuple) else out), values
+            if handle is not None:
+                handle.remove()
+        if captured:
+            indices = rows.indices(self.site.heads, self.site.head_width).flatten()
+            start, count = rows.start, len(indices)
+            values = batch_first(self.site, captured[0].detach())
+            packed = torch.equal(indices, torch.arange(start, start + count))
+            values = values[..., start : start + count] if packed else values[..., indices.to(values.device)]
+        else:
+            weight, bias = read_rows(self.attention, rows, (self.site.heads, self.site.head_width))
+            with torch.no_grad():
+                values = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+        return batch_first(self.site, out), values
 
     def _convolve_values(self, x: Tensor, kind: str, needed: set[str], values: Tensor | None) -> dict[str, Tensor]:
         """Return the outputs [B, N, D] of the convolutions that are needed, and update both batch norms' statistics.

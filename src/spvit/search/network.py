@@ -12,7 +12,9 @@ from torch import nn
 
 from spvit.cost import NetworkCost
 from spvit.errors import NotSearchableError
-from spvit.hosts.host import RECORD, Host
+from spvit.hosts.host import Host
+from spvit.hosts.recognise import RECORD
+from spvit.hosts.sites import Family
 from spvit.replacements.costs import network_costs
 from spvit.replacements.install import put, put_attention
 from spvit.search.gated_attention import GatedAttention
@@ -28,6 +30,8 @@ class SearchRecord:
 
     costs: dict[str, NetworkCost]
     """What its host costs, by metric (`macs`, `params`)."""
+    family: Family
+    """The family of its host."""
 
 
 def searchable_inside(net: nn.Module) -> nn.Module | None:
@@ -73,10 +77,16 @@ def make_searchable(
 
     Raises:
         UnsupportedHostError: the host's family, or a part of it, is not known.
-        NotSearchableError: the model is searchable or pruned already.
+        NotSearchableError: the model is searchable or pruned already, or has norms over its hidden units.
     """
     dense = Host.of(host)
-    record = SearchRecord(network_costs(dense))
+    normed = next((block.ffn.norm for block in dense.blocks if block.ffn.norm is not None), None)
+    if normed is not None:
+        raise NotSearchableError(
+            f"{normed} is a norm over an FFN's hidden units, whose statistics gates would change; use spvit.score and "
+            "spvit.decide instead of a search"
+        )
+    record = SearchRecord(network_costs(dense), dense.family)
     alpha = dense.family.temperature if temperature is None else temperature
     searched = dense if inplace else dense.on(copy.deepcopy(dense.model))
     net = searched.model

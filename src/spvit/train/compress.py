@@ -23,6 +23,7 @@ from spvit.errors import DataError
 from spvit.hosts.host import Host, input_size
 from spvit.hosts.recognise import family_of
 from spvit.models import number_of_classes
+from spvit.repair.choose import check_reachable
 from spvit.repair.scores import Scores, score
 from spvit.replacements.costs import network_costs
 from spvit.search.budget_loss import BudgetLoss
@@ -124,7 +125,15 @@ def check_compress(
     host: nn.Module, budget: Budget, config: CompressConfig, run: Run, weights: bool = True
 ) -> dict[str, int]:
     """Refuse what cannot work before anything is trained; return the budget, and open the teachers, with `weights`."""
-    limits = check_decision(host, budget, config.multiple)
+    limits, known = check_decision(host, budget, config.multiple), None
+    if config.scores is not None:
+        scores = Scores.load(config.scores)
+        scores.check_objective(Host.of(host), config.objective)
+        if weights:
+            scores.check(Host.of(host))
+            known = scores.blocks
+    if config.search.epochs == 0:
+        check_reachable(Host.of(host), budget, config.multiple, config, known)
     family_of(host).source(host)  # a model that could not be written is refused before it is trained
     classes = number_of_classes(host)
     if classes != len(run.images.classes):
@@ -132,11 +141,6 @@ def check_compress(
             f"the images have {len(run.images.classes)} classes, but the host tells {classes} apart; give it a head of "
             "as many"
         )
-    if config.scores is not None:
-        scores = Scores.load(config.scores)
-        scores.check_objective(Host.of(host), config.objective)
-        if weights:
-            scores.check(Host.of(host))
     for phase in (config.dense, config.search, config.finetuning):
         if phase.epochs > 0 and phase.teacher is not None:
             run.teacher(phase.teacher, weights)
@@ -189,7 +193,8 @@ def _by_scores(
         run.folder.write_scores(found)
     elif config.scores is not None:
         run.folder.write_scores(Scores.load(config.scores))
-    return decide(dense, multiple=config.multiple, scores=Scores.load(run.folder.path), **limits)
+    scores = Scores.load(run.folder.path)
+    return decide(dense, multiple=config.multiple, scores=scores, constraints=config, **limits)
 
 
 def _decided(folder: RunFolder, make: Callable[[], Architecture]) -> Architecture:

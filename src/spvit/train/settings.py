@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from spvit.errors import DataError
+from spvit.repair.constraints import Constraints
 from spvit.repair.objective import OBJECTIVES
 from spvit.search.budget_loss import BUDGET_WEIGHT
 
@@ -164,8 +165,8 @@ class SearchConfig(PhaseConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressConfig(LoopConfig):
-    """Settings of a whole compression."""
+class CompressConfig(Constraints, LoopConfig):
+    """Settings of a whole compression, and what its decision leaves alone."""
 
     dense: PhaseConfig = field(default_factory=lambda: PhaseConfig(epochs=0))
     """Training of the dense model beforehand, for a model that is not trained on these images yet."""
@@ -197,7 +198,11 @@ class CompressConfig(LoopConfig):
     """FFN widths and ranks of attention are multiples of it; when absent 8, or less for very small models."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Constraints.__post_init__(self)
+        LoopConfig.__post_init__(self)
+        if self.given() and self.search.epochs > 0:
+            found = "; ".join(self.given().values())
+            raise DataError(f"{found}: these bind decisions by scores; leave them out, or search.epochs")
         if self.initialise not in ("search", "host"):
             raise DataError(f"initialise is {self.initialise!r}, expected search or host")
         if self.scores is not None and (self.search.epochs > 0 or self.dense.epochs > 0):

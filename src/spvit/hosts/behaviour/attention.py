@@ -1,0 +1,235 @@
+"""Finds attention layers, the blocks around them, and what each projection of theirs is.
+
+Shapes: B images, N tokens, T = B N, D width, C channels, H heads, E head width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spvit.errors import UnsupportedHostError
+from spvit.hosts.behaviour.equations import columns_that_read, rows_that_make
+from spvit.hosts.behaviour.watch import Call, Core, Pass, first_tensor
+from spvit.hosts.sites import Rows
+
+
+@dataclass(frozen=True)
+class FoundLayer:
+    """An attention layer that was found, and the block around it."""
+
+    path: str
+    block: str
+    core: Core
+    call: Call
+    out: Rows
+    out_norm: str | None
+    token_first: bool
+
+
+def attention_layers(twin: nn.Module, seen: Pass) -> list[FoundLayer]:
+    """Return the attention layers with a block of their own, in the order in which they ran."""
+    cores = [core for core in (*_stock_cores(twin, seen), *seen.cores) if core.query.shape == core.key.shape]
+    cores.sort(key=lambda core: seen.calls[core.running[0]][0].order)
+    if not cores:
+        known = "; ".join(f"a softmax ran in {path or 'the model'}, but {why}" for path, why in seen.softmaxes.items())
+        raise UnsupportedHostError(
+            "no self-attention was found: neither fused attention nor a softmax of q k^T that is multiplied with "
+            f"values ran in its forward pass{f' ({known})' if known else ''}"
+        )
+    owners = [core.running[0] for core in cores]
+    layers = []
+    for core in cores:
+        block = _block_around(twin, seen, core.running[0], owners)
+        if block is not None:
+            layers.append(_layer(twin, seen, core, block))
+    if not layers:
+        raise UnsupportedHostError(
+            f"attention runs in {owners[0]}, but no module around it holds an FFN too (two linear layers that ran); "
+            "spvit prunes blocks of attention and FFN"
+        )
+    return layers
+
+
+def _stock_cores(twin: nn.Module, seen: Pass) -> list[Core]:
+    """Return what ran inside nn.MultiheadAttention layers, which work on their tokens alone."""
+    cores = []
+    for path, module in twin.named_modules():
+        if type(module) is not nn.MultiheadAttention or path not in seen.calls:
+            continue
+        call = seen.calls[path][0]
+        named = {**dict(zip(inspect.signature(module.forward).parameters, call.args)), **call.kwargs}
+        x = named["query"]
+        masks = (
+            named.get("attn_mask"),
+            named.get("key_padding_mask"),
+            module.bias_k,
+            module.in_proj_weight is None or None,
+        )
+        if named["key"] is not x or named["value"] is not x or x.dim() != 3 or any(mask is not None for mask in masks):
+            continue
+        assert module.in_proj_weight is not None
+        x = x if module.batch_first else x.transpose(0, 1)
+        packed = F.linear(x, module.in_proj_weight, module.in_proj_bias)
+        query, key, value = packed.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(query, key, value)
+        ancestors = [path[:end] for end in range(len(path) - 1, 0, -1) if path[end] == "."]
+        cores.append(Core((path, *ancestors), query, key, value, out, query.shape[-1] ** -0.5))
+    return cores
+
+
+def _block_around(twin: nn.Module, seen: Pass, owner: str, owners: list[str]) -> str | None:
+    """Return the smallest module around attention that holds an FFN too; None if it holds other attention."""
+    path = owner
+    while path:
+        path = path.rpartition(".")[0]
+        if len({other for other in owners if f"{other}.".startswith(f"{path}.")}) > 1 or not path:
+            return None
+        child = owner[len(path) + 1 :].split(".")[0]
+        linears = [
+            name
+            for name, module in twin.get_submodule(path).named_modules()
+            if isinstance(module, nn.Linear) and f"{path}.{name}" in seen.calls and name.split(".")[0] != child
+        ]
+        if len(linears) >= 2:
+            return path
+    return None
+
+
+def _layer(twin: nn.Module, seen: Pass, core: Core, block: str) -> FoundLayer:
+    """Return the layer of a core: the innermost module whose output is a projection of what all heads answer."""
+    batch, heads, count, width = core.output.shape
+    outputs = core.output.transpose(1, 2)  # [B, N, H, E]
+    for path in core.running:
+        if not path.startswith(f"{block}."):
+            break
+        if len(seen.calls[path]) > 1:
+            raise UnsupportedHostError(f"{path} runs {len(seen.calls[path])} times in a forward pass; expected once")
+        call, module = seen.calls[path][0], twin.get_submodule(path)
+        answer = call.answer
+        if answer is None or answer.dim() != 3 or sorted(answer.shape[:2]) != sorted((batch, count)):
+            continue
+        token_first = answer.shape[0] != batch
+        answer = answer.transpose(0, 1) if token_first else answer
+        flat = outputs.reshape(batch * count, heads, width)
+        out = columns_that_read(module, flat, answer.flatten(0, 1))
+        if out is not None:
+            return FoundLayer(path, block, core, call, out, None, token_first)
+        for name, normed in _normed(seen, module, path, flat.flatten(1)):
+            out = columns_that_read(module, normed.view_as(flat), answer.flatten(0, 1))
+            if out is not None:
+                return FoundLayer(path, block, core, call, out, name, token_first)
+    raise UnsupportedHostError(
+        f"{core.running[0]}: no module around attention answers with a linear projection of what its heads return, "
+        f"{list(core.output.shape)}; looked for output = W (heads side by side) + b over [batch, tokens, width]"
+    )
+
+
+def _normed(seen: Pass, layer: nn.Module, path: str, x: Tensor) -> list[tuple[str, Tensor]]:
+    """Return names and flat outputs of modules in a layer that take x [T, C], and answer in its shape."""
+    found = []
+    for name, _ in layer.named_modules():
+        call = seen.calls.get(f"{path}.{name}", [None])[0]
+        given, answer = (None, None) if call is None else (call.tokens, call.answer)
+        if given is None or answer is None or given.numel() != x.numel() or answer.shape != given.shape:
+            continue
+        if torch.equal(given.reshape(x.shape), x):
+            found.append((name, answer.reshape(x.shape)))
+    return found
+
+
+def values_of(seen: Pass, module: nn.Module, layer: FoundLayer) -> tuple[Tensor, str | None, Rows]:
+    """Return what a layer's projections get, [B, N, D], the norm in the layer that made it, and the values' rows."""
+    given = layer.call.tokens
+    assert given is not None
+    given = given.transpose(0, 1) if layer.token_first else given
+    want = layer.core.value.transpose(1, 2).flatten(0, 1)  # [T, H, E]
+    candidates: list[tuple[str | None, Tensor]] = [(None, given.flatten(0, 1))]
+    candidates += _normed(seen, module, layer.path, given.flatten(0, 1))
+    for name, x in candidates:
+        found = rows_that_make(module, x, want) if len(x) == len(want) else None
+        if found is not None and abs(found[1] - 1) < 1e-3:
+            return x.view(*given.shape[:2], -1), name, found[0]
+    raise UnsupportedHostError(
+        f"{layer.path}: its values are no linear map of its tokens by one of its parameters (v = x W^T + b); something "
+        "acts on them between"
+    )
+
+
+def projection_of(
+    seen: Pass, module: nn.Module, layer: FoundLayer, x: Tensor, want: Tensor
+) -> tuple[Rows | None, str | None, float]:
+    """Return the rows that make queries or keys, the norm that they go through, and a factor; no rows: unexplained."""
+    found = rows_that_make(module, x.flatten(0, 1), want.transpose(1, 2).flatten(0, 1))
+    if found is not None:
+        return found[0], None, found[1]
+    for name, _ in module.named_modules():
+        call = seen.calls.get(f"{layer.path}.{name}", [None])[0]
+        given, answer = (None, None) if call is None else (call.tokens, call.answer)
+        if given is None or answer is None or given.shape != answer.shape or answer.dim() != 4:
+            continue
+        for turned in (lambda t: t, lambda t: t.transpose(1, 2)):
+            if turned(answer).shape == want.shape and torch.equal(turned(answer), want):
+                found = rows_that_make(module, x.flatten(0, 1), turned(given).transpose(1, 2).flatten(0, 1))
+                if found is not None and abs(found[1] - 1) < 1e-3:
+                    return found[0], name, 1.0
+    return None, None, 1.0
+
+
+def parameters_of(module: nn.Module, layer: FoundLayer, inner_norm: str | None) -> tuple[str, ...]:
+    """Return the names of what a layer's forward takes, where it is not simply called with tokens."""
+    call = layer.call
+    plain = len(call.args) == 1 or (len(call.args) == 2 and call.args[1] is None)
+    if plain and inner_norm is None and not layer.token_first:
+        return ()
+    named = [
+        parameter.name
+        for parameter in inspect.signature(module.forward).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    if not call.args:
+        first = next(name for name, value in call.kwargs.items() if isinstance(value, Tensor))
+        return (first, *(name for name in named if name != first))
+    return tuple(named) or ("x",)
+
+
+def norm_before(twin: nn.Module, seen: Pass, layer: FoundLayer, x: Tensor, call: Call | None) -> str | None:
+    """Return the norm in the block that feeds the layer alone: with attention silent, its output must not matter."""
+    given = layer.call.tokens
+    assert given is not None
+    for name, _ in twin.get_submodule(layer.block).named_modules():
+        path = f"{layer.block}.{name}"
+        own = seen.calls.get(path, [None])[0]
+        answer = None if own is None else own.answer
+        if own is None or answer is None or f"{path}.".startswith(f"{layer.path}.") or answer.shape != given.shape:
+            continue
+        whole = not any(True for _ in twin.get_submodule(path).children())
+        if call is None or not whole or not layer.call.takes_what(own):
+            continue
+        outputs = [_silent(twin, layer, path, call, factor) for factor in (1.0, 2.0)]
+        return path if torch.equal(*outputs) else None
+    return None
+
+
+def _silent(twin: nn.Module, layer: FoundLayer, norm: str, call: Call, factor: float) -> Tensor:
+    """Return a block's output with zeros from its attention, and its norm's output times a factor."""
+
+    def zeros(module: nn.Module, args: Any, output: Any) -> Any:
+        return torch.zeros_like(output) if isinstance(output, Tensor) else (torch.zeros_like(output[0]), *output[1:])
+
+    handles = [
+        twin.get_submodule(layer.path).register_forward_hook(zeros),
+        twin.get_submodule(norm).register_forward_hook(lambda module, args, output: factor * output),
+    ]
+    try:
+        output = first_tensor(call.again(twin.get_submodule(layer.block)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert output is not None
+    return output

@@ -1,0 +1,206 @@
+"""Finds where the layers of any vision transformer are by running it, and verifies each finding numerically.
+
+The model runs on a copy with slightly noisy weights, so that what training has not moved yet (tables and scales of
+zeros) shows. Attention is where a softmax of products is multiplied with values; queries, keys, values and output are
+told apart by equations; FFN units by halving one unit's rows, which must move exactly one input of the second layer;
+tokens by changing corners of the images.
+
+Shapes: B images, N tokens = P prefix tokens + G grid tokens (height x width, row-major), T = B N, D width, H heads, E
+head width.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from spvit.errors import UnsupportedHostError
+from spvit.hosts.behaviour.attention import (
+    FoundLayer,
+    attention_layers,
+    norm_before,
+    parameters_of,
+    projection_of,
+    values_of,
+)
+from spvit.hosts.behaviour.ffn import find_ffn
+from spvit.hosts.behaviour.tokens import Tokens, find_tokens
+from spvit.hosts.behaviour.watch import Call, Pass, dropouts, first_tensor, watch
+from spvit.hosts.found import FoundFamily
+from spvit.hosts.sites import AttentionSite, BlockSites
+
+IMAGES = 3
+NOISE = 0.05
+HIDDEN = -1e4
+"""A bias below it is a mask."""
+
+
+def discover(model: nn.Module, size: tuple[int, int, int]) -> FoundFamily:
+    """Return the family of a model for images of (channels, height, width), with every site found and verified.
+
+    Raises:
+        UnsupportedHostError: names the module, and what was looked for and found there.
+    """
+    twin = _noisy(model)
+    weight = next(twin.parameters())
+    images = torch.randn(IMAGES, *size, generator=torch.Generator().manual_seed(0)).to(weight)
+    try:
+        seen = watch(twin, images)
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AssertionError,
+        IndexError,
+        AttributeError,
+        NotImplementedError,
+    ) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UnsupportedHostError(
+            f"its forward pass fails on images of {list(images.shape)} ({reason}); give images that it takes: "
+            "spvit.recognise(model, images)"
+        ) from error
+    layers = attention_layers(twin, seen)
+    tokens = find_tokens(twin, seen, images, layers[0].block, layers[0].token_first)
+    sites = tuple(_sites(twin, seen, layer, tokens) for layer in layers)
+    _check_chain(twin, seen, sites)
+    return FoundFamily(type(model).__name__, sites, size, tokens.images, _classes(model, seen))
+
+
+def _noisy(model: nn.Module) -> nn.Module:
+    """Return a copy in evaluation mode, in single precision or better, whose parameters are a little random."""
+    twin = copy.deepcopy(model).eval()
+    if next(twin.parameters()).dtype in (torch.float16, torch.bfloat16):
+        twin = twin.float()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.is_floating_point():
+                size = float(parameter.square().mean().sqrt())
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+                parameter.add_(NOISE * (size if size > 0 else 1) * noise)
+    return twin
+
+
+def _sites(twin: nn.Module, seen: Pass, layer: FoundLayer, tokens: Tokens) -> BlockSites:
+    """Return the sites of the block around an attention layer."""
+    module, core = twin.get_submodule(layer.path), layer.core
+    _, heads, count, width = core.value.shape
+    x, inner_norm, value = values_of(seen, module, layer)
+    query, query_norm, query_factor = projection_of(seen, module, layer, x, core.query)
+    key, key_norm, key_factor = projection_of(seen, module, layer, x, core.key)
+    plain = core.scale is not None and core.bias is None and query is not None and key is not None
+    plain = plain and core.query.shape == core.value.shape
+    attention_dropout, out_dropout = dropouts(module, layer.call)
+    block_call = _call_of_block(twin, seen, layer.block)
+    dim = x.shape[-1]
+    if count != tokens.count:
+        raise UnsupportedHostError(
+            f"{layer.path} attends to {count} tokens, but {tokens.count} enter the first block; tokens that are "
+            "merged, dropped or cut into windows are not supported"
+        )
+    if core.bias is not None and bool(core.bias.min() < HIDDEN):
+        raise UnsupportedHostError(
+            f"{layer.path}: a mask hides tokens from each other (causal or local attention); a convolution would not"
+        )
+    site = AttentionSite(
+        path=layer.path,
+        norm=norm_before(twin, seen, layer, x, block_call),
+        query=query or value,
+        key=key or value,
+        value=value,
+        out=layer.out,
+        dim=dim,
+        heads=heads,
+        head_width=width,
+        prefix_tokens=tokens.prefix,
+        grid=tokens.grid,
+        keys=count,
+        narrows_queries=plain and query_norm is None and key_norm is None,
+        narrows_values=plain and layer.out_norm is None,
+        scale=_exact((core.scale or 1.0) * query_factor * key_factor, (width, dim)),
+        dropout=attention_dropout,
+        out_dropout=out_dropout,
+        norms=(query_norm, key_norm, layer.out_norm),
+        inner_norm=inner_norm,
+        parameters=parameters_of(module, layer, inner_norm),
+        tuple_items=len(layer.call.output) if isinstance(layer.call.output, (tuple, list)) else 0,
+        token_first=layer.token_first,
+    )
+    return BlockSites(layer.block, site, find_ffn(twin, seen, layer.block, layer.path, dim))
+
+
+def _exact(scale: float, widths: tuple[int, ...]) -> float:
+    """Return the power of a width that a measured scale is but for rounding; the scale itself if it is none."""
+    powers = [1.0, *(width**power for width in widths for power in (-0.5, -1.0, -0.25))]
+    return next((power for power in powers if abs(scale - power) <= 1e-4 * power), scale)
+
+
+def _call_of_block(twin: nn.Module, seen: Pass, block: str) -> Call | None:
+    """Return the call of a block; None for a ModuleList, which is not called."""
+    if isinstance(twin.get_submodule(block), nn.ModuleList):
+        return None
+    calls = seen.calls.get(block, [])
+    if len(calls) != 1:
+        raise UnsupportedHostError(f"{block} runs {len(calls)} times in a forward pass; expected once")
+    return calls[0]
+
+
+def _check_chain(twin: nn.Module, seen: Pass, sites: tuple[BlockSites, ...]) -> None:
+    """Raise UnsupportedHostError unless every block takes exactly what the block before it answers."""
+    ends = [_ends(twin, seen, block.path) for block in sites]
+    for before, after, (_, out), (given, _) in zip(sites, sites[1:], ends, ends[1:]):
+        if out.shape != given.shape or not torch.allclose(out, given, rtol=1e-4, atol=1e-5 * float(out.abs().max())):
+            raise UnsupportedHostError(
+                f"{after.path} takes tokens {list(given.shape)} that are not the output of {before.path}, "
+                f"{list(out.shape)}; something changes them between these blocks"
+            )
+
+
+def _ends(twin: nn.Module, seen: Pass, path: str) -> tuple[Tensor, Tensor]:
+    """Return what a block takes and what it answers; a ModuleList adds each layer's output to the tokens."""
+    block = twin.get_submodule(path)
+    if not isinstance(block, nn.ModuleList):
+        call = seen.calls[path][0]
+        given, out = call.tokens, call.answer
+    else:
+        calls = [
+            seen.calls[f"{path}.{name}"][0] for name, _ in block.named_children() if f"{path}.{name}" in seen.calls
+        ]
+        given, last = calls[0].tokens, calls[-1].answer
+        stream = given
+        for own in calls:
+            answer = own.answer
+            if (
+                stream is None
+                or own.tokens is None
+                or answer is None
+                or not torch.allclose(stream, own.tokens, atol=1e-5)
+            ):
+                raise UnsupportedHostError(
+                    f"{path} is a ModuleList whose layers' outputs are not added to the tokens one after the other"
+                )
+            stream = stream + answer
+        out = stream if last is not None else None
+    if given is None or out is None:
+        raise UnsupportedHostError(f"{path} does not map tokens to tokens")
+    return given, out
+
+
+def _classes(model: nn.Module, seen: Pass) -> int:
+    """Return how many classes a model tells apart: those of its logits, or of a linear layer that answers last."""
+    logits = getattr(seen.output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits.shape[-1] if logits.dim() == 2 else 0
+    output = first_tensor(seen.output)
+    if output is None or output.dim() != 2:
+        return 0
+    said = getattr(model, "num_classes", None)
+    if isinstance(said, int):
+        return said if said == output.shape[-1] else 0
+    linear = [path for path, calls in seen.calls.items() if isinstance(model.get_submodule(path), nn.Linear)]
+    last = max(linear, key=lambda path: seen.calls[path][-1].order, default=None)
+    made = None if last is None else first_tensor(seen.calls[last][-1].output)
+    return output.shape[-1] if made is not None and made.data_ptr() == output.data_ptr() else 0
