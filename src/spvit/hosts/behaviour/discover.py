@@ -194,9 +194,9 @@ def _classes(model: nn.Module, seen: Pass) -> int:
     logits = getattr(seen.output, "logits", None)
     if isinstance(logits, Tensor):
         return logits.shape[-1] if logits.dim() == 2 else 0
-    output = first_tensor(seen.output)
+    output = first_tensor(seen.output) if isinstance(seen.output, (Tensor, tuple, list)) else None
     if output is None or output.dim() != 2:
-        return 0
+        return 0  # embeddings with a name of their own, as of CLIP's tower, are no logits
     said = getattr(model, "num_classes", None)
     if isinstance(said, int):
         return said if said == output.shape[-1] else 0
