@@ -71,8 +71,9 @@ class Host:
     @cached_property
     def calls(self) -> tuple[BlockCall, ...]:
         """How the model calls each block: recorded from a pass in evaluation mode, once."""
-        # An odd number of images, which other sizes in a model hardly are.
-        return record_calls(self.model, [block.path for block in self.blocks], example_images(self, 3))
+        # A number of images that other sizes in a model hardly are; tables may have an entry for each head.
+        images = next(count for count in (3, 5) if all(block.attention.heads != count for block in self.blocks))
+        return record_calls(self.model, [block.path for block in self.blocks], example_images(self, images))
 
     @cached_property
     def totals(self) -> dict[str, int]:

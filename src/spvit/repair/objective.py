@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spvit.errors import CalibrationError
+from spvit.hosts.calling import batch_first
 from spvit.hosts.host import Host, outputs_of
 from spvit.hosts.walk import first_inputs, through, tokens_of
 from spvit.repair.interpolation import FLOOR
@@ -59,7 +60,7 @@ def answer_of(host: Host, images: Tensor) -> Answer:
             inside.append(module)
 
     def batches(x: Tensor) -> Tensor:
-        return x.transpose(0, 1) if last.attention.token_first and x.dim() == 3 and len(x) != len(images) else x
+        return batch_first(last.attention, x) if x.dim() == 3 and len(x) != len(images) else x
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if inside and inside[-1] is module:
@@ -217,7 +218,7 @@ class Head:
     def __call__(self, out: Tensor) -> Answer:
         """Return the host's answer from the last block's output, [B, N, D], or [N, B, D] where tokens are first."""
         self._last.given = out
-        count = out.shape[1] if self._shell.blocks[-1].attention.token_first else len(out)
+        count = len(batch_first(self._shell.blocks[-1].attention, out))
         return answer_of(self._shell, self._image.expand(count, -1, -1, -1))
 
     def agrees(self, host: Host, objective: Objective, images: Tensor) -> bool:

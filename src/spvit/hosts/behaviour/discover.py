@@ -20,9 +20,9 @@ from spvit.errors import UnsupportedHostError
 from spvit.hosts.behaviour.attention import (
     FoundLayer,
     attention_layers,
+    logits_of,
     norm_before,
     parameters_of,
-    projection_of,
     values_of,
 )
 from spvit.hosts.behaviour.ffn import find_ffn
@@ -64,7 +64,7 @@ def discover(model: nn.Module, size: tuple[int, int, int]) -> FoundFamily:
         ) from error
     layers = attention_layers(twin, seen)
     tokens = find_tokens(twin, seen, images, layers[0].block, layers[0].token_first)
-    sites = tuple(_sites(twin, seen, layer, tokens) for layer in layers)
+    sites = tuple(_sites(model, twin, seen, layer, tokens) for layer in layers)
     _check_chain(twin, seen, sites)
     return FoundFamily(type(model).__name__, sites, size, tokens.images, _classes(model, seen))
 
@@ -84,15 +84,14 @@ def _noisy(model: nn.Module) -> nn.Module:
     return twin
 
 
-def _sites(twin: nn.Module, seen: Pass, layer: FoundLayer, tokens: Tokens) -> BlockSites:
-    """Return the sites of the block around an attention layer."""
+def _sites(model: nn.Module, twin: nn.Module, seen: Pass, layer: FoundLayer, tokens: Tokens) -> BlockSites:
+    """Return the sites of the block around an attention layer of a twin of the model."""
     module, core = twin.get_submodule(layer.path), layer.core
     _, heads, count, width = core.value.shape
     x, inner_norm, value = values_of(seen, module, layer)
-    query, query_norm, query_factor = projection_of(seen, module, layer, x, core.query)
-    key, key_norm, key_factor = projection_of(seen, module, layer, x, core.key)
-    plain = core.scale is not None and core.bias is None and query is not None and key is not None
-    plain = plain and core.query.shape == core.value.shape
+    logits = logits_of(seen, module, model.get_submodule(layer.path), layer, x, tokens.prefix)
+    known = logits.explained and core.query.shape == core.value.shape
+    plain = known and logits.norms == (None, None) and logits.rotary is None and logits.bias is None
     attention_dropout, out_dropout = dropouts(module, layer.call)
     block_call = _call_of_block(twin, seen, layer.block)
     dim = x.shape[-1]
@@ -108,8 +107,8 @@ def _sites(twin: nn.Module, seen: Pass, layer: FoundLayer, tokens: Tokens) -> Bl
     site = AttentionSite(
         path=layer.path,
         norm=norm_before(twin, seen, layer, x, block_call),
-        query=query or value,
-        key=key or value,
+        query=logits.query or value,
+        key=logits.key or value,
         value=value,
         out=layer.out,
         dim=dim,
@@ -118,13 +117,15 @@ def _sites(twin: nn.Module, seen: Pass, layer: FoundLayer, tokens: Tokens) -> Bl
         prefix_tokens=tokens.prefix,
         grid=tokens.grid,
         keys=count,
-        narrows_queries=plain and query_norm is None and key_norm is None,
-        narrows_values=plain and layer.out_norm is None,
-        scale=_exact((core.scale or 1.0) * query_factor * key_factor, (width, dim)),
+        narrows_queries=plain,
+        narrows_values=known and layer.out_norm is None,
+        scale=_exact((core.scale or 1.0) * logits.factor, (width, dim)),
         dropout=attention_dropout,
         out_dropout=out_dropout,
-        norms=(query_norm, key_norm, layer.out_norm),
+        norms=(*logits.norms, layer.out_norm),
         inner_norm=inner_norm,
+        rotary=logits.rotary,
+        bias=logits.bias,
         parameters=parameters_of(module, layer, inner_norm),
         tuple_items=len(layer.call.output) if isinstance(layer.call.output, (tuple, list)) else 0,
         token_first=layer.token_first,
