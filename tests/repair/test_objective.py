@@ -100,7 +100,7 @@ def host_of(
 
 CALLS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "plain": lambda block, x: block(x),
-    "keyword": lambda block, x: block(hidden_states=x, mask=None),
+    "keyword": lambda block, x: block(mask=None, hidden_states=x),
     "more arguments": lambda block, x: block(x, torch.ones(TOKENS, DIM, dtype=x.dtype), mask=None),
     "tuple": lambda block, x: block(x)[0],
 }

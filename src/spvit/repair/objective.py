@@ -184,8 +184,8 @@ class _Passing(nn.Module):
             return getattr(self.__dict__["_block"][0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The first argument is x: [B, N, D]."""
-        x = (*args, *kwargs.values())[0]
+        """The first tensor is x: [B, N, D]."""
+        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         out = x if self.given is None else self.given
         if self._adds:
             out = out - x
