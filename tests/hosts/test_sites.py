@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import spvit
 from spvit.errors import UnsupportedHostError
 from spvit.hosts.host import Host, example_images, input_size, logits_of, outputs_of
-from spvit.hosts.recognise import family_of, family_of_library
+from spvit.hosts.recognise import family_of
 from spvit.hosts.sites import Rows
 from spvit.hosts.weights import read_weights
 from tiny import FAMILY_OF, HOSTS, assert_close, images, logits, make_host, paths_of
@@ -151,9 +151,7 @@ def test_logits_and_features_are_found_in_any_answer() -> None:
 def test_a_host_can_be_built_again_from_its_source(name: str) -> None:
     host = make_host(name)
     source = family_of(host).source(host)
-    family = family_of_library(source["library"], source.get("class"))
-    assert family is family_of(host)
-    twin = family.build(json.loads(json.dumps(source))).to(torch.float64).eval()
+    twin = family_of(host).build(json.loads(json.dumps(source))).to(torch.float64).eval()
     assert type(twin) is type(host)
     twin.load_state_dict(host.state_dict(), strict=True)
     assert torch.equal(logits(twin, images(host)), logits(host, images(host)))

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,7 +92,7 @@ class Case:
     """A host with what is found in it; a test that changes the model works on a copy."""
 
     def __init__(self, name: str) -> None:
-        make, self.size = HOSTS[name]
+        self.name, (make, self.size) = name, HOSTS[name]
         self.model = randomise(make()).to(torch.float64).eval()
         self.x = self.images(2)
         self.host = spvit.recognise(self.model, self.images(1))
@@ -257,6 +258,12 @@ def _pickled(net: nn.Module) -> Any:
 def test_copies_are_the_model(case: Case, duplicate: Callable[[nn.Module], nn.Module]) -> None:
     for model in (case.repaired, spvit.make_searchable(case.host)):
         assert torch.equal(_out(duplicate(model), case.x), _out(model, case.x))
+
+
+def test_saved_models_load_onto_a_new_model_bit_for_bit(case: Case, tmp_path: Path) -> None:
+    for stage, model in {"repaired": case.repaired, "folded": spvit.fold(case.repaired)}.items():
+        loaded = spvit.load(spvit.save(model, tmp_path / stage), host=HOSTS[case.name][0]())
+        assert torch.equal(_out(loaded, case.x), _out(model, case.x))
 
 
 def test_exported_programs_take_any_batch(case: Case) -> None:

@@ -5,6 +5,8 @@ Shapes: B batch, N tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +30,22 @@ def tokens_in(site: AttentionSite, layer: nn.Module, args: tuple[Any, ...], kwar
     x = by_name(site.parameters, args, kwargs)[0] if site.parameters else args[0]
     x = batch_first(site, x)
     return x if site.inner_norm is None else layer.get_submodule(site.inner_norm)(x)
+
+
+@contextmanager
+def called_with(module: nn.Module, site: AttentionSite) -> Iterator[dict[str, Any]]:
+    """Yield what stands at a site was last called with, beside its tokens, by name; inside the context it follows."""
+    last: dict[str, Any] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        last.clear()
+        last.update(by_name(site.parameters or ("x",), args, kwargs)[1])
+
+    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield last
+    finally:
+        handle.remove()
 
 
 class InPlace(nn.Module):

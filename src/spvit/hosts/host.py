@@ -72,8 +72,9 @@ class Host:
     def calls(self) -> dict[str, BlockCall]:
         """How the model calls each block and what stands before it, by path: recorded from a pass, once."""
         paths = [path for block in self.blocks for path in (block.before, block.path) if path is not None]
-        # An odd number of images, which other sizes in a model hardly are.
-        return dict(zip(paths, record_calls(self.model, paths, example_images(self, 3))))
+        # A number of images that other sizes in a model hardly are; tables may have an entry for each head.
+        images = next(count for count in (3, 5, 7) if all(block.attention.heads != count for block in self.blocks))
+        return dict(zip(paths, record_calls(self.model, paths, example_images(self, images))))
 
     @cached_property
     def totals(self) -> dict[str, int]:

@@ -48,6 +48,37 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Rotary:
+    """How queries and keys are rotated by where their tokens are, two dimensions at a time, after their norms.
+
+    The tables have a row for each of the last tokens; those in front stay as they are.
+    """
+
+    tables: tuple[str, ...]
+    """Names of the tables of cosines and sines; of one name, what holds both (side by side, two items, complex)."""
+    argument: bool
+    """Whether these are arguments of the layer, or else tensors inside it."""
+    sine_first: bool
+    pairs: bool
+    """Whether dimensions 2 i and 2 i + 1 rotate together, or else i and i + E / 2."""
+    by_head: bool
+    """Whether each head has tables of its own, [H, tokens, E]."""
+
+
+@dataclass(frozen=True)
+class Bias:
+    """What is added to the scaled logits, the same for every image."""
+
+    table: str
+    """Name of the argument of the layer that it is, [.., H or 1, N, N], or of the parameter inside it that holds it."""
+    argument: bool
+    heads_first: bool = False
+    """Whether the parameter is [H, entries] (or [H, N, N]), or else [entries, H]."""
+    index: str | None = None
+    """Name, inside the layer, of the tensor of each pair of tokens' entry; None: the entries are all pairs."""
+
+
+@dataclass(frozen=True)
 class AttentionSite:
     """Where an attention layer sits and what it works on."""
 
@@ -87,6 +118,10 @@ class AttentionSite:
     """Names, inside the layer, of norms over a head's queries, over its keys, and over the outputs of all heads."""
     inner_norm: str | None = None
     """Name, inside the layer, of a norm that its input goes through first."""
+    rotary: Rotary | None = None
+    """How queries and keys are rotated; None: they are not."""
+    bias: Bias | None = None
+    """What is added to the scaled logits; None: nothing."""
     parameters: tuple[str, ...] = ()
     """Names of what the layer's forward takes, the tokens first; empty: tokens, then perhaps a mask."""
     tuple_items: int = 0

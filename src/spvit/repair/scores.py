@@ -153,7 +153,7 @@ class _Bench:
 
     def _answer(self, index: int, x: Tensor, images: Tensor) -> Answer:
         if self.head is None:
-            return answer_of(self.copy.model, self.copy.blocks[-1].path, images)
+            return answer_of(self.copy, images)
         for number in range(index, len(self.copy.blocks)):
             x = through(self.copy, number, x)
         return self.head(x)
@@ -198,8 +198,7 @@ def score(
         fitting, measuring = (first_inputs(host, part) for part in batches)
         counted, head = Objective.of(objective, host), Head(host, batches[0][0])
         exact = head.agrees(host, counted, batches[1][0][:2])
-        last = host.blocks[-1].path
-        reference = Reference(counted, (answer_of(host.model, last, batch) for batch in batches[1]))
+        reference = Reference(counted, (answer_of(host, batch) for batch in batches[1]))
         twin = host.on(copy.deepcopy(host.model))
         bench = _Bench(host, twin, head if exact else None, batches[1], reference)
         blocks = []

@@ -69,8 +69,8 @@ def _not_narrowed(site: AttentionSite, kept: Attention, name: str) -> str | None
             return f"{part} is {rank}, expected at most the head width of {name}, {site.head_width}"
     if kept.query_key_rank is not None and not site.narrows_queries:
         return (
-            "queries and keys are normalised over the whole head there, so they cannot be narrowed; leave "
-            "query_key_rank out"
+            "queries and keys are normalised over the whole head there, or the places of tokens act on them, so they "
+            "cannot be narrowed; leave query_key_rank out"
         )
     if (kept.heads is not None or kept.value_rank is not None) and not site.narrows_values:
         return (

@@ -10,7 +10,7 @@ Shapes: B batch, N tokens, D width, H heads, E head width, R query/key dimension
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +20,10 @@ from torch.nn import functional as F
 
 from spvit.architecture import Attention, Rules
 from spvit.cost import AttentionCost, count_params
+from spvit.hosts.calling import called_with
 from spvit.hosts.grid import Grid
 from spvit.hosts.host import Host
+from spvit.hosts.position import bias_of_pairs, cosines_and_sines, entries_by_head, inside_layer, rotated
 from spvit.hosts.sites import AttentionSite
 from spvit.hosts.walk import BlockPair
 from spvit.hosts.weights import AttentionWeights, read_weights
@@ -37,7 +39,14 @@ class NarrowAttention(nn.Module):
     """Attention with fewer heads or dimensions than the layer it replaces: one packed projection, fused attention.
 
     Takes the arguments of that layer; a mask is added to the logits. The softmax keeps the original layer's scale.
+    Where the places of tokens act on queries, keys or logits, so they do here: `bias_table` [entries, H] is learned.
     """
+
+    kept_heads: Tensor | None
+    cosines: Tensor | None
+    sines: Tensor | None
+    bias_index: Tensor | None
+    bias_table: nn.Parameter | None
 
     def __init__(self, layer: nn.Module, site: AttentionSite, kept: Attention) -> None:
         """Make room for what is kept of the dense layer at a site; its weights are loaded next."""
@@ -56,6 +65,25 @@ class NarrowAttention(nn.Module):
         columns, biased = self.heads * self.value_rank, weights.out_bias is not None
         self.proj = nn.utils.skip_init(nn.Linear, columns, site.dim, bias=biased, **like)
         self.out_drop = nn.Dropout(site.out_dropout)
+        self._place(layer, site, None if kept.heads is None else torch.tensor(kept.heads, device=like["device"]))
+
+    def _place(self, layer: nn.Module, site: AttentionSite, kept_heads: Tensor | None) -> None:
+        """Take over what the places of tokens do in the dense layer, for the kept heads (None: all)."""
+        self.rotary, self.bias = site.rotary, site.bias
+        self.host_heads, self.head_width = site.heads, site.head_width
+        self.register_buffer("kept_heads", kept_heads, persistent=False)
+        cosines = sines = index = table = None
+        if site.rotary is not None and not site.rotary.argument:
+            values = [inside_layer(layer, name) for name in site.rotary.tables]
+            tables = cosines_and_sines(site.rotary, values, site.heads, site.head_width)
+            cosines, sines = (self._of_heads(table) for table in tables)
+        if site.bias is not None and not site.bias.argument:
+            entries = entries_by_head(site.bias, layer.get_parameter(site.bias.table), site.heads).detach()
+            table = nn.Parameter((entries if kept_heads is None else entries[:, kept_heads]).clone())
+            index = None if site.bias.index is None else inside_layer(layer, site.bias.index).flatten()
+        for name, buffer in (("cosines", cosines), ("sines", sines), ("bias_index", index)):
+            self.register_buffer(name, buffer, persistent=False)
+        self.register_parameter("bias_table", table)
 
     @torch.no_grad()
     def load(self, weights: AttentionWeights) -> None:
@@ -70,14 +98,47 @@ class NarrowAttention(nn.Module):
         if weights.out_bias is not None:
             self.proj.bias.copy_(weights.out_bias)
 
-    def heads_out(self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Return the outputs of all heads side by side, [B, N, H V], which the output projection takes."""
+    def _of_heads(self, x: Tensor) -> Tensor:
+        """Return the kept heads' part of what may have something for each head of the host: [.., H, N, any]."""
+        if self.kept_heads is None or x.dim() < 3 or x.shape[-3] != self.host_heads:
+            return x
+        return x.index_select(-3, self.kept_heads)
+
+    def _rotated(self, query: Tensor, key: Tensor, named: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return queries and keys rotated by the layer's own tables, or by those that it is given."""
+        rotary, cosines, sines = self.rotary, self.cosines, self.sines
+        if rotary is not None and rotary.argument and named.get(rotary.tables[0]) is not None:
+            values = [named[name] for name in rotary.tables]
+            tables = cosines_and_sines(rotary, values, self.host_heads, self.head_width)
+            cosines, sines = (self._of_heads(table) for table in tables)
+        if rotary is None or cosines is None or sines is None:
+            return query, key
+        return rotated(query, cosines, sines, rotary.pairs), rotated(key, cosines, sines, rotary.pairs)
+
+    def _added(self, mask: Tensor | None, query: Tensor, named: Mapping[str, Any]) -> Tensor | None:
+        """Return what is added to the logits: a mask or bias that is given, and the layer's own bias."""
+        if self.bias is not None and self.bias.argument:
+            mask = named.get(self.bias.table, mask)
+        mask = None if mask is None else self._of_heads(mask)
+        if self.bias_table is None:
+            return mask
+        bias = bias_of_pairs(self.bias_table, self.bias_index, query.shape[-2])[None].to(query.dtype)
+        if mask is None:
+            return bias
+        return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+
+    def heads_out(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **named: Any) -> Tensor:
+        """Return the outputs of all heads side by side, [B, N, H V], which the output projection takes.
+
+        named: what else the layer is called with; tables of positions are among that.
+        """
         packed, keys, values = self.qkv(x), self.heads * self.query_key_rank, 2 * self.heads * self.query_key_rank
         query, key, value = (
             part.unflatten(2, (self.heads, -1)).transpose(1, 2)
             for part in (packed[..., :keys], packed[..., keys:values], packed[..., values:])
         )  # [B, H, N, R], twice, and [B, H, N, V]
-        query, key = self.query_norm(query), self.key_norm(key)
+        query, key = self._rotated(self.query_norm(query), self.key_norm(key), named)
+        mask = self._added(attn_mask, query, named)
         # The CPU's fused attention wants equal widths; what is filled up with zeros changes nothing.
         if self.query_key_rank != self.value_rank and (isinstance(x, torch.fx.Proxy) or x.device.type == "cpu"):
             width = max(self.query_key_rank, self.value_rank)
@@ -91,7 +152,7 @@ class NarrowAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **kwargs: Any) -> Tensor:
         """x: [B, N, D]. Returns [B, N, D]."""
-        return self.out_drop(self.proj(self.heads_out(x, attn_mask, is_causal)))
+        return self.out_drop(self.proj(self.heads_out(x, attn_mask, is_causal, **kwargs)))
 
     def extra_repr(self) -> str:
         """Show heads and dimensions in the module's printed form."""
@@ -154,7 +215,9 @@ class _Narrow:
         biased, own_norms = int(_biased(weights)), (name for name in site.norms if name is not None)
         rest = host.norm_params(site) + sum(count_params(layer.get_submodule(name)) for name in own_norms)
         rest += 0 if weights.out_bias is None else site.dim
-        return AttentionCost(norm + count_params(layer), 2 * (site.dim + biased), 2 * site.dim + biased, rest)
+        bias = site.bias
+        head = 0 if bias is None or bias.argument else layer.get_parameter(bias.table).numel() // site.heads
+        return AttentionCost(norm + count_params(layer), 2 * (site.dim + biased), 2 * site.dim + biased, rest, head)
 
 
 REPLACEMENT = _Narrow()
@@ -193,8 +256,9 @@ def rotated_queries(pair: BlockPair, kept: Attention, second_moment: Tensor) -> 
     whole = NarrowAttention(layer, site, replace(kept, value_rank=None)).eval()
     whole.load(weights)
     moments = Moments()
-    for x, wanted in zip(pair.arriving(site.path), targets(pair, site.path)):
-        moments.add(whole.heads_out(x), wanted)
+    with called_with(pair.model.get_submodule(site.path), site) as named:
+        for x, wanted in zip(pair.arriving(site.path), targets(pair, site.path)):
+            moments.add(whole.heads_out(x, **named), wanted)
     return weights, moments
 
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spvit.errors import UnsupportedHostError
-from spvit.hosts.behaviour.equations import columns_that_read, rows_that_make
+from spvit.hosts.behaviour.equations import CLOSE, columns_that_read, rows_that_make
+from spvit.hosts.behaviour.position import find_bias, rotations
 from spvit.hosts.behaviour.watch import Call, Core, Pass, first_tensor, silenced
 from spvit.hosts.behaviour.windows import places_of
-from spvit.hosts.sites import Rows
+from spvit.hosts.sites import Bias, Rotary, Rows
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class FoundLayer:
 
 def attention_layers(twin: nn.Module, seen: Pass) -> list[FoundLayer]:
     """Return the attention layers with a block of their own, in the order in which they ran."""
-    cores = [core for core in (*_stock_cores(twin, seen), *seen.cores) if core.query.shape == core.key.shape]
+    ran = [*_stock_cores(twin, seen), *seen.cores] if seen.declared is None else _declared_cores(twin, seen)
+    cores = [core for core in ran if core.query.shape == core.key.shape]
     cores.sort(key=lambda core: seen.calls[core.running[0]][0].order)
     if not cores:
         known = "; ".join(f"a softmax ran in {path or 'the model'}, but {why}" for path, why in seen.softmaxes.items())
@@ -81,6 +84,28 @@ def _stock_cores(twin: nn.Module, seen: Pass) -> list[Core]:
         out = F.scaled_dot_product_attention(query, key, value)
         ancestors = [path[:end] for end in range(len(path) - 1, 0, -1) if path[end] == "."]
         cores.append(Core((path, *ancestors), query, key, value, out, query.shape[-1] ** -0.5))
+    return cores
+
+
+def _declared_cores(twin: nn.Module, seen: Pass) -> list[Core]:
+    """Return what attention computes in the layers that a user declares, if it is as declared."""
+    declared, cores = seen.declared, []
+    assert declared is not None
+    for path in declared.layers(twin):
+        source = path if declared.norm is None else f"{path}.{declared.norm}"
+        if source not in seen.calls:
+            raise UnsupportedHostError(f"{source} does not run in a forward pass; name the layer that does")
+        call = seen.calls[source][0]
+        x = call.tokens if declared.norm is None else first_tensor(call.output)
+        if x is None or x.dim() != 3:
+            raise UnsupportedHostError(f"{source} takes no tokens [batch, tokens, width]")
+        x = x.transpose(0, 1) if declared.token_first else x
+        with torch.no_grad():
+            query, key, value = declared.projected(path, twin.get_submodule(path), x)
+            scale = query.shape[-1] ** -0.5 if declared.scale is None else declared.scale
+            out = F.scaled_dot_product_attention(query, key, value, scale=scale)
+        ancestors = [path[:end] for end in range(len(path) - 1, 0, -1) if path[end] == "."]
+        cores.append(Core((path, *ancestors), query, key, value, out, scale))
     return cores
 
 
@@ -191,11 +216,50 @@ def projection_of(
         if given is None or answer is None or given.shape != answer.shape or answer.dim() != 4:
             continue
         for turned in (lambda t: t, lambda t: t.transpose(1, 2)):
-            if turned(answer).shape == want.shape and torch.equal(turned(answer), want):
+            if turned(answer).shape == want.shape and torch.allclose(turned(answer), want, CLOSE, CLOSE):
                 found = rows_that_make(module, x, turned(given).transpose(1, 2).flatten(0, 1))
                 if found is not None and abs(found[1] - 1) < 1e-3:
                     return found[0], name, 1.0
     return None, None, 1.0
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What is known of how an attention layer makes its logits."""
+
+    query: Rows | None
+    key: Rows | None
+    norms: tuple[str | None, str | None]
+    factor: float
+    """Of queries times keys, beside the scale that is seen."""
+    rotary: Rotary | None = None
+    bias: Bias | None = None
+    explained: bool = False
+    """Whether this is all that makes them."""
+
+
+def logits_of(seen: Pass, module: nn.Module, own: nn.Module, layer: FoundLayer, x: Tensor, prefix: int) -> Logits:
+    """Return what makes a layer's logits, x being what its projections get. own: the host's layer, not yet run."""
+    core, arguments = layer.core, _arguments(module, layer)
+    bias = None if core.bias is None else find_bias(module, own, core, arguments, prefix)
+
+    def made_of(queries: Tensor, keys: Tensor, rotary: Rotary | None) -> Logits:
+        query, query_norm, query_factor = projection_of(seen, module, layer, x, queries)
+        key, key_norm, key_factor = projection_of(seen, module, layer, x, keys)
+        explained = query is not None and key is not None and core.scale is not None
+        explained = explained and (core.bias is None or bias is not None)
+        return Logits(query, key, (query_norm, key_norm), query_factor * key_factor, rotary, bias, explained)
+
+    plain = made_of(core.query, core.key, None)
+    if plain.query is not None or plain.key is not None:
+        return plain
+    turned = (made_of(queries, keys, rotary) for rotary, queries, keys in rotations(own, core, arguments, prefix))
+    return next((logits for logits in turned if logits.query is not None and logits.key is not None), plain)
+
+
+def _arguments(module: nn.Module, layer: FoundLayer) -> dict[str, Any]:
+    """Return what a layer was called with, by name."""
+    return {**dict(zip(inspect.signature(module.forward).parameters, layer.call.args)), **layer.call.kwargs}
 
 
 def parameters_of(module: nn.Module, layer: FoundLayer, inner_norm: str | None) -> tuple[str, ...]:

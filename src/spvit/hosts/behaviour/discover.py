@@ -22,15 +22,16 @@ from spvit.errors import UnsupportedHostError
 from spvit.hosts.behaviour.attention import (
     FoundLayer,
     attention_layers,
+    logits_of,
     norm_before,
     parameters_of,
-    projection_of,
     values_of,
 )
 from spvit.hosts.behaviour.ffn import find_ffn
 from spvit.hosts.behaviour.tokens import Tokens, find_tokens
 from spvit.hosts.behaviour.watch import Call, Pass, dropouts, first_tensor, watch
 from spvit.hosts.behaviour.windows import check_answers, is_plain, layout_of
+from spvit.hosts.declared import Sites
 from spvit.hosts.found import FoundFamily
 from spvit.hosts.gathered import Layout
 from spvit.hosts.sites import AttentionSite, BlockSites
@@ -41,8 +42,10 @@ HIDDEN = -1e4
 """A bias below it is a mask."""
 
 
-def discover(model: nn.Module, size: tuple[int, int, int]) -> FoundFamily:
+def discover(model: nn.Module, size: tuple[int, int, int], declared: Sites | None = None) -> FoundFamily:
     """Return the family of a model for images of (channels, height, width), with every site found and verified.
+
+    What a user declares of its layers is verified in place of what is seen of them.
 
     Raises:
         UnsupportedHostError: names the module, and what was looked for and found there.
@@ -66,6 +69,7 @@ def discover(model: nn.Module, size: tuple[int, int, int]) -> FoundFamily:
             f"its forward pass fails on images of {list(images.shape)} ({reason}); give images that it takes: "
             "spvit.recognise(model, images)"
         ) from error
+    seen.declared = declared
     layers = attention_layers(twin, seen)
     between = _chain(twin, seen, layers)
     macs = _macs_of(twin, size, [layer.path for layer in layers])
@@ -77,7 +81,7 @@ def discover(model: nn.Module, size: tuple[int, int, int]) -> FoundFamily:
         else:
             tokens.append(tokens[-1])
     sites = tuple(
-        replace(_sites(twin, seen, layer, own, count), before=before)
+        replace(_sites(model, twin, seen, layer, own, count), before=before)
         for layer, own, count, before in zip(layers, tokens, macs, between)
     )
     return FoundFamily(type(model).__name__, sites, size, tokens[0].images, _classes(model, seen))
@@ -98,22 +102,21 @@ def _noisy(model: nn.Module) -> nn.Module:
     return twin
 
 
-def _sites(twin: nn.Module, seen: Pass, layer: FoundLayer, tokens: Tokens, macs: int) -> BlockSites:
-    """Return the sites of the block around an attention layer. macs: of the layer, for one image."""
+def _sites(model: nn.Module, twin: nn.Module, seen: Pass, layer: FoundLayer, tokens: Tokens, macs: int) -> BlockSites:
+    """Return the sites of the block around an attention layer of a twin of the model. macs: of it, for one image."""
     module, core = twin.get_submodule(layer.path), layer.core
     batch, heads, count, width = core.value.shape
     windows = batch // IMAGES
     block_call = _call_of_block(twin, seen, layer.block)
     layout, source = _layout(twin, seen, layer, tokens, block_call)
     x, inner_norm, value = values_of(seen, module, layer)
-    query, query_norm, query_factor = projection_of(seen, module, layer, x, core.query)
-    key, key_norm, key_factor = projection_of(seen, module, layer, x, core.key)
-    plain = core.scale is not None and core.bias is None and query is not None and key is not None
-    plain = plain and core.query.shape == core.value.shape
+    logits = logits_of(seen, module, model.get_submodule(layer.path), layer, x, tokens.prefix)
+    known = logits.explained and core.query.shape == core.value.shape
+    # Narrow attention takes tokens as they are, or in their windows.
+    known = known and (windows == 1 if layout is None else layout.shape == (count,))
+    plain = known and logits.norms == (None, None) and logits.rotary is None and logits.bias is None
     attention_dropout, out_dropout = dropouts(module, layer.call)
     dim = x.shape[-1]
-    # Narrow attention works on tokens that come in their windows.
-    plain = plain and (windows == 1 or (layout is not None and layout.shape == (count,)))
     if windows == 1 and core.bias is not None and bool(core.bias.min() < HIDDEN):
         raise UnsupportedHostError(
             f"{layer.path}: a mask hides tokens from each other (causal or local attention); a convolution would not"
@@ -121,8 +124,8 @@ def _sites(twin: nn.Module, seen: Pass, layer: FoundLayer, tokens: Tokens, macs:
     site = AttentionSite(
         path=layer.path,
         norm=norm_before(twin, seen, layer, block_call, source),
-        query=query or value,
-        key=key or value,
+        query=logits.query or value,
+        key=logits.key or value,
         value=value,
         out=layer.out,
         dim=dim,
@@ -134,13 +137,15 @@ def _sites(twin: nn.Module, seen: Pass, layer: FoundLayer, tokens: Tokens, macs:
         windows=windows,
         layout=layout,
         extra_macs=macs - windows * count * (4 * dim + 2 * count) * heads * width if macs else 0,
-        narrows_queries=plain and query_norm is None and key_norm is None,
-        narrows_values=plain and layer.out_norm is None,
-        scale=_exact((core.scale or 1.0) * query_factor * key_factor, (width, dim)),
+        narrows_queries=plain,
+        narrows_values=known and layer.out_norm is None,
+        scale=_exact((core.scale or 1.0) * logits.factor, (width, dim)),
         dropout=attention_dropout,
         out_dropout=out_dropout,
-        norms=(query_norm, key_norm, layer.out_norm),
+        norms=(*logits.norms, layer.out_norm),
         inner_norm=inner_norm,
+        rotary=logits.rotary,
+        bias=logits.bias,
         parameters=parameters_of(module, layer, inner_norm),
         tuple_items=len(layer.call.output) if isinstance(layer.call.output, (tuple, list)) else 0,
         token_first=layer.token_first,
@@ -218,8 +223,8 @@ def _equal(one: Tensor | None, other: Tensor) -> bool:
     """Return whether two tensors are the same but for rounding."""
     if one is None or one.shape != other.shape:
         return False
-    close = {"rtol": 1e-4, "atol": 1e-5 * float(other.abs().max())}
-    return torch.allclose(one[0], other[0], **close) and torch.allclose(one, other, **close)
+    near = 1e-5 * float(other.abs().max())
+    return torch.allclose(one[0], other[0], 1e-4, near) and torch.allclose(one, other, 1e-4, near)
 
 
 def _ends(twin: nn.Module, seen: Pass, path: str) -> tuple[Tensor, Tensor]:
@@ -254,11 +259,14 @@ def _ends(twin: nn.Module, seen: Pass, path: str) -> tuple[Tensor, Tensor]:
 
 def _classes(model: nn.Module, seen: Pass) -> int:
     """Return how many classes a model tells apart: those of its logits, or of a linear layer that answers last."""
-    logits = getattr(seen.output, "logits", None)
+    named = (
+        seen.output if isinstance(seen.output, dict) else vars(seen.output) if hasattr(seen.output, "__dict__") else {}
+    )
+    logits = named.get("logits")
     if isinstance(logits, Tensor):
         return logits.shape[-1] if logits.dim() == 2 else 0
-    output = first_tensor(seen.output)
-    if output is None or output.dim() != 2:
+    output = seen.output[0] if isinstance(seen.output, (tuple, list)) and seen.output else seen.output
+    if not isinstance(output, Tensor) or output.dim() != 2:
         return 0
     said = getattr(model, "num_classes", None)
     if isinstance(said, int):

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from spvit.hosts.declared import Sites
+
 PRODUCTS = ("matmul", "__matmul__", "bmm", "einsum")
 
 
@@ -96,6 +98,8 @@ class Pass:
     linears: list[tuple[tuple[str, ...], Tensor, Tensor]] = field(default_factory=list)
     """Every linear map that ran: names of the modules that were running, the innermost first, its input and output."""
     output: Any = None
+    declared: Sites | None = None
+    """What a user says of the layers, which counts in place of what was seen run in them."""
 
     def made_in(self, path: str) -> list[tuple[Tensor, Tensor]]:
         """Return inputs and outputs [T, ...] of the linear maps that ran inside a module."""

@@ -1,0 +1,131 @@
+"""Finds what the places of tokens do in an attention layer: the tables that rotate queries and keys, and the bias.
+
+Candidates are the arguments of the layer and the tensors inside it. Queries that are rotated back must be a projection
+of the tokens, and a bias must be what was added to the logits; what is not explained so stays unknown.
+
+Shapes: B images, H heads, N tokens = P prefix tokens + G patches, E head width.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spvit.hosts.behaviour.equations import CLOSE
+from spvit.hosts.behaviour.watch import Core
+from spvit.hosts.position import bias_of_pairs, cosines_and_sines, entries_by_head, rotated
+from spvit.hosts.sites import Bias, Rotary
+
+
+def rotations(
+    own: nn.Module, core: Core, arguments: Mapping[str, Any], prefix: int
+) -> Iterator[tuple[Rotary, Tensor, Tensor]]:
+    """Yield how queries and keys may have been rotated, and both rotated back, [B, H, N, E].
+
+    own: the host's own layer, which has not run: its tensors are those that it starts with.
+    """
+    _, heads, tokens, width = core.query.shape
+    counts = (tokens, tokens - prefix)
+    for argument, found in ((True, arguments), (False, _tensors_inside(own))):
+        for names, values in _tables(found, width):
+            for pairs, sine_first in itertools.product((True, False), (True, False)):
+                rotary = Rotary(names, argument, sine_first, pairs, _rows(values) not in counts)
+                try:
+                    cosines, sines = cosines_and_sines(rotary, values, heads, width)
+                except (RuntimeError, ValueError):  # tensors of other shapes
+                    continue
+                if rotary.by_head and torch.equal(cosines[:1].expand_as(cosines), cosines):  # tables of each image
+                    continue
+                if cosines.shape[-2] in counts and _rotate(cosines, sines, pairs):
+                    query, key = (rotated(part, cosines, -sines, pairs) for part in (core.query, core.key))
+                    yield rotary, query, key
+
+
+def _tables(found: Mapping[str, Any], width: int) -> Iterator[tuple[tuple[str, ...], list[Any]]]:
+    """Yield the names and values of what may be tables of cosines and sines."""
+    halves = {}
+    for name, value in found.items():
+        if isinstance(value, (tuple, list)):
+            if len(value) == 2 and all(isinstance(item, Tensor) and item.shape == value[0].shape for item in value):
+                yield (name,), [value]
+        elif isinstance(value, Tensor) and value.dim() >= 2 and (value.is_complex() or value.is_floating_point()):
+            if value.is_complex() or value.shape[-1] in (2 * width, width):
+                yield (name,), [value]
+            halves[name] = value
+    for (first, one), (second, other) in itertools.combinations(halves.items(), 2):
+        if one.shape == other.shape and one.shape[-1] in (width, width // 2):
+            yield (first, second), [one, other]
+
+
+def _rows(values: list[Any]) -> int:
+    """Return how many rows of rotations tables hold."""
+    first = values[0][0] if isinstance(values[0], (tuple, list)) else values[0]
+    return first.shape[:-1].numel()
+
+
+def _rotate(cosines: Tensor, sines: Tensor, pairs: bool) -> bool:
+    """Return whether tables are cosines and sines of angles that the two dimensions of a pair share."""
+
+    def shared(table: Tensor) -> bool:
+        one, other = (table[..., ::2], table[..., 1::2]) if pairs else table.chunk(2, -1)
+        return torch.equal(one, other)
+
+    unit = bool(((cosines.square() + sines.square()) - 1).abs().max() <= CLOSE)
+    return unit and shared(cosines) and shared(sines)
+
+
+def _tensors_inside(layer: nn.Module) -> dict[str, Any]:
+    """Return what is no parameter inside a layer, by dotted name: buffers and plain attributes."""
+    found = {}
+    for path, module in layer.named_modules():
+        for name, value in {**module._buffers, **vars(module)}.items():
+            if isinstance(value, (Tensor, tuple, list)):
+                found[f"{path}.{name}".removeprefix(".")] = value
+    return found
+
+
+def find_bias(module: nn.Module, own: nn.Module, core: Core, arguments: Mapping[str, Any], prefix: int) -> Bias | None:
+    """Return where what was added to the logits comes from; None: unknown. own: the host's own layer, not yet run."""
+    assert core.bias is not None
+    _, heads, tokens, _ = core.query.shape
+    want = core.bias.detach().expand(-1, heads, -1, -1)
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and 2 <= value.dim() <= 4 and _same(value, want):
+            return Bias(name, True)
+    integers = {
+        name: value
+        for name, value in _tensors_inside(own).items()
+        if isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64)
+    }
+    sides = (tokens, tokens - prefix)
+    for name, parameter in module.named_parameters():
+        first = next((size for size in parameter.shape if size > 1), 1)
+        for heads_first in (True, False):
+            if parameter.dim() < 2 or (first if heads_first else parameter.shape[-1]) != heads:
+                continue
+            for index in (None, *integers):
+                bias = Bias(name, False, heads_first, index)
+                entries = entries_by_head(bias, parameter, heads)
+                places = None if index is None else integers[index].flatten()
+                count = len(entries) if places is None else len(places)
+                if math.isqrt(count) ** 2 != count or math.isqrt(count) not in sides:
+                    continue
+                if places is not None and not 0 <= int(places.min()) <= int(places.max()) < len(entries):
+                    continue
+                if _same(bias_of_pairs(entries, places, tokens), want):
+                    return bias
+    return None
+
+
+def _same(found: Tensor, want: Tensor) -> bool:
+    """Return whether a bias, broadcast over images and heads, is what was added."""
+    try:
+        close = torch.isclose(found.to(want), want, rtol=CLOSE, atol=CLOSE * float(want[want.isfinite()].std()))
+    except RuntimeError:  # shapes that do not broadcast
+        return False
+    return close.shape == want.shape and bool(close.all())
