@@ -49,7 +49,7 @@ def build(source: dict[str, Any]) -> nn.Module:
 
 def _class_named(name: Any) -> Any:
     """Return a class of models of images that is defined in transformers and holds no model of another library."""
-    cls = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    cls: Any = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         raise ModelError(f"{name!r} is no model that comes with transformers")
     of_images = cls.main_input_name == "pixel_values" and ".timm_" not in cls.__module__
