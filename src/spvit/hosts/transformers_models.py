@@ -49,10 +49,10 @@ def build(source: dict[str, Any]) -> nn.Module:
 
 def _class_named(name: Any) -> Any:
     """Return a class of models of images that is defined in transformers and holds no model of another library."""
-    cls: Any = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    cls = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         raise ModelError(f"{name!r} is no model that comes with transformers")
-    of_images = cls.main_input_name == "pixel_values" and ".timm_" not in cls.__module__
+    of_images = getattr(cls, "main_input_name", None) == "pixel_values" and ".timm_" not in cls.__module__
     if not cls.__module__.startswith("transformers.models.") or not of_images:
         raise ModelError(f"{name!r} is no model of images that transformers makes itself")
     return cls
