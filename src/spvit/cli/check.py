@@ -24,6 +24,7 @@ from spvit.hosts.host import Host, recognise
 from spvit.hosts.recognise import said_size
 from spvit.hosts.site_files import NUMBER, alike
 from spvit.hosts.sites import AttentionSite, BlockSites, FFNSite, Rows
+from spvit.hosts.sources import build, source_of
 from spvit.models import ModelConfig, open_model
 from spvit.replacements.install import check_fits
 from spvit.search.network import make_searchable
@@ -86,7 +87,7 @@ def _host(model: nn.Module, options: CheckCommand) -> Host:
     record = pruned_record(model)
     if record is not None:
         family = record.family
-        model = family.build(family.source(model))
+        model = build(source_of(model))
         return Host(model, family, family.blocks(model), family.input_size(model))
     said = said_size(model)
     channels, size = options.channels or said[0], said[1]

@@ -22,8 +22,7 @@ from spvit.cli.show import block_table, comparison_table, kinds_text, latency_te
 from spvit.cost import count_params
 from spvit.errors import ArchitectureError, CheckpointError, ModelError, RunFolderError
 from spvit.hosts.host import example_images, macs_of_image
-from spvit.hosts.recognise import family_of
-from spvit.hosts.sources import can_build
+from spvit.hosts.sources import build, can_build, source_of
 from spvit.models import ModelConfig, open_model
 from spvit.replacements.costs import network_costs
 from spvit.surgery import prune, pruned_record
@@ -126,7 +125,7 @@ def profile_command(options: cli.ProfileCommand, console: Console) -> None:
     record = pruned_record(model)
     if record is not None and options.architecture is not None:
         raise ArchitectureError(f"{options.model} is pruned already; name a dense model with --architecture")
-    host = model if record is None else family_of(model).build(family_of(model).source(model))
+    host = model if record is None else build(source_of(model))
     costs = network_costs(host)
     if record is not None:
         architecture = record.architecture
