@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from spvit.hosts.grid import Grid, GridTracker
-from spvit.hosts.site_files import to_data
 from spvit.hosts.sites import BlockSites, Undo
-from spvit.hosts.sources import build, source_of
 
 
 @dataclass(frozen=True)
@@ -54,11 +51,3 @@ class FoundFamily:
         return {index: grids[self.sites[index].attention.grid] for index in blocks}, undos
 
     whole_grids = watch_grids
-
-    def source(self, model: nn.Module) -> dict[str, Any]:
-        """Return these sites, and what makes the same dense model again where a library can, as JSON values."""
-        return {**source_of(model), "family": to_data(self)}
-
-    def build(self, source: dict[str, Any]) -> nn.Module:
-        """Make a dense model with random weights from what `source` returned. Raises UnsupportedHostError."""
-        return build(source)
