@@ -47,6 +47,10 @@ class FoundFamily:
             if size not in grids:
                 grids[size] = Grid(*size)
                 patch = (self.size[1] // size[0], self.size[2] // size[1])
+                if isinstance(module, nn.Conv2d) and all(
+                    self.size[i + 1] // module.stride[i] == size[i] for i in (0, 1)
+                ):
+                    patch = (module.stride[0], module.stride[1])  # where patches do not fill the images
                 undos.append(module.register_forward_pre_hook(GridTracker(grids[size], patch, pads=False)).remove)
         return {index: grids[self.sites[index].attention.grid] for index in blocks}, undos
 
