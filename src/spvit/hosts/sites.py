@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spvit.errors import UnknownPartError
+from spvit.hosts.gathered import GatheredGrid, Layout
 from spvit.hosts.grid import Grid
 
 
@@ -99,8 +100,10 @@ class AttentionSite:
     """Tokens that each query attends to."""
     windows: int = 1
     """Windows that an image's tokens go in, of `keys` tokens each, padding included; 1: all tokens are one."""
-    layout: Grid | None = None
+    layout: Grid | Layout | None = None
     """How attention gets the grid, where it does not get its tokens row-major behind the prefix tokens."""
+    extra_macs: int = 0
+    """MACs of the layer, for one image, beside its projections and the products of attention: of its positions, say."""
     narrows_queries: bool = False
     """Whether queries and keys may have fewer dimensions: nothing but the projections acts on them."""
     narrows_values: bool = False
@@ -128,6 +131,8 @@ class AttentionSite:
 
     def own_grid(self) -> Grid:
         """Return how attention gets the grid of images of the host's own size; it does not follow other sizes."""
+        if isinstance(self.layout, Layout):
+            return GatheredGrid(*self.grid, self.layout)
         return Grid(*self.grid) if self.layout is None else self.layout
 
     @property

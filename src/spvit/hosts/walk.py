@@ -125,7 +125,8 @@ def block_of(host: Host, index: int) -> Callable[[Tensor], Tensor]:
 
     What the model passes to it besides is passed here too. A ModuleList is the sum that it stands for.
     """
-    block, call = host.model.get_submodule(host.blocks[index].path), host.calls[index]
+    path = host.blocks[index].path
+    block, call = host.model.get_submodule(path), host.calls[path]
     if isinstance(block, nn.ModuleList):
         return lambda x: functools.reduce(lambda stream, layer: layer(stream) + stream, block, x)
     return lambda x: tokens_of(call(block, x.clone()))  # some blocks add to their input in place
@@ -148,7 +149,7 @@ def through(host: Host, index: int, x: Tensor) -> Tensor:
     """Return what the next block takes from a block's input; after the last block, its output."""
     out = block_of(host, index)(x)
     between = host.blocks[index + 1].before if index + 1 < len(host.blocks) else None
-    return out if between is None else tokens_of(host.model.get_submodule(between)(out))
+    return out if between is None else tokens_of(host.calls[between](host.model.get_submodule(between), out))
 
 
 def advance(host: Host, index: int, inputs: list[Tensor]) -> None:

@@ -208,8 +208,8 @@ class _Narrow:
             attending = site.windows * site.keys
             linear = 4 * site.heads * site.head_width * site.dim
             products = 2 * attending * site.keys * site.heads * site.head_width
-            each = site.tokens * (2 * site.dim + site.keys)
-            return AttentionCost(attending * linear + products, each, each)
+            each = attending * (2 * site.dim + site.keys)
+            return AttentionCost(attending * linear + products + site.extra_macs, each, each, site.extra_macs)
         norm = 0 if site.norm is None else count_params(host.model.get_submodule(site.norm))
         weights = read_weights(layer, site)
         biased, own_norms = int(_biased(weights)), (name for name in site.norms if name is not None)

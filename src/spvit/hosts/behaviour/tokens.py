@@ -5,13 +5,14 @@ Shapes: N tokens = P prefix tokens + G grid tokens (height x width, row-major), 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from spvit.errors import UnsupportedHostError
-from spvit.hosts.behaviour.watch import Pass, stopped_at
+from spvit.hosts.behaviour.watch import Pass, silenced, stopped_at
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,10 @@ class Tokens:
         return self.prefix + self.grid[0] * self.grid[1]
 
 
-def find_tokens(twin: nn.Module, seen: Pass, images: Tensor, block: str, token_first: bool) -> Tokens:
-    """Return how tokens lie where they enter the first block.
+def find_tokens(
+    twin: nn.Module, seen: Pass, images: Tensor, block: str, token_first: bool, silent: Sequence[str] = ()
+) -> Tokens:
+    """Return how tokens lie where they enter a block, the first one or behind attention layers, which are silenced.
 
     Raises:
         UnsupportedHostError: they are not the row-major patches behind some prefix tokens.
@@ -46,12 +49,14 @@ def find_tokens(twin: nn.Module, seen: Pass, images: Tensor, block: str, token_f
     changed = image.repeat(len(corners), 1, 1, 1)
     for number, (row, column) in enumerate(corners.values()):
         changed[number, :, row, column] += 10
-    arrived = stopped_at(twin, torch.cat([image, changed]), module)
-    if arrived.dim() != 3:
+    with silenced(twin, silent):
+        arrived = stopped_at(twin, torch.cat([image, changed]), module)
+    if arrived.dim() not in (3, 4):
         raise UnsupportedHostError(
-            f"{block} takes a tensor {list(arrived.shape)}, expected tokens [batch, tokens, width]"
+            f"{block} takes a tensor {list(arrived.shape)}, expected tokens [batch, tokens, width] or a map [batch, "
+            "height, width, width of a token]"
         )
-    arrived = arrived.transpose(0, 1) if token_first else arrived
+    arrived = (arrived.transpose(0, 1) if token_first else arrived).flatten(1, -2)
     moved = (arrived[1:] - arrived[:1]).abs().amax(-1).argmax(-1).tolist()
     prefix, across, down = moved[0], moved[1] - moved[0] + 1, 0
     if across > 0:
