@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from spvit.hosts.gathered import GatheredGrid, Layout, OwnSize
 from spvit.hosts.grid import Grid, GridTracker
-from spvit.hosts.site_files import to_data
 from spvit.hosts.sites import BlockSites, Undo
-from spvit.hosts.sources import build, source_of
 
 
 @dataclass(frozen=True)
@@ -57,19 +54,19 @@ class FoundFamily:
                 continue
             if site.grid not in shared:
                 shared[site.grid] = Grid(*site.grid)
-                patch = (self.size[1] // site.grid[0], self.size[2] // site.grid[1])
-                undos.append(module.register_forward_pre_hook(GridTracker(shared[site.grid], patch, pads=False)).remove)
+                tracker = GridTracker(shared[site.grid], self._patch(module, site.grid), pads=False)
+                undos.append(module.register_forward_pre_hook(tracker).remove)
             grids[index] = shared[site.grid]
         if any(isinstance(grid, GatheredGrid) for grid in grids.values()):
             undos.append(module.register_forward_pre_hook(OwnSize(self.size[1:])).remove)
         return grids, undos
 
+    def _patch(self, module: nn.Module, grid: tuple[int, int]) -> tuple[int, int]:
+        """Return (height, width) of the images' patches, which need not fill them."""
+        if isinstance(module, nn.Conv2d):
+            stride = (module.stride[0], module.stride[1])
+            if (self.size[1] // stride[0], self.size[2] // stride[1]) == grid:
+                return stride
+        return self.size[1] // grid[0], self.size[2] // grid[1]
+
     whole_grids = watch_grids
-
-    def source(self, model: nn.Module) -> dict[str, Any]:
-        """Return these sites, and what makes the same dense model again where a library can, as JSON values."""
-        return {**source_of(model), "family": to_data(self)}
-
-    def build(self, source: dict[str, Any]) -> nn.Module:
-        """Make a dense model with random weights from what `source` returned. Raises UnsupportedHostError."""
-        return build(source)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -220,14 +220,6 @@ class Family(Protocol):
 
     def whole_grids(self, model: nn.Module, blocks: Sequence[int]) -> tuple[dict[int, Grid], list[Undo]]:
         """Return the same for blocks whose attention is replaced: they hand the whole grid on, as tokens row-major."""
-        ...
-
-    def source(self, model: nn.Module) -> dict[str, Any]:
-        """Return what `build` needs to make the same dense model again, as JSON. Raises UnsupportedHostError."""
-        ...
-
-    def build(self, source: dict[str, Any]) -> nn.Module:
-        """Make a dense model with random weights from what `source` returned."""
         ...
 
 

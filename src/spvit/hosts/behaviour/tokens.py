@@ -41,7 +41,8 @@ def find_tokens(
     """
     first = twin.get_submodule(block)
     module = first[0] if isinstance(first, nn.ModuleList) else first
-    height, width = images.shape[2:]
+    source = _module_of_images(twin, seen, images)
+    height, width = _read_by(twin.get_submodule(source), images)
     image = images[:1]
     corners = {"top left": (0, 0), "top right": (0, width - 1), "bottom left": (height - 1, 0)}
     corners["bottom right"] = (height - 1, width - 1)
@@ -67,7 +68,18 @@ def find_tokens(
             f"the tokens of {block} are not patches row by row behind prefix tokens: of {arrived.shape[1]} tokens the "
             f"image's corners go {where}"
         )
-    return Tokens(prefix, (down, across), _module_of_images(twin, seen, images))
+    return Tokens(prefix, (down, across), source)
+
+
+def _read_by(module: nn.Module, images: Tensor) -> list[int]:
+    """Return how many rows and columns of images a module reads: a convolution leaves out what fills no patch."""
+    sizes = list(images.shape[2:])
+    if not isinstance(module, nn.Conv2d) or isinstance(module.padding, str):
+        return sizes
+    geometry = zip(sizes, module.kernel_size, module.stride, module.padding)
+    return [
+        min(size, (size + 2 * pad - kernel) // stride * stride + kernel - pad) for size, kernel, stride, pad in geometry
+    ]
 
 
 def _module_of_images(twin: nn.Module, seen: Pass, images: Tensor) -> str:
