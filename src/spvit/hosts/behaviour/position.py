@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -94,6 +95,13 @@ def find_bias(module: nn.Module, own: nn.Module, core: Core, arguments: Mapping[
     assert core.bias is not None
     _, heads, tokens, _ = core.query.shape
     want = core.bias.detach().expand(-1, heads, -1, -1)
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.dim() == 3 and value.shape[1:] == want.shape[2:] and len(value) > 1:
+            rest = want.unflatten(0, (-1, len(value))) - value[:, None] if len(want) % len(value) == 0 else want[None]
+            if bool((rest - rest[:1, :1]).abs().max() <= CLOSE):
+                others = {key: other for key, other in arguments.items() if key != name}
+                found = find_bias(module, own, replace(core, bias=rest[0, :1]), others, prefix)
+                return None if found is None or found.argument else replace(found, mask=name)
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.is_floating_point() and 2 <= value.dim() <= 4 and _same(value, want):
             return Bias(name, True)
