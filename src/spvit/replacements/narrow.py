@@ -10,6 +10,7 @@ Shapes: B batch, N tokens, D width, H heads, E head width, R query/key dimension
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from spvit.architecture import Attention, Rules
 from spvit.cost import AttentionCost, count_params
+from spvit.errors import GridError
 from spvit.hosts.calling import called_with
 from spvit.hosts.grid import Grid
 from spvit.hosts.host import Host
@@ -157,6 +159,20 @@ class NarrowAttention(nn.Module):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **kwargs: Any) -> Tensor:
         """x: [B, N, D]. Returns [B, N, D]."""
         return self.out_drop(self.proj(self.heads_out(x, attn_mask, is_causal, **kwargs)))
+
+    def set_window_size(self, window_size: tuple[int, int]) -> None:
+        """Keep the windows that there are: timm's Swin says that they change, which the bias does not follow.
+
+        Raises:
+            GridError: they are others.
+        """
+        found = math.prod(window_size)
+        if self.bias_index is not None and found**2 != len(self.bias_index):
+            known = math.isqrt(len(self.bias_index))
+            raise GridError(
+                f"windows of {found} tokens are asked of narrow attention with a bias for {known}; "
+                "set the input size of the dense model, then prune it"
+            )
 
     def extra_repr(self) -> str:
         """Show heads and dimensions in the module's printed form."""

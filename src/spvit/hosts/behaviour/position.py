@@ -95,13 +95,9 @@ def find_bias(module: nn.Module, own: nn.Module, core: Core, arguments: Mapping[
     assert core.bias is not None
     _, heads, tokens, _ = core.query.shape
     want = core.bias.detach().expand(-1, heads, -1, -1)
-    for name, value in arguments.items():
-        if isinstance(value, Tensor) and value.dim() == 3 and value.shape[1:] == want.shape[2:] and len(value) > 1:
-            rest = want.unflatten(0, (-1, len(value))) - value[:, None] if len(want) % len(value) == 0 else want[None]
-            if bool((rest - rest[:1, :1]).abs().max() <= CLOSE):
-                others = {key: other for key, other in arguments.items() if key != name}
-                found = find_bias(module, own, replace(core, bias=rest[0, :1]), others, prefix)
-                return None if found is None or found.argument else replace(found, mask=name)
+    for name, rest in _without_masks(want, arguments):
+        found = find_bias(module, own, replace(core, bias=rest), {}, prefix)
+        return None if found is None else replace(found, mask=name)
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.is_floating_point() and 2 <= value.dim() <= 4 and _same(value, want):
             return Bias(name, True)
@@ -128,6 +124,17 @@ def find_bias(module: nn.Module, own: nn.Module, core: Core, arguments: Mapping[
                 if _same(bias_of_pairs(entries, places, tokens), want):
                     return bias
     return None
+
+
+def _without_masks(want: Tensor, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield arguments that are a mask of each window, [windows, N, N], and what is left without, alike for all."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor) or value.dim() != 3 or not 1 < len(value) <= len(want):
+            continue
+        if value.shape[1:] == want.shape[2:] and len(want) % len(value) == 0:
+            rest = want.unflatten(0, (-1, len(value))) - value[:, None]
+            if bool((rest - rest[:1, :1]).abs().max() <= CLOSE):
+                yield name, rest[0, :1]
 
 
 def _same(found: Tensor, want: Tensor) -> bool:
