@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUTPUT ?= runs/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint census clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/spvit demo --output $(OUTPUT)
@@ -16,6 +16,10 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Every ViT-like model of timm and the usual ones of other libraries; minutes on two cores. Writes docs/models.md.
+census: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/census.py --output docs/models.md
 
 $(VENV)/demo.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

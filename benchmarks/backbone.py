@@ -1,6 +1,7 @@
 """How much of a real backbone's features is kept when nothing is trained: cosines on crops of other photographs.
 
 python benchmarks/backbone.py --images FOLDER [--model NAME] [--weights FILE] [--budgets 50% 25%] [--json FILE]
+                              [--objectives pooled tokens features]
 
 Photographs, not crops, are split into calibration and test, anew by every seed. A centred cosine is that of features
 less the dense network's mean feature; it tells more, as all features of one network look alike. `neighbours` is the
@@ -15,6 +16,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any, cast
@@ -29,6 +31,7 @@ from torchvision.transforms import functional
 
 import spvit
 from reporting import check_free, machine, write_results
+from spvit.repair.objective import OBJECTIVES
 from spvit.replacements import targets
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -114,27 +117,30 @@ def timed(run: Any, device: str) -> tuple[Any, float]:
 
 
 def measure(model: nn.Module, photographs: Sequence[Image.Image], seed: int, options: argparse.Namespace) -> list[Any]:
-    """Return a row for every budget and target of one split of the photographs."""
+    """Return a row for every objective, budget and target of one split of the photographs."""
     normal = timm.data.resolve_model_data_config(model)
     shuffled = random.Random(seed).sample(photographs, len(photographs))
     tested = max(1, round(TEST_SHARE * len(shuffled)))
     calibration = crops(shuffled[tested:], options.count, options.size, seed, normal).to(options.device)
     test = crops(shuffled[:tested], TEST_CROPS, options.size, seed + 50, normal).to(options.device)
     dense, dense_macs = features(model, test), spvit.cost(model)["macs"]
-    scores, score_seconds = timed(lambda: spvit.score(model, calibration), options.device)
     rows = []
-    for budget in options.budgets:
-        try:
-            architecture = spvit.decide(model, macs=budget, scores=scores)
-        except spvit.BudgetError as error:
-            print(f"{budget}: {error}", file=sys.stderr)
-            continue
-        for stream in options.streams:
+    for objective in options.objectives:
+        scores, score_seconds = timed(
+            lambda asked=objective: spvit.score(model, calibration, objective=asked), options.device
+        )
+        for budget, stream in product(options.budgets, options.streams):
+            try:
+                architecture = spvit.decide(model, macs=budget, scores=scores)
+            except spvit.BudgetError as error:
+                print(f"{budget}: {error}", file=sys.stderr)
+                continue
             targets.STREAM = stream
             pruned, seconds = timed(
                 lambda kept=architecture: spvit.prune(model, kept, repair=calibration), options.device
             )
-            row = {"seed": seed, "budget": budget, "stream": stream, "score_s": score_seconds, "repair_s": seconds}
+            row = {"seed": seed, "budget": budget, "objective": scores.objective, "stream": stream}
+            row |= {"score_s": score_seconds, "repair_s": seconds}
             row["share"] = spvit.cost(model, architecture)["macs"] / dense_macs
             rows.append(row | agreement(features(pruned.eval(), test), dense, cast(Any, model).num_prefix_tokens))
     return rows
@@ -143,17 +149,16 @@ def measure(model: nn.Module, photographs: Sequence[Image.Image], seed: int, opt
 def table_of(rows: list[dict[str, Any]], options: argparse.Namespace) -> Table:
     """Return the means over seeds as a table."""
     title = f"{options.model}, {options.size} px, {options.count} images, {options.seeds} seeds, nothing trained"
-    columns = ("budget", "stream", *FIGURES, "score_s", "repair_s")
+    columns = ("budget", "objective", "stream", *FIGURES, "score_s", "repair_s")
     table = Table(title=title)
     for column in columns:
         table.add_column(column.replace("_", " "), justify="right")
-    for budget in options.budgets:
-        for stream in options.streams:
-            same = [row for row in rows if (row["budget"], row["stream"]) == (budget, stream)]
-            if same:
-                means = {name: mean(row[name] for row in same) for name in columns[2:]}
-                seconds = [f"{means[name]:.1f}" for name in columns[-2:]]
-                table.add_row(budget, f"{stream:g}", *(f"{means[name]:.3f}" for name in FIGURES), *seconds)
+    variants = dict.fromkeys(tuple(row[name] for name in columns[:3]) for row in rows)
+    for budget, objective, stream in variants:
+        same = [row for row in rows if (row["budget"], row["objective"], row["stream"]) == (budget, objective, stream)]
+        means = {name: mean(row[name] for row in same) for name in columns[3:]}
+        seconds = [f"{means[name]:.1f}" for name in columns[-2:]]
+        table.add_row(budget, objective, f"{stream:g}", *(f"{means[name]:.3f}" for name in FIGURES), *seconds)
     return table
 
 
@@ -173,6 +178,9 @@ def parse_options() -> argparse.Namespace:
         type=float,
         default=[targets.STREAM],
         help="shares of what brings the residual stream back in a layer's target (default: that of spvit)",
+    )
+    parser.add_argument(
+        "--objectives", nargs="+", default=["auto"], choices=OBJECTIVES, help="what scores count (default: auto)"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--json", help="file to write the rows to, after every seed")

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,20 @@ from spvit.errors import CheckpointError, UnsupportedHostError
 from spvit.hosts.recognise import family_of
 from spvit.replacements.narrow import NarrowAttention
 from spvit.surgery import pruned_record
-from tiny import EVERYTHING, HOSTS, assert_close, images, logits, make_host, make_net, randomise
+from tiny import (
+    EVERYTHING,
+    HOSTS,
+    MIXED,
+    assert_close,
+    assert_untouched,
+    everything_of,
+    images,
+    logits,
+    make_host,
+    make_net,
+    randomise,
+    with_kinds,
+)
 
 LOOKS = Preprocessing((0.5, 0.4, 0.3), (0.2, 0.2, 0.1), "bilinear", 0.875)
 
@@ -117,7 +131,7 @@ def test_saving_what_cannot_be_rebuilt_leaves_nothing_behind(tmp_path: Path) -> 
     import timm
 
     own = timm.models.VisionTransformer(img_size=32, embed_dim=24, depth=1, num_heads=3)
-    for model, message in ((own, r"not made by timm\.create_model"), (nn.Linear(2, 2), "not a supported model family")):
+    for model, message in ((own, r"not made by timm\.create_model"), (nn.Linear(2, 2), "Linear is not supported")):
         with pytest.raises(UnsupportedHostError, match=message):
             spvit.save(model, tmp_path / "folder")
         assert not (tmp_path / "folder").exists()
@@ -361,5 +375,108 @@ def test_files_of_before_hosts_named_their_class_are_read(tmp_path: Path) -> Non
     assert torch.equal(logits(spvit.load(tmp_path / "old"), images(host)), logits(host, images(host)))
     data["host"]["class"] = "ResNet"
     path.write_text(json.dumps(data))
-    with pytest.raises(CheckpointError, match="cannot be rebuilt: the host's class 'ResNet' of timm is unknown"):
+    with pytest.raises(CheckpointError, match="rebuilt: the host's class is 'ResNet', but what timm makes is a Vis"):
         spvit.load(tmp_path / "old")
+
+
+def _transformers(name: str, **options: Any) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    small = {"image_size": 64, "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3}
+    config = getattr(transformers, name).config_class(**{**small, "intermediate_size": 72, **options})
+    return getattr(transformers, name)(config, **({"add_pooling_layer": False} if name == "ViTModel" else {}))
+
+
+def _timm(name: str, **options: Any) -> nn.Module:
+    small = {"img_size": 64, "embed_dim": 24, "depth": 4, "num_heads": 3, "num_classes": 7}
+    return pytest.importorskip("timm").create_model(name, **{**small, **options})
+
+
+FOUND = {
+    "eva02": lambda: _timm("eva02_tiny_patch14_224", img_size=56),
+    "dinov2": lambda: _transformers("Dinov2Model", patch_size=16),
+    "without pooling": lambda: _transformers("ViTModel"),
+    "siglip": lambda: _transformers("SiglipVisionModel"),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_models_that_were_recognised_are_rebuilt(name: str, tmp_path: Path) -> None:
+    host = randomise(FOUND[name]()).eval()
+    known = spvit.recognise(host)
+    x = torch.randn(2, *known.input_size)
+    blocks = [Block(Attention(kind), FFN.whole(sites.ffn.units)) for kind, sites in zip(MIXED, known.blocks)]
+    blocks[3] = replace(blocks[3], ffn=FFN(blocks[3].ffn.width, (1, 3, 4)))
+    pruned = spvit.prune(known, Architecture(tuple(blocks)))
+    for folder, model in (("dense", host), ("pruned", pruned), ("folded", spvit.fold(pruned))):
+        loaded = spvit.load(spvit.save(model, tmp_path / folder))
+        assert type(loaded) is type(host)
+        with torch.no_grad():
+            found, expected = (first(model(x)) for model in (loaded, model))
+        assert torch.equal(found, expected)
+        assert describe(tmp_path / folder).input_size == known.input_size
+        again = spvit.save(loaded, tmp_path / f"{folder} again")
+        assert (again / DESCRIPTION).read_bytes() == (tmp_path / folder / DESCRIPTION).read_bytes()
+    assert pruned_record(spvit.load(tmp_path / "pruned")) == pruned_record(pruned)
+
+
+def first(output: Any) -> torch.Tensor:
+    """Return the first tensor of what a model answers."""
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def test_files_of_hugging_face_models_of_before_sites_were_written_are_read(tmp_path: Path) -> None:
+    host, net = make_net("huggingface_options")
+    pruned = spvit.prune(host, spvit.decide(net), weights=net)
+    for name, model in (("dense", host), ("pruned", pruned)):
+        path = spvit.save(model, tmp_path / name) / DESCRIPTION
+        data = json.loads(path.read_text())
+        source = {key: data["host"][key] for key in ("library", "config", "attention")}
+        path.write_text(json.dumps({**data, "host": source, "input_size": None}))
+        assert torch.equal(logits(spvit.load(path.parent), images(host)), logits(model, images(host)))
+        assert describe(path.parent).input_size == (3, 64, 96)
+
+
+def _torchvision(width: int = 24, depth: int = 4) -> nn.Module:
+    models = pytest.importorskip("torchvision.models")
+    return models.VisionTransformer(64, 16, depth, 3, width, 72, num_classes=7)
+
+
+def test_other_models_load_onto_a_dense_one(tmp_path: Path) -> None:
+    host = randomise(_torchvision()).eval()
+    pruned = spvit.prune(host, with_kinds(EVERYTHING, *MIXED))
+    x = torch.randn(2, 3, 64, 64)
+    frame = _torchvision().train()
+    before = everything_of(frame)
+    for name, model in (("dense", host), ("pruned", pruned), ("folded", spvit.fold(pruned))):
+        folder = spvit.save(model, tmp_path / name, classes=list("abcdefg"))
+        loaded = spvit.load(folder, host=frame)
+        assert not loaded.training
+        assert torch.equal(logits(loaded, x), logits(model, x))
+        assert_untouched(frame, before)
+        with pytest.raises(CheckpointError, match=r"VisionTransformer cannot be made again .*\(folder, host=model\)"):
+            spvit.load(folder)
+    saved = spvit.save(spvit.recognise(host), tmp_path / "host", classes=list("abcdefg"))
+    assert (saved / DESCRIPTION).read_text() == (tmp_path / "dense" / DESCRIPTION).read_text()
+    for other, message in (
+        (_torchvision(width=48), r"class_token is \[1, 1, 48\] there, but \[1, 1, 24\] in the file"),
+        (_torchvision(depth=3), r"encoder\.layers\.encoder_layer_3\.ln_2\.bias is missing there, but \[24\] in the"),
+        (nn.Linear(2, 3), r"weight is \[3, 2\] there, but missing in the file"),
+    ):
+        with pytest.raises(CheckpointError, match=f"host= does not fit: {message}"):
+            spvit.load(tmp_path / "pruned", host=other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sites": 3}, r"host\.family\.sites is 3, expected a list"),
+        ({"images": None}, r"host\.family\.images is None, expected text"),
+        ({"sites": [], "colour": 1}, r"host\.family: unknown field 'colour'"),
+    ],
+)
+def test_odd_sites_are_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = spvit.save(make_host("huggingface"), tmp_path)
+    host = json.loads((folder / DESCRIPTION).read_text())["host"]
+    edit(folder, host={**host, "family": {**host["family"], **change}})
+    with pytest.raises(CheckpointError, match=rf"model\.json: the model cannot be rebuilt: {message}"):
+        spvit.load(folder)

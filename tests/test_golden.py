@@ -13,8 +13,7 @@ from golden import DIM, HEADS, golden, load_batchnorm, make_layer, needs_golden
 from layers import site_of
 from spvit.cost import NetworkCost
 from spvit.hosts.grid import Grid
-from spvit.hosts.recognise import family_of_library
-from spvit.hosts.timm_swin import WindowedGrid
+from spvit.hosts.timm_swin import FAMILY, WindowedGrid
 from spvit.hosts.weights import AttentionWeights
 from spvit.replacements import kernels
 from spvit.replacements.bottleneck import BottleneckConv
@@ -176,7 +175,7 @@ def test_window_attention_in_evaluation(kind: str) -> None:
 
 
 def test_swin_temperature_is_the_published_one() -> None:
-    assert family_of_library("timm", "SwinTransformer").temperature == golden("swin_attention")["w.alpha"].item()
+    assert FAMILY.temperature == golden("swin_attention")["w.alpha"].item()
 
 
 @pytest.mark.parametrize("kind", ["conv3", "conv1"])

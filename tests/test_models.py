@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,10 +123,94 @@ def test_published_models_take_the_arguments_of_their_hosts() -> None:
 
 
 def test_unsupported_family_is_named() -> None:
-    with pytest.raises(UnsupportedHostError, match=r"ResNet is not a supported model family; supported are timm"):
+    with pytest.raises(UnsupportedHostError, match=r"ResNet is not supported: no self-attention was found"):
         open_model(ModelConfig(model="resnet18", pretrained=False))
 
 
 def test_model_without_a_head_is_refused() -> None:
     with pytest.raises(UnsupportedHostError, match="has no classification head"):
         number_of_classes(torch.nn.Linear(2, 2))
+
+
+def _config(name: str, **options: object) -> object:
+    transformers = pytest.importorskip("transformers")
+    small = {"image_size": 16, "patch_size": 8, "hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 48}
+    return getattr(transformers, name)(**{**small, "num_hidden_layers": 2, **options})
+
+
+def test_hugging_face_backbones_and_towers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    backbone = transformers.Dinov2Model(_config("Dinov2Config"))
+    backbone.save_pretrained(tmp_path / "dinov2")
+    opened = open_model(ModelConfig(model=f"hf:{tmp_path / 'dinov2'}"))
+    assert (type(opened.model), opened.classes, opened.trained) == (transformers.Dinov2Model, None, True)
+    assert states_equal(opened.model, backbone)
+    headed = open_model(ModelConfig(model=f"hf:{tmp_path / 'dinov2'}"), 3)
+    assert (type(headed.model), headed.trained) == (transformers.Dinov2ForImageClassification, False)
+    with pytest.raises(UnsupportedHostError, match="has no classification head"):
+        number_of_classes(opened.model)
+    vision, text = (_config(name).to_dict() for name in ("SiglipVisionConfig", "SiglipTextConfig"))
+    both = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
+    both.save_pretrained(tmp_path / "siglip")
+    tower = open_model(ModelConfig(model=f"hf:{tmp_path / 'siglip'}")).model
+    assert type(tower) is type(both.vision_model)
+    assert states_equal(tower, both.vision_model)
+
+
+OWN = """
+import timm
+from spvit import Preprocessing
+
+def vit(depth=2):
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=depth, num_heads=3, in_chans=1)
+
+def prepared():
+    return vit(), Preprocessing((0.1,), (0.2,))
+
+def broken():
+    raise RuntimeError("no weights\\nat all")
+
+ready = vit()
+number = lambda: 3
+text = "vit"
+"""
+
+
+@pytest.fixture(name="own")
+def _own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = f"own_{tmp_path.name.strip('_').replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(OWN)
+    (tmp_path / f"{name}_bad.py").write_text("import no_such_library")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    return name
+
+
+def test_functions_of_the_user_make_models(own: str) -> None:
+    opened = open_model(ModelConfig(model=f"{own}:vit", model_args={"depth": 3}), code=True)
+    assert (len(opened.model.blocks), len(opened.preprocessing.mean), opened.trained) == (3, 1, True)
+    assert open_model(ModelConfig(model=f"{own}:prepared"), code=True).preprocessing == Preprocessing((0.1,), (0.2,))
+    assert open_model(ModelConfig(model=f"{own}:ready"), code=True).model is sys.modules[own].ready
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_module:vit", r"^no module no_such_module is found from /\S+; see no_such_module:vit$"),
+        ("{}.inner:vit", r"^no module \S+\.inner is found from "),
+        ("{}_bad:vit", r"_bad:vit failed: ModuleNotFoundError: No module named 'no_such_library'$"),
+        ("{}:swin", r"^module \S+ has no 'swin'; expected a function or class that returns the model$"),
+        ("{}:broken", r":broken failed: RuntimeError: no weights$"),
+        ("{}:number", r":number returned int, expected a torch\.nn\.Module$"),
+        ("{}:text", r":text failed: TypeError: 'str' object is not callable$"),
+    ],
+)
+def test_functions_that_make_no_model_are_one_line(own: str, name: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        open_model(ModelConfig(model=name.format(own)), code=True)
+
+
+def test_code_is_not_run_unless_allowed(own: str) -> None:
+    with pytest.raises(ModelError, match=":vit names code, which only --model on the command line may"):
+        open_model(ModelConfig(model=f"{own}:vit"))
+    assert own not in sys.modules

@@ -46,7 +46,7 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     def small_model(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
         """Stand in for a pre-trained model, which the tests neither download nor have minutes for."""
-        return create_model(name, **options, **(SMALL if pretrained else {}))
+        return create_model(name, **{**(SMALL if pretrained else {}), **options})
 
     monkeypatch.setattr(timm, "create_model", small_model)
     monkeypatch.chdir(tmp_path)

@@ -38,7 +38,10 @@ from spvit.errors import (
     UnsupportedHostError,
     ZooError,
 )
+from spvit.hosts.declared import Sites
 from spvit.hosts.host import Host, recognise
+from spvit.hosts.recognise import register
+from spvit.hosts.sites import Rows, UnitRows
 from spvit.repair.constraints import Constraints
 from spvit.repair.scores import Scores, score
 from spvit.replacements.costs import cost
@@ -59,10 +62,10 @@ _LATER = {
 __all__ = [
     "Architecture", "ArchitectureError", "BudgetError", "BudgetLoss", "CalibrationError", "CheckpointError",
     "CompressConfig", "ConstraintError", "Constraints", "DataError", "Description", "GridError", "Host", "ImageConfig",
-    "Images", "ModelError", "NotSearchableError", "PhaseConfig", "Preprocessing", "RunError", "RunFolderError",
-    "Scores", "SearchConfig", "SpvitError", "UnsupportedHostError", "ZooError", "architectures", "compress", "cost",
-    "create_model", "decide", "describe", "fold", "gate_parameters", "load", "make_searchable", "prune", "recognise",
-    "save", "score",
+    "Images", "ModelError", "NotSearchableError", "PhaseConfig", "Preprocessing", "Rows", "RunError", "RunFolderError",
+    "Scores", "SearchConfig", "Sites", "SpvitError", "UnitRows", "UnsupportedHostError", "ZooError", "architectures",
+    "compress", "cost", "create_model", "decide", "describe", "fold", "gate_parameters", "load", "make_searchable",
+    "prune", "recognise", "register", "save", "score",
 ]  # fmt: skip
 
 

@@ -7,12 +7,11 @@ arguments only.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
-import inspect
 import json
 import os
 import re
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -24,8 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spvit.architecture import Architecture, architecture_from_dict
-from spvit.errors import ArchitectureError, CheckpointError, ModelError
-from spvit.hosts.recognise import family_of, family_of_library
+from spvit.errors import ArchitectureError, CheckpointError
+from spvit.hosts.found import FoundFamily
+from spvit.hosts.host import Host
+from spvit.hosts.recognise import family_of
+from spvit.hosts.site_files import from_data
+from spvit.hosts.sources import build, can_build
 from spvit.surgery import fold, prune, pruned_record
 
 FORMAT = "spvit-model"
@@ -35,8 +38,6 @@ DESCRIPTION = "model.json"
 # The settings that published training scripts store beside the weights: plain containers, read so that the weights can
 # be. The second is a dictionary of yacs, which need not be installed.
 _SETTINGS: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
-# Implementations of attention that come with transformers; it would download and run any other.
-_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 # What timm would quietly resample to another input size.
 _OF_INPUT_SIZE = ("patch_embed.proj.weight", "pos_embed", "relative_position_bias_table")
 
@@ -58,7 +59,7 @@ class Description:
     """What `model.json` says of a model."""
 
     host: dict[str, Any]
-    """The dense model's library, name and arguments."""
+    """The dense model's library, name and arguments, and where its layers were found."""
     architecture: Architecture | None = None
     """What pruning kept; None for a dense model."""
     folded: bool = False
@@ -98,7 +99,7 @@ def write_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def save(
-    model: nn.Module,
+    model: nn.Module | Host,
     folder: str | Path,
     *,
     preprocessing: Preprocessing | None = None,
@@ -108,8 +109,9 @@ def save(
 ) -> Path:
     """Write a dense, pruned or folded model to a folder, so that `load(folder)` rebuilds it. Returns the folder.
 
-    Beside it go what images for it need (preprocessing, names of the classes in the order of the logits) and figures
-    such as its accuracy. The folder is made when absent; `overwrite` replaces a model that it holds already.
+    A model that neither timm nor transformers makes loads onto a dense one: `load(folder, host=model)`. Beside the
+    weights go what images need (preprocessing, names of the classes in the order of the logits) and figures such as the
+    accuracy. The folder is made when absent; `overwrite` replaces a model that it holds already.
 
     Raises:
         CheckpointError: the folder holds a model already, or `load` could not rebuild this one.
@@ -118,7 +120,9 @@ def save(
     folder = Path(folder)
     if (folder / WEIGHTS).exists() and not overwrite:
         raise CheckpointError(f"{folder} holds a model already; name another folder, or pass overwrite=True")
-    family, record = family_of(model), pruned_record(model)
+    family = model.family if isinstance(model, Host) else family_of(model)
+    model = model.model if isinstance(model, Host) else model
+    record = pruned_record(model)
     if classes is not None and len(classes) != family.classes(model):
         raise CheckpointError(f"{len(classes)} class names were given for a model of {family.classes(model)} classes")
     description = Description(
@@ -130,8 +134,10 @@ def save(
         classes=tuple(classes) if classes is not None else None,
         metrics=dict(metrics or {}),
     )
-    with torch.device("meta"):
-        different = _difference(model.state_dict(), _built(description, folder / DESCRIPTION).state_dict())
+    different = None
+    if can_build(description.host):
+        with torch.device("meta"):
+            different = _difference(model.state_dict(), _built(description, folder / DESCRIPTION).state_dict())
     if different is not None:
         key, own, rebuilt = different
         found = f"its {key} is {own}, but {rebuilt} in what spvit.load would rebuild"
@@ -170,9 +176,7 @@ def describe(folder: str | Path) -> Description:
     except (TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(f"{path}: a field is missing or of the wrong kind ({error}); write it anew") from error
     if description.input_size is None:  # files of former versions do not say it
-        with torch.device("meta"):
-            host = _built(replace(description, architecture=None, folded=False), path)
-        description = replace(description, input_size=family_of(host).input_size(host))
+        description = replace(description, input_size=_rebuilding(path, lambda: _host(description).input_size))
     return description
 
 
@@ -189,64 +193,88 @@ def _read_field(name: str, value: Any) -> Any:
 def _to_json(description: Description) -> str:
     own = {name: value for name, value in asdict(replace(description, architecture=None)).items() if value is not None}
     text = json.dumps({"format": FORMAT, "version": VERSION, **own}, indent=2)
+    # Lists of numbers take one line: the tokens of windows are thousands.
+    text = re.sub(r"\[\s+([-+.e\d\s,]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
     if description.architecture is None:
         return text + "\n"
     return text[: text.rindex("\n}")] + ',\n  "architecture": ' + description.architecture.to_json().rstrip() + "\n}\n"
 
 
-def load(folder: str | Path) -> nn.Module:
+def load(folder: str | Path, *, host: nn.Module | None = None) -> nn.Module:
     """Return the model that `save` wrote, in evaluation mode on the CPU.
 
+    Args:
+        folder: what `save` wrote.
+        host: the dense model, with any weights, of a saved model that neither timm nor transformers makes. It stays as
+            it is.
+
     Raises:
-        CheckpointError: a file is missing or damaged, or the weights do not fit the description.
+        CheckpointError: a file is missing or damaged, the weights do not fit the description, or the host does not
+            fit, or is missing.
     """
     folder = Path(folder)
-    model, state = _built(describe(folder), folder / DESCRIPTION), read_weights(folder / WEIGHTS)
+    description, state = describe(folder), read_weights(folder / WEIGHTS)
+    model = _built(description, folder / DESCRIPTION, host, state)
     dtype = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
     fit_state(model.to(dtype), state, str(folder / WEIGHTS))
     return model.eval()
 
 
-def _built(description: Description, path: Path) -> nn.Module:
-    """Return a model as a file describes it, with random weights."""
-    source = description.host
-    try:
-        family = family_of_library(source["library"], source.get("class"))
-        if source["library"] == "timm":
-            check_timm_model(source["name"], source["arguments"])
-        else:
-            _check_transformers_model(source)
-        model = family.build(source)
+def _built(
+    description: Description, path: Path, given: nn.Module | None = None, state: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """Return a model as a file describes it, with random weights; made of a dense model where one is given."""
+
+    def make() -> nn.Module:
+        host = _host(description, given)
+        if given is not None:
+            _check_frame(host, state or {})
+        model = host.model
         if description.architecture is not None:
-            model = prune(model, description.architecture, inplace=True)
+            model = prune(host, description.architecture, inplace=True)
         return fold(model, inplace=True) if description.folded else model
+
+    return _rebuilding(path, make)
+
+
+def _rebuilding(path: Path, make: Callable[[], Any]) -> Any:
+    """Return what is made of a description. Raises CheckpointError naming its file."""
+    try:
+        return make()
     except Exception as error:  # whatever a host's library raises for a name or an argument it does not know
         raise CheckpointError(f"{path}: the model cannot be rebuilt: {error}") from error
 
 
-def check_timm_model(name: str, arguments: Mapping[str, Any]) -> None:
-    """Raise ModelError unless timm has registered the model and its classes have all of the arguments.
-
-    So none names a file, a hub or code: `timm.create_model` would take `checkpoint_path` or `pretrained_cfg`.
-    """
-    import timm
-
-    if not name.isidentifier() or not timm.is_model(name):
-        raise ModelError(f"{name!r} is no model that timm has registered")
-    module = sys.modules[timm.model_entrypoint(name).__module__]
-    classes = [item for item in vars(module).values() if isinstance(item, type) and issubclass(item, nn.Module)]
-    known = {parameter for item in classes for parameter in inspect.signature(item.__init__).parameters}
-    for argument in arguments:
-        if argument not in known - {"self", "args", "kwargs"}:
-            raise ModelError(f"{argument!r} is no argument of the model {name}; leave it out")
+def _host(description: Description, given: nn.Module | None = None) -> Host:
+    """Return the dense host that a file describes, with random weights, or a copy of one that is given."""
+    source = description.host
+    model = build(source) if given is None else copy.deepcopy(given).cpu()
+    if "family" not in source:  # known by its class, or of files before sites were written
+        return Host.of(model)
+    family = from_data(FoundFamily, source["family"], "host.family")
+    return Host(model, family, family.blocks(model), family.input_size(model))
 
 
-def _check_transformers_model(source: Mapping[str, Any]) -> None:
-    """Raise ModelError when a configuration asks for code that does not come with transformers."""
-    config = source["config"]
-    found = [source["attention"], *(value for key, value in config.items() if "implementation" in key)]
-    if "auto_map" in config or not {*map(str, found)} <= {"None", *_ATTENTION}:
-        raise ModelError(f"its configuration asks for code of others: {config.get('auto_map', found)}")
+def _check_frame(host: Host, state: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless a dense model has all weights of a file that pruning leaves as they are."""
+    changed = []
+    for block in host.blocks:
+        changed += [block.attention.path, block.attention.norm, *block.ffn.linears, block.ffn.second, block.ffn.norm]
+    paths = tuple(path for path in changed if path is not None)
+
+    def kept(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        inside = tuple(f"{path}." for path in paths)
+        return {key: value for key, value in weights.items() if not key.startswith(inside)}
+
+    different = _difference(kept(host.model.state_dict()), kept(state))
+    if different is not None:
+        key, own, found = different
+        raise CheckpointError(f"host= does not fit: {key} is {own} there, but {found} in the file")
+    for path in paths:
+        try:
+            host.model.get_submodule(path)
+        except AttributeError as error:
+            raise CheckpointError(f"host= does not fit: it has no {path}") from error
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from spvit.errors import CalibrationError, ConstraintError, NotSearchableError
 from spvit.hosts.host import Host
 from spvit.repair.choose import check_reachable, decide_by_scores
 from spvit.repair.constraints import Constraints
+from spvit.repair.objective import Asked
 from spvit.repair.scores import Scores, score
 from spvit.search.network import searchable_inside
 from spvit.search.read_off import decide_by_gates
@@ -27,6 +28,7 @@ def decide(
     scores: Scores | None = None,
     calibration: Tensor | Iterable[Any] | None = None,
     constraints: Constraints | None = None,
+    objective: Asked = "auto",
     report: Callable[[int, int], object] | None = None,
 ) -> Architecture:
     """Return the architecture with the best scores within a budget, or the one that the gates of a search choose.
@@ -47,11 +49,12 @@ def decide(
         scores: what `score(host, images)` returned.
         calibration: images to score the host with now, as in `score`: the short form for a single budget.
         constraints: what the scores' choice leaves alone, such as `Constraints(keep=(0, -1), forbid="skip")`.
+        objective: with calibration images, what counts of the outputs, as in `score`; scores must be by the same.
         report: with calibration images, called with (blocks scored, blocks) after each.
 
     Raises:
         BudgetError: the budget is malformed, or cannot be reached; names the smallest or largest cost that can.
-        CalibrationError: the scores are of another model, the images cannot be used, or both are given.
+        CalibrationError: the scores are of another model or objective, the images cannot be used, or both are given.
         ConstraintError: constraints name what the host does not have, or are given for the gates of a search.
         UnsupportedHostError: the model's family, or a part of it, is not known.
         NotSearchableError: the network has no gates and there are neither scores nor images.
@@ -76,7 +79,8 @@ def decide(
     if scores is None:
         check_reachable(host, budget, multiple, constraints)  # before scoring
         assert calibration is not None
-        scores = score(host, calibration, multiple=multiple or DEFAULT_MULTIPLE, report=report)
+        scores = score(host, calibration, multiple=multiple or DEFAULT_MULTIPLE, objective=objective, report=report)
     elif calibration is not None:
         raise CalibrationError("decide takes scores or calibration images, found both; leave one of the two out")
+    scores.check_objective(host, objective)
     return decide_by_scores(host, scores, budget, multiple, constraints)

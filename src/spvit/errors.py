@@ -53,5 +53,9 @@ class UnsupportedHostError(SpvitError, ValueError):
     """The model is of no supported family, or has a part that its family's adapter does not know."""
 
 
+class UnknownPartError(UnsupportedHostError):
+    """A model of a known family has a part that is not the family's own; what it does may still be recognised."""
+
+
 class ZooError(SpvitError, ValueError):
     """A published model is unknown, or something was asked of it that it does not have."""

@@ -1,7 +1,10 @@
-"""A model from what a user names: a timm model, a Hugging Face model, or a folder that spvit wrote."""
+"""A model from what a user names: of timm, of Hugging Face, a folder that spvit wrote, or a function of the user's."""
 
 import difflib
+import importlib
+import re
 import socket
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,7 @@ from torch import nn
 from spvit import checkpoint
 from spvit.checkpoint import Preprocessing
 from spvit.errors import ModelError, UnsupportedHostError, ZooError
-from spvit.hosts.host import input_size
-from spvit.hosts.recognise import family_of
+from spvit.hosts.recognise import family_of, known_family, said_size
 
 HUGGING_FACE = "hf:"
 
@@ -25,9 +27,9 @@ class ModelConfig:
 
     model: str
     """A timm model (deit_tiny_patch16_224), hf:NAME or hf:FOLDER for Hugging Face, a folder that spvit wrote, or a
-    published model (spvit_deit_tiny_patch16_224)."""
+    published model (spvit_deit_tiny_patch16_224). On the command line also MODULE:FUNCTION, which returns yours."""
     model_args: dict[str, Any] = field(default_factory=dict)
-    """Arguments of timm.create_model, such as {"img_size": 96}."""
+    """Arguments of timm.create_model, such as {"img_size": 96}, or of the function."""
     pretrained: bool = True
     """Whether a timm model starts from its pre-trained weights (downloaded on first use)."""
     checkpoint: str | None = None
@@ -45,20 +47,31 @@ class OpenedModel:
 
 
 def open_model(
-    config: ModelConfig, classes: int | None = None, *, any_family: bool = False, weights: bool = True
+    config: ModelConfig,
+    classes: int | None = None,
+    *,
+    any_family: bool = False,
+    weights: bool = True,
+    code: bool = False,
 ) -> OpenedModel:
     """Return the model that a configuration names.
 
     A head of another size than `classes` is replaced by an untrained one, in timm and Hugging Face models; None keeps
     the head, or takes that of the checkpoint. `any_family` takes models that cannot be pruned, too; without `weights`
-    no pre-trained ones are loaded, and the model is one to count and measure.
+    no pre-trained ones are loaded, and the model is one to count and measure. With `code` a name may be
+    MODULE:FUNCTION, which is imported from the current directory and called.
 
     Raises:
-        ModelError: the name is unknown, or its weights cannot be downloaded.
+        ModelError: the name is unknown, its weights cannot be downloaded, or code fails or is not allowed.
         CheckpointError: a folder or weights file is damaged or does not fit.
         UnsupportedHostError: the model's family is not supported.
     """
-    opened = _open(config, classes, weights)
+    if names_code(config.model):
+        if not code:
+            raise ModelError(f"{config.model} names code, which only --model on the command line may")
+        opened = _open_own(config)
+    else:
+        opened = _open(config, classes, weights)
     if not any_family:
         family_of(opened.model)
     if config.checkpoint is None:
@@ -74,6 +87,39 @@ def open_model(
         state |= {key: own[key] for key in head}
     checkpoint.fit_state(opened.model, state, config.checkpoint)
     return replace(opened, trained=trained)
+
+
+def names_code(model: str) -> bool:
+    """Return whether a name of a model is MODULE:FUNCTION."""
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", model) is not None and not model.startswith(HUGGING_FACE)
+
+
+def _open_own(config: ModelConfig) -> OpenedModel:
+    """Return the model that a function of the user's returns, alone or with its Preprocessing."""
+    module, _, name = config.model.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        make = getattr(importlib.import_module(module), name, None)
+        made = make if isinstance(make, nn.Module) or make is None else make(**config.model_args)
+    except Exception as error:  # whatever the user's code raises
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise ModelError(f"no module {module} is found from {Path.cwd()}; see {config.model}") from error
+        raise ModelError(f"{config.model} failed: {type(error).__name__}: {checkpoint.first_line(error)}") from error
+    model, preprocessing = made if isinstance(made, tuple) and len(made) == 2 else (made, Preprocessing())
+    if make is None:
+        raise ModelError(f"module {module} has no {name!r}; expected a function or class that returns the model")
+    if not isinstance(model, nn.Module) or not isinstance(preprocessing, Preprocessing):
+        raise ModelError(f"{config.model} returned {type(made).__name__}, expected a torch.nn.Module")
+    return OpenedModel(model, _for_channels(preprocessing, input_of(model)[0]), None, trained=True)
+
+
+def _for_channels(preprocessing: Preprocessing, channels: int) -> Preprocessing:
+    """Return the preprocessing of so many channels: where it is of others, their mean for each."""
+    if len(preprocessing.mean) == channels:
+        return preprocessing
+    mean, std = ((sum(values) / len(values),) * channels for values in (preprocessing.mean, preprocessing.std))
+    return replace(preprocessing, mean=mean, std=std)
 
 
 def _open(config: ModelConfig, classes: int | None, weights: bool) -> OpenedModel:
@@ -93,6 +139,7 @@ def _open_timm(config: ModelConfig, classes: int | None, weights: bool) -> Opene
     import timm
     from timm.data import resolve_data_config
 
+    from spvit.hosts.timm_models import check_timm_model
     from spvit.zoo import architectures, host_name  # with it timm knows the published models
 
     name = config.model.split(".")[0]
@@ -101,7 +148,7 @@ def _open_timm(config: ModelConfig, classes: int | None, weights: bool) -> Opene
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         known = "a timm model nor a folder that spvit wrote, and does not start with hf:"
         raise ModelError(f"model {config.model!r} is neither {known}{hint}")
-    checkpoint.check_timm_model(host_name(name) if name in architectures() else name, config.model_args)
+    check_timm_model(host_name(name) if name in architectures() else name, config.model_args)
     arguments = {**({} if classes is None else {"num_classes": classes}), **config.model_args}
     pretrained = config.pretrained and config.checkpoint is None
     if pretrained and weights:
@@ -114,18 +161,15 @@ def _open_timm(config: ModelConfig, classes: int | None, weights: bool) -> Opene
         raise _not_downloaded(config.model, "timm", error) from error
     except (AssertionError, TypeError, ValueError) as error:
         raise ModelError(f"model_args do not fit {config.model}: {error}") from error
-    data, (channels, _) = resolve_data_config({}, model=model), input_of(model)
-    mean, std = tuple(data["mean"]), tuple(data["std"])
-    if len(mean) != channels:  # than the model's source had: their mean for each
-        mean, std = ((sum(values) / len(values),) * channels for values in (mean, std))
+    data = resolve_data_config({}, model=model)
+    preprocessing = Preprocessing(tuple(data["mean"]), tuple(data["std"]), data["interpolation"], data["crop_pct"])
     own_head = model.num_classes == model.pretrained_cfg.get("num_classes")
-    preprocessing = Preprocessing(mean, std, data["interpolation"], data["crop_pct"])
-    return OpenedModel(model, preprocessing, None, trained=pretrained and own_head)
+    return OpenedModel(model, _for_channels(preprocessing, input_of(model)[0]), None, trained=pretrained and own_head)
 
 
 def _open_hugging_face(name: str, classes: int | None, weights: bool) -> OpenedModel:
     try:
-        from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+        from transformers import AutoConfig, AutoImageProcessor
         from transformers.utils import logging
     except ImportError as error:
         raise ModelError("Hugging Face models need an extra; install it with: pip install 'spvit[hf]'") from error
@@ -134,15 +178,15 @@ def _open_hugging_face(name: str, classes: int | None, weights: bool) -> OpenedM
     safely = {"trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(name, **safely)
-        names = tuple(config.id2label[index] for index in range(config.num_labels))
-        resized = classes not in (None, config.num_labels)
+        auto, headed, saved = _auto_class(config, classes is not None)
+        names = tuple(config.id2label[index] for index in range(config.num_labels)) if headed else None
+        resized = headed and classes not in (None, config.num_labels)
         if resized:
             config.num_labels = classes
         if weights:
-            safely |= {"config": config, "ignore_mismatched_sizes": resized}
-            model = AutoModelForImageClassification.from_pretrained(name, **safely)
+            model = auto.from_pretrained(name, config=config, ignore_mismatched_sizes=resized, **safely)
         else:
-            model = AutoModelForImageClassification.from_config(config, **safely)
+            model = auto.from_config(config, **safely)
     except (OSError, ValueError) as error:
         raise _not_downloaded(name, "Hugging Face", error) from error
     try:
@@ -151,7 +195,21 @@ def _open_hugging_face(name: str, classes: int | None, weights: bool) -> OpenedM
     except (OSError, ValueError, AttributeError):  # a folder without one: Hugging Face's own default for ViT
         mean = std = (0.5, 0.5, 0.5)
     preprocessing = Preprocessing(mean, std, "bilinear", crop=1.0)
-    return OpenedModel(model, preprocessing, None if resized else names, trained=not resized)
+    tower = model if headed else getattr(model, "vision_model", model)  # of images and text
+    return OpenedModel(tower, preprocessing, None if resized else names, trained=not resized and (saved or not headed))
+
+
+def _auto_class(config: Any, wants_classes: bool) -> tuple[Any, bool, bool]:
+    """Return the class that opens a model of Hugging Face, whether that has a head, and whether the head was saved.
+
+    One that was saved without a head gets one where classes are wanted and transformers knows such a model.
+    """
+    from transformers import AutoModel, AutoModelForImageClassification
+
+    known = type(config) in AutoModelForImageClassification._model_mapping
+    saved = any("ImageClassification" in name for name in config.architectures or ["ImageClassification"])
+    headed = known and (saved or wants_classes)
+    return (AutoModelForImageClassification if headed else AutoModel), headed, saved
 
 
 def _spare_retries() -> None:
@@ -180,9 +238,18 @@ def _not_downloaded(name: str, library: str, error: Exception) -> ModelError:
 def number_of_classes(model: nn.Module) -> int:
     """Return how many classes a model's head has. Raises UnsupportedHostError when it has none."""
     count = getattr(model, "num_classes", None) or getattr(model, "num_labels", None)
-    if not isinstance(count, int) or count < 1:
+    if not isinstance(count, int):
+        count = _found_classes(model)
+    if count < 1:
         raise UnsupportedHostError(f"this {type(model).__name__} has no classification head; make it with num_classes")
     return count
+
+
+def _found_classes(model: nn.Module) -> int:
+    try:
+        return family_of(model).classes(model)
+    except UnsupportedHostError:
+        return 0
 
 
 def _head_keys(model: nn.Module) -> list[str]:
@@ -195,15 +262,14 @@ def _head_keys(model: nn.Module) -> list[str]:
 
 def input_of(model: Any) -> tuple[int, tuple[int, int] | None]:
     """Return how many channels a model takes, and the (height, width) that it needs; None for any."""
-    try:
-        channels, *size = input_size(model)
-    except UnsupportedHostError:
-        if source := getattr(model, "pretrained_cfg", None):
-            channels, *size = source["input_size"] if source.get("fixed_input_size") else source["input_size"][:1]
-        else:  # of Hugging Face: images are resized to what it was trained on
-            channels, side = getattr(model.config, "num_channels", 3), getattr(model.config, "image_size", None)
-            size = [side, side] if isinstance(side, int) else list(side or ())
-    return channels, (size[0], size[1]) if size else None
+    family = known_family(model)
+    if family is not None:
+        channels, *size = family.input_size(model)
+        return channels, (size[0], size[1])
+    source = getattr(model, "pretrained_cfg", None)
+    channels, said = said_size(model)
+    # Images for models of Hugging Face are resized to what they were trained on.
+    return channels, None if source and not source.get("fixed_input_size") else said
 
 
 def undecayed(model: nn.Module) -> set[str]:

@@ -179,6 +179,9 @@ def test_scores_of_a_run_decide_another_budget(capsys, recipe, trained, tmp_path
     costs = [spvit.cost(micro_host(), architecture)["macs"] for architecture in kept]
     assert costs[1] / costs[0] == pytest.approx(60 / 80, rel=0.01)
     refused(capsys, "holds no scores", *words, "--output", str(tmp_path / "c"), "--scores", str(tmp_path / "none"))
+    again = ["--scores", str(tmp_path / "a"), "--output", str(tmp_path / "c"), "--objective", "tokens"]
+    refused(capsys, "the scores are by objective logits, not tokens", *words, *again)
+    refused(capsys, "objective is 'patch', expected auto or", *words, *again[:-1], "patch")
 
 
 def test_hugging_face_model_is_compressed_and_loaded(capsys, tmp_path: Path) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 import spvit
 from spvit.errors import UnsupportedHostError
-from spvit.hosts.recognise import REGISTRATIONS, family_of, family_of_library
+from spvit.hosts.recognise import REGISTRATIONS, family_of
 from tiny import FAMILY_OF, HOSTS, make_host
 
 timm = pytest.importorskip("timm")
@@ -19,7 +19,7 @@ timm = pytest.importorskip("timm")
 
 def test_every_registered_class_has_a_tiny_host() -> None:
     found = {(type(make_host(name)).__module__.split(".")[0], type(make_host(name)).__name__) for name in HOSTS}
-    assert found == {(item.library, name) for item in REGISTRATIONS for name in item.classes}
+    assert found > {(item.library, name) for item in REGISTRATIONS for name in item.classes}
     assert set(FAMILY_OF) == set(HOSTS)
 
 
@@ -32,22 +32,8 @@ def test_every_registered_class_has_a_tiny_host() -> None:
     ],
 )
 def test_unknown_families_are_refused_by_name(make: Any, named: str) -> None:
-    supported = (
-        "supported are timm: VisionTransformer, VisionTransformerDistilled, SwinTransformer; transformers: "
-        "ViTForImageClassification$"
-    )
-    with pytest.raises(UnsupportedHostError, match=rf"{named} is not a supported model family; {supported}"):
+    with pytest.raises(UnsupportedHostError, match=rf"{named} is not supported: "):
         family_of(make())
-    with pytest.raises(UnsupportedHostError, match="library 'keras' is unknown, expected one of timm, transformers$"):
-        family_of_library("keras")
-    known = "VisionTransformer, VisionTransformerDistilled, SwinTransformer"
-    with pytest.raises(UnsupportedHostError, match=f"class 'ResNet' of timm is unknown, expected one of {known}$"):
-        family_of_library("timm", "ResNet")
-
-
-def test_files_that_name_no_class_are_of_the_first_family() -> None:
-    assert family_of_library("timm") is family_of(make_host("class_token"))
-    assert family_of_library("timm", "SwinTransformer") is family_of(make_host("swin"))
 
 
 class _OddLinear(nn.Linear):
@@ -105,21 +91,6 @@ def test_parts_that_timm_hosts_may_not_have(make: Any, message: str) -> None:
         spvit.make_searchable(host)
 
 
-def test_parts_that_hugging_face_hosts_may_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    vit = pytest.importorskip("transformers.models.vit.modeling_vit")
-    for part in ("attention", "mlp"):
-        host = make_host("huggingface")
-        setattr(host.vit.layers[2], part, nn.Identity())
-        with pytest.raises(UnsupportedHostError, match=rf"layers\.2\.{part} is a \S+\.Identity, but Hugging Face "):
-            spvit.make_searchable(host)
-    host = make_host("huggingface")
-    monkeypatch.delattr(vit, "ViTMLP")
-    with pytest.raises(
-        UnsupportedHostError, match=r"this version of transformers lays Hugging Face .* out differently"
-    ):
-        spvit.make_searchable(host)
-
-
 @pytest.mark.parametrize(
     ("path", "wanted"),
     [
@@ -147,9 +118,10 @@ def test_swin_hosts_may_not_norm_their_hidden_units() -> None:
         spvit.make_searchable(host)
 
 
-@pytest.mark.parametrize("name", ["swinv2_tiny_window8_256", "swinv2_cr_tiny_224"])
-def test_relatives_of_the_families_are_refused_by_name(name: str) -> None:
-    with torch.device("meta"):
-        host = timm.create_model(name)
-    with pytest.raises(UnsupportedHostError, match=rf"{type(host).__name__} is not a supported model family"):
-        family_of(host)
+def test_recognition_needs_no_values_but_of_buffers() -> None:
+    host = make_host("huggingface")
+    assert family_of(copy.deepcopy(host).to("meta")) == family_of(host)
+    with pytest.raises(
+        UnsupportedHostError, match=r"Eva is not supported: it is on the meta device, where \S+ has no values; load"
+    ):
+        family_of(timm.create_model("eva02_tiny_patch14_224", depth=1).to("meta"))

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import spvit
 from spvit.errors import UnsupportedHostError
-from spvit.hosts.host import Host, example_images, input_size, logits_of
-from spvit.hosts.recognise import family_of, family_of_library
+from spvit.hosts.host import Host, example_images, input_size, logits_of, outputs_of
+from spvit.hosts.recognise import family_of
 from spvit.hosts.sites import Rows
 from spvit.hosts.weights import read_weights
 from tiny import FAMILY_OF, HOSTS, assert_close, images, logits, make_host, paths_of
@@ -122,13 +122,27 @@ def test_a_host_is_itself_and_every_verb_takes_it() -> None:
     assert spvit.prune(host, architecture, inplace=True) is model
 
 
-def test_logits_are_found_in_any_answer() -> None:
-    scores = torch.zeros(2, 3)
-    for answer in (scores, (scores, None), [scores], SimpleNamespace(logits=scores)):
+def test_logits_and_features_are_found_in_any_answer() -> None:
+    scores, maps = torch.zeros(2, 3), [torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 2, 2)]
+    for answer in (scores, (scores, maps), [scores], SimpleNamespace(logits=scores), {"logits": scores, "loss": maps}):
         assert logits_of(answer) is scores
+    hidden, pooled, embeds = torch.zeros(2, 5, 4), torch.zeros(2, 4), torch.zeros(2, 6)
+    headless = {"last_hidden_state": hidden, "pooler_output": None}
+    for answer, expected in (
+        (SimpleNamespace(image_embeds=embeds, last_hidden_state=hidden), [embeds]),
+        (SimpleNamespace(last_hidden_state=hidden, pooler_output=pooled), [pooled]),
+        (SimpleNamespace(**headless), [hidden]),
+        (headless, [hidden]),
+        (maps, maps),
+        (SimpleNamespace(feature_maps=tuple(maps)), maps),
+        ({"patches": hidden, "class": pooled, "about": "text"}, [hidden, pooled]),
+    ):
+        found = outputs_of(answer)
+        assert len(found) == len(expected)
+        assert all(own is other for own, other in zip(found, expected))
     for answer in ({}, (), SimpleNamespace(logits=None), None, ("a",)):
         with pytest.raises(
-            UnsupportedHostError, match=f"cannot find class logits in a {type(answer).__name__}; expected"
+            UnsupportedHostError, match=f"cannot find logits or features in a {type(answer).__name__}; expected a tens"
         ):
             logits_of(answer)
 
@@ -137,9 +151,7 @@ def test_logits_are_found_in_any_answer() -> None:
 def test_a_host_can_be_built_again_from_its_source(name: str) -> None:
     host = make_host(name)
     source = family_of(host).source(host)
-    family = family_of_library(source["library"], source.get("class"))
-    assert family is family_of(host)
-    twin = family.build(json.loads(json.dumps(source))).to(torch.float64).eval()
+    twin = family_of(host).build(json.loads(json.dumps(source))).to(torch.float64).eval()
     assert type(twin) is type(host)
     twin.load_state_dict(host.state_dict(), strict=True)
     assert torch.equal(logits(twin, images(host)), logits(host, images(host)))

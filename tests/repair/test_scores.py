@@ -20,13 +20,11 @@ from spvit.repair.scores import (
     MEASURED_SHARES,
     MEASURING,
     BlockScores,
-    Head,
     Scores,
-    divergence,
     score,
     split_images,
 )
-from tiny import ALIKE, assert_close, images, logits, make_host, paths_of, randomise
+from tiny import images, logits, make_host, randomise
 
 WIDTH = 72
 CONVOLUTIONS = [Attention("conv3"), Attention("conv1"), Attention("skip")]
@@ -87,20 +85,6 @@ def test_scores_do_not_depend_on_flags_or_batches_and_leave_the_host_alone() -> 
         assert [value for _, value in own.attention] == pytest.approx([value for _, value in other.attention], rel=1e-6)
     assert [module.training for module in host.blocks] == [True, False, True, True]
     assert all(torch.equal(host.state_dict()[key], value) for key, value in before.items())
-
-
-@pytest.mark.parametrize("name", ALIKE)
-def test_the_head_is_the_host_behind_its_last_block(name: str) -> None:
-    host = make_host(name)
-    x = images(host, 3)
-    outputs: list[Tensor] = []
-    handle = host.get_submodule(paths_of(host)[-1].block).register_forward_hook(
-        lambda module, args, out: outputs.append(out[0] if isinstance(out, tuple) else out)
-    )
-    expected = logits(host, x)
-    handle.remove()
-    with torch.no_grad():
-        assert_close(Head(Host.of(host), images(host, 1, seed=4))(outputs[0]), expected)
 
 
 @pytest.mark.parametrize("sizes", [(7,), (1,) * 7, (2, 3, 2), (3, 1, 1, 2)])
@@ -197,13 +181,3 @@ def test_scores_of_other_weights_are_refused() -> None:
     with pytest.raises(CalibrationError, match="of other weights than this VisionTransformer has; score it again"):
         spvit.decide(other, macs="70%", scores=scores)
     assert spvit.decide(copy.deepcopy(host), macs="70%", scores=scores) == spvit.decide(host, macs="70%", scores=scores)
-
-
-@pytest.mark.parametrize("shape", [(5, 1), (5, 3, 4)])
-def test_without_two_logits_the_score_is_the_error_relative_to_the_variance(shape: tuple[int, ...]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    found, dense_output = (torch.randn(shape, generator=generator) for _ in range(2))
-    error, variance = divergence(found, dense_output, classes=shape[-1] if len(shape) == 2 else 0)
-    centred = dense_output - dense_output.flatten(0, -2).mean(0)
-    assert error / variance == pytest.approx(float((found - dense_output).square().sum() / centred.square().sum()))
-    assert divergence(dense_output, dense_output, classes=0)[0] == 0

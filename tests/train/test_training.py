@@ -271,6 +271,8 @@ def test_scores_stay_in_the_run_folder_for_another_budget(tmp_path: Path, monkey
     assert spvit.Scores.load(tmp_path / "other") == spvit.Scores.load(tmp_path / "first")
     with pytest.raises(CalibrationError, match="the scores are of other weights"):
         compress(micro_host(seed=1), images, "60%", config=config)
+    with pytest.raises(CalibrationError, match="the scores are by objective logits, not tokens; leave the objective o"):
+        compress(host, images, "60%", config=replace(config, objective="tokens"))
     with pytest.raises(CalibrationError, match="holds no scores that can be read"):
         compress(host, images, "60%", config=replace(config, scores=str(tmp_path / "none")))
     with pytest.raises(DataError, match="decide without a search; leave them out, or dense.epochs and search.ep"):

@@ -97,6 +97,11 @@ def _hosts(marker: Path) -> list[dict[str, Any]]:
         {**hf, "config": config, "attention": "someone/harmful-kernels"},
         {**hf, "config": {**config, "attn_implementation": "someone/harmful-kernels"}},
         {**hf, "config": {**config, "_attn_implementation": "someone/harmful-kernels"}},
+        {**hf, "config": {**config, "vision_config": {"auto_map": {"AutoModel": "someone/harmful--code.Model"}}}},
+        {**hf, "config": {**config, "backbone": "someone/harmful", "use_timm_backbone": True}},
+        {**hf, "class": "DPTForDepthEstimation", "config": {"inside": {"backbone": "someone/harmful"}}},
+        {**hf, "class": "TimmWrapperModel", "config": {"model_args": {"checkpoint_path": weights}}},
+        *({**hf, "config": config, "class": name} for name in ("os.system", "pipeline", "ViTConfig", "AutoModel", 3)),
     ]
 
 
@@ -108,7 +113,7 @@ def test_a_description_names_registered_models_and_plain_arguments_only(tmp_path
         for changed in ({**description, "host": host}, {**description, "host": host, "input_size": None}):
             (folder / "model.json").write_text(json.dumps(changed))
             with pytest.raises(
-                CheckpointError, match=r"cannot be rebuilt: ('.*' is no |its configuration asks for code)"
+                CheckpointError, match=r"cannot be rebuilt: (.* is no |its configuration asks for code)"
             ):
                 spvit.load(folder)
 
@@ -182,6 +187,8 @@ def test_recipes_and_settings_of_a_run_are_data(tmp_path: Path, marker: Path, mo
         yaml.safe_dump({**plain, "images": evil}),
         yaml.safe_dump({**plain, "dense": evil}),
         yaml.safe_dump({**plain, "model_args": evil}),
+        yaml.safe_dump({**plain, "model": "harmful_module:Evil"}),
+        yaml.safe_dump({**plain, "dense": {"teacher": "harmful_module:Evil"}}),
         yaml.safe_dump({**plain, "model_args": {**MODEL_ARGS, "norm_layer": evil}}),
     ]
     for text in texts:

@@ -27,7 +27,7 @@ def model_and_images(
     """
     found = find(options.data, options.images)
     classes = found[-1]
-    opened = open_model(options, len(classes), weights=weights)
+    opened = open_model(options, len(classes), weights=weights, code=True)
     count = number_of_classes(opened.model)
     if count != len(classes):
         problem = f"{options.data} has {len(classes)} classes, but {options.model} was made for {count}"

@@ -19,8 +19,10 @@ from rich.logging import RichHandler
 
 from spvit.cli import commands as run
 from spvit.cli import options as cli
+from spvit.cli.check import check_command
 from spvit.cli.parser import CommandParser, Help, command_parser
 from spvit.errors import RunError, SpvitError
+from spvit.models import names_code
 from spvit.train.processes import processes
 from spvit.train.run_folder import RunFolder
 
@@ -31,6 +33,7 @@ COMMANDS: dict[str, tuple[Any, Callable[..., None]]] = {  # the options and the 
     "finetune": (cli.FinetuneCommand, run.finetune_command),
     "evaluate": (cli.EvaluateCommand, run.evaluate_command),
     "profile": (cli.ProfileCommand, run.profile_command),
+    "check": (cli.CheckCommand, check_command),
     "convert": (cli.ConvertCommand, run.convert_command),
     "demo": (cli.DemoCommand, run.compress_command),
 }
@@ -67,13 +70,21 @@ def parse(arguments: Sequence[str]) -> tuple[str, Any]:
     parser = command_parser(name, COMMANDS[name][0])
     values = parser.parse_args(words)
     if not (values.get("resume") and values.get("output")):
-        return name, _options(name, parser, values)
+        return name, _typed(_options(name, parser, values), words)
     folder = RunFolder.open(values.output, resume=True)
     before = parser.parse_args(["--recipe", str(folder.settings_of("compress" if name == "demo" else name))])
     # The run's own settings come first, so that what is given now takes precedence over them.
     options = _options(name, parser, parser.parse_args(words, namespace=before))
     folder.check_continued(_options(name, parser, before), options)
-    return name, options
+    return name, _typed(options, words)
+
+
+def _typed(options: Any, words: Sequence[str]) -> Any:
+    """Return options. Raises SpvitError when a file, and not the command line, names code as the model."""
+    model = getattr(options, "model", None) or ""
+    if names_code(model) and not any(word.partition("=")[2] == model or word == model for word in words):
+        raise SpvitError(f"model {model} names code, which no file may; type it: --model {model}")
+    return options
 
 
 def _name(arguments: Sequence[str]) -> str:

@@ -107,6 +107,22 @@ class ProfileCommand(ModelConfig):
     """Measure the latency at batch 1 and 64 on this machine too."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckCommand:
+    """Show what spvit finds in a model and verifies, and what each part of it may become."""
+
+    model: str
+    """A timm model, hf:NAME or hf:FOLDER, a folder that spvit wrote, or MODULE:FUNCTION, which returns yours."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of timm.create_model, such as {"img_size": 96}, or of the function."""
+    image_size: str | None = None
+    """Height and width of its images (224x224), where the model does not say them."""
+    channels: int | None = None
+    """Channels of its images; when absent those of its first convolution, or 3."""
+    json: bool = False
+    """Print JSON in place of tables."""
+
+
 @dataclass(frozen=True)
 class ConvertCommand:
     """Convert a DeiT, Swin or published SPViT checkpoint, or its FFN indicator file, to spvit's format."""

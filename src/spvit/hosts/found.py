@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from spvit.errors import UnsupportedHostError
 from spvit.hosts.grid import Grid, GridTracker
+from spvit.hosts.site_files import to_data
 from spvit.hosts.sites import BlockSites, Undo
+from spvit.hosts.sources import build, source_of
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ class FoundFamily:
     whole_grids = watch_grids
 
     def source(self, model: nn.Module) -> dict[str, Any]:
-        """Raise UnsupportedHostError: such a model cannot be made again from a description."""
-        raise UnsupportedHostError(f"this {self.name} cannot be rebuilt from a file")
+        """Return these sites, and what makes the same dense model again where a library can, as JSON values."""
+        return {**source_of(model), "family": to_data(self)}
 
     def build(self, source: dict[str, Any]) -> nn.Module:
-        """Raise UnsupportedHostError: such a model cannot be made again from a description."""
-        raise UnsupportedHostError(f"this {self.name} cannot be rebuilt from a file")
+        """Make a dense model with random weights from what `source` returned. Raises UnsupportedHostError."""
+        return build(source)

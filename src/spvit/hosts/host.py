@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,9 @@ from spvit.hosts.recognise import RECORD, family_of
 from spvit.hosts.replay import BlockCall, record_calls
 from spvit.hosts.sites import AttentionSite, BlockSites, Family
 from spvit.hosts.weights import AttentionWeights, read_weights
+
+OUTPUTS = ("logits", "image_embeds", "pooler_output", "last_hidden_state", "feature_maps")
+"""Names of a model's main output, in the order in which they count."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,15 +163,20 @@ def macs_of_image(model: nn.Module | Host) -> int:
     return count_macs(model.model if isinstance(model, Host) else model, lambda twin: twin(images))
 
 
+def outputs_of(output: Any) -> list[Tensor]:
+    """Return the logits or features, [B, ...], in whatever a model's forward returned; several in a list of maps."""
+    get = output.get if isinstance(output, Mapping) else lambda name: getattr(output, name, None)
+    found = next((value for name in OUTPUTS if (value := get(name)) is not None), output)
+    several = found.values() if isinstance(found, Mapping) else found if isinstance(found, (list, tuple)) else [found]
+    tensors = [item for item in several if isinstance(item, Tensor) and item.dim()]
+    if not tensors:
+        raise UnsupportedHostError(
+            f"cannot find logits or features in a {type(output).__name__}; expected a tensor, tensors, or one of "
+            f"{', '.join(OUTPUTS)} in an object or dictionary"
+        )
+    return tensors[:1] if isinstance(output, tuple) else tensors
+
+
 def logits_of(output: Any) -> Tensor:
     """Return the class logits [B, classes] from whatever a host's forward returned."""
-    if isinstance(output, Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-        return output[0]
-    raise UnsupportedHostError(
-        f"cannot find class logits in a {type(output).__name__}; expected a tensor or an object with .logits"
-    )
+    return outputs_of(output)[0]

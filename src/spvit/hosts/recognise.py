@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from spvit.errors import UnsupportedHostError
 from spvit.hosts.behaviour.discover import discover
+from spvit.hosts.declared import Sites
 from spvit.hosts.sites import Family
 
 RECORD = "spvit_record"
@@ -26,10 +29,12 @@ class Registration:
     adapter: str
 
 
+DECLARED: dict[type[nn.Module], Sites] = {}
+"""What users declare, by class."""
+
 REGISTRATIONS = (
     Registration("timm", ("VisionTransformer", "VisionTransformerDistilled"), "spvit.hosts.timm_vit"),
     Registration("timm", ("SwinTransformer",), "spvit.hosts.timm_swin"),
-    Registration("transformers", ("ViTForImageClassification",), "spvit.hosts.hf_vit"),
 )
 
 
@@ -43,25 +48,93 @@ def family_of(model: nn.Module, size: tuple[int, int, int] | None = None) -> Fam
     Raises:
         UnsupportedHostError: names the model's class, and what was looked for and found, or the part of it to pass.
     """
-    record = vars(model).get(RECORD)
-    if record is not None:
-        family: Family = record.family
-        return family
-    registration = _registration_of(model)
-    if registration is not None:
-        return _adapter(registration)
+    known = known_family(model)
+    if known is not None:
+        return known
+    declared = _declared_for(model)
+    if declared is not None:
+        return _verified(model, declared, size)
     advice = _advice(model)
     try:
         if advice is not None:
             raise UnsupportedHostError(advice)
-        return discover(model, size or _size_of(model))
+        return discover(_with_values(model), size or size_of(model))
     except UnsupportedHostError as error:
         cls = type(model)
         raise UnsupportedHostError(f"{cls.__module__}.{cls.__qualname__} is not supported: {error}") from error
 
 
-def _size_of(model: Any) -> tuple[int, int, int]:
+def known_family(model: nn.Module) -> Family | None:
+    """Return the family of a model that is known without running it, by its record or its class; None for others."""
+    record = vars(model).get(RECORD)
+    if record is not None:
+        family: Family = record.family
+        return family
+    registration = _registration_of(model)
+    return None if registration is None or _declared_for(model) is not None else _adapter(registration)
+
+
+def register(cls: type[nn.Module], sites: Sites | None) -> None:
+    """Declare where the layers of a class of models are, its subclasses included; every verb then takes its models.
+
+    What is declared is verified on each model: attention must compute what the named projections give, each FFN unit
+    must act alone, tokens must be patches behind prefix tokens. It holds for this process.
+
+    Args:
+        cls: the class of the whole model.
+        sites: the names; None takes a declaration back.
+
+    Raises:
+        UnsupportedHostError: cls is no class of models. Wrong names raise it when a model of the class is used.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise UnsupportedHostError(f"register takes a class of models, found {cls!r}; pass type(model)")
+    if sites is None:
+        DECLARED.pop(cls, None)
+    else:
+        DECLARED[cls] = sites
+
+
+def _declared_for(model: nn.Module) -> Sites | None:
+    return next((DECLARED[cls] for cls in type(model).__mro__ if cls in DECLARED), None)
+
+
+def _verified(model: nn.Module, declared: Sites, size: tuple[int, int, int] | None) -> Family:
+    """Return the family that a user declares of a model. Raises UnsupportedHostError saying what does not hold."""
+    try:
+        family = discover(_with_values(model), size or declared.input_size or size_of(model), declared)
+        declared.check(model, family.sites)
+    except UnsupportedHostError as error:
+        raise UnsupportedHostError(
+            f"the sites registered for {type(model).__qualname__} do not hold: {error}"
+        ) from error
+    return family
+
+
+def _with_values(model: nn.Module) -> nn.Module:
+    """Return a model that can run: of one on the meta device a copy with random weights, which recognition may have."""
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        return model
+    buffer = next((name for name, buffer in model.named_buffers() if buffer.is_meta), None)
+    if buffer is not None:
+        raise UnsupportedHostError(f"it is on the meta device, where {buffer} has no values; load its weights first")
+    twin = copy.deepcopy(model).to_empty(device="cpu").float()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.normal_(0, parameter[0].numel() ** -0.5) if parameter.dim() > 1 else parameter.normal_(1, 0.1)
+    return twin
+
+
+def size_of(model: nn.Module) -> tuple[int, int, int]:
     """Return (channels, height, width) of the images that a model says it takes. Raises UnsupportedHostError."""
+    channels, size = said_size(model)
+    if size is None:
+        raise UnsupportedHostError("it does not say what images it takes; pass some: spvit.recognise(model, images)")
+    return (channels, *size)
+
+
+def said_size(model: Any) -> tuple[int, tuple[int, int] | None]:
+    """Return how many channels the images of any model have, and (height, width) as it says; None if it does not."""
     config = getattr(model, "config", None)
     described = getattr(model, "pretrained_cfg", None) or {}
     sides = [getattr(config, "image_size", None)]
@@ -71,9 +144,7 @@ def _size_of(model: Any) -> tuple[int, int, int]:
     side = next((item for item in sides if isinstance(item, int) or _is_pair(item)), None)
     convolution = next((part for part in model.modules() if isinstance(part, nn.Conv2d)), None)
     channels = getattr(config, "num_channels", 3 if convolution is None else convolution.in_channels)
-    if side is None:
-        raise UnsupportedHostError("it does not say what images it takes; pass some: spvit.recognise(model, images)")
-    return (channels, side, side) if isinstance(side, int) else (channels, *side)
+    return channels, (side, side) if isinstance(side, int) else side
 
 
 def _is_pair(value: Any) -> bool:
@@ -96,22 +167,6 @@ def _advice(model: nn.Module) -> str | None:
     cls = type(model.get_submodule(inside)).__name__
     expression = re.sub(r"\.(\d+)", r"[\1]", f"model.{inside}")
     return f"its {cls} inside is: pass {expression}"
-
-
-def family_of_library(library: str, model_class: str | None = None) -> Family:
-    """Return the family that a saved model's host came from, by its library and class (None: the library's first one).
-
-    Raises UnsupportedHostError naming what is unknown and what is known.
-    """
-    found = [item for item in REGISTRATIONS if item.library == library]
-    if not found:
-        known = ", ".join(dict.fromkeys(item.library for item in REGISTRATIONS))
-        raise UnsupportedHostError(f"the host's library {library!r} is unknown, expected one of {known}")
-    for registration in found:
-        if model_class is None or model_class in registration.classes:
-            return _adapter(registration)
-    known = ", ".join(name for item in found for name in item.classes)
-    raise UnsupportedHostError(f"the host's class {model_class!r} of {library} is unknown, expected one of {known}")
 
 
 def _adapter(registration: Registration) -> Family:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from spvit.errors import UnsupportedHostError
+from spvit.errors import UnknownPartError
 from spvit.hosts.grid import Grid
 
 
@@ -227,7 +227,7 @@ class Family(Protocol):
 
 
 def expect(model: nn.Module, path: str, cls: type, family: str) -> None:
-    """Raise UnsupportedHostError unless the module at a dotted name is of exactly this class.
+    """Raise UnknownPartError unless the module at a dotted name is of exactly this class.
 
     Subclasses compute something else with the same weights: a LoRA layer adds its adapter, a quantised one unpacks.
     """
@@ -240,7 +240,7 @@ def expect(model: nn.Module, path: str, cls: type, family: str) -> None:
             "; merge adapters first (model = model.merge_and_unload()), prune before you quantise, and take off "
             "parametrisations"
         )
-    raise UnsupportedHostError(
+    raise UnknownPartError(
         f"{path} is a {found.__module__}.{found.__qualname__}, but {family} hosts are supported with exactly "
         f"{cls.__module__}.{cls.__qualname__} there{advice}"
     )

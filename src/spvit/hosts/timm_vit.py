@@ -9,7 +9,7 @@ from timm.layers import Attention, HybridEmbed, PatchDropout
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
 
-from spvit.errors import UnsupportedHostError
+from spvit.errors import UnknownPartError, UnsupportedHostError
 from spvit.hosts.grid import Grid, GridTracker
 from spvit.hosts.sites import AttentionSite, BlockSites, Undo
 from spvit.hosts.timm_models import TimmFamily
@@ -30,10 +30,7 @@ class _TimmViT(TimmFamily):
             )
         embed = vit.patch_embed
         if isinstance(embed, HybridEmbed):
-            raise UnsupportedHostError(
-                f"{self.name} with a CNN stem (patch_embed is a HybridEmbed) is not supported; use a model that cuts "
-                "images into patches itself"
-            )
+            raise UnknownPartError(f"patch_embed is a HybridEmbed, but {self.name} hosts cut images into patches")
         if embed.img_size is None:
             raise UnsupportedHostError(
                 f"{self.name} without an img_size has no patch grid; create it with img_size=..."
@@ -45,7 +42,7 @@ class _TimmViT(TimmFamily):
         path = f"blocks.{index}"
         block = vit.blocks[index]
         if type(block) not in (Block, ResPostBlock):
-            raise UnsupportedHostError(
+            raise UnknownPartError(
                 f"{path} is a {type(block).__name__}, but {self.name} hosts are supported with Block and ResPostBlock "
                 "there only"
             )

@@ -20,16 +20,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spvit.architecture import DEFAULT_MULTIPLE, FFN, KINDS, Attention, Block, attention_from_dict
 from spvit.budget import check_multiple
 from spvit.errors import ArchitectureError, CalibrationError
-from spvit.hosts.host import Host, logits_of
+from spvit.hosts.host import Host
 from spvit.hosts.walk import BATCH, BlockPair, advance, calibration_batches, evaluating, first_inputs, reached, through
 from spvit.moments import Moments, ridge_for
 from spvit.repair.errors import Ranking, attention_errors, paired_ranks, rank_units
 from spvit.repair.interpolation import FLOOR, by_errors, interpolated_widths, measured_choices, with_all_ranks
+from spvit.repair.objective import Answer, Asked, Head, Objective, Reference, answer_of, name_of
 from spvit.repair.repair import repair_block
 from spvit.replacements import replacement
 from spvit.replacements.ffn import correct
@@ -69,6 +69,8 @@ class Scores:
     """What the ranks of narrower attention are multiples of."""
     weights: str
     """Fingerprint of the host's weights."""
+    objective: str = ""
+    """What counted of the outputs; empty in files from before there was a choice."""
 
     def check(self, host: Host) -> None:
         """Raise CalibrationError unless the scores are of this host."""
@@ -76,6 +78,14 @@ class Scores:
         if self.weights != host.fingerprint() or sizes != [block.ffn.units for block in host.blocks]:
             raise CalibrationError(
                 f"the scores are of other weights than {host.name} has; score it again with spvit.score(host, images)"
+            )
+
+    def check_objective(self, host: Host, asked: Asked) -> None:
+        """Raise CalibrationError unless the scores are by an objective; `auto` is whatever they were made with."""
+        made = self.objective or ("logits" if host.family.classes(host.model) >= 2 else "pooled")
+        if name_of(asked) not in ("auto", made):
+            raise CalibrationError(
+                f"the scores are by objective {made}, not {name_of(asked)}; leave the objective out, or score anew"
             )
 
     def save(self, folder: str | Path) -> None:
@@ -94,6 +104,7 @@ class Scores:
             tensors |= {f"{index}.{name}": torch.tensor(own, dtype=torch.float64) for name, own in numbers.items()}
             tensors[f"{index}.units"] = torch.tensor(block.ranking.units)
         data = {"format": FORMAT, "version": VERSION, "multiple": self.multiple, "weights": self.weights}
+        data["objective"] = self.objective
         save_file(tensors, folder / TENSORS)
         (folder / DESCRIPTION).write_text(json.dumps({**data, "attention": candidates}) + "\n", encoding="utf-8")
 
@@ -112,53 +123,12 @@ class Scores:
                 ranking = Ranking(tuple(own["units"]), tuple(own["errors"]))
                 pairs = tuple(zip(attention, own["attention"], strict=True))
                 blocks.append(BlockScores(pairs, ranking, tuple(own["ffn"])))
-            return Scores(tuple(blocks), int(data["multiple"]), str(data["weights"]))
+            return Scores(tuple(blocks), int(data["multiple"]), str(data["weights"]), str(data.get("objective", "")))
         except (OSError, ValueError, KeyError, TypeError, ArchitectureError, SafetensorError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise CalibrationError(
                 f"{folder} holds no scores that can be read ({reason}); make them with spvit.score(host, images)"
             ) from error
-
-
-class _Passing(nn.Module):
-    """Stands where a block was and passes its first argument on, or what it has been given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.given: Tensor | None = None
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x: [B, N, D]."""
-        return x if self.given is None else self.given
-
-
-class Head:
-    """What a host does behind its last block, as a function of that block's output."""
-
-    def __init__(self, host: Host, images: Tensor) -> None:
-        blocks = {block.path: _Passing() for block in host.blocks}
-        memo: dict[int, Any] = {id(host.model.get_submodule(path)): passing for path, passing in blocks.items()}
-        self._shell = copy.deepcopy(host.model, memo)
-        self._last = blocks[host.blocks[-1].path]
-        self._image = images[:1]
-
-    def __call__(self, out: Tensor) -> Tensor:
-        """Return logits [B, classes] from the last block's output [B, N, D]."""
-        self._last.given = out
-        return logits_of(self._shell(self._image))
-
-
-def divergence(found: Tensor, dense: Tensor, classes: int) -> tuple[float, float]:
-    """Return how far outputs are from the dense ones, and what to divide that by once it is summed over batches.
-
-    With two classes or more it is the divergence of their probabilities, in nats, and the number of images. Features
-    [B, ..., D], and a single logit, have no probabilities: then it is the squared error, and the dense variance.
-    """
-    if classes >= 2:
-        pair = (F.log_softmax(found.double(), dim=1), F.log_softmax(dense.double(), dim=1))
-        return float(F.kl_div(*pair, reduction="sum", log_target=True)), float(len(found))
-    found, dense = found.double().flatten(0, -2), dense.double().flatten(0, -2)
-    return float((found - dense).square().sum()), float((dense - dense.mean(0)).square().sum())
 
 
 @dataclass(frozen=True)
@@ -167,23 +137,26 @@ class _Bench:
 
     host: Host
     copy: Host
-    head: Head
-    dense: list[Tensor]
-    classes: int
+    head: Head | None
+    """None where outputs depend on more than the last block; then images pass through the whole copy."""
+    images: list[Tensor]
+    reference: Reference
 
     def measure(self, index: int, inputs: list[Tensor]) -> float:
         """Return how far the outputs are from the dense ones when the images enter the copy at a block."""
-        sums = torch.zeros(2, dtype=torch.float64)
-        for x, dense in zip(inputs, self.dense):
-            for number in range(index, len(self.copy.blocks)):
-                x = through(self.copy, number, x)
-            sums += torch.tensor(divergence(self.head(x), dense, self.classes), dtype=torch.float64)
-        total, count = sums.tolist()
-        if not math.isfinite(total):
+        distance = self.reference.distance(self._answer(index, *each) for each in zip(inputs, self.images))
+        if not math.isfinite(distance):
             raise CalibrationError(
                 f"the model's outputs are not finite with a candidate of block {index}; check its weights"
             )
-        return max(total / max(count, FLOOR), FLOOR)
+        return max(distance, FLOOR)
+
+    def _answer(self, index: int, x: Tensor, images: Tensor) -> Answer:
+        if self.head is None:
+            return answer_of(self.copy, images)
+        for number in range(index, len(self.copy.blocks)):
+            x = through(self.copy, number, x)
+        return self.head(x)
 
 
 def score(
@@ -191,6 +164,7 @@ def score(
     images: Tensor | Iterable[Any],
     *,
     multiple: int = DEFAULT_MULTIPLE,
+    objective: Asked = "auto",
     report: Callable[[int, int], object] | None = None,
 ) -> Scores:
     """Return the scores of every block's candidates, once for any number of budgets.
@@ -200,14 +174,20 @@ def score(
         images: unlabelled images, normalised as in training, a few hundred or more: a tensor [images, channels, height,
             width], or batches. About 350 are used, or more of small ones; some fit the repairs, others measure.
         multiple: ranks of narrow attention are multiples of it.
+        objective: what counts of the outputs: `logits`, by the divergence of their probabilities; or, by the squared
+            error relative to the variance, `pooled` (the model's output), `tokens` (prefix and patch tokens behind the
+            last norm), `features` (both), or a function of the model's output that returns a tensor [images, ...].
+            `auto`: logits where the model tells two classes or more apart, features where it has no head.
         report: called with (blocks scored, blocks) after each.
 
     Raises:
         BudgetError: the multiple is not 1 or more.
-        CalibrationError: the images do not fit the host, are too few, or lead to values that are not finite.
+        CalibrationError: the images do not fit the host, are too few, or lead to values that are not finite; or the
+            objective is unknown or does not fit the outputs.
         UnsupportedHostError: the model's family, or a part of it, is not known.
     """
     check_multiple(multiple)
+    name_of(objective)
     host = Host.of(host)
     with evaluating(host.model):
         site = host.blocks[0].attention
@@ -216,9 +196,11 @@ def score(
         tokens = site.prefix_tokens + math.prod(site.grid)
         batches = split_images(calibration_batches(host, images), tokens, least)
         fitting, measuring = (first_inputs(host, part) for part in batches)
-        twin, head = host.on(copy.deepcopy(host.model)), Head(host, batches[0][0])
-        dense = [logits_of(host.model(batch)) for batch in batches[1]]
-        bench = _Bench(host, twin, head, dense, host.family.classes(host.model))
+        counted, head = Objective.of(objective, host), Head(host, batches[0][0])
+        exact = head.agrees(host, counted, batches[1][0][:2])
+        reference = Reference(counted, (answer_of(host, batch) for batch in batches[1]))
+        twin = host.on(copy.deepcopy(host.model))
+        bench = _Bench(host, twin, head if exact else None, batches[1], reference)
         blocks = []
         for index in range(len(host.blocks)):
             blocks.append(_score_block(bench, index, fitting, measuring, multiple))
@@ -227,7 +209,7 @@ def score(
             if index + 1 < len(host.blocks):
                 for inputs in (fitting, measuring):
                     advance(host, index, inputs)
-    return Scores(tuple(blocks), multiple, host.fingerprint())
+    return Scores(tuple(blocks), multiple, host.fingerprint(), counted.name)
 
 
 def split_images(batches: list[Tensor], tokens: int, least: int = 0) -> tuple[list[Tensor], list[Tensor]]:

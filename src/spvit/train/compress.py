@@ -128,6 +128,7 @@ def check_compress(
     limits, known = check_decision(host, budget, config.multiple), None
     if config.scores is not None:
         scores = Scores.load(config.scores)
+        scores.check_objective(Host.of(host), config.objective)
         if weights:
             scores.check(Host.of(host))
             known = scores.blocks
@@ -187,8 +188,8 @@ def _by_scores(
     dense = Host.of(host)
     if config.scores is None and not run.folder.scores.is_file():
         with run.progress.bar("scores", len(dense.blocks)):
-            multiple = config.multiple or DEFAULT_MULTIPLE
-            found = score(dense, images, multiple=multiple, report=lambda *done: run.progress.step())
+            multiple, step = config.multiple or DEFAULT_MULTIPLE, lambda *done: run.progress.step()
+            found = score(dense, images, multiple=multiple, objective=config.objective, report=step)
         run.folder.write_scores(found)
     elif config.scores is not None:
         run.folder.write_scores(Scores.load(config.scores))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from spvit.errors import DataError
 from spvit.repair.constraints import Constraints
+from spvit.repair.objective import OBJECTIVES
 from spvit.search.budget_loss import BUDGET_WEIGHT
 
 CALIBRATION_IMAGES = 1024
@@ -17,7 +18,7 @@ _RANGES = (
     (0, 1, "label_smoothing distillation budget_warmup"),
     (0, 2**32 - 1, "seed"),
 )
-_CHOICES = {"precision": ("fp32", "bf16"), "distillation_kind": ("soft", "hard")}
+_CHOICES = {"precision": ("fp32", "bf16"), "distillation_kind": ("soft", "hard"), "objective": OBJECTIVES}
 
 
 def _check(settings: object, prefix: str = "") -> None:
@@ -187,6 +188,9 @@ class CompressConfig(Constraints, LoopConfig):
     """Training images for scores and repair; their labels are not used."""
     scores: str | None = None
     """A run folder whose scores to decide by, for another budget; when absent the model is scored."""
+    objective: str = "auto"
+    """What counts of the model's outputs in scores: `logits`, `pooled` (its output), `tokens` (behind the last norm) or
+    `features` (both); `auto` is logits where it has classes, or what given scores were made with."""
     initialise: str = "host"
     """Weights of the pruned model after a search: those of the `host`, as published (and then repaired), or of the
     `search`."""

@@ -35,7 +35,8 @@ class FoundLayer:
 
 def attention_layers(twin: nn.Module, seen: Pass) -> list[FoundLayer]:
     """Return the attention layers with a block of their own, in the order in which they ran."""
-    cores = [core for core in (*_stock_cores(twin, seen), *seen.cores) if core.query.shape == core.key.shape]
+    ran = [*_stock_cores(twin, seen), *seen.cores] if seen.declared is None else _declared_cores(twin, seen)
+    cores = [core for core in ran if core.query.shape == core.key.shape]
     cores.sort(key=lambda core: seen.calls[core.running[0]][0].order)
     if not cores:
         known = "; ".join(f"a softmax ran in {path or 'the model'}, but {why}" for path, why in seen.softmaxes.items())
@@ -81,6 +82,28 @@ def _stock_cores(twin: nn.Module, seen: Pass) -> list[Core]:
         out = F.scaled_dot_product_attention(query, key, value)
         ancestors = [path[:end] for end in range(len(path) - 1, 0, -1) if path[end] == "."]
         cores.append(Core((path, *ancestors), query, key, value, out, query.shape[-1] ** -0.5))
+    return cores
+
+
+def _declared_cores(twin: nn.Module, seen: Pass) -> list[Core]:
+    """Return what attention computes in the layers that a user declares, if it is as declared."""
+    declared, cores = seen.declared, []
+    assert declared is not None
+    for path in declared.layers(twin):
+        source = path if declared.norm is None else f"{path}.{declared.norm}"
+        if source not in seen.calls:
+            raise UnsupportedHostError(f"{source} does not run in a forward pass; name the layer that does")
+        call = seen.calls[source][0]
+        x = call.tokens if declared.norm is None else first_tensor(call.output)
+        if x is None or x.dim() != 3:
+            raise UnsupportedHostError(f"{source} takes no tokens [batch, tokens, width]")
+        x = x.transpose(0, 1) if declared.token_first else x
+        with torch.no_grad():
+            query, key, value = declared.projected(path, twin.get_submodule(path), x)
+            scale = query.shape[-1] ** -0.5 if declared.scale is None else declared.scale
+            out = F.scaled_dot_product_attention(query, key, value, scale=scale)
+        ancestors = [path[:end] for end in range(len(path) - 1, 0, -1) if path[end] == "."]
+        cores.append(Core((path, *ancestors), query, key, value, out, scale))
     return cores
 
 

@@ -28,6 +28,7 @@ from spvit.hosts.behaviour.attention import (
 from spvit.hosts.behaviour.ffn import find_ffn
 from spvit.hosts.behaviour.tokens import Tokens, find_tokens
 from spvit.hosts.behaviour.watch import Call, Pass, dropouts, first_tensor, watch
+from spvit.hosts.declared import Sites
 from spvit.hosts.found import FoundFamily
 from spvit.hosts.sites import AttentionSite, BlockSites
 
@@ -37,8 +38,10 @@ HIDDEN = -1e4
 """A bias below it is a mask."""
 
 
-def discover(model: nn.Module, size: tuple[int, int, int]) -> FoundFamily:
+def discover(model: nn.Module, size: tuple[int, int, int], declared: Sites | None = None) -> FoundFamily:
     """Return the family of a model for images of (channels, height, width), with every site found and verified.
+
+    What a user declares of its layers is verified in place of what is seen of them.
 
     Raises:
         UnsupportedHostError: names the module, and what was looked for and found there.
@@ -62,6 +65,7 @@ def discover(model: nn.Module, size: tuple[int, int, int]) -> FoundFamily:
             f"its forward pass fails on images of {list(images.shape)} ({reason}); give images that it takes: "
             "spvit.recognise(model, images)"
         ) from error
+    seen.declared = declared
     layers = attention_layers(twin, seen)
     tokens = find_tokens(twin, seen, images, layers[0].block, layers[0].token_first)
     sites = tuple(_sites(model, twin, seen, layer, tokens) for layer in layers)
@@ -192,11 +196,14 @@ def _ends(twin: nn.Module, seen: Pass, path: str) -> tuple[Tensor, Tensor]:
 
 def _classes(model: nn.Module, seen: Pass) -> int:
     """Return how many classes a model tells apart: those of its logits, or of a linear layer that answers last."""
-    logits = getattr(seen.output, "logits", None)
+    named = (
+        seen.output if isinstance(seen.output, dict) else vars(seen.output) if hasattr(seen.output, "__dict__") else {}
+    )
+    logits = named.get("logits")
     if isinstance(logits, Tensor):
         return logits.shape[-1] if logits.dim() == 2 else 0
-    output = first_tensor(seen.output)
-    if output is None or output.dim() != 2:
+    output = seen.output[0] if isinstance(seen.output, (tuple, list)) and seen.output else seen.output
+    if not isinstance(output, Tensor) or output.dim() != 2:
         return 0
     said = getattr(model, "num_classes", None)
     if isinstance(said, int):

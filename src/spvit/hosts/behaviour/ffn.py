@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,32 @@ def find_ffn(twin: nn.Module, seen: Pass, block: str, attention: str, dim: int) 
     Raises:
         UnsupportedHostError: there is none, or its units do not act one by one.
     """
+    if seen.declared is None:
+        second, tried = _ways(twin, seen, block, attention, dim)
+    else:
+        rows, second = seen.declared.ffn(twin, attention)
+        tried = [rows]
+    firsts = list(dict.fromkeys(part.linear for rows in tried for part in rows))
+    for path in (second, *firsts):
+        expect(twin, path, nn.Linear, "these")
+        if not path.startswith(f"{block}.") or path not in seen.calls:
+            raise UnsupportedHostError(f"{path} does not run in {block}; name the linear layers of its FFN")
+    units = cast(nn.Linear, twin.get_submodule(second)).in_features
+    probe = _Probe(twin, seen, block, second, units)
+    for rows in tried:
+        norm = probe.verified(rows)
+        if norm is not None:
+            site = FFNSite(rows, second, units, norm or None)
+            probe.check_narrower(site)
+            return site
+    raise UnsupportedHostError(
+        f"{second}: the hidden units of this FFN do not act one by one: no rows of "
+        f"{', '.join(firsts) or 'a linear layer before it'} move exactly one of its {units} inputs"
+    )
+
+
+def _ways(twin: nn.Module, seen: Pass, block: str, attention: str, dim: int) -> tuple[str, list[tuple[UnitRows, ...]]]:
+    """Return the second layer of the last FFN that ran in a block, and the ways in which its units may be made."""
     ran = [
         (seen.calls[path][0].order, path, module)
         for name, module in twin.get_submodule(block).named_modules()
@@ -44,19 +70,7 @@ def find_ffn(twin: nn.Module, seen: Pass, block: str, attention: str, dim: int) 
         for path, module in linears[: ends[-1]]
         if module.in_features == dim and module.out_features in (units, 2 * units)
     ]
-    for path in (second, *(path for path, _ in firsts)):
-        expect(twin, path, nn.Linear, "these")
-    probe = _Probe(twin, seen, block, second, units)
-    for rows in _candidates(firsts, units):
-        norm = probe.verified(rows)
-        if norm is not None:
-            site = FFNSite(rows, second, units, norm or None)
-            probe.check_narrower(site)
-            return site
-    raise UnsupportedHostError(
-        f"{second}: the hidden units of this FFN do not act one by one: no rows of "
-        f"{', '.join(path for path, _ in firsts) or 'a linear layer before it'} move exactly one of its {units} inputs"
-    )
+    return second, list(_candidates(firsts, units))
 
 
 def _candidates(firsts: Sequence[tuple[str, nn.Linear]], units: int) -> Iterator[tuple[UnitRows, ...]]:

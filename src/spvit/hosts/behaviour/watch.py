@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from spvit.hosts.declared import Sites
+
 PRODUCTS = ("matmul", "__matmul__", "bmm", "einsum")
 
 
@@ -81,6 +83,8 @@ class Pass:
     softmaxes: dict[str, str] = field(default_factory=dict)
     """Names of modules in which a softmax over square logits ran that no core accounts for, and what is known of it."""
     output: Any = None
+    declared: Sites | None = None
+    """What a user says of the layers, which counts in place of what was seen run in them."""
 
 
 def watch(model: nn.Module, images: Tensor) -> Pass:

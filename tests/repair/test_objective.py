@@ -1,0 +1,369 @@
+"""Objectives: what counts of the outputs, how far two of them are apart, and the host behind its last block."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spvit
+from spvit.architecture import FFN, REPAIRED, Architecture, Attention, Block, dense
+from spvit.errors import CalibrationError, DataError
+from spvit.hosts.host import Host
+from spvit.repair.objective import Answer, Head, Objective, Reference, answer_of
+from spvit.repair.scores import Scores
+from tiny import ALIKE, HOSTS, WIDTH, assert_close, images, logits, make_host, paths_of, randomise
+
+DIM, TOKENS, BATCH = 8, 5, 3
+
+
+def objective(name: str, prefix: int = 1) -> Objective:
+    return Objective(name, prefix)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Layer(nn.Module):
+    """One linear layer, called and answering as the blocks of some library do."""
+
+    def __init__(self, answer: Callable[[Tensor], Any] = lambda x: x) -> None:
+        super().__init__()
+        self.linear, self.answer, self.kind = nn.Linear(DIM, DIM), answer, "full"
+
+    def forward(self, hidden_states: Tensor, table: Tensor | None = None, mask: Tensor | None = None) -> Any:
+        return self.answer(hidden_states + self.linear(hidden_states) + (0 if table is None else table))
+
+
+class Pool(nn.Module):
+    """Class attention, with keys and values of the tokens' own shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys, self.values = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.keys(x).mean(-1, keepdim=True).softmax(1) * self.values(x)).sum(1)
+
+
+class Toy(nn.Module):
+    """A model of two blocks on images [B, 1, tokens, width]; `behind` says what comes after them."""
+
+    def __init__(
+        self, call: Callable[[nn.Module, Tensor], Tensor], behind: Callable[[Any, Tensor, Tensor], Any]
+    ) -> None:
+        super().__init__()
+        self.stem, self.norm, self.pool = nn.Linear(DIM, DIM), nn.LayerNorm(DIM), Pool()
+        self.blocks = nn.ModuleList([Layer(), Layer()])
+        self.call, self.behind = call, behind
+
+    def forward(self, pixels: Tensor) -> Any:
+        x = self.stem(pixels[:, 0])
+        for block in self.blocks:
+            assert block.kind == "full"
+            x = self.call(block, x)
+        return self.behind(self, x, pixels)
+
+
+def normed(net: Any, x: Tensor, pixels: Tensor) -> Tensor:
+    return net.pool(net.norm(x))
+
+
+def host_of(model: nn.Module, *paths: str) -> Any:
+    attention = SimpleNamespace(prefix_tokens=1, token_first=False)
+    blocks = tuple(SimpleNamespace(path=path, attention=attention) for path in paths or ("blocks.0", "blocks.1"))
+    return Host(randomise(model).double().eval(), cast(Any, None), cast(Any, blocks), (3, 32, 32))
+
+
+CALLS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "plain": lambda block, x: block(x),
+    "keyword": lambda block, x: block(hidden_states=x, mask=None),
+    "more arguments": lambda block, x: block(x, torch.ones(TOKENS, DIM, dtype=x.dtype), mask=None),
+    "tuple": lambda block, x: block(x)[0],
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_head_of_blocks_however_they_are_called(name: str) -> None:
+    host = host_of(Toy(CALLS[name], normed))
+    if name == "tuple":
+        for block in host.model.blocks:
+            block.answer = lambda x: (x, None)
+    x = normal(BATCH, 1, TOKENS, DIM)
+    with torch.no_grad():
+        head = Head(host, normal(1, 1, TOKENS, DIM, seed=1))
+        found: list[Any] = []
+        host.model.blocks[1].register_forward_hook(lambda module, args, output: found.append(output))
+        expected = host.model(x)
+        out = found[0][0] if name == "tuple" else found[0]
+        answer = head(out)
+        assert_close(answer.output, expected)
+        assert_close(answer.tokens, host.model.norm(out))  # not the keys or values of the pooling layer
+        assert head.agrees(host, objective("pooled"), x)
+
+
+def test_the_head_of_a_transformer_encoder_which_asks_its_layers_for_their_parts() -> None:
+    layer = nn.TransformerEncoderLayer(DIM, 2, 16, batch_first=True, norm_first=True)
+    model = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(DIM), enable_nested_tensor=False)
+    net = nn.Sequential(nn.Flatten(1, 2), model)
+    host = host_of(net, "1.layers.0", "1.layers.1")
+    x = normal(BATCH, 1, TOKENS, DIM)
+    with torch.no_grad():
+        head = Head(host, normal(1, 1, TOKENS, DIM, seed=1))
+        assert head.agrees(host, objective("features"), x)
+        assert_close(answer_of(host, x).tokens, net(x))
+
+
+BEHIND: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
+    "images of this batch size": lambda net, x, pixels: x.reshape(len(pixels), -1),
+    "the input": lambda net, x, pixels: x + pixels[:, 0],
+    "shapes of the input": lambda net, x, pixels: torch.cat([x, pixels[:, 0] * x.mean()], 1),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_outputs_that_need_more_than_the_last_block_are_found_out(name: str) -> None:
+    host = host_of(Toy(CALLS["plain"], BEHIND[name]))
+    with torch.no_grad():
+        head = Head(host, normal(1, 1, TOKENS, DIM, seed=1))
+        agrees = head.agrees(host, objective("pooled"), normal(BATCH, 1, TOKENS, DIM))
+    assert agrees == (name == "images of this batch size")
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_the_head_is_the_host_behind_its_last_block(name: str) -> None:
+    model = make_host(name)
+    host = Host.of(model)
+    with torch.no_grad():
+        assert Head(host, images(model, 1, seed=4)).agrees(host, Objective.of("features", host), images(model, 3))
+        if name in ALIKE:
+            path, outputs = paths_of(model)[-1].block, []
+            hook = lambda module, args, out: outputs.append(out[0] if isinstance(out, tuple) else out)  # noqa: E731
+            handle = model.get_submodule(path).register_forward_hook(hook)
+            expected = logits(model, images(model, 3))
+            handle.remove()
+            answer = Head(host, images(model, 1, seed=4))(outputs[0])
+            assert_close(Objective.of("logits", host).parts(answer)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["class_token", "registers", "average_pooling", "swin_padded"])
+def test_tokens_of_timm_are_those_behind_the_last_norm(name: str) -> None:
+    model: Any = make_host(name)
+    x = images(model, 2)
+    with torch.no_grad():
+        found = answer_of(Host.of(model), x).tokens
+        assert torch.equal(found, model.forward_features(x))
+
+
+def test_tokens_of_hugging_face_are_the_last_hidden_state() -> None:
+    model: Any = make_host("huggingface")
+    x = images(model, 2)
+    with torch.no_grad():
+        found = answer_of(Host.of(model), x).tokens
+        assert torch.equal(found, model.vit(x).last_hidden_state)
+
+
+TOWER = {"image_size": 32, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+TOWERS = {  # class, configuration, list of blocks, prefix tokens, and whether all is behind the last block
+    "Dinov2Model": ("Dinov2Config", {}, "encoder.layer", 1, True),
+    "Dinov2WithRegistersModel": ("Dinov2WithRegistersConfig", {}, "encoder.layer", 5, True),
+    "Dinov2Backbone": ("Dinov2Config", {"out_features": ["stage1", "stage2"]}, "encoder.layer", 1, False),
+    "DINOv3ViTModel": ("DINOv3ViTConfig", {"intermediate_size": 48}, "model.layer", 1, True),
+    "SiglipVisionModel": ("SiglipVisionConfig", {"intermediate_size": 48}, "encoder.layers", 0, True),
+    "CLIPVisionModelWithProjection": (
+        "CLIPVisionConfig",
+        {"projection_dim": 7},
+        "vision_model.encoder.layers",
+        1,
+        True,
+    ),
+    "ViTModel": ("ViTConfig", {"intermediate_size": 48}, "layers", 1, True),
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_of_hugging_face(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config, options, blocks, prefix, exact = TOWERS[name]
+    model = getattr(transformers, name)(getattr(transformers, config)(**TOWER, **options))
+    host = host_of(model, f"{blocks}.0", f"{blocks}.1")
+    x = normal(2, 3, 32, 32)
+    with torch.no_grad():
+        answer = answer_of(host, x)
+        assert Head(host, normal(1, 3, 32, 32, seed=1)).agrees(host, objective("features", prefix), x) == exact
+    if exact:
+        assert torch.equal(answer.tokens, answer.output.last_hidden_state)
+    maps = [[2, 24, 4, 4]] * 2
+    pooled = [[2, 7 if name.startswith("CLIP") else 24]] if exact else maps
+    tokens = [[2, prefix, 24], [2, 16, 24]] if prefix else [[2, 16, 24]]
+    assert [list(part.shape) for part in objective("features", prefix).parts(answer)] == pooled + tokens
+
+
+def test_a_block_that_is_left_out_is_named() -> None:
+    model = Toy(lambda block, x: x, normed)
+    with pytest.raises(CalibrationError, match=r"last block blocks\.1 was not reached; its forward pass leaves it out"):
+        answer_of(host_of(model, "blocks.1"), normal(1, 1, TOKENS, DIM))
+
+
+def test_parts_of_an_answer() -> None:
+    tokens, output = normal(BATCH, TOKENS, DIM), normal(BATCH, DIM)
+    answer = Answer(output, tokens)
+
+    def shapes(own: Objective, answer: Answer = answer) -> list[list[int]]:
+        return [list(part.shape) for part in own.parts(answer)]
+
+    pooled, prefix, patches = [BATCH, DIM], [BATCH, 2, DIM], [BATCH, 3, DIM]
+    assert shapes(objective("features", 2)) == [pooled, prefix, patches]
+    assert shapes(objective("tokens", 2)) == [prefix, patches]
+    assert shapes(objective("tokens", 0)) == [[BATCH, TOKENS, DIM]]
+    assert shapes(objective("pooled")) == shapes(objective("logits")) == [pooled]
+    assert shapes(objective("features"), Answer(tokens, tokens)) == [[BATCH, 1, DIM], [BATCH, 4, DIM]]
+    assert shapes(objective("pooled"), Answer([output, tokens], tokens)) == [pooled, [BATCH, TOKENS, DIM]]
+    own = Objective("function mean", 1, lambda output: output.mean(1))
+    assert shapes(own) == [[BATCH]]
+
+
+@pytest.mark.parametrize("shape", [(BATCH, 1), (BATCH, TOKENS, DIM)])
+def test_what_are_no_logits_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(CalibrationError, match=r"output is \[3, .*which are not the logits of 2 or more classes"):
+        objective("logits").parts(Answer(normal(*shape), normal(BATCH, TOKENS, DIM)))
+
+
+def test_distances_are_relative_to_the_variance_over_images_and_alike_for_every_part() -> None:
+    dense = [Answer(10 + normal(size, DIM), 5 + normal(size, TOKENS, DIM, seed=size)) for size in (4, 2)]
+    found = [
+        Answer(a.output + normal(*a.output.shape, seed=7), a.tokens + normal(*a.tokens.shape, seed=8)) for a in dense
+    ]
+
+    def relative(part: Callable[[Answer], Tensor]) -> float:
+        whole, other = (torch.cat([part(answer) for answer in answers]) for answers in (dense, found))
+        return float((other - whole).square().sum() / (whole - whole.mean(0)).square().sum())
+
+    parts = [relative(lambda a: a.output), relative(lambda a: a.tokens[:, :1]), relative(lambda a: a.tokens[:, 1:])]
+    expected = {"pooled": parts[:1], "tokens": parts[1:], "features": parts}
+    for name, own in expected.items():
+        reference = Reference(objective(name), dense)
+        assert reference.distance(found) == pytest.approx(sum(own) / len(own))
+        assert reference.distance(dense) == 0
+        scaled = [Answer(100 * a.output, 100 * a.tokens) for a in dense]
+        far = [Answer(100 * a.output, 100 * a.tokens) for a in found]
+        assert Reference(objective(name), scaled).distance(far) == pytest.approx(sum(own) / len(own))
+
+
+def test_the_distance_of_logits_is_the_divergence_of_their_probabilities() -> None:
+    dense, found = normal(4, 6), normal(4, 6, seed=1)
+    wanted, other = dense.softmax(1), found.softmax(1)
+    answers = [[Answer(half, half) for half in each.split(2)] for each in (dense, found)]
+    distance = Reference(objective("logits"), answers[0]).distance(answers[1])
+    assert distance == pytest.approx(float((wanted * (wanted / other).log()).sum() / 4))
+
+
+def scored(model: nn.Module, **options: Any) -> Scores:
+    return spvit.score(model, images(model, 12), multiple=4, **options)
+
+
+def headless(classes: int = 0) -> Any:
+    model: Any = make_host("class_token")
+    model.reset_classifier(classes)
+    return randomise(model, seed=3).double().eval()
+
+
+def values(scores: Scores) -> list[float]:
+    return [value for block in scores.blocks for _, value in block.attention if value > 0]
+
+
+def test_auto_is_logits_of_classes_the_output_of_one_logit_and_features_without_a_head() -> None:
+    for classes, expected in ((7, "logits"), (1, "pooled"), (0, "features")):
+        auto = scored(headless(classes))
+        assert auto.objective == expected
+        assert auto == scored(headless(classes), objective=expected)
+    named = {name: values(scored(headless(), objective=name)) for name in ("pooled", "tokens", "features")}
+    assert len({tuple(own) for own in named.values()}) == 3
+    own = spvit.score(headless(), images(headless(), 12), multiple=4, objective=torch.nn.Identity())
+    assert values(own) == named["pooled"]
+    assert own.objective == "function Identity"
+
+
+@pytest.mark.parametrize("name", ["tokens", "features", "function"])
+def test_measured_scores_are_what_pruning_to_one_candidate_does(name: str) -> None:
+    host = headless()
+    x = images(host, 24)
+    asked: Any = (lambda output: output[:, :5].square()) if name == "function" else name
+    scores = spvit.score(host, x, objective=asked)
+    for index, kept in ((1, Attention("conv1")), (3, Attention("skip"))):
+        blocks = list(dense([WIDTH] * 4).blocks)
+        blocks[index] = Block(kept, FFN.whole(WIDTH))
+        model: Any = spvit.prune(host, Architecture(tuple(blocks), *REPAIRED), repair=x[::2]).eval()
+        with torch.no_grad():
+            wanted, found = (net.forward_features(x[1::2]) for net in (host, model))
+        parts = {"tokens": [wanted[:, :1], wanted[:, 1:]], "function": [wanted[:, 0, :5].square()]}
+        others = {"tokens": [found[:, :1], found[:, 1:]], "function": [found[:, 0, :5].square()]}
+        for own in (parts, others):
+            own["features"] = [own["tokens"][0], *own["tokens"]]  # its output is the class token
+        errors = [
+            float((other - part).square().sum() / (part - part.mean(0)).square().sum())
+            for other, part in zip(others[name], parts[name])
+        ]
+        assert dict(scores.blocks[index].attention)[kept] == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+
+
+def test_whole_passes_measure_what_the_head_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = scored(make_host("class_token"), objective="features")
+    monkeypatch.setattr(Head, "agrees", lambda *args: False)
+    found = scored(make_host("class_token"), objective="features")
+    assert values(found) == pytest.approx(values(expected), rel=1e-6)
+
+
+def test_decide_passes_the_objective_on() -> None:
+    host = make_host("class_token")
+    x = images(host, 12)
+    scores = spvit.score(host, x, objective="tokens")
+    expected = spvit.decide(host, macs="60%", scores=scores)
+    assert spvit.decide(host, macs="60%", calibration=x, objective="tokens") == expected
+
+
+def mean_square(output: Tensor) -> float:
+    return float(output.square().mean())
+
+
+def test_objectives_that_do_not_work_are_refused() -> None:
+    host = headless()
+    with pytest.raises(
+        CalibrationError, match=r"objective is 'patches', expected auto, .*, or a function of the model"
+    ):
+        scored(host, objective="patches")
+    with pytest.raises(CalibrationError, match="objective, function mean_square, returned a float, expected a tensor"):
+        scored(host, objective=mean_square)
+    with pytest.raises(CalibrationError, match=r"returned a tensor \[\], expected a tensor \[images, ...\]"):
+        scored(host, objective=torch.mean)
+    with pytest.raises(DataError, match="objective is 'patches', expected auto or logits or"):
+        spvit.CompressConfig(objective="patches")
+
+
+def test_scores_remember_their_objective(tmp_path: Path) -> None:
+    host = make_host("class_token")
+    for name, other in (("tokens", "logits"), ("logits", "pooled")):
+        scores = scored(host, objective=name)
+        scores.save(tmp_path / name)
+        loaded = Scores.load(tmp_path / name)
+        assert loaded == scores
+        for same in ("auto", name):
+            loaded.check_objective(Host.of(host), same)
+        with pytest.raises(CalibrationError, match=f"by objective {name}, not {other}; leave the objective out"):
+            spvit.decide(host, macs="60%", scores=loaded, objective=other)
+    file = tmp_path / "logits" / "scores.json"
+    data = json.loads(file.read_text())
+    del data["objective"]  # as before there were any
+    file.write_text(json.dumps(data))
+    old = Scores.load(tmp_path / "logits")
+    old.check_objective(Host.of(host), "logits")
+    old.check_objective(Host.of(headless()), "pooled")
+    with pytest.raises(CalibrationError, match="by objective logits, not tokens"):
+        old.check_objective(Host.of(host), "tokens")
