@@ -102,7 +102,7 @@ class AttentionSite:
     layout: Grid | None = None
     """How attention gets the grid, where it does not get its tokens row-major behind the prefix tokens."""
     narrows_queries: bool = False
-    """Whether queries and keys may have fewer dimensions: nothing but the projections acts on them."""
+    """Whether queries and keys may have fewer dimensions, or pairs of them where they rotate: nothing else acts."""
     narrows_values: bool = False
     """Whether values may have fewer dimensions, and heads may go."""
     scale: float = 1.0

@@ -95,7 +95,7 @@ def _sites(model: nn.Module, twin: nn.Module, seen: Pass, layer: FoundLayer, tok
     x, inner_norm, value = values_of(seen, module, layer)
     logits = logits_of(seen, module, model.get_submodule(layer.path), layer, x, tokens.prefix)
     known = logits.explained and core.query.shape == core.value.shape
-    plain = known and logits.norms == (None, None) and logits.rotary is None and logits.bias is None
+    plain = known and logits.norms == (None, None) and logits.bias is None
     attention_dropout, out_dropout = dropouts(module, layer.call)
     block_call = _call_of_block(twin, seen, layer.block)
     dim = x.shape[-1]
