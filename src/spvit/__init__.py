@@ -35,6 +35,7 @@ from spvit.errors import (
     RunError,
     RunFolderError,
     SpvitError,
+    UnknownPartError,
     UnsupportedHostError,
     ZooError,
 )
@@ -63,9 +64,9 @@ __all__ = [
     "Architecture", "ArchitectureError", "BudgetError", "BudgetLoss", "CalibrationError", "CheckpointError",
     "CompressConfig", "ConstraintError", "Constraints", "DataError", "Description", "GridError", "Host", "ImageConfig",
     "Images", "ModelError", "NotSearchableError", "PhaseConfig", "Preprocessing", "Rows", "RunError", "RunFolderError",
-    "Scores", "SearchConfig", "Sites", "SpvitError", "UnitRows", "UnsupportedHostError", "ZooError", "architectures",
-    "compress", "cost", "create_model", "decide", "describe", "fold", "gate_parameters", "load", "make_searchable",
-    "prune", "recognise", "register", "save", "score",
+    "Scores", "SearchConfig", "Sites", "SpvitError", "UnitRows", "UnknownPartError", "UnsupportedHostError",
+    "ZooError", "architectures", "compress", "cost", "create_model", "decide", "describe", "fold", "gate_parameters",
+    "load", "make_searchable", "prune", "recognise", "register", "save", "score",
 ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ import spvit
 from spvit.architecture import FFN, REPAIRED, Architecture, Attention, Block, dense
 from spvit.errors import CalibrationError, DataError
 from spvit.hosts.host import Host
+from spvit.hosts.replay import record_calls
 from spvit.repair.objective import Answer, Head, Objective, Reference, answer_of
 from spvit.repair.scores import Scores
 from tiny import ALIKE, HOSTS, WIDTH, assert_close, images, logits, make_host, paths_of, randomise
@@ -40,6 +41,13 @@ class Layer(nn.Module):
 
     def forward(self, hidden_states: Tensor, table: Tensor | None = None, mask: Tensor | None = None) -> Any:
         return self.answer(hidden_states + self.linear(hidden_states) + (0 if table is None else table))
+
+
+class TokensFirst(nn.Module):
+    """Turns tokens [B, N, D] into [N, B, D]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1)
 
 
 class Pool(nn.Module):
@@ -76,15 +84,23 @@ def normed(net: Any, x: Tensor, pixels: Tensor) -> Tensor:
     return net.pool(net.norm(x))
 
 
-def host_of(model: nn.Module, *paths: str) -> Any:
-    attention = SimpleNamespace(prefix_tokens=1, token_first=False)
-    blocks = tuple(SimpleNamespace(path=path, attention=attention) for path in paths or ("blocks.0", "blocks.1"))
-    return Host(randomise(model).double().eval(), cast(Any, None), cast(Any, blocks), (3, 32, 32))
+def host_of(
+    model: nn.Module, images: Tensor, blocks: str = "blocks", prefix: int = 1, token_first: bool = False
+) -> Any:
+    """Return a host of a randomised model with two blocks, of which nothing but the blocks is known."""
+    attention = SimpleNamespace(prefix_tokens=prefix, token_first=token_first)
+    paths = (f"{blocks}.0", f"{blocks}.1")
+    sites = tuple(SimpleNamespace(path=path, attention=attention, before=None) for path in paths)
+    randomise(model).double().eval()
+
+    host = SimpleNamespace(model=model, blocks=sites, calls=record_calls(model, paths, images))
+    host.on = lambda other: SimpleNamespace(**{**vars(host), "model": other})
+    return host
 
 
 CALLS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "plain": lambda block, x: block(x),
-    "keyword": lambda block, x: block(hidden_states=x, mask=None),
+    "keyword": lambda block, x: block(mask=None, hidden_states=x),
     "more arguments": lambda block, x: block(x, torch.ones(TOKENS, DIM, dtype=x.dtype), mask=None),
     "tuple": lambda block, x: block(x)[0],
 }
@@ -92,11 +108,11 @@ CALLS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_the_head_of_blocks_however_they_are_called(name: str) -> None:
-    host = host_of(Toy(CALLS[name], normed))
+    model, x = Toy(CALLS[name], normed), normal(BATCH, 1, TOKENS, DIM)
     if name == "tuple":
-        for block in host.model.blocks:
+        for block in model.blocks:
             block.answer = lambda x: (x, None)
-    x = normal(BATCH, 1, TOKENS, DIM)
+    host = host_of(model, x)
     with torch.no_grad():
         head = Head(host, normal(1, 1, TOKENS, DIM, seed=1))
         found: list[Any] = []
@@ -113,12 +129,52 @@ def test_the_head_of_a_transformer_encoder_which_asks_its_layers_for_their_parts
     layer = nn.TransformerEncoderLayer(DIM, 2, 16, batch_first=True, norm_first=True)
     model = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(DIM), enable_nested_tensor=False)
     net = nn.Sequential(nn.Flatten(1, 2), model)
-    host = host_of(net, "1.layers.0", "1.layers.1")
     x = normal(BATCH, 1, TOKENS, DIM)
+    host = host_of(net, x, "1.layers")
     with torch.no_grad():
         head = Head(host, normal(1, 1, TOKENS, DIM, seed=1))
         assert head.agrees(host, objective("features"), x)
         assert_close(answer_of(host, x).tokens, net(x))
+
+
+class Pairs(nn.Module):
+    """Blocks as lists of two layers that add to the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList([nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)]) for _ in range(2))
+        self.norm = nn.LayerNorm(DIM)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = pixels[:, 0]
+        for first, second in self.layers:
+            x = first(x) + x
+            x = second(x) + x
+        return self.norm(x)
+
+
+def test_the_head_of_blocks_that_are_lists_of_layers() -> None:
+    x = normal(BATCH, 1, TOKENS, DIM)
+    host = host_of(Pairs(), x, "layers")
+    with torch.no_grad():
+        assert Head(host, normal(1, 1, TOKENS, DIM, seed=1)).agrees(host, objective("features"), x)
+        assert_close(answer_of(host, x).tokens, host.model(x))
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_tokens_of_blocks_that_take_tokens_first_have_images_first(back: bool) -> None:
+    def behind(net: Any, x: Tensor, pixels: Tensor) -> Tensor:
+        return net.norm(x.transpose(0, 1) if back else x).sum(1 if back else 0)
+
+    model = nn.Sequential(Toy(CALLS["plain"], behind))
+    model[0].stem = TokensFirst()
+    x = normal(BATCH, 1, TOKENS, DIM)
+    host = host_of(model, x, "0.blocks", token_first=True)
+    with torch.no_grad():
+        answer = answer_of(host, x)
+        assert answer.tokens.shape == (BATCH, TOKENS, DIM)
+        assert_close(answer.tokens.sum(1), answer.output)
+        assert Head(host, normal(1, 1, TOKENS, DIM, seed=1)).agrees(host, objective("features"), x)
 
 
 BEHIND: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
@@ -130,7 +186,7 @@ BEHIND: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
 
 @pytest.mark.parametrize("name", BEHIND)
 def test_outputs_that_need_more_than_the_last_block_are_found_out(name: str) -> None:
-    host = host_of(Toy(CALLS["plain"], BEHIND[name]))
+    host = host_of(Toy(CALLS["plain"], BEHIND[name]), normal(BATCH, 1, TOKENS, DIM))
     with torch.no_grad():
         head = Head(host, normal(1, 1, TOKENS, DIM, seed=1))
         agrees = head.agrees(host, objective("pooled"), normal(BATCH, 1, TOKENS, DIM))
@@ -193,8 +249,8 @@ def test_towers_of_hugging_face(name: str) -> None:
     transformers = pytest.importorskip("transformers")
     config, options, blocks, prefix, exact = TOWERS[name]
     model = getattr(transformers, name)(getattr(transformers, config)(**TOWER, **options))
-    host = host_of(model, f"{blocks}.0", f"{blocks}.1")
     x = normal(2, 3, 32, 32)
+    host = host_of(model, x, blocks, prefix)
     with torch.no_grad():
         answer = answer_of(host, x)
         assert Head(host, normal(1, 3, 32, 32, seed=1)).agrees(host, objective("features", prefix), x) == exact
@@ -207,9 +263,10 @@ def test_towers_of_hugging_face(name: str) -> None:
 
 
 def test_a_block_that_is_left_out_is_named() -> None:
-    model = Toy(lambda block, x: x, normed)
+    host = host_of(Toy(CALLS["plain"], normed), normal(2, 1, TOKENS, DIM))
+    host.model.call = lambda block, x: x
     with pytest.raises(CalibrationError, match=r"last block blocks\.1 was not reached; its forward pass leaves it out"):
-        answer_of(host_of(model, "blocks.1"), normal(1, 1, TOKENS, DIM))
+        answer_of(host, normal(2, 1, TOKENS, DIM))
 
 
 def test_parts_of_an_answer() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spvit.errors import UnsupportedHostError
+from spvit.errors import UnknownPartError, UnsupportedHostError
 from spvit.hosts.behaviour.discover import discover
 from spvit.hosts.declared import Sites
 from spvit.hosts.sites import Family
@@ -48,30 +48,42 @@ def family_of(model: nn.Module, size: tuple[int, int, int] | None = None) -> Fam
     Raises:
         UnsupportedHostError: names the model's class, and what was looked for and found, or the part of it to pass.
     """
-    known = known_family(model)
+    odd: UnknownPartError | None = None
+    try:
+        known = known_family(model)
+    except UnknownPartError as error:
+        known, odd = None, error
     if known is not None:
         return known
     declared = _declared_for(model)
     if declared is not None:
         return _verified(model, declared, size)
-    advice = _advice(model)
+    advice = None if odd is not None else _advice(model)
     try:
         if advice is not None:
             raise UnsupportedHostError(advice)
         return discover(_with_values(model), size or size_of(model))
     except UnsupportedHostError as error:
         cls = type(model)
-        raise UnsupportedHostError(f"{cls.__module__}.{cls.__qualname__} is not supported: {error}") from error
+        reason = error if odd is None else f"{odd}; and {error}"
+        raise UnsupportedHostError(f"{cls.__module__}.{cls.__qualname__} is not supported: {reason}") from error
 
 
 def known_family(model: nn.Module) -> Family | None:
-    """Return the family of a model that is known without running it, by its record or its class; None for others."""
+    """Return the family of a model that is known without running it, by its record or its class; None for others.
+
+    Raises UnknownPartError for a model of a known class with a part that is not the family's own.
+    """
     record = vars(model).get(RECORD)
     if record is not None:
         family: Family = record.family
         return family
     registration = _registration_of(model)
-    return None if registration is None or _declared_for(model) is not None else _adapter(registration)
+    if registration is None or _declared_for(model) is not None:
+        return None
+    adapter = _adapter(registration)
+    adapter.blocks(model)
+    return adapter
 
 
 def register(cls: type[nn.Module], sites: Sites | None) -> None:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from spvit.errors import CalibrationError
 from spvit.hosts.calling import batch_first
 from spvit.hosts.host import Host, outputs_of
-from spvit.hosts.walk import reached
+from spvit.hosts.walk import first_inputs, through, tokens_of
 from spvit.repair.interpolation import FLOOR
 
 OBJECTIVES = ("auto", "logits", "features", "pooled", "tokens")
@@ -46,27 +46,29 @@ class Answer:
 
 
 def answer_of(host: Host, images: Tensor) -> Answer:
-    """Return the answer of a host's model.
+    """Return what a host answers to images.
 
     Tokens are the output of the last module that keeps the shape of the last block's output. What runs inside a module
     that was reached after that block, such as the keys of a pooling layer, does not count.
     """
-    model, last = host.model, host.blocks[-1].path
-    block, tokens, inside = model.get_submodule(last), [], []  # type: ignore[var-annotated]
-    if isinstance(block, nn.ModuleList):  # which is not called
-        block = block[-1]
+    model, last = host.model, host.blocks[-1]
+    block, tokens, inside = model.get_submodule(last.path), [], []  # type: ignore[var-annotated]
+    end = block[-1] if isinstance(block, nn.ModuleList) else block  # such a list is not called, its layers add
 
     def enter(module: nn.Module, args: Any) -> None:
         if tokens:
             inside.append(module)
 
+    def batches(x: Tensor) -> Tensor:
+        return batch_first(last.attention, x) if x.dim() == 3 and len(x) != len(images) else x
+
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if inside and inside[-1] is module:
             inside.pop()
-        if module is block:
-            tokens[:] = [output[0] if isinstance(output, tuple) else output]
-        elif tokens and not inside and isinstance(output, Tensor) and output.shape == tokens[0].shape:
-            tokens[:] = [output]
+        if module is end:
+            tokens[:] = [batches(tokens_of(output) + (0 if end is block else args[0]))]
+        elif tokens and not inside and isinstance(output, Tensor) and batches(output).shape == tokens[0].shape:
+            tokens[:] = [batches(output)]
 
     handles = [module.register_forward_pre_hook(enter) for module in model.modules()]
     handles += [module.register_forward_hook(leave) for module in model.modules()]
@@ -76,8 +78,8 @@ def answer_of(host: Host, images: Tensor) -> Answer:
         for handle in handles:
             handle.remove()
     if not tokens:
-        raise CalibrationError(f"the model's last block {last} was not reached; its forward pass leaves it out")
-    return Answer(output, batch_first(host.blocks[-1].attention, tokens[0]))
+        raise CalibrationError(f"the model's last block {last.path} was not reached; its forward pass leaves it out")
+    return Answer(output, tokens[0])
 
 
 @dataclass(frozen=True)
@@ -164,11 +166,12 @@ class Reference:
 
 
 class _Passing(nn.Module):
-    """Stands where a block was and passes its first argument on, or what it has been given."""
+    """Stands where a block was, or a layer that adds to the tokens: passes them on, or what it has been given."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, adds: bool) -> None:
         super().__init__()
         self._block = (block,)  # not a part of this module
+        self._adds = adds
         self.training = block.training
         self.given: Tensor | None = None
         self.rest: tuple[Any, ...] | None = None
@@ -181,25 +184,31 @@ class _Passing(nn.Module):
             return getattr(self.__dict__["_block"][0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The first argument is x: [B, N, D]."""
-        x = self.given if self.given is not None else (*args, *kwargs.values())[0]
-        return x if self.rest is None else (x, *self.rest)
+        """The first tensor is x: [B, N, D]."""
+        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        out = x if self.given is None else self.given
+        if self._adds:
+            out = out - x
+        return out if self.rest is None else (out, *self.rest)
 
 
 class Head:
     """What a host does behind its last block, as a function of that block's output."""
 
     def __init__(self, host: Host, images: Tensor) -> None:
-        self._answers_alone = not any(isinstance(host.model.get_submodule(b.path), nn.ModuleList) for b in host.blocks)
-        blocks = [host.model.get_submodule(block.path) for block in host.blocks]
-        passing = {id(block): _Passing(block) for block in blocks}
-        self._shell, self._last = host.on(copy.deepcopy(host.model, dict(passing))), passing[id(blocks[-1])]
+        passing: dict[int, _Passing] = {}
+        for site in host.blocks:
+            block = host.model.get_submodule(site.path)
+            adds = isinstance(block, nn.ModuleList)
+            for layer in block if isinstance(block, nn.ModuleList) else [block]:
+                passing[id(layer)] = self._last = _Passing(layer, adds)
+        self._shell = host.on(copy.deepcopy(host.model, dict(passing)))
         self._image = images[:1]
 
         def record(module: nn.Module, args: Any, output: Any) -> None:
-            passing[id(module)].rest = output[1:] if isinstance(output, tuple) else None
+            passing[id(module)].rest = tuple(output[1:]) if isinstance(output, tuple) else None
 
-        handles = [block.register_forward_hook(record) for block in blocks]
+        handles = [own._block[0].register_forward_hook(record) for own in passing.values()]
         try:
             host.model(self._image)
         finally:
@@ -207,19 +216,19 @@ class Head:
                 handle.remove()
 
     def __call__(self, out: Tensor) -> Answer:
-        """Return the host's answer from the last block's output [B, N, D]."""
+        """Return the host's answer from the last block's output, [B, N, D], or [N, B, D] where tokens are first."""
         self._last.given = out
         count = len(batch_first(self._shell.blocks[-1].attention, out))
         return answer_of(self._shell, self._image.expand(count, -1, -1, -1))
 
     def agrees(self, host: Host, objective: Objective, images: Tensor) -> bool:
         """Return whether that is all that the host's outputs come from; other blocks' outputs may reach them, too."""
-        if not self._answers_alone:
-            return False
-        out = reached(host.model, images, host.model.get_submodule(host.blocks[-1].path), output=True)
         wanted = objective.parts(answer_of(host, images))
+        [x] = first_inputs(host, [images])
+        for index in range(len(host.blocks)):
+            x = through(host, index, x)
         try:
-            found = objective.parts(self(out))
+            found = objective.parts(self(x))
         except Exception:  # whatever it needs is not there; a fault of the objective itself has shown above
             return False
         return all(bool((a - b).abs().max() <= AGREEMENT * b.abs().max()) for a, b in zip(found, wanted))
