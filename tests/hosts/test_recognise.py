@@ -11,8 +11,10 @@ from torch import nn
 
 import spvit
 from spvit.errors import UnsupportedHostError
+from spvit.hosts.behaviour.discover import discover
+from spvit.hosts.host import Host
 from spvit.hosts.recognise import REGISTRATIONS, family_of
-from tiny import FAMILY_OF, HOSTS, make_host
+from tiny import ALIKE, FAMILY_OF, HOSTS, make_host
 
 timm = pytest.importorskip("timm")
 
@@ -34,6 +36,14 @@ def test_every_registered_class_has_a_tiny_host() -> None:
 def test_unknown_families_are_refused_by_name(make: Any, named: str) -> None:
     with pytest.raises(UnsupportedHostError, match=rf"{named} is not supported: "):
         family_of(make())
+
+
+@pytest.mark.parametrize("name", [name for name in ALIKE if not name.startswith("huggingface")])
+def test_what_is_known_by_class_is_what_recognition_finds(name: str) -> None:
+    host = Host.of(make_host(name))
+    found = discover(host.model, host.input_size)
+    assert found.sites == host.blocks
+    assert found.classes(host.model) == host.family.classes(host.model)
 
 
 class _OddLinear(nn.Linear):

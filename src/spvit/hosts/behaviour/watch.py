@@ -282,8 +282,9 @@ def dropouts(layer: nn.Module, call: Call) -> tuple[float, float]:
     flags = [(module, module.training) for module in layer.modules()]
     seeing = _Dropping()
     try:
+        layer.train()  # which some layers of users' own answer with nothing
         with seeing:
-            call.again(layer.train())
+            call.again(layer)
     finally:
         for module, flag in flags:
             module.training = flag
