@@ -124,8 +124,9 @@ def find_bias(module: nn.Module, own: nn.Module, core: Core, arguments: Mapping[
 
 def _same(found: Tensor, want: Tensor) -> bool:
     """Return whether a bias, broadcast over images and heads, is what was added."""
+    spread = float(want[want.isfinite()].std(correction=0))
     try:
-        close = torch.isclose(found.to(want), want, rtol=CLOSE, atol=CLOSE * float(want[want.isfinite()].std()))
+        close = torch.isclose(found.to(want), want, rtol=CLOSE, atol=CLOSE * spread)
     except RuntimeError:  # shapes that do not broadcast
         return False
     return close.shape == want.shape and bool(close.all())
