@@ -275,6 +275,40 @@ def test_exported_programs_take_any_batch(case: Case) -> None:
         assert_close(_out(program, x), _out(model, x))
 
 
+def test_narrow_attention_in_windows_of_full_rank_is_the_host() -> None:
+    """Shifted windows have a mask each beside the bias; both stay."""
+    case = Case("huggingface")
+    sites = [block.attention for block in case.host.blocks]
+    assert [site.narrows_values for site in sites] == [True] * 4
+    assert not any(site.narrows_queries for site in sites)
+    assert [site.bias is not None and site.bias.mask for site in sites] == [None, "attention_mask"] * 2
+    expected = _out(case.model, case.x)
+
+    def narrow(kept: list[Attention], **options: Any) -> nn.Module:
+        blocks = (replace(block, attention=own) for block, own in zip(case.whole.blocks, kept))
+        return spvit.prune(case.host, replace(case.whole, blocks=tuple(blocks)), **options)
+
+    full = [Attention(heads=tuple(range(site.heads)), value_rank=site.head_width) for site in sites]
+    assert (_out(narrow(full), case.x) - expected).abs().max() <= 1e-6 * expected.abs().max()
+    repaired = narrow(full, repair=case.images(16, seed=1))
+    assert (_out(repaired, case.x) - expected).abs().max() <= 1e-9 * expected.abs().max()
+    small = [Attention(heads=(0, 2), value_rank=4)] * 4
+    models = [narrow(small), narrow(small, repair=case.images(24, seed=1))]
+    unseen = case.images(8, seed=9)
+    errors = [_error(model, unseen, _out(case.model, unseen)) for model in models]
+    assert 0 < errors[1] < errors[0]
+    blocks = (replace(block, attention=own) for block, own in zip(case.whole.blocks, small))
+    architecture = replace(case.whole, blocks=tuple(blocks))
+    params = sum(parameter.numel() for parameter in models[0].parameters())
+    macs = count_macs(models[0], case.images(1).to("meta"))
+    assert spvit.cost(case.host, architecture) == {"macs": macs, "params": params}
+    dynamic = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(models[1], (case.images(3),), dynamic_shapes=dynamic).module()
+    assert_close(_out(program, unseen), _out(models[1], unseen))
+    with pytest.raises(spvit.ArchitectureError, match="block 1: queries and keys"):
+        narrow([full[0], Attention(query_key_rank=2), *full[2:]])
+
+
 @pytest.mark.parametrize("name", ["torchvision", "huggingface"])
 def test_images_of_another_size_are_refused(name: str) -> None:
     case = Case(name)

@@ -40,9 +40,11 @@ class GatheredGrid(Grid, nn.Module):
         nn.Module.__init__(self)
         Grid.__init__(self, height, width)
         self.shape = layout.shape
-        places = torch.tensor(layout.places)
-        self.register_buffer("to_map", places.argsort(stable=True)[(places < 0).sum() :], persistent=False)
-        self.register_buffer("to_layer", places.where(places >= 0, height * width), persistent=False)
+        places, padding = layout.places, layout.places.count(-1)
+        to_map = sorted(range(len(places)), key=places.__getitem__)[padding:]
+        to_layer = [height * width if place < 0 else place for place in places]
+        self.register_buffer("to_map", torch.tensor(to_map), persistent=False)
+        self.register_buffer("to_layer", torch.tensor(to_layer), persistent=False)
 
     def gather(self, x: Tensor, prefix_tokens: int) -> Tensor:
         """x: [B x windows, *shape, C]. Returns the tokens of the map, [B, G, C], without padding."""

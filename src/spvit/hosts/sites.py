@@ -76,6 +76,8 @@ class Bias:
     """Whether the parameter is [H, entries] (or [H, N, N]), or else [entries, H]."""
     index: str | None = None
     """Name, inside the layer, of the tensor of each pair of tokens' entry; None: the entries are all pairs."""
+    mask: str | None = None
+    """Name of the argument of the layer that is added besides, [windows, N, N] or None: a mask of shifted windows."""
 
 
 @dataclass(frozen=True)

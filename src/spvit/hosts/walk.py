@@ -190,7 +190,12 @@ class BlockPair:
         """Return a pair of dense blocks with as many of its images, evenly from all, as have so many tokens."""
         some = slice(None, None, max(1, sum(x.shape[:-1].numel() for x in self.dense_inputs) // tokens))
         inputs = [self.images(x, some) for x in self.dense_inputs]
-        known = {path: [out[some] for out in outputs] for path, outputs in self.known.items()}
+        # What is known may be in windows, several an image.
+        counts = [x.shape[1 if self.sites.attention.token_first else 0] for x in self.dense_inputs]
+        known = {
+            path: [out.unflatten(0, (count, -1))[some].flatten(0, 1) for out, count in zip(outputs, counts)]
+            for path, outputs in self.known.items()
+        }
         return replace(self, inputs=inputs, dense_inputs=inputs, known=known)
 
     @property

@@ -124,6 +124,10 @@ class NarrowAttention(nn.Module):
         if self.bias_table is None:
             return mask
         bias = bias_of_pairs(self.bias_table, self.bias_index, query.shape[-2])[None].to(query.dtype)
+        windows = None if self.bias is None or self.bias.mask is None else named.get(self.bias.mask)
+        if windows is not None:
+            by_window = bias + windows[:, None].to(bias)  # [windows, H, N, N]
+            return by_window.expand(query.shape[0] // len(windows), *by_window.shape).flatten(0, 1)
         if mask is None:
             return bias
         return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
