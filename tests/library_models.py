@@ -67,15 +67,15 @@ LIBRARY: dict[str, Callable[[], nn.Module]] = {
     "vit-pytorch vit": _vit_pytorch("ViT"),
     "vit-pytorch simple": _vit_pytorch("SimpleViT"),
 }
-UNEVEN = ("timm eva02", "timm dinov3", "timm beit", "transformers dinov3", "transformers beit")
-"""Those in which the places of tokens act on queries and keys, or on their products."""
+BIASED = ("timm beit", "transformers beit")
+"""Those in which the places of tokens act on the products of queries and keys."""
 PREFIX = {"timm dinov3": 5, "transformers dinov3": 5, "timm aimv2": 0, "transformers siglip": 0}
 PREFIX |= {"transformers ijepa": 0, "vit-pytorch simple": 0}
 HEADLESS = ("transformers dinov3", "transformers siglip", "transformers clip")
 LIBRARY_EXPECTED = {
     name: Expected(
         prefix_tokens=PREFIX.get(name, 1),
-        narrows_queries=name not in UNEVEN,
+        narrows_queries=name not in BIASED,
         classes=0 if name in HEADLESS else CLASSES,
     )
     for name in LIBRARY

@@ -108,11 +108,9 @@ def test_parts_of_another_kind_that_act_as_they_must_are_taken() -> None:
     ("path", "wanted"),
     [
         ("layers.1", "SwinTransformerStage"),
-        ("layers.1.blocks.0", "SwinTransformerBlock"),
         ("layers.0.blocks.1.attn", "WindowAttention"),
         ("layers.0.blocks.1.attn.qkv", "Linear"),
         ("layers.0.blocks.1.attn.proj", "Linear"),
-        ("layers.1.blocks.1.mlp", "Mlp"),
         ("layers.1.blocks.1.mlp.fc2", "Linear"),
     ],
 )

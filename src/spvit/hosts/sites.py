@@ -107,7 +107,7 @@ class AttentionSite:
     extra_macs: int = 0
     """MACs of the layer, for one image, beside its projections and the products of attention: of its positions, say."""
     narrows_queries: bool = False
-    """Whether queries and keys may have fewer dimensions: nothing but the projections acts on them."""
+    """Whether queries and keys may have fewer dimensions, or pairs of them where they rotate: nothing else acts."""
     narrows_values: bool = False
     """Whether values may have fewer dimensions, and heads may go."""
     scale: float = 1.0

@@ -3,180 +3,37 @@
 Both rotate first: what the kept dimensions hold is chosen among all directions, and the rotation is folded into the
 projections, so nothing is added to the forward pass. Queries and keys keep the low-rank part of their logits that is
 best in the mean square (weighted truncated singular value decomposition); values keep the directions that the output
-projection uses most, whitened by how the head's outputs vary (as in whitened truncation of linear layers).
+projection uses most, whitened by how the head's outputs vary (as in whitened truncation of linear layers). Where the
+places of tokens rotate queries and keys, these keep whole pairs of dimensions: those whose products are largest.
 
 Shapes: B batch, N tokens, D width, H heads, E head width, R query/key dimensions and V value dimensions of a head.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spvit.architecture import Attention, Rules
 from spvit.cost import AttentionCost, count_params
-from spvit.errors import GridError
 from spvit.hosts.calling import called_with
 from spvit.hosts.grid import Grid
 from spvit.hosts.host import Host
-from spvit.hosts.position import bias_of_pairs, cosines_and_sines, entries_by_head, inside_layer, rotated
-from spvit.hosts.sites import AttentionSite
+from spvit.hosts.position import dimensions_of
+from spvit.hosts.sites import AttentionSite, Rotary
 from spvit.hosts.walk import BlockPair
 from spvit.hosts.weights import AttentionWeights, read_weights
 from spvit.moments import Moments, cholesky, regression, ridge_for
+from spvit.replacements.narrow_attention import NarrowAttention, has_biases
 from spvit.replacements.targets import targets
 
 JITTER = 1e-7
 LONGEST = 10.0
 """Length of a kept direction of the values at most, so that what hardly varies does not become noise."""
-
-
-class NarrowAttention(nn.Module):
-    """Attention with fewer heads or dimensions than the layer it replaces: one packed projection, fused attention.
-
-    Takes the arguments of that layer; a mask is added to the logits. The softmax keeps the original layer's scale.
-    Where the places of tokens act on queries, keys or logits, so they do here: `bias_table` [entries, H] is learned.
-    """
-
-    kept_heads: Tensor | None
-    cosines: Tensor | None
-    sines: Tensor | None
-    bias_index: Tensor | None
-    bias_table: nn.Parameter | None
-
-    def __init__(self, layer: nn.Module, site: AttentionSite, kept: Attention) -> None:
-        """Make room for what is kept of the dense layer at a site; its weights are loaded next."""
-        super().__init__()
-        weights = read_weights(layer, site)
-        like: dict[str, Any] = {"device": weights.value_weight.device, "dtype": weights.value_weight.dtype}
-        self.heads = site.heads if kept.heads is None else len(kept.heads)
-        self.query_key_rank = site.head_width if kept.query_key_rank is None else kept.query_key_rank
-        self.value_rank = site.head_width if kept.value_rank is None else kept.value_rank
-        self.scale, self.dropout = site.scale, site.dropout
-        rows, biased = self.heads * (2 * self.query_key_rank + self.value_rank), _biased(weights)
-        self.qkv = nn.utils.skip_init(nn.Linear, site.dim, rows, bias=biased, **like)
-        self.query_norm, self.key_norm, self.out_norm = (
-            nn.Identity() if name is None else layer.get_submodule(name) for name in site.norms
-        )
-        columns, biased = self.heads * self.value_rank, weights.out_bias is not None
-        self.proj = nn.utils.skip_init(nn.Linear, columns, site.dim, bias=biased, **like)
-        self.out_drop = nn.Dropout(site.out_dropout)
-        self._place(layer, site, None if kept.heads is None else torch.tensor(kept.heads, device=like["device"]))
-
-    def _place(self, layer: nn.Module, site: AttentionSite, kept_heads: Tensor | None) -> None:
-        """Take over what the places of tokens do in the dense layer, for the kept heads (None: all)."""
-        self.rotary, self.bias = site.rotary, site.bias
-        self.host_heads, self.head_width = site.heads, site.head_width
-        self.register_buffer("kept_heads", kept_heads, persistent=False)
-        cosines = sines = index = table = None
-        if site.rotary is not None and not site.rotary.argument:
-            values = [inside_layer(layer, name) for name in site.rotary.tables]
-            tables = cosines_and_sines(site.rotary, values, site.heads, site.head_width)
-            cosines, sines = (self._of_heads(table) for table in tables)
-        if site.bias is not None and not site.bias.argument:
-            entries = entries_by_head(site.bias, layer.get_parameter(site.bias.table), site.heads).detach()
-            table = nn.Parameter((entries if kept_heads is None else entries[:, kept_heads]).clone())
-            index = None if site.bias.index is None else inside_layer(layer, site.bias.index).flatten()
-        for name, buffer in (("cosines", cosines), ("sines", sines), ("bias_index", index)):
-            self.register_buffer(name, buffer, persistent=False)
-        self.register_parameter("bias_table", table)
-
-    @torch.no_grad()
-    def load(self, weights: AttentionWeights) -> None:
-        """Take over weights of the layer's own shapes, in place."""
-        parts = (weights.query_weight, weights.key_weight, weights.value_weight)
-        self.qkv.weight.copy_(torch.cat([part.flatten(0, 1) for part in parts]))
-        self.proj.weight.copy_(weights.out_weight.flatten(1))
-        if _biased(weights):  # where one part has a bias, those without have one of zeros
-            biases = (weights.query_bias, weights.key_bias, weights.value_bias)
-            given = [part[..., 0] * 0 if bias is None else bias for part, bias in zip(parts, biases)]
-            self.qkv.bias.copy_(torch.cat([bias.flatten() for bias in given]))
-        if weights.out_bias is not None:
-            self.proj.bias.copy_(weights.out_bias)
-
-    def _of_heads(self, x: Tensor) -> Tensor:
-        """Return the kept heads' part of what may have something for each head of the host: [.., H, N, any]."""
-        if self.kept_heads is None or x.dim() < 3 or x.shape[-3] != self.host_heads:
-            return x
-        return x.index_select(-3, self.kept_heads)
-
-    def _rotated(self, query: Tensor, key: Tensor, named: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return queries and keys rotated by the layer's own tables, or by those that it is given."""
-        rotary, cosines, sines = self.rotary, self.cosines, self.sines
-        if rotary is not None and rotary.argument and named.get(rotary.tables[0]) is not None:
-            values = [named[name] for name in rotary.tables]
-            tables = cosines_and_sines(rotary, values, self.host_heads, self.head_width)
-            cosines, sines = (self._of_heads(table) for table in tables)
-        if rotary is None or cosines is None or sines is None:
-            return query, key
-        return rotated(query, cosines, sines, rotary.pairs), rotated(key, cosines, sines, rotary.pairs)
-
-    def _added(self, mask: Tensor | None, query: Tensor, named: Mapping[str, Any]) -> Tensor | None:
-        """Return what is added to the logits: a mask or bias that is given, and the layer's own bias."""
-        if self.bias is not None and self.bias.argument:
-            mask = named.get(self.bias.table, mask)
-        mask = None if mask is None else self._of_heads(mask)
-        if self.bias_table is None:
-            return mask
-        bias = bias_of_pairs(self.bias_table, self.bias_index, query.shape[-2])[None].to(query.dtype)
-        windows = None if self.bias is None or self.bias.mask is None else named.get(self.bias.mask)
-        if windows is not None:
-            by_window = bias + windows[:, None].to(bias)  # [windows, H, N, N]
-            return by_window.expand(query.shape[0] // len(windows), *by_window.shape).flatten(0, 1)
-        if mask is None:
-            return bias
-        return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
-
-    def heads_out(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **named: Any) -> Tensor:
-        """Return the outputs of all heads side by side, [B, N, H V], which the output projection takes.
-
-        named: what else the layer is called with; tables of positions are among that.
-        """
-        packed, keys, values = self.qkv(x), self.heads * self.query_key_rank, 2 * self.heads * self.query_key_rank
-        query, key, value = (
-            part.unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for part in (packed[..., :keys], packed[..., keys:values], packed[..., values:])
-        )  # [B, H, N, R], twice, and [B, H, N, V]
-        query, key = self._rotated(self.query_norm(query), self.key_norm(key), named)
-        mask = self._added(attn_mask, query, named)
-        # The CPU's fused attention wants equal widths; what is filled up with zeros changes nothing.
-        if self.query_key_rank != self.value_rank and (isinstance(x, torch.fx.Proxy) or x.device.type == "cpu"):
-            width = max(self.query_key_rank, self.value_rank)
-            query, key = (F.pad(part, (0, width - self.query_key_rank)) for part in (query, key))
-            value = F.pad(value, (0, width - self.value_rank))
-        dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
-        )
-        return self.out_norm(out[..., : self.value_rank].transpose(1, 2).flatten(2))
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **kwargs: Any) -> Tensor:
-        """x: [B, N, D]. Returns [B, N, D]."""
-        return self.out_drop(self.proj(self.heads_out(x, attn_mask, is_causal, **kwargs)))
-
-    def set_window_size(self, window_size: tuple[int, int]) -> None:
-        """Keep the windows that there are: timm's Swin says that they change, which the bias does not follow.
-
-        Raises:
-            GridError: they are others.
-        """
-        found = math.prod(window_size)
-        if self.bias_index is not None and found**2 != len(self.bias_index):
-            known = math.isqrt(len(self.bias_index))
-            raise GridError(
-                f"windows of {found} tokens are asked of narrow attention with a bias for {known}; "
-                "set the input size of the dense model, then prune it"
-            )
-
-    def extra_repr(self) -> str:
-        """Show heads and dimensions in the module's printed form."""
-        return f"heads={self.heads}, query_key_rank={self.query_key_rank}, value_rank={self.value_rank}"
 
 
 class _Narrow:
@@ -201,7 +58,7 @@ class _Narrow:
             return layer
         module = NarrowAttention(layer, site, kept)
         if not fitted:
-            module.load(narrow_blindly(read_weights(layer, site), kept))
+            module.load(narrow_blindly(read_weights(layer, site), kept, site.rotary))
         return module
 
     def fit(self, module: nn.Module, pair: BlockPair, kept: Attention) -> None:
@@ -229,10 +86,10 @@ class _Narrow:
             linear = 4 * site.heads * site.head_width * site.dim
             products = 2 * attending * site.keys * site.heads * site.head_width
             each = attending * (2 * site.dim + site.keys)
-            return AttentionCost(attending * linear + products + site.extra_macs, each, each, site.extra_macs)
+            return AttentionCost(attending * linear + products + site.extra_macs, each, each)
         norm = 0 if site.norm is None else count_params(host.model.get_submodule(site.norm))
         weights = read_weights(layer, site)
-        biased, own_norms = int(_biased(weights)), (name for name in site.norms if name is not None)
+        biased, own_norms = int(has_biases(weights)), (name for name in site.norms if name is not None)
         rest = host.norm_params(site) + sum(count_params(layer.get_submodule(name)) for name in own_norms)
         rest += 0 if weights.out_bias is None else site.dim
         bias = site.bias
@@ -241,11 +98,6 @@ class _Narrow:
 
 
 REPLACEMENT = _Narrow()
-
-
-def _biased(weights: AttentionWeights) -> bool:
-    """Return whether queries, keys or values have a bias."""
-    return any(bias is not None for bias in (weights.query_bias, weights.key_bias, weights.value_bias))
 
 
 def fitted_output(prior: Tensor, covariance: Tensor, cross: Tensor, moments: Moments) -> Tensor:
@@ -272,7 +124,7 @@ def rotated_queries(pair: BlockPair, kept: Attention, second_moment: Tensor) -> 
     """
     site = pair.sites.attention
     layer = pair.host.model.get_submodule(site.path)
-    weights = narrow_heads(pair.host.weights(pair.index), kept, second_moment)
+    weights = narrow_heads(pair.host.weights(pair.index), kept, second_moment, site.rotary)
     whole = NarrowAttention(layer, site, replace(kept, value_rank=None)).eval()
     whole.load(weights)
     moments = Moments()
@@ -315,7 +167,9 @@ def low_rank_logits(query_moment: Tensor, key_moment: Tensor, rank: int) -> tupl
     return query, key
 
 
-def narrow_heads(weights: AttentionWeights, kept: Attention, second_moment: Tensor) -> AttentionWeights:
+def narrow_heads(
+    weights: AttentionWeights, kept: Attention, second_moment: Tensor, rotary: Rotary | None = None
+) -> AttentionWeights:
     """Return the kept heads of a layer with their queries and keys at the kept rank; values and outputs stay whole.
 
     second_moment: of the layer's inputs with a one appended, about zero: [D + 1, D + 1].
@@ -325,6 +179,9 @@ def narrow_heads(weights: AttentionWeights, kept: Attention, second_moment: Tens
         return whole
     queries = _augmented(whole.query_weight, whole.query_bias)  # [H, E, D + 1]
     keys = _augmented(whole.key_weight, whole.key_bias)
+    if rotary is not None:
+        products = _energies(queries, second_moment, rotary) * _energies(keys, second_moment, rotary)
+        return _with_pairs(whole, products.topk(kept.query_key_rank // 2).indices.sort().values, rotary)
     narrow_queries, narrow_keys = [], []
     for query, key in zip(queries, keys):
         moments = (query @ second_moment @ query.T, key @ second_moment @ key.T)
@@ -338,6 +195,29 @@ def narrow_heads(weights: AttentionWeights, kept: Attention, second_moment: Tens
         query_bias=None if whole.query_bias is None else query[..., -1],
         key_weight=key[..., :-1],
         key_bias=None if whole.key_bias is None else key[..., -1],
+    )
+
+
+def _energies(projection: Tensor, second_moment: Tensor, rotary: Rotary) -> Tensor:
+    """Return the mean squared length of queries or keys in each pair of rotating dimensions, [H, E / 2].
+
+    At any angle the product of independent queries and keys has in a pair the mean square E|q|^2 E|k|^2 / 2.
+    """
+    by_dimension = torch.einsum("hed,dc,hec->he", projection, second_moment, projection)
+    return by_dimension.unflatten(1, (-1, 2)).sum(2) if rotary.pairs else by_dimension.unflatten(1, (2, -1)).sum(1)
+
+
+def _with_pairs(weights: AttentionWeights, pairs: Tensor, rotary: Rotary) -> AttentionWeights:
+    """Return weights whose queries and keys keep some pairs of rotating dimensions, [H, R / 2]."""
+    rows = dimensions_of(pairs, rotary.pairs, weights.query_weight.shape[1])
+    heads = torch.arange(len(rows), device=rows.device)[:, None]
+    return replace(
+        weights,
+        query_weight=weights.query_weight[heads, rows],
+        query_bias=None if weights.query_bias is None else weights.query_bias[heads, rows],
+        key_weight=weights.key_weight[heads, rows],
+        key_bias=None if weights.key_bias is None else weights.key_bias[heads, rows],
+        pairs=pairs,
     )
 
 
@@ -398,10 +278,11 @@ def narrow_values(
     return narrow, rotation
 
 
-def narrow_blindly(weights: AttentionWeights, kept: Attention) -> AttentionWeights:
+def narrow_blindly(weights: AttentionWeights, kept: Attention, rotary: Rotary | None = None) -> AttentionWeights:
     """Return the weights of a narrowed layer chosen from its weights alone, as if its inputs were white noise."""
     dim = weights.query_weight.shape[-1]
-    narrow = narrow_heads(weights, kept, torch.eye(dim + 1, dtype=torch.float64, device=weights.query_weight.device))
+    white = torch.eye(dim + 1, dtype=torch.float64, device=weights.query_weight.device)
+    narrow = narrow_heads(weights, kept, white, rotary)
     if kept.value_rank is None:
         return narrow
     values = narrow.value_weight.double()

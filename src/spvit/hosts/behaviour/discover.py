@@ -114,7 +114,7 @@ def _sites(model: nn.Module, twin: nn.Module, seen: Pass, layer: FoundLayer, tok
     known = logits.explained and core.query.shape == core.value.shape
     # Narrow attention takes tokens as they are, or in their windows.
     known = known and (windows == 1 if layout is None else layout.shape == (count,))
-    plain = known and logits.norms == (None, None) and logits.rotary is None and logits.bias is None
+    plain = known and logits.norms == (None, None) and logits.bias is None
     attention_dropout, out_dropout = dropouts(module, layer.call)
     dim = x.shape[-1]
     if windows == 1 and core.bias is not None and bool(core.bias.min() < HIDDEN):
