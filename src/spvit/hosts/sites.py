@@ -225,6 +225,12 @@ class Family(Protocol):
         ...
 
 
+PLAIN = (
+    "merge adapters first (model = model.merge_and_unload()), prune before you quantise, and take off parametrisations"
+)
+"""What to do with layers that wrap linear ones."""
+
+
 def expect(model: nn.Module, path: str, cls: type, family: str) -> None:
     """Raise UnknownPartError unless the module at a dotted name is of exactly this class.
 
@@ -233,12 +239,7 @@ def expect(model: nn.Module, path: str, cls: type, family: str) -> None:
     found = type(model.get_submodule(path))
     if found is cls:
         return
-    advice = ""
-    if cls is nn.Linear:
-        advice = (
-            "; merge adapters first (model = model.merge_and_unload()), prune before you quantise, and take off "
-            "parametrisations"
-        )
+    advice = f"; {PLAIN}" if cls is nn.Linear else ""
     raise UnknownPartError(
         f"{path} is a {found.__module__}.{found.__qualname__}, but {family} hosts are supported with exactly "
         f"{cls.__module__}.{cls.__qualname__} there{advice}"

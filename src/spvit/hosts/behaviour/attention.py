@@ -19,7 +19,7 @@ from spvit.hosts.behaviour.equations import CLOSE, columns_that_read, rows_that_
 from spvit.hosts.behaviour.position import find_bias, rotations
 from spvit.hosts.behaviour.watch import Call, Core, Pass, first_tensor, silenced
 from spvit.hosts.behaviour.windows import places_of
-from spvit.hosts.sites import Bias, Rotary, Rows
+from spvit.hosts.sites import PLAIN, Bias, Rotary, Rows
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _layer(twin: nn.Module, seen: Pass, core: Core, block: str) -> FoundLayer:
                     return FoundLayer(path, block, split, call, out, name, token_first)
     raise UnsupportedHostError(
         f"{core.running[0]}: no module around attention answers with a linear projection of what its heads return, "
-        f"{list(core.output.shape)}; looked for output = W (heads side by side) + b over [batch, tokens, width]"
+        f"{list(core.output.shape)}; looked for output = W (heads side by side) + b; {PLAIN}"
     )
 
 
@@ -196,7 +196,7 @@ def values_of(seen: Pass, module: nn.Module, layer: FoundLayer) -> tuple[Tensor,
             return x, name, found[0]
     raise UnsupportedHostError(
         f"{layer.path}: its values are no linear map of its tokens by one of its parameters (v = x W^T + b); something "
-        "acts on them between"
+        f"acts on them between; {PLAIN}"
     )
 
 
