@@ -305,7 +305,7 @@ def test_a_wrapper_that_scales_queries_or_keys_is_part_of_the_scale(part: str) -
     model = make_host("huggingface")
     for paths in paths_of(model):
         path = f"{paths.attention}.{part}"
-        model.set_submodule(path, Lora(model.get_submodule(path)))
+        model.set_submodule(path, Linear(model.get_submodule(path)))
     host = spvit.Host.of(model.double())
     assert host.blocks[0].attention.scale == pytest.approx(2 * 8**-0.5)
     whole = tuple(replace(block, attention=Attention(heads=(0, 1, 2))) for block in EVERYTHING.blocks)
