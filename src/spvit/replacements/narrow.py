@@ -27,12 +27,10 @@ from spvit.hosts.position import bias_of_pairs, cosines_and_sines, entries_by_he
 from spvit.hosts.sites import AttentionSite
 from spvit.hosts.walk import BlockPair
 from spvit.hosts.weights import AttentionWeights, read_weights
-from spvit.moments import Moments, cholesky, regression, ridge_for
+from spvit.moments import Moments, regression, ridge_for
+from spvit.replacements.ffn import narrow_linear
+from spvit.replacements.rotation import narrow_blindly, narrow_heads, narrow_values, value_directions
 from spvit.replacements.targets import targets
-
-JITTER = 1e-7
-LONGEST = 10.0
-"""Length of a kept direction of the values at most, so that what hardly varies does not become noise."""
 
 
 class NarrowAttention(nn.Module):
@@ -40,7 +38,13 @@ class NarrowAttention(nn.Module):
 
     Takes the arguments of that layer; a mask is added to the logits. The softmax keeps the original layer's scale.
     Where the places of tokens act on queries, keys or logits, so they do here: `bias_table` [entries, H] is learned.
+
+    Attributes: `first`, how many of the tokens, the first ones, it answers for (`answer_first`); None: all of them.
     """
+
+    first: int | None = None
+    query: nn.Linear
+    key_value: nn.Linear
 
     kept_heads: Tensor | None
     cosines: Tensor | None
@@ -113,32 +117,42 @@ class NarrowAttention(nn.Module):
             cosines, sines = (self._of_heads(table) for table in tables)
         if rotary is None or cosines is None or sines is None:
             return query, key
-        return rotated(query, cosines, sines, rotary.pairs), rotated(key, cosines, sines, rotary.pairs)
+        rotated_key, own = rotated(key, cosines, sines, rotary.pairs), (cosines, sines)
+        if self.first is not None:  # of these the tables' first rows are, behind the tokens that stay as they are
+            rows = max(0, self.first - key.shape[-2] + cosines.shape[-2])
+            own = (cosines[..., :rows, :], sines[..., :rows, :])
+        return rotated(query, *own, rotary.pairs), rotated_key
 
-    def _added(self, mask: Tensor | None, query: Tensor, named: Mapping[str, Any]) -> Tensor | None:
+    def _added(self, mask: Tensor | None, key: Tensor, named: Mapping[str, Any]) -> Tensor | None:
         """Return what is added to the logits: a mask or bias that is given, and the layer's own bias."""
         if self.bias is not None and self.bias.argument:
             mask = named.get(self.bias.table, mask)
-        mask = None if mask is None else self._of_heads(mask)
+        mask = None if mask is None else self._of_heads(mask)[..., : self.first, :]
         if self.bias_table is None:
             return mask
-        bias = bias_of_pairs(self.bias_table, self.bias_index, query.shape[-2])[None].to(query.dtype)
+        bias = bias_of_pairs(self.bias_table, self.bias_index, key.shape[-2])[None, :, : self.first].to(key.dtype)
         if mask is None:
             return bias
         return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
     def heads_out(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **named: Any) -> Tensor:
-        """Return the outputs of all heads side by side, [B, N, H V], which the output projection takes.
+        """Return the outputs of all heads side by side, [B, N, H V], which the output projection takes; of P tokens
+        [B, P, H V] if it answers for so many.
 
         named: what else the layer is called with; tables of positions are among that.
         """
-        packed, keys, values = self.qkv(x), self.heads * self.query_key_rank, 2 * self.heads * self.query_key_rank
+        rank = self.heads * self.query_key_rank
+        if self.first is None:
+            packed = self.qkv(x)
+            queries, keys_and_values = packed[..., :rank], packed[..., rank:]
+        else:
+            queries, keys_and_values = self.query(x[:, : self.first]), self.key_value(x)
         query, key, value = (
             part.unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for part in (packed[..., :keys], packed[..., keys:values], packed[..., values:])
+            for part in (queries, keys_and_values[..., :rank], keys_and_values[..., rank:])
         )  # [B, H, N, R], twice, and [B, H, N, V]
         query, key = self._rotated(self.query_norm(query), self.key_norm(key), named)
-        mask = self._added(attn_mask, query, named)
+        mask = self._added(attn_mask, key, named)
         # The CPU's fused attention wants equal widths; what is filled up with zeros changes nothing.
         if self.query_key_rank != self.value_rank and (isinstance(x, torch.fx.Proxy) or x.device.type == "cpu"):
             width = max(self.query_key_rank, self.value_rank)
@@ -151,12 +165,22 @@ class NarrowAttention(nn.Module):
         return self.out_norm(out[..., : self.value_rank].transpose(1, 2).flatten(2))
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **kwargs: Any) -> Tensor:
-        """x: [B, N, D]. Returns [B, N, D]."""
-        return self.out_drop(self.proj(self.heads_out(x, attn_mask, is_causal, **kwargs)))
+        """x: [B, N, D]. Returns [B, N, D], zeros for tokens that it does not answer for."""
+        out: Tensor = self.out_drop(self.proj(self.heads_out(x, attn_mask, is_causal, **kwargs)))
+        return out if self.first is None else F.pad(out, (0, 0, 0, x.shape[1] - self.first))
+
+    def answer_first(self, tokens: int) -> None:
+        """Answer for so many tokens only, the first ones, in place: their queries look at the keys of all."""
+        rank = self.heads * self.query_key_rank
+        rows = torch.arange(self.qkv.out_features)
+        self.query, self.key_value = (narrow_linear(self.qkv, part, 0) for part in (rows[:rank], rows[rank:]))
+        self.first = tokens
+        del self.qkv
 
     def extra_repr(self) -> str:
         """Show heads and dimensions in the module's printed form."""
-        return f"heads={self.heads}, query_key_rank={self.query_key_rank}, value_rank={self.value_rank}"
+        first = "" if self.first is None else f", first={self.first}"
+        return f"heads={self.heads}, query_key_rank={self.query_key_rank}, value_rank={self.value_rank}{first}"
 
 
 class _Narrow:
@@ -174,13 +198,17 @@ class _Narrow:
         rules: Rules,
         grid: Grid,
         fitted: bool = False,
+        tokens: str = "all",
         **hints: Any,
     ) -> nn.Module:
-        """Whole, it is the layer itself; narrow, from its weights alone, as if its inputs were white noise."""
-        if not kept.narrowed():
+        """Whole, it is the layer itself; narrow, from its weights alone, as if its inputs were white noise.
+
+        Whole for prefix tokens alone, it has the layer's weights.
+        """
+        if not kept.narrowed() and tokens == "all":
             return layer
         module = NarrowAttention(layer, site, kept)
-        if not fitted:
+        if not fitted or not kept.narrowed():
             module.load(narrow_blindly(read_weights(layer, site), kept))
         return module
 
@@ -266,124 +294,3 @@ def own_covariances(moments: Moments, heads: int) -> Tensor:
     """Return the covariance of each head's outputs, [H, E, E], from moments of all side by side, [H E]."""
     by_head = moments.covariance.unflatten(0, (heads, -1)).unflatten(2, (heads, -1))  # [H, E, H, E]
     return by_head.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-
-
-def _augmented(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return a linear map with its bias as the last column, in float64: [..., D + 1]."""
-    column = weight.new_zeros(weight.shape[:-1]) if bias is None else bias
-    return torch.cat([weight, column[..., None]], dim=-1).double()
-
-
-def _root(moment: Tensor) -> Tensor:
-    """Return the Cholesky factor of a second moment, which may be singular."""
-    return cholesky(moment, JITTER)
-
-
-def low_rank_logits(query_moment: Tensor, key_moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return A and B, [E, R] each, for which q^T A B^T k is the best approximation of q^T k of rank R.
-
-    Best in the mean square over independent queries and keys with these second moments about zero, [E, E] each:
-    with C_Q = L_Q L_Q^T, C_K = L_K L_K^T and U S V^T the singular value decomposition of L_Q^T L_K,
-    A = L_Q^-T U_R S_R^1/2 and B = L_K^-T V_R S_R^1/2. For example with E = 2, C_K = I and C_Q = diag(4, 1):
-    L_Q^T L_K = diag(2, 1), and rank 1 keeps the first dimension: A = (1/2, 0)^T sqrt(2), B = (1, 0)^T sqrt(2).
-    """
-    query_root, key_root = _root(query_moment), _root(key_moment)
-    left, values, right = torch.linalg.svd(query_root.T @ key_root)
-    weight = values[:rank].sqrt()
-    query = torch.linalg.solve_triangular(query_root.T, left[:, :rank] * weight, upper=True)
-    key = torch.linalg.solve_triangular(key_root.T, right[:rank].T * weight, upper=True)
-    return query, key
-
-
-def narrow_heads(weights: AttentionWeights, kept: Attention, second_moment: Tensor) -> AttentionWeights:
-    """Return the kept heads of a layer with their queries and keys at the kept rank; values and outputs stay whole.
-
-    second_moment: of the layer's inputs with a one appended, about zero: [D + 1, D + 1].
-    """
-    whole = _some_heads(weights, kept)
-    if kept.query_key_rank is None:
-        return whole
-    queries = _augmented(whole.query_weight, whole.query_bias)  # [H, E, D + 1]
-    keys = _augmented(whole.key_weight, whole.key_bias)
-    narrow_queries, narrow_keys = [], []
-    for query, key in zip(queries, keys):
-        moments = (query @ second_moment @ query.T, key @ second_moment @ key.T)
-        a, b = low_rank_logits(*moments, kept.query_key_rank)
-        narrow_queries.append(a.T @ query)
-        narrow_keys.append(b.T @ key)
-    query, key = (torch.stack(parts).to(whole.query_weight) for parts in (narrow_queries, narrow_keys))
-    return replace(
-        whole,
-        query_weight=query[..., :-1],
-        query_bias=None if whole.query_bias is None else query[..., -1],
-        key_weight=key[..., :-1],
-        key_bias=None if whole.key_bias is None else key[..., -1],
-    )
-
-
-def _some_heads(weights: AttentionWeights, kept: Attention) -> AttentionWeights:
-    """Return the weights of the kept heads, without gradients."""
-    heads = list(range(len(weights.query_weight)) if kept.heads is None else kept.heads)
-    by_head: dict[str, Any] = {
-        name: None if part is None else part.detach()[heads]
-        for name, part in vars(weights).items()
-        if not name.startswith("out_")
-    }
-    out_bias = None if weights.out_bias is None else weights.out_bias.detach()
-    return AttentionWeights(**by_head, out_weight=weights.out_weight.detach()[:, heads], out_bias=out_bias)
-
-
-def value_directions(weights: AttentionWeights, covariances: Tensor) -> Tensor:
-    """Return the directions [H, E, E] of each head's outputs, those first that predict its contribution best.
-
-    With C = L L^T the covariance of a head's outputs, P its output projection and V the right singular vectors of P L:
-    V^T L^-1, which makes the directions uncorrelated; they are scaled so that their variance is the mean variance of
-    the head's outputs, or to length 10 if that is less. covariances: [H, E, E].
-    """
-    found = []
-    for head, covariance in enumerate(covariances.double()):
-        root, width = _root(covariance), len(covariance)
-        right = torch.linalg.svd(weights.out_weight[:, head].double() @ root, full_matrices=False).Vh  # [.., E]
-        if len(right) < width:  # fewer outputs than dimensions: any further directions complete the basis
-            eye = torch.eye(width, dtype=root.dtype, device=root.device)
-            right = torch.linalg.qr(torch.cat([right.T, eye], 1)).Q.T
-        level = covariance.diagonal().mean().clamp(min=1e-12).sqrt()
-        directions = level * torch.linalg.solve_triangular(root, right, upper=False, left=False)
-        found.append(directions * (LONGEST / directions.norm(dim=1, keepdim=True)).clamp(max=1))
-    return torch.stack(found)
-
-
-def narrow_values(
-    weights: AttentionWeights, directions: Tensor, kept: Attention, covariances: Tensor
-) -> tuple[AttentionWeights, Tensor]:
-    """Return weights whose values have the kept rank, and the map [H, V, E] from the heads' former outputs to theirs.
-
-    The output projection is the one that best predicts each head's contribution from its kept directions alone.
-    directions, covariances of the heads' outputs: [H, E, E].
-    """
-    like, rotation = weights.value_weight, directions[:, : kept.value_rank]
-    out_weights = []
-    for head, covariance in enumerate(covariances.double()):
-        root = _root(covariance)  # makes a definite one of it, whatever rounding has done
-        reading = rotation[head] @ root @ root.T
-        projected = reading @ weights.out_weight[:, head].double().T
-        out_weights.append(regression(reading @ rotation[head].T, projected, JITTER).T)
-    bias = weights.value_bias
-    narrow = replace(
-        weights,
-        value_weight=(rotation @ weights.value_weight.double()).to(like),
-        value_bias=None if bias is None else torch.einsum("hve,he->hv", rotation, bias.double()).to(like),
-        out_weight=torch.stack(out_weights, dim=1).to(like),
-    )
-    return narrow, rotation
-
-
-def narrow_blindly(weights: AttentionWeights, kept: Attention) -> AttentionWeights:
-    """Return the weights of a narrowed layer chosen from its weights alone, as if its inputs were white noise."""
-    dim = weights.query_weight.shape[-1]
-    narrow = narrow_heads(weights, kept, torch.eye(dim + 1, dtype=torch.float64, device=weights.query_weight.device))
-    if kept.value_rank is None:
-        return narrow
-    values = narrow.value_weight.double()
-    covariances = values @ values.transpose(1, 2)
-    return narrow_values(narrow, value_directions(narrow, covariances), kept, covariances)[0]
