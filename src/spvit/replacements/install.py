@@ -162,6 +162,6 @@ def installed(host: Host, index: int, kept: Block) -> Iterator[None]:
     """
     with ExitStack() as undo:
         grids = whole_grids(host, [index] if kept.attention.kind != "msa" else [], undo)
-        replace_attention(host, index, kept.attention, REPAIRED, grids, undo, fitted=True)
+        replace_attention(host, index, kept.attention, REPAIRED, grids, undo, fitted=True, tokens=kept.tokens)
         narrow_ffn(host, index, kept.ffn, undo)
         yield
