@@ -26,7 +26,7 @@ EVERYTHING = Architecture(
         Block(Attention("conv3"), FFN(8, ())),
         Block(Attention("conv1"), FFN(4, (0, 1, 2, 3))),
         Block(Attention("skip"), FFN(1, (0,))),
-        Block(Attention("msa", value_rank=2), FFN(8, (1, 2))),
+        Block(Attention("msa", value_rank=2), FFN(8, (1, 2)), "prefix"),
     ),
     skip_rule="normalised_input",
 )
@@ -89,6 +89,7 @@ def test_prints_as_a_table_of_blocks() -> None:
     assert rows[0] == ["block", "attention", "FFN", "units"]
     assert rows[1] == ["0", "msa", "2", "heads", "5/3", "2", "of", "8"]
     assert rows[2] == ["1", "conv3", "0", "of", "8"]
+    assert rows[5] == ["4", "msa", "all/2", "2", "of", "8,", "for", "prefix", "tokens", "alone"]
     assert len(rows) == 1 + len(EVERYTHING.blocks)
 
 
@@ -186,9 +187,21 @@ def _edited(path: list[Any], value: Any = None, remove: bool = False) -> dict[st
         (_edited(["colour"], 1), "architecture: unknown field 'colour', expected blocks, prefix_rule, skip_rule"),
         (_edited(["skip_rule"], 1), "skip_rule 1 is unknown"),
         (_edited(["blocks", 1], 3), "block 1: found int, expected an object"),
-        (_edited(["blocks", 1, "norm"], 3), "block 1: unknown field 'norm', expected attention, ffn"),
+        (_edited(["blocks", 1, "norm"], 3), "block 1: unknown field 'norm', expected attention, ffn, tokens"),
         (_edited(["blocks", 1, "attention"], remove=True), "block 1: field 'attention' is missing"),
         (_edited(["blocks", 2, "ffn"], remove=True), "block 2: field 'ffn' is missing"),
+        (
+            _edited(["blocks", 4, "tokens"], "class"),
+            "block 4: block tokens 'class' is unknown, expected one of all, pre",
+        ),
+        (
+            _edited(["blocks", 0, "tokens"], "prefix"),
+            "block 0: found tokens prefix, expected all; only the last block's",
+        ),
+        (
+            _edited(["blocks", 1, "tokens"], "prefix"),
+            "block 1: tokens prefix goes with attention kinds msa and skip only",
+        ),
         (_edited(["blocks", 1, "attention", "size"], 3), "block 1 attention: unknown field 'size', expected kind, "),
         (_edited(["blocks", 1, "attention", "kind"], "conv5"), "block 1: attention kind 'conv5' is unknown"),
         (_edited(["blocks", 0, "attention", "heads"], 3), "block 0 attention heads: found 3, expected a list"),

@@ -27,6 +27,7 @@ KINDS = {
 NARROWINGS = ("heads", "query_key_rank", "value_rank")
 PREFIX_RULES = ("identity", "linear")
 SKIP_RULES = ("zero", "normalised_input", "mean")
+TOKENS = ("all", "prefix")
 FORMAT = "spvit-architecture"
 VERSION = 1
 
@@ -123,6 +124,16 @@ class Block:
 
     attention: Attention
     ffn: FFN
+    tokens: str = "all"
+    """Whose output the block computes: `all`, or those of the `prefix` alone, where nothing reads the others. That
+    goes with the last block, and with attention of kind msa or skip; keys and values come from all tokens still."""
+
+    def __post_init__(self) -> None:
+        _check_known("block tokens", self.tokens, TOKENS)
+        if self.tokens == "prefix" and self.attention.kind not in ("msa", "skip"):
+            raise ArchitectureError(
+                f"tokens prefix goes with attention kinds msa and skip only, found it with {self.attention.kind}"
+            )
 
 
 class Rules(NamedTuple):
@@ -156,6 +167,11 @@ class Architecture:
     def __post_init__(self) -> None:
         if not self.blocks:
             raise ArchitectureError("an architecture needs at least one block, found none")
+        for index, block in enumerate(self.blocks[:-1]):
+            if block.tokens != "all":
+                raise ArchitectureError(
+                    f"block {index}: found tokens {block.tokens}, expected all; only the last block's may go unread"
+                )
         _check_known("prefix_rule", self.prefix_rule, PREFIX_RULES)
         _check_known("skip_rule", self.skip_rule, SKIP_RULES)
 
@@ -179,12 +195,15 @@ class Architecture:
         lines = [f"block  {'attention':<{width}}  FFN units"]
         for index, (block, name) in enumerate(zip(self.blocks, names)):
             units = f"{len(block.ffn.units)} of {block.ffn.width}"
-            lines.append(f"{index:>5}  {name:<{width}}  {units}")
+            tokens = "" if block.tokens == "all" else ", for prefix tokens alone"
+            lines.append(f"{index:>5}  {name:<{width}}  {units}{tokens}")
         return "\n".join(lines)
 
     def to_json(self) -> str:
         """Return the architecture as JSON text, one block a line."""
         written = [{"attention": block.attention.to_dict(), "ffn": vars(block.ffn)} for block in self.blocks]
+        if self.blocks[-1].tokens != "all":  # left out elsewhere, so that older versions read the file
+            written[-1]["tokens"] = self.blocks[-1].tokens  # type: ignore[assignment]
         blocks = ",\n    ".join(map(json.dumps, written))
         return (
             "{\n"
@@ -258,7 +277,7 @@ def _block_from_dict(data: Any, where: str) -> Block:
     ffn = _take_fields(FFN, values["ffn"], f"{where} ffn", needed=("width", "units"))
     ffn["units"] = _tuple(ffn["units"], f"{where} ffn units")
     try:
-        return Block(attention, FFN(**ffn))
+        return Block(attention, FFN(**ffn), values.get("tokens", "all"))
     except ArchitectureError as error:
         raise ArchitectureError(f"{where}: {error}") from error
 

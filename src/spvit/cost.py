@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,8 @@ class BlockCost:
     """Heads of the attention before pruning."""
     head_width: int = 0
     """Dimensions of a head before pruning."""
+    prefix_only: BlockCost | None = None
+    """What the parts cost where the block runs for its prefix tokens alone; None where it cannot."""
 
     @property
     def dense(self) -> int:
@@ -71,6 +73,8 @@ class BlockCost:
 
     def of(self, block: Block, rules: Rules) -> int:
         """Return the cost of what an architecture keeps of the block."""
+        if block.tokens == "prefix" and self.prefix_only is not None:
+            return self.prefix_only.of(replace(block, tokens="all"), rules)
         return self.attention(block.attention, rules) + self.unit * len(block.ffn.units)
 
 
@@ -99,6 +103,11 @@ class NetworkCost:
         steps = attention.new_tensor([[high - low for low, high in itertools.pairwise(kinds)] for kinds in spent])
         unit = attention.new_tensor([block.unit for block in self.blocks])
         return self.fixed + closed + (steps * attention).sum() + (unit * torch.stack(list(units))).sum()
+
+    def for_prefix(self) -> NetworkCost:
+        """Return the same costs with those of a last block that runs for its prefix tokens alone, if it can."""
+        last = self.blocks[-1].prefix_only
+        return self if last is None else replace(self, blocks=(*self.blocks[:-1], last))
 
     @property
     def smallest(self) -> int:

@@ -35,7 +35,9 @@ def decide(
 
     By scores: every candidate of every site was measured by how little the outputs diverge from the dense ones after
     its repair, and the choice with the least sum of scores within the budget is taken, narrow attention included. Prune
-    to it with `repair=` the same images.
+    to it with `repair=` the same images. With a budget of MACs, where nothing but prefix tokens (the class token)
+    is read behind the last block, that block runs for them alone, which changes no output; not so with
+    `Constraints(keep_patches=True)`.
 
     By gates, without a budget, it is exactly what the network computes in evaluation mode. With one, attention stays as
     the gates say and the threshold on the FFN gates is shifted until the cost is within 0.5 % of the budget.
@@ -77,7 +79,7 @@ def decide(
     budget = Budget.parse(macs, params)
     host, constraints = Host.of(net), constraints or Constraints()
     if scores is None:
-        check_reachable(host, budget, multiple, constraints)  # before scoring
+        check_reachable(host, budget, multiple, constraints, objective=objective)  # before scoring
         assert calibration is not None
         scores = score(host, calibration, multiple=multiple or DEFAULT_MULTIPLE, objective=objective, report=report)
     elif calibration is not None:

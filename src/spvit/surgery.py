@@ -19,6 +19,7 @@ from spvit.hosts.walk import calibration_batches, where_float64_is
 from spvit.repair.repair import repair as repair_in_place
 from spvit.replacements.bottleneck import BottleneckConv
 from spvit.replacements.install import check_fits, narrow_ffn, replace_attention, whole_grids
+from spvit.replacements.prefix_only import answer_prefix
 from spvit.search.network import dense_state, gated_layers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -84,16 +85,19 @@ def prune(
         target = dense
         if batches is not None and (inplace or trained is not None):
             target = dense.on(copy.deepcopy(model))
-        replaced = [index for index, kind in enumerate(architecture.kinds()) if kind != "msa"]
+        blocks = architecture.blocks
+        replaced = [index for index, kept in enumerate(blocks) if kept.attention.kind != "msa" or kept.tokens != "all"]
         grids = whole_grids(pruned, replaced, undo)
         with where_float64_is(model):
-            for index, kept in enumerate(architecture.blocks):
+            for index, kept in enumerate(blocks):
                 found = None if searched is None else searched[index].searched(kept.attention.kind)
-                hints = {"searched": found, "fitted": batches is not None}
+                hints = {"searched": found, "fitted": batches is not None, "tokens": kept.tokens}
                 replace_attention(pruned, index, kept.attention, architecture.rules, grids, undo, **hints)
                 narrow_ffn(pruned, index, kept.ffn, undo)
         if batches is not None:
             repair_in_place(model, target, architecture, batches)
+        if blocks[-1].tokens == "prefix":
+            answer_prefix(pruned, len(blocks) - 1, grids[len(blocks) - 1], undo)
         undo.pop_all()
     setattr(model, RECORD, PrunedRecord(architecture, False, dense.family))
     return cast(Model, model)

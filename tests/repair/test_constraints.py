@@ -209,7 +209,7 @@ def test_keeping_everything_keeps_everything() -> None:
 
 
 def test_choices_too_coarse_for_a_budget_name_the_nearest() -> None:
-    constraints = {"only": "attention", "forbid": "narrow"}
+    constraints = {"only": "attention", "forbid": "narrow", "keep_patches": True}
     with pytest.raises(BudgetError, match=r"within 0\.5% of .*; the nearest below is [\d,]+, so ask for .*%$") as error:
         decided("class_token", "80%", **constraints)
     nearest, share = re.search(r"below is ([\d,]+), so ask for (.*)$", str(error.value)).groups()

@@ -64,7 +64,11 @@ def test_costs_are_the_formulas_of_the_method() -> None:
         "skip": AttentionCost(0),
     }
     block = BlockCost(kinds, unit=2 * n * d, units=72, heads=3, head_width=e)
-    assert costs.blocks == (block,) * 4
+    each = n * d + d + n  # for one class token: keys of all, its query, its logits
+    alone = {"msa": AttentionCost(2 * d * each, each, each), "skip": AttentionCost(0)}
+    last = replace(block, prefix_only=BlockCost(alone, unit=2 * d, units=72, heads=3, head_width=e))
+    assert costs.blocks == (*(block,) * 3, last)
+    assert costs.for_prefix().blocks == (*(block,) * 3, last.prefix_only)
     assert costs.fixed == grid * 768 * d + d * 7  # patch embedding and classifier
 
 

@@ -25,7 +25,8 @@ def block_table(architecture: Architecture, costs: dict[str, NetworkCost], title
     for index, block in enumerate(architecture.blocks):
         own = [cost.blocks[index] for cost in by_metric]
         cells = [human(count) for cost in own for count in (cost.of(block, architecture.rules), cost.dense)]
-        table.add_row(str(index), str(block.attention), f"{len(block.ffn.units)}/{block.ffn.width}", *cells)
+        attention = f"{block.attention}{'' if block.tokens == 'all' else ', prefix tokens alone'}"
+        table.add_row(str(index), attention, f"{len(block.ffn.units)}/{block.ffn.width}", *cells)
     table.add_row("", "rest", "", *(human(cost.fixed) for cost in by_metric for _ in range(2)), end_section=True)
     totals = [(cost.of(architecture), cost.dense) for cost in by_metric]
     table.add_row("", "total", "", *(human(count) for pair in totals for count in pair))

@@ -17,7 +17,9 @@ from spvit.hosts.host import Host
 from spvit.hosts.sites import BlockSites
 from spvit.repair.constraints import Allowed, Constraints
 from spvit.repair.errors import Ranking, narrowest
+from spvit.repair.objective import Asked
 from spvit.repair.scores import BlockScores, Scores
+from spvit.repair.unread import patches_unread
 from spvit.replacements.costs import network_costs
 
 STEPS_PER_SITE = 512
@@ -35,24 +37,39 @@ def decide_by_scores(
         ConstraintError: the constraints name what the host does not have.
     """
     scores.check(host)
-    target = check_reachable(host, budget, multiple, constraints, scores.blocks)
-    cost = network_costs(host)[budget.metric]
-    multiples = MULTIPLES if multiple is None else (multiple,)
-    attends, allowed = _attends(host), constraints.at(host)
+    whole = _costs(host, budget, scores.objective)
+    target = _reachable(host, whole, budget, multiple, constraints, scores.blocks)
+    prefix, allowed = _under(whole, host, constraints), constraints.at(host)
+    multiples, attends = MULTIPLES if multiple is None else (multiple,), _attends(host)
     # The best that is affordable is within tolerance nearly always; where all are below, the rest is spent, in the
     # finest steps, which harm least.
     nearly = math.ceil((1 - TOLERANCE) * target)
-    for candidate, wanted in [*((step, 0) for step in multiples), *((step, nearly) for step in reversed(multiples))]:
-        chosen = choose(scores.blocks, cost, target, candidate, wanted, attends, allowed)
-        if chosen is not None and abs(cost.of(chosen) - target) <= TOLERANCE * target:
-            return chosen
-    sites = _sites(scores.blocks, cost, multiples[-1], allowed)
-    costly = [[(what, spent, -float(spent)) for what, spent, _ in site] for site in sites]
-    found = [_least_sum(variant, target - cost.fixed, 0) for variant in (_attending(costly) if attends else [costly])]
-    below = cost.fixed + max(_sum(chosen, 1) for chosen in found if chosen is not None)
+    steps = [*((step, 0) for step in multiples), *((step, nearly) for step in reversed(multiples))]
+    costs, found = (prefix, whole)[prefix is whole :], []
+    for cost in costs:
+        tried = (choose(scores.blocks, cost, target, step, wanted, attends, allowed) for step, wanted in steps)
+        landed = (chosen for chosen in tried if chosen is not None and cost.of(chosen) >= (1 - TOLERANCE) * target)
+        if (chosen := next(landed, None)) is not None:
+            last = replace(chosen.blocks[-1], tokens="all" if cost is whole else "prefix")
+            found.append(replace(chosen, blocks=(*chosen.blocks[:-1], last)))
+    if found:
+        return min(found, key=lambda architecture: _total(scores.blocks, architecture))
+    most: list[list[Choice] | None] = []
+    for cost in costs:
+        sites = _sites(scores.blocks, cost, multiples[-1], allowed)
+        costly = [[(what, spent, -float(spent)) for what, spent, _ in site] for site in sites]
+        variants = _attending(costly) if attends else [costly]
+        most += [_least_sum(variant, target - cost.fixed, 0) for variant in variants]
+    below = whole.fixed + max(_sum(chosen, 1) for chosen in most if chosen is not None)
     # A little more than it costs, since costs are counted in steps.
-    nearest = f"the nearest below is {below:,}, so ask for {math.ceil(10025 * below / cost.dense) / 100:.2f}%"
+    nearest = f"the nearest below is {below:,}, so ask for {math.ceil(10025 * below / whole.dense) / 100:.2f}%"
     raise BudgetError(f"{too_coarse(multiples[-1], budget.metric, target)}; {nearest}")
+
+
+def _total(scores: Sequence[BlockScores], architecture: Architecture) -> float:
+    """Return the sum of scores of what an architecture keeps."""
+    pairs = zip(scores, architecture.blocks)
+    return sum(dict(own.attention)[block.attention] + own.ffn[len(block.ffn.units)] for own, block in pairs)
 
 
 def check_reachable(
@@ -61,19 +78,46 @@ def check_reachable(
     multiple: int | None,
     constraints: Constraints,
     scores: Sequence[BlockScores] | None = None,
+    objective: Asked = "auto",
 ) -> int:
-    """Return the target in MACs or parameters. Without scores, what scoring will find counts.
+    """Return the target in MACs or parameters. Without scores, what scoring by the objective will find counts.
 
     Raises:
         BudgetError: nothing costs so little; names the smallest reachable cost, and which constraint to loosen.
         ConstraintError: the constraints name what the host does not have.
     """
+    return _reachable(host, _costs(host, budget, objective), budget, multiple, constraints, scores)
+
+
+def _costs(host: Host, budget: Budget, objective: Asked) -> NetworkCost:
+    """Return the costs of a host, of prefix tokens alone only where the objective reads no others and MACs count."""
     cost = network_costs(host)[budget.metric]
+    if cost.blocks[-1].prefix_only is None or (budget.metric == "macs" and patches_unread(host, objective)):
+        return cost
+    return replace(cost, blocks=(*cost.blocks[:-1], replace(cost.blocks[-1], prefix_only=None)))
+
+
+def _under(cost: NetworkCost, host: Host, constraints: Constraints) -> NetworkCost:
+    """Return the costs of prefix tokens alone in the last block, where they may be under constraints."""
+    if constraints.keep_patches or constraints.at(host)[-1].whole:
+        return cost
+    return cost.for_prefix()
+
+
+def _reachable(
+    host: Host,
+    cost: NetworkCost,
+    budget: Budget,
+    multiple: int | None,
+    constraints: Constraints,
+    scores: Sequence[BlockScores] | None,
+) -> int:
+    """Return the target, as `check_reachable` does."""
     target, step = budget.target(cost), MULTIPLES[-1] if multiple is None else multiple
     blocks = scores or [_unscored(block, multiple or DEFAULT_MULTIPLE) for block in host.blocks]
 
     def smallest(under: Constraints) -> int:
-        sites = _sites(blocks, cost, step, under.at(host))
+        sites = _sites(blocks, _under(cost, host, under), step, under.at(host))
         variants = _attending(sites) if _attends(host) else [sites]
         return cost.fixed + min(sum(min(spent for _, spent, _ in site) for site in variant) for variant in variants)
 
@@ -81,7 +125,8 @@ def check_reachable(
     if target >= least:
         return target
     under = f", under {'; '.join(given.values())}" if given else ""
-    loosened = [(smallest(replace(constraints, **{name: None})), name) for name in given]
+    without: dict[str, dict[str, Any]] = {name: {name: None} for name in given}
+    loosened = [(smallest(replace(constraints, **change)), name) for name, change in without.items()]
     advice = f"; loosen {loosest[1]}: without it {human(loosest[0])}" if given and (loosest := min(loosened)) else ""
     raise BudgetError(
         f"a budget of {human(target)} {budget.metric} ({target / cost.dense:.1%}) cannot be reached with FFN "
@@ -153,7 +198,8 @@ def _sites(
     """Return what every attention and FFN in turn may keep."""
     sites: list[list[Choice]] = []
     for block, own, may in zip(scores, cost.blocks, allowed or [Allowed()] * len(scores)):
-        fitting = [(kept, score) for kept, score in block.attention if _of_multiple(kept, multiple) and may.takes(kept)]
+        offered = [(kept, score) for kept, score in block.attention if kept.kind in own.kinds]
+        fitting = [(kept, score) for kept, score in offered if _of_multiple(kept, multiple) and may.takes(kept)]
         sites.append([(kept, own.attention(kept, REPAIRED), score) for kept, score in fitting])
         widths = sorted({*range(multiple, own.units, multiple), own.units} - set(range(may.least_units)))
         sites.append([(width, own.unit * width, block.ffn[width]) for width in widths])

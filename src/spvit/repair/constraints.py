@@ -59,6 +59,8 @@ class Constraints:
     one there alone (skip:0-2)."""
     smallest_width: int | float | str | None = None
     """Fewest units that an FFN keeps: a share of its own (25%), or a number."""
+    keep_patches: bool = False
+    """Whether the last block computes its patch tokens even where the objective reads none of them."""
 
     def __post_init__(self) -> None:
         for name in ("keep", "only", "forbid"):

@@ -40,7 +40,7 @@ class Replacement(Protocol):
             rules: of the architecture.
             grid: of the patches, kept at that of the images that pass.
             hints: what a kind may use: `searched` (head mix and batch norm of a search), `fitted` (whether `fit`
-                follows, so that weights need no care now).
+                follows, so that weights need no care now), `tokens` (of the block, as in its architecture).
         """
         ...
 

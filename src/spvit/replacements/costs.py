@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,8 @@ from spvit.cost import METRICS, BlockCost, NetworkCost, count_params
 from spvit.hosts.host import Host
 from spvit.hosts.sites import BlockSites
 from spvit.replacements import replacement
-from spvit.replacements.install import check_fits
+from spvit.replacements.install import check_fits, has_prefix
+from spvit.replacements.prefix_only import prefix_attention_cost
 
 
 def _block_cost(host: Host, block: BlockSites, metric: str) -> BlockCost:
@@ -21,13 +23,14 @@ def _block_cost(host: Host, block: BlockSites, metric: str) -> BlockCost:
     unit = sum(first.in_features for first in firsts) + second.out_features
     norm = 0 if ffn.norm is None else count_params(host.model.get_submodule(ffn.norm)) // ffn.units
     biases = sum(first.bias is not None for first in firsts) + norm
-    return BlockCost(
-        {kind: replacement(kind).cost(host, site, metric) for kind in KINDS},
-        unit * site.tokens if metric == "macs" else unit + biases,
-        ffn.units,
-        site.heads,
-        site.head_width,
-    )
+    kinds = {kind: replacement(kind).cost(host, site, metric) for kind in KINDS}
+    units, each = (ffn.units, site.heads, site.head_width), unit + biases
+    cost = BlockCost(kinds, unit * site.tokens if metric == "macs" else each, *units)
+    if block is not host.blocks[-1] or not has_prefix(site):
+        return cost
+    alone = {"msa": prefix_attention_cost(site, metric, kinds["msa"]), "skip": kinds["skip"]}
+    prefix = BlockCost(alone, unit * site.prefix_tokens if metric == "macs" else each, *units)
+    return replace(cost, prefix_only=prefix)
 
 
 def network_costs(model: nn.Module | Host) -> dict[str, NetworkCost]:

@@ -51,9 +51,19 @@ def check_fits(host: Host, architecture: Architecture) -> None:
                 f"block {index}: the architecture is for an FFN of {block.ffn.width} units, but {host.name} has "
                 f"{sites.ffn.units}; use an architecture that was decided for this host"
             )
+        if block.tokens == "prefix" and not has_prefix(sites.attention):
+            raise ArchitectureError(
+                f"block {index}: the architecture computes prefix tokens alone, but {host.name} has none there; use an "
+                "architecture that was decided for this host"
+            )
         reason = _not_narrowed(sites.attention, block.attention, host.family.name)
         if reason is not None:
             raise ArchitectureError(f"block {index}: {reason}")
+
+
+def has_prefix(site: AttentionSite) -> bool:
+    """Return whether a block may run for prefix tokens alone: there are some, in one window with all others."""
+    return site.prefix_tokens > 0 and site.windows == 1 and site.layout is None
 
 
 def _not_narrowed(site: AttentionSite, kept: Attention, name: str) -> str | None:
@@ -154,6 +164,6 @@ def installed(host: Host, index: int, kept: Block) -> Iterator[None]:
     """
     with ExitStack() as undo:
         grids = whole_grids(host, [index] if kept.attention.kind != "msa" else [], undo)
-        replace_attention(host, index, kept.attention, REPAIRED, grids, undo, fitted=True)
+        replace_attention(host, index, kept.attention, REPAIRED, grids, undo, fitted=True, tokens=kept.tokens)
         narrow_ffn(host, index, kept.ffn, undo)
         yield

@@ -51,13 +51,17 @@ class _Narrow:
         rules: Rules,
         grid: Grid,
         fitted: bool = False,
+        tokens: str = "all",
         **hints: Any,
     ) -> nn.Module:
-        """Whole, it is the layer itself; narrow, from its weights alone, as if its inputs were white noise."""
-        if not kept.narrowed():
+        """Whole, it is the layer itself; narrow, from its weights alone, as if its inputs were white noise.
+
+        Whole for prefix tokens alone, it has the layer's weights.
+        """
+        if not kept.narrowed() and tokens == "all":
             return layer
         module = NarrowAttention(layer, site, kept)
-        if not fitted:
+        if not fitted or not kept.narrowed():
             module.load(narrow_blindly(read_weights(layer, site), kept, site.rotary))
         return module
 

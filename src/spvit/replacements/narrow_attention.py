@@ -26,6 +26,7 @@ from spvit.hosts.position import (
 )
 from spvit.hosts.sites import AttentionSite
 from spvit.hosts.weights import AttentionWeights, read_weights
+from spvit.replacements.ffn import narrow_linear
 
 
 class NarrowAttention(nn.Module):
@@ -33,8 +34,13 @@ class NarrowAttention(nn.Module):
 
     Takes the arguments of that layer; a mask is added to the logits. The softmax keeps the original layer's scale.
     Where the places of tokens act on queries, keys or logits, so they do here: `bias_table` [entries, H] is learned.
+
+    Attributes: `first`, how many of the tokens, the first ones, it answers for (`answer_first`); None: all of them.
     """
 
+    first: int | None = None
+    query: nn.Linear
+    key_value: nn.Linear
     kept_heads: Tensor | None
     pairs: Tensor | None
     cosines: Tensor | None
@@ -116,36 +122,46 @@ class NarrowAttention(nn.Module):
             taken = dimensions_of(self.pairs, rotary.pairs, self.head_width)[:, None]  # [H, 1, R]
             cosines, sines = (table.expand(len(taken), -1, -1) for table in (cosines, sines))
             cosines, sines = (table.gather(2, taken.expand(-1, table.shape[1], -1)) for table in (cosines, sines))
-        return rotated(query, cosines, sines, rotary.pairs), rotated(key, cosines, sines, rotary.pairs)
+        rotated_key, own = rotated(key, cosines, sines, rotary.pairs), (cosines, sines)
+        if self.first is not None:  # of these the tables' first rows are, behind the tokens that stay as they are
+            rows = max(0, self.first - key.shape[-2] + cosines.shape[-2])
+            own = (cosines[..., :rows, :], sines[..., :rows, :])
+        return rotated(query, *own, rotary.pairs), rotated_key
 
-    def _added(self, mask: Tensor | None, query: Tensor, named: Mapping[str, Any]) -> Tensor | None:
+    def _added(self, mask: Tensor | None, key: Tensor, named: Mapping[str, Any]) -> Tensor | None:
         """Return what is added to the logits: a mask or bias that is given, and the layer's own bias."""
         if self.bias is not None and self.bias.argument:
             mask = named.get(self.bias.table, mask)
-        mask = None if mask is None else self._of_heads(mask)
+        mask = None if mask is None else self._of_heads(mask)[..., : self.first, :]
         if self.bias_table is None:
             return mask
-        bias = bias_of_pairs(self.bias_table, self.bias_index, query.shape[-2])[None].to(query.dtype)
+        bias = bias_of_pairs(self.bias_table, self.bias_index, key.shape[-2])[None, :, : self.first].to(key.dtype)
         windows = None if self.bias is None or self.bias.mask is None else named.get(self.bias.mask)
         if windows is not None:
             by_window = bias + windows[:, None].to(bias)  # [windows, H, N, N]
-            return by_window.expand(query.shape[0] // len(windows), *by_window.shape).flatten(0, 1)
+            return by_window.expand(key.shape[0] // len(windows), *by_window.shape).flatten(0, 1)
         if mask is None:
             return bias
         return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
     def heads_out(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **named: Any) -> Tensor:
-        """Return the outputs of all heads side by side, [B, N, H V], which the output projection takes.
+        """Return the outputs of all heads side by side, [B, N, H V], which the output projection takes; of P tokens
+        [B, P, H V] if it answers for so many.
 
         named: what else the layer is called with; tables of positions are among that.
         """
-        packed, keys, values = self.qkv(x), self.heads * self.query_key_rank, 2 * self.heads * self.query_key_rank
+        rank = self.heads * self.query_key_rank
+        if self.first is None:
+            packed = self.qkv(x)
+            queries, keys_and_values = packed[..., :rank], packed[..., rank:]
+        else:
+            queries, keys_and_values = self.query(x[:, : self.first]), self.key_value(x)
         query, key, value = (
             part.unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for part in (packed[..., :keys], packed[..., keys:values], packed[..., values:])
+            for part in (queries, keys_and_values[..., :rank], keys_and_values[..., rank:])
         )  # [B, H, N, R], twice, and [B, H, N, V]
         query, key = self._rotated(self.query_norm(query), self.key_norm(key), named)
-        mask = self._added(attn_mask, query, named)
+        mask = self._added(attn_mask, key, named)
         # The CPU's fused attention wants equal widths; what is filled up with zeros changes nothing.
         if self.query_key_rank != self.value_rank and (isinstance(x, torch.fx.Proxy) or x.device.type == "cpu"):
             width = max(self.query_key_rank, self.value_rank)
@@ -158,8 +174,17 @@ class NarrowAttention(nn.Module):
         return self.out_norm(out[..., : self.value_rank].transpose(1, 2).flatten(2))
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **kwargs: Any) -> Tensor:
-        """x: [B, N, D]. Returns [B, N, D]."""
-        return self.out_drop(self.proj(self.heads_out(x, attn_mask, is_causal, **kwargs)))
+        """x: [B, N, D]. Returns [B, N, D], zeros for tokens that it does not answer for."""
+        out: Tensor = self.out_drop(self.proj(self.heads_out(x, attn_mask, is_causal, **kwargs)))
+        return out if self.first is None else F.pad(out, (0, 0, 0, x.shape[1] - self.first))
+
+    def answer_first(self, tokens: int) -> None:
+        """Answer for so many tokens only, the first ones, in place: their queries look at the keys of all."""
+        rank = self.heads * self.query_key_rank
+        rows = torch.arange(self.qkv.out_features)
+        self.query, self.key_value = (narrow_linear(self.qkv, part, 0) for part in (rows[:rank], rows[rank:]))
+        self.first = tokens
+        del self.qkv
 
     def set_window_size(self, window_size: tuple[int, int]) -> None:
         """Keep the windows that there are: timm's Swin says that they change, which the bias does not follow.
@@ -177,7 +202,8 @@ class NarrowAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """Show heads and dimensions in the module's printed form."""
-        return f"heads={self.heads}, query_key_rank={self.query_key_rank}, value_rank={self.value_rank}"
+        first = "" if self.first is None else f", first={self.first}"
+        return f"heads={self.heads}, query_key_rank={self.query_key_rank}, value_rank={self.value_rank}{first}"
 
 
 def has_biases(weights: AttentionWeights) -> bool:

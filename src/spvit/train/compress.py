@@ -124,15 +124,16 @@ def check_compress(
     host: nn.Module, budget: Budget, config: CompressConfig, run: Run, weights: bool = True
 ) -> dict[str, int]:
     """Refuse what cannot work before anything is trained; return the budget, and open the teachers, with `weights`."""
-    limits, known = check_decision(host, budget, config.multiple), None
+    limits, known, objective = check_decision(host, budget, config.multiple), None, config.objective
     if config.scores is not None:
         scores = Scores.load(config.scores)
         scores.check_objective(Host.of(host), config.objective)
+        objective = scores.objective
         if weights:
             scores.check(Host.of(host))
             known = scores.blocks
     if config.search.epochs == 0:
-        check_reachable(Host.of(host), budget, config.multiple, config, known)
+        check_reachable(Host.of(host), budget, config.multiple, config, known, objective)
     classes = number_of_classes(host)
     if classes != len(run.images.classes):
         raise DataError(
