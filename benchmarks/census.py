@@ -45,7 +45,7 @@ from spvit.replacements.costs import network_costs
 
 MIXED = ("conv3", "skip", "conv1", "msa")  # attention last: class tokens see what convolutions did only through it
 TOLERANCE = 1e-6  # of the largest output, in double precision; some hosts keep softmax or positions in single
-IMAGES = 16
+IMAGES = 64
 SHARE = 0.6  # of what the sites cost, that `decide` leaves
 
 
@@ -206,7 +206,7 @@ def agrees_in_all_forms(trial: Trial) -> None:
             raise
         trial.searched = False  # gates would change the statistics of a norm over the units; scores do not
         return
-    net = choose(randomise(net, seed=1), trial.kinds).eval()
+    net = choose(randomise(net, seed=1), trial.kinds).train().eval()  # some layers keep what evaluation made
     expected, architecture = outputs(net, trial.x), spvit.decide(net)
     if architecture.kinds() != trial.kinds:
         raise ContractError(f"gates of {trial.kinds} were read as {architecture.kinds()}")

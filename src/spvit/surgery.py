@@ -81,6 +81,7 @@ def prune(
         if trained is not None:
             undo.callback(model.load_state_dict, copy.deepcopy(model.state_dict()) if inplace else model.state_dict())
             model.load_state_dict(trained)
+            _forget(model)
         # What the repair aims at: the model before it loses anything, with the weights that it has by now.
         target = dense
         if batches is not None and (inplace or trained is not None):
@@ -101,6 +102,14 @@ def prune(
         undo.pop_all()
     setattr(model, RECORD, PrunedRecord(architecture, False, dense.family))
     return cast(Model, model)
+
+
+def _forget(model: nn.Module) -> None:
+    """Have layers that keep what they made of former weights for evaluation (timm's biases) make it anew."""
+    flags = {module: module.training for module in model.modules()}
+    model.train()
+    for module, flag in flags.items():
+        module.training = flag
 
 
 def _trained_state(model: nn.Module, net: nn.Module) -> Mapping[str, Tensor]:
