@@ -24,6 +24,41 @@ class HardMlp(parts.Mlp):
         return self.fc2(torch.cat([h[..., :36], h[..., 36:72]], dim=-1).view(x.shape[0], -1, 72))
 
 
+class WidthReadingMlp(parts.Mlp):
+    """Divides by the width that its layers say."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x))) * 8 / math.sqrt(self.fc1.out_features)
+
+
+class AssertingMlp(parts.Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.act(self.fc1(x))
+        assert hidden.shape[-1] == 72
+        return self.fc2(hidden)
+
+
+class ChunkedMlp(parts.Mlp):
+    """Runs for some tokens at a time, which takes less memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.fc2(self.act(self.fc1(part))) for part in x.split(6, dim=1)], dim=1)
+
+
+class UnreadableViT(ViT):
+    """Looks something up that an image does not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward({"image": x}["pixel_values"])
+
+
+class ValueReadingViT(ViT):
+    """Its way depends on what is in the images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x / 255 if x.max().item() > 100 else x)
+
+
 class GroupedMixing(nn.Module):
     """A grouped convolution over the hidden units of each token: groups of 8 units see each other."""
 
@@ -267,6 +302,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "local_units": (lambda: _mixed(DepthwiseMixing), UNITS),
     "response_norm": (lambda: _mixed(ResponseNorm), UNITS),
     "hard_width": (lambda: vit(parts.PackedAttention, HardMlp), UNITS + "|narrow"),
+    "width_read": (lambda: vit(parts.PackedAttention, WidthReadingMlp), "with half its units"),
+    "width_asserted": (lambda: vit(parts.PackedAttention, AssertingMlp), "fewer units .AssertionError"),
+    "chunks_of_tokens": (lambda: vit(parts.PackedAttention, ChunkedMlp), "runs 3 times"),
+    "lookup_fails": (lambda: UnreadableViT(_plain), "forward pass fails.*pixel_values"),
+    "values_read": (lambda: ValueReadingViT(_plain), "cannot be counted on the meta device"),
     "hard_gate": (lambda: vit(parts.PackedAttention, partial(parts.PackedGatedFFN, hard=True)), UNITS + "|narrow"),
 }
 

@@ -126,11 +126,19 @@ def count_macs(model: nn.Module, run: Callable[[nn.Module], object]) -> int:
     Linear, convolution and attention products count, as `torch.utils.flop_counter` counts them (halved). `run` calls
     the copy that it is given once; that is on the meta device, since fused attention on CPU escapes the counter.
     """
+    return counted(model, run).get_total_flops() // 2
+
+
+def counted(model: nn.Module, run: Callable[[nn.Module], object]) -> FlopCounterMode:
+    """Return what PyTorch's counter counts of a pass of a copy on the meta device, by module too."""
     # Without gradients to track, the counter also accepts blocks that attend to a learned query.
     twin = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    for module in twin.modules():  # tensors that are no buffers, as own models have them, stay behind
+        own = vars(module)
+        own.update({name: value.to("meta") for name, value in own.items() if isinstance(value, Tensor)})
+    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
         run(twin)
-    return counter.get_total_flops() // 2
+    return counter
 
 
 def count_params(model: nn.Module) -> int:

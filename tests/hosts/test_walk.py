@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from spvit.errors import CalibrationError
 from spvit.hosts.host import Host
-from spvit.hosts.walk import BlockPair, advance, evaluating, first_inputs, reached, through
+from spvit.hosts.walk import BlockPair, advance, calibration_batches, evaluating, first_inputs, reached, through
 from tiny import HOSTS, images, make_host, paths_of
 
 
@@ -80,3 +80,9 @@ def test_a_pair_is_thinned_to_images_from_all_over() -> None:
         outputs = [list(some.wanted(path)) for some in (thin, pair)]
         assert all(torch.equal(a, b[::3]) for a, b in zip(*outputs, strict=True))
         assert [len(x) for x in pair.thinned(10**6).dense_inputs] == [10, 10, 4]
+
+
+def test_calibration_images_that_are_none_are_named() -> None:
+    host = Host.of(make_host("class_token"))
+    with pytest.raises(CalibrationError, match="calibration images are NoneType, expected a tensor"):
+        calibration_batches(host, None)  # type: ignore[arg-type]

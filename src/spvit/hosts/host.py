@@ -116,6 +116,7 @@ def recognise(model: nn.Module, images: Tensor | None = None) -> Host:
         raise UnsupportedHostError(
             f"recognise got {found} for images, expected floating-point numbers [batch, channels, height, width]"
         )
+    _check_parts(model)
     family = family_of(model, None if images is None else (images.shape[1], images.shape[2], images.shape[3]))
     blocks = family.blocks(model)
     _check_blocks_differ(model, blocks)
@@ -145,6 +146,21 @@ def _check_blocks_differ(model: nn.Module, blocks: tuple[BlockSites, ...]) -> No
                     f"{path} and {other} are the same module, used twice; give each block weights of its own "
                     "(copy.deepcopy the block)"
                 )
+
+
+def _check_parts(model: nn.Module) -> None:
+    """Raise UnsupportedHostError for a part that cannot be copied, or is compiled: hooks inside it no longer run."""
+    for path, part in model.named_modules():
+        if path and part._compiled_call_impl is not None:
+            raise UnsupportedHostError(
+                f"{path} is compiled; prune the model as it was before, and compile what you get"
+            )
+        made = next((name for name, item in vars(part).items() if isinstance(item, Tensor) and not item.is_leaf), None)
+        if made is not None:
+            raise UnsupportedHostError(
+                f"{f'{path}.{made}'.lstrip('.')} is computed and has a gradient, so the model cannot be copied: remove "
+                "weight norms and pruning masks, or run the model once under torch.no_grad() if its forward keeps it"
+            )
 
 
 def input_size(model: nn.Module | Host) -> tuple[int, int, int]:

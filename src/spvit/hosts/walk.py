@@ -44,6 +44,8 @@ def calibration_batches(host: Host, images: Tensor | Iterable[Any]) -> list[Tens
     parameter = next(host.model.parameters())
     check_values(parameter)
     prepared = []
+    if not isinstance(images, Iterable):
+        raise CalibrationError(f"calibration images are {type(images).__name__}, expected a tensor, or batches of them")
     for batch in images.split(BATCH) if isinstance(images, Tensor) else images:
         if isinstance(batch, Mapping):
             if "pixel_values" not in batch:

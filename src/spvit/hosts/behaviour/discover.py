@@ -16,8 +16,8 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from spvit.cost import counted
 from spvit.errors import UnsupportedHostError
 from spvit.hosts.behaviour.attention import (
     FoundLayer,
@@ -60,7 +60,7 @@ def discover(model: nn.Module, size: tuple[int, int, int], declared: Sites | Non
         TypeError,
         ValueError,
         AssertionError,
-        IndexError,
+        LookupError,
         AttributeError,
         NotImplementedError,
     ) as error:
@@ -190,10 +190,14 @@ def _layout(
 
 def _macs_of(twin: nn.Module, size: tuple[int, int, int], paths: list[str]) -> list[int]:
     """Return the MACs that some layers take for one image, with all that they run."""
-    meta = copy.deepcopy(twin).to("meta").requires_grad_(False)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        meta(torch.zeros(1, *size, dtype=next(meta.parameters()).dtype, device="meta"))
-    counts = counter.get_flop_counts()
+    image = torch.zeros(1, *size, dtype=next(twin.parameters()).dtype, device="meta")
+    try:
+        counts = counted(twin, lambda meta: meta(image)).get_flop_counts()
+    except (RuntimeError, NotImplementedError) as error:
+        raise UnsupportedHostError(
+            f"its MACs cannot be counted on the meta device ({next(iter(str(error).splitlines()), '')}); let its "
+            "forward make tensors on the device of the images, and not depend on their values"
+        ) from error
     return [sum(counts.get(f"{type(twin).__name__}.{path}", {}).values()) // 2 for path in paths]
 
 

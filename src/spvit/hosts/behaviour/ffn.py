@@ -33,6 +33,10 @@ def find_ffn(twin: nn.Module, seen: Pass, block: str, attention: str, dim: int) 
         expect(twin, path, nn.Linear, "these")
         if not path.startswith(f"{block}.") or path not in seen.calls:
             raise UnsupportedHostError(f"{path} does not run in {block}; name the linear layers of its FFN")
+        if len(seen.calls[path]) != 1:
+            raise UnsupportedHostError(
+                f"{path} runs {len(seen.calls[path])} times in a forward pass (in chunks of tokens?); expected once"
+            )
     units = cast(nn.Linear, twin.get_submodule(second)).in_features
     probe = _Probe(twin, seen, block, second, units)
     for rows in tried:
@@ -130,34 +134,39 @@ class _Probe:
         return stopped_at(self.module, None, self.second, self.call)
 
     def check_narrower(self, site: FFNSite) -> None:
-        """Raise UnsupportedHostError unless the FFN without its last unit is the one whose last unit is not read."""
+        """Raise UnsupportedHostError unless the FFN with half its units is the one whose other half is not read."""
+        half = (self.units + 1) // 2
         linears: list[Any] = [self.twin.get_submodule(path) for path in site.linears]
         with _restored(self.second.weight), torch.no_grad():
-            self.second.weight[:, -1] = 0
+            self.second.weight[:, half:] = 0
             expected = self._run()
-        kept = torch.arange(self.units - 1)
+        kept = torch.arange(half)
         parameters = [part for module in (*linears, self.second) for part in (module.weight, module.bias)]
         saved = [(part, part.data) for part in parameters if part is not None]
+        features = [(module, module.in_features, module.out_features) for module in (*linears, self.second)]
         try:
             for module, path in zip(linears, site.linears):
                 rows = torch.cat([part.start + part.step * kept for part in site.first if part.linear == path])
                 rows = rows.sort().values.to(module.weight.device)
-                module.weight.data = module.weight.data[rows]
+                module.weight.data, module.out_features = module.weight.data[rows], len(rows)
                 if module.bias is not None:
                     module.bias.data = module.bias.data[rows]
-            self.second.weight.data = self.second.weight.data[:, :-1]
+            self.second.weight.data, self.second.in_features = self.second.weight.data[:, :half], half
             narrow = self._run(None if site.norm is None else self.twin.get_submodule(site.norm))
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, AssertionError, LookupError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UnsupportedHostError(
-                f"{site.second}: the FFN does not run with fewer units ({str(error).splitlines()[0]}); its forward "
-                "must not name their number"
+                f"{site.second}: the FFN does not run with fewer units ({reason}); "
+                "its forward must not name their number"
             ) from error
         finally:
             for part, data in saved:
                 part.data = data
+            for module, into, out in features:
+                module.in_features, module.out_features = into, out
         scale = float(expected.abs().max())
         if site.norm is None and not torch.allclose(narrow, expected, rtol=1e-3, atol=1e-4 * scale):
-            raise UnsupportedHostError(f"{site.second}: the FFN with one unit fewer does not drop that unit alone")
+            raise UnsupportedHostError(f"{site.second}: the FFN with half its units does not drop the others alone")
 
     def _run(self, norm: nn.Module | None = None) -> Tensor:
         with nullcontext() if norm is None else _passing(norm):

@@ -16,9 +16,9 @@ from spvit.hosts.gathered import GatheredGrid, Layout
 def places_of(rows: Tensor, source: Tensor) -> tuple[int, ...] | None:
     """Return which row of a source [R, C] each row is, bit for bit; -1: padding, all alike. None: it cannot be said."""
     known: dict[bytes, int] = {}
-    for index, row in enumerate(source.cpu().numpy()):
+    for index, row in enumerate(source.double().cpu().numpy()):
         known[row.tobytes()] = -2 if row.tobytes() in known else index
-    found = [known.get(row.tobytes(), -1) for row in rows.cpu().numpy()]
+    found = [known.get(row.tobytes(), -1) for row in rows.double().cpu().numpy()]
     padding = rows[[place == -1 for place in found]]
     if -2 in found or len(padding) == len(rows) or not bool((padding == padding[:1]).all()):
         return None

@@ -1,0 +1,71 @@
+"""Own models as people leave them: tensors here and there, compiled blocks, masks and maps that a forward pass keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import spvit
+
+pytest.importorskip("einops")
+from own_models import OWN
+
+
+class _Table(nn.Module):
+    """Adds numbers to tokens from a tensor that is no buffer, and from one that it makes without saying where."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.linspace(0, 1, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.table + torch.arange(24) / 24
+
+
+class _Move(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT
+
+
+def test_tensors_that_a_model_leaves_on_the_cpu_do_not_keep_its_macs_from_being_counted() -> None:
+    plain, model = OWN["separate"](), OWN["separate"]()
+    model.patch_embed = nn.Sequential(
+        model.patch_embed, nn.Flatten(2), _Move(), _Table(), _Move(), nn.Unflatten(2, (4, 4))
+    )
+    x = torch.zeros(2, 3, 32, 32)
+    assert spvit.cost(spvit.recognise(model, x))["macs"] == spvit.cost(spvit.recognise(plain, x))["macs"]
+
+
+def test_blocks_that_are_compiled_are_refused_by_name() -> None:
+    model = OWN["separate"]().eval()
+    model.blocks[1].compile(backend="eager")
+    with pytest.raises(spvit.SpvitError, match=r"blocks\.1 is compiled; prune the model as it was before"):
+        spvit.recognise(model, torch.zeros(2, 3, 32, 32))
+
+
+def test_models_that_cannot_be_copied_say_why() -> None:
+    x = torch.zeros(2, 3, 32, 32)
+    keeps, masked = OWN["separate"]().eval(), OWN["separate"]().eval()
+    keeps.blocks[0].attn.map = keeps(x).sum()
+    prune.l1_unstructured(masked.blocks[0].mlp.fc1, "weight", 0.5)
+    for model, name in ((keeps, "attn.map"), (masked, "mlp.fc1.weight")):
+        with pytest.raises(spvit.SpvitError, match=rf"blocks\.0\.{name} is computed and has a gradient.*torch.no_grad"):
+            spvit.recognise(model, x)
+    with torch.no_grad():
+        keeps.blocks[0].attn.map = keeps(x).sum()
+    spvit.recognise(keeps, x)
+
+
+def test_a_model_that_casts_inside_is_refused_in_a_line() -> None:
+    class Casting(type(OWN["separate"]())):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x)
+
+    model = OWN["separate"]().eval()
+    model.__class__ = Casting
+    with pytest.raises(spvit.UnsupportedHostError, match="linear projection of what its heads return") as caught:
+        spvit.recognise(model, torch.zeros(2, 3, 32, 32))
+    assert "\n" not in str(caught.value)
