@@ -1,4 +1,4 @@
-"""Own models as people leave them: tensors here and there, compiled blocks, masks and maps that a forward pass keeps."""
+"""Own models as people leave them: tensors here and there, compiled blocks, maps that a forward pass keeps."""
 
 from __future__ import annotations
 
