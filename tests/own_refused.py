@@ -31,6 +31,18 @@ class WidthReadingMlp(parts.Mlp):
         return self.fc2(self.act(self.fc1(x))) * 8 / math.sqrt(self.fc1.out_features)
 
 
+class QuietGatedMlp(parts.Mlp):
+    """Gates its output by the mean of all units, behind a layer scale that training has not moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((24,), 1e-5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.act(self.fc1(x))
+        return self.gamma * self.fc2(hidden) * torch.sigmoid(8 * hidden.mean(-1, keepdim=True))
+
+
 class AssertingMlp(parts.Mlp):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.act(self.fc1(x))
@@ -303,6 +315,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "response_norm": (lambda: _mixed(ResponseNorm), UNITS),
     "hard_width": (lambda: vit(parts.PackedAttention, HardMlp), UNITS + "|narrow"),
     "width_read": (lambda: vit(parts.PackedAttention, WidthReadingMlp), "with half its units"),
+    "gated_quietly": (lambda: vit(parts.PackedAttention, QuietGatedMlp), "with half its units"),
     "width_asserted": (lambda: vit(parts.PackedAttention, AssertingMlp), "fewer units .AssertionError"),
     "chunks_of_tokens": (lambda: vit(parts.PackedAttention, ChunkedMlp), "runs 3 times"),
     "lookup_fails": (lambda: UnreadableViT(_plain), "forward pass fails.*pixel_values"),

@@ -11,6 +11,7 @@ import spvit
 
 pytest.importorskip("einops")
 from own_models import OWN
+from own_refused import REFUSED
 
 
 class _Table(nn.Module):
@@ -69,3 +70,9 @@ def test_a_model_that_casts_inside_is_refused_in_a_line() -> None:
     with pytest.raises(spvit.UnsupportedHostError, match="linear projection of what its heads return") as caught:
         spvit.recognise(model, torch.zeros(2, 3, 32, 32))
     assert "\n" not in str(caught.value)
+
+
+def test_layer_scales_that_training_has_not_moved_hide_nothing() -> None:
+    make, reason = REFUSED["gated_quietly"]
+    with pytest.raises(spvit.UnsupportedHostError, match=reason):
+        spvit.recognise(make().eval(), torch.zeros(2, 3, 32, 32))

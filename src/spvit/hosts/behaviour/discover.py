@@ -38,6 +38,8 @@ from spvit.hosts.sites import AttentionSite, BlockSites
 
 IMAGES = 3
 NOISE = 0.05
+SILENT = 1e-3
+"""A parameter of this mean size or less, as layer scales before training, would hide what is behind it."""
 HIDDEN = -1e4
 """A bias below it is a mask."""
 
@@ -98,7 +100,7 @@ def _noisy(model: nn.Module) -> nn.Module:
             if parameter.is_floating_point():
                 size = float(parameter.square().mean().sqrt())
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-                parameter.add_(NOISE * (size if size > 0 else 1) * noise)
+                parameter.add_(NOISE * (size if size > SILENT else 1) * noise)
     return twin
 
 
