@@ -44,7 +44,8 @@ def site_of(
         "huggingface": [(f"{name}_proj", 0) for name in "qkvo"],
     }
     rows = [
-        Rows(f"{linear}.weight", f"{linear}.bias" if bias else None, start) for linear, start in projections[library]
+        Rows(f"{linear}.weight", f"{linear}.bias" if bias or linear == "o_proj" else None, start)
+        for linear, start in projections[library]
     ]
     return AttentionSite(
         path="",

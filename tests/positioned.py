@@ -28,12 +28,9 @@ class ComplexAttention(parts.EagerAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (to(x).unflatten(2, (3, 8)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
-        q, k = (
-            torch.view_as_real(torch.view_as_complex(part.unflatten(3, (4, 2))) * self.freqs_cis.to(x.device)).flatten(
-                3
-            )
-            for part in (q * 8**-0.5, k)
-        )
+        freqs = self.freqs_cis.to(x.device)
+        q, k = (torch.view_as_complex(part.unflatten(3, (4, 2))) * freqs for part in (q * 8**-0.5, k))
+        q, k = (torch.view_as_real(part).flatten(3) for part in (q, k))
         return self.to_out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 

@@ -61,8 +61,13 @@ class Case:
 
     @cached_property
     def narrowable(self) -> bool:
-        """Whether heads and ranks of its attention may be cut: windows may not, nor what a norm goes over."""
-        return FAMILY_OF[self.name] != "timm_swin" and self.name != "options"
+        """Whether heads and values of its attention may be cut, which a norm over all of them forbids."""
+        return self.name != "options"
+
+    @cached_property
+    def narrows_queries(self) -> bool:
+        """Whether queries and keys may be cut, beside which a bias of the places of tokens may not be."""
+        return self.narrowable and FAMILY_OF[self.name] != "timm_swin"
 
     @cached_property
     def head_width(self) -> int:
@@ -209,7 +214,10 @@ def test_costs_are_those_that_pytorch_counts(case: Case, kept: str) -> None:
     x = images(host, batch=1)
     widths = ffn_widths(host)
     units = [(0, 5, 70), tuple(range(1, widths[1], 2)), (), tuple(range(widths[3]))]
-    blocks = tuple(Block(own, FFN(*ffn)) for own, ffn in zip(COSTED[kept], zip(widths, units)))
+    attention = COSTED[kept]
+    if case.narrowable and not case.narrows_queries:
+        attention = tuple(replace(own, query_key_rank=None) for own in attention)
+    blocks = tuple(Block(own, FFN(*ffn)) for own, ffn in zip(attention, zip(widths, units)))
     whole = Architecture(blocks)
     architecture = whole if kept == "-".join(MIXED) else replace(whole, prefix_rule="linear", skip_rule="mean")
     if kept == "narrow" and not case.narrowable:
@@ -237,7 +245,7 @@ def test_narrow_attention_of_full_rank_is_the_host(case: Case) -> None:
         return logits(spvit.prune(case.host, architecture, **options), case.x)
 
     full = Attention(heads=(0, 1, 2), query_key_rank=width, value_rank=width)
-    if not case.narrowable:
+    if not case.narrows_queries:
         with pytest.raises(spvit.ArchitectureError, match="block 0: "):
             narrow(full)
         return
@@ -302,11 +310,14 @@ def test_every_candidate_has_a_score(case: Case) -> None:
         values = [value for _, value in block.attention]
         assert kept[0] == Attention()
         assert kept[-3:] == [Attention("conv3"), Attention("conv1"), Attention("skip")]
-        if case.narrowable:
+        if case.narrows_queries:
             ranks = (*range(4, case.head_width, 4), None)
             shapes = [(heads, *pair) for pair in itertools.product(ranks, ranks) for heads in (1, 2, 3)]
             found = [(len(item.heads or range(3)), item.query_key_rank, item.value_rank) for item in kept[:-3]]
             assert sorted(found, key=str) == sorted(shapes, key=str)
+        elif case.narrowable:
+            assert len(kept) > 4
+            assert {item.query_key_rank for item in kept} == {None}
         else:
             assert len(kept) == 4
         assert values[0] == block.ffn[-1] == 0

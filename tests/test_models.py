@@ -11,7 +11,7 @@ import torch
 import spvit
 from spvit.checkpoint import Preprocessing
 from spvit.errors import CheckpointError, ModelError, UnsupportedHostError
-from spvit.models import ModelConfig, number_of_classes, open_model
+from spvit.models import ModelConfig, input_of, number_of_classes, open_model
 from training import MODEL, MODEL_ARGS, micro_host, states_equal
 
 MICRO = {"model": MODEL, "model_args": MODEL_ARGS, "pretrained": False}
@@ -214,3 +214,12 @@ def test_code_is_not_run_unless_allowed(own: str) -> None:
     with pytest.raises(ModelError, match=":vit names code, which only --model on the command line may"):
         open_model(ModelConfig(model=f"{own}:vit"))
     assert own not in sys.modules
+
+
+def test_relatives_of_known_classes_open(tmp_path: Path) -> None:
+    gated = {"img_size": 28, "embed_dim": 24, "depth": 1, "num_heads": 3, "mlp_ratio": 4}
+    config = ModelConfig(model="aimv2_large_patch14_224", model_args=gated, pretrained=False)
+    opened = open_model(config)
+    assert input_of(opened.model) == (3, (28, 28))
+    loaded = spvit.load(spvit.save(opened.model, tmp_path))
+    assert states_equal(loaded, opened.model)

@@ -15,7 +15,7 @@ import spvit
 from spvit.cli.main import main
 from spvit.cost import count_params
 from spvit.errors import ArchitectureError, ZooError
-from spvit.hosts.recognise import family_of
+from spvit.hosts.sources import source_of
 from spvit.models import ModelConfig, number_of_classes, open_model
 from spvit.surgery import pruned_record
 from spvit.zoo import host_name, unfolded_params
@@ -96,7 +96,7 @@ def test_they_are_saved_and_loaded_like_any(name: str, size: int, tmp_path: Path
     x = torch.randn(1, 3, size, size)
     assert torch.equal(loaded(x), model(x))
     assert pruned_record(loaded) == pruned_record(model)
-    assert family_of(loaded).source(loaded)["name"] == host_name(name)
+    assert source_of(loaded)["name"] == host_name(name)
 
 
 def test_they_are_opened_by_name(tmp_path: Path) -> None:

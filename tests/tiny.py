@@ -202,8 +202,9 @@ def images(host: nn.Module, batch: int = 2, size: tuple[int, int] | None = None,
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the logits [B, classes] of whatever a model answered."""
-    output = getattr(output, "logits", output)
+    """Return the logits [B, classes], or the features, of whatever a model answered."""
+    names = ("logits", "image_embeds", "pooler_output", "last_hidden_state")
+    output = next((found for name in names if (found := getattr(output, name, None)) is not None), output)
     return output[0] if isinstance(output, tuple) else output
 
 

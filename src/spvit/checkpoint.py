@@ -27,8 +27,8 @@ from spvit.errors import ArchitectureError, CheckpointError
 from spvit.hosts.found import FoundFamily
 from spvit.hosts.host import Host
 from spvit.hosts.recognise import family_of
-from spvit.hosts.site_files import from_data
-from spvit.hosts.sources import build, can_build
+from spvit.hosts.site_files import from_data, to_data
+from spvit.hosts.sources import build, can_build, source_of
 from spvit.surgery import fold, prune, pruned_record
 
 FORMAT = "spvit-model"
@@ -115,7 +115,7 @@ def save(
 
     Raises:
         CheckpointError: the folder holds a model already, or `load` could not rebuild this one.
-        UnsupportedHostError: the host cannot be rebuilt from a description.
+        UnsupportedHostError: the model is no host.
     """
     folder = Path(folder)
     if (folder / WEIGHTS).exists() and not overwrite:
@@ -126,7 +126,7 @@ def save(
     if classes is not None and len(classes) != family.classes(model):
         raise CheckpointError(f"{len(classes)} class names were given for a model of {family.classes(model)} classes")
     description = Description(
-        host=family.source(model),
+        host=source_of(model) | ({"family": to_data(family)} if isinstance(family, FoundFamily) else {}),
         architecture=record.architecture if record else None,
         folded=record is not None and record.folded,
         input_size=family.input_size(model),
@@ -194,7 +194,7 @@ def _to_json(description: Description) -> str:
     own = {name: value for name, value in asdict(replace(description, architecture=None)).items() if value is not None}
     text = json.dumps({"format": FORMAT, "version": VERSION, **own}, indent=2)
     # Lists of numbers take one line: the tokens of windows are thousands.
-    text = re.sub(r"\[\s+([-+.e\d\s,]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    text = re.sub(r"\[\n\s+([-+.e\d\s,]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
     if description.architecture is None:
         return text + "\n"
     return text[: text.rindex("\n}")] + ',\n  "architecture": ' + description.architecture.to_json().rstrip() + "\n}\n"

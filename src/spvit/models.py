@@ -262,7 +262,10 @@ def _head_keys(model: nn.Module) -> list[str]:
 
 def input_of(model: Any) -> tuple[int, tuple[int, int] | None]:
     """Return how many channels a model takes, and the (height, width) that it needs; None for any."""
-    family = known_family(model)
+    try:
+        family = known_family(model)
+    except UnsupportedHostError:
+        family = None
     if family is not None:
         channels, *size = family.input_size(model)
         return channels, (size[0], size[1])

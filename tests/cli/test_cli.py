@@ -323,7 +323,7 @@ def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_pat
         ("--images.mean is x, expected a list such as [0.5", "search --recipe RECIPE --output OUT --images.mean x"),
         ("expected true or false, found 'x'", "compress --recipe RECIPE --output OUT --repair x"),
         ("Group 'dense' does not accept option 'speed'", "train --recipe UNKNOWN --output OUT"),
-        ("ResNet is not a supported model family", "profile --model resnet18"),
+        ("ResNet is not supported: no self-attention was found", "profile --model resnet18"),
         ("did you mean deit_tiny_patch16_224", "profile --model deit_tiny_patch16_242"),
         ("no trained weights for these 10 classes", "compress --recipe RECIPE --output OUT"),
         ("macs budget 'half' is malformed", "search --recipe TRAINED --output OUT --macs half"),

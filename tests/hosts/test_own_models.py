@@ -1,4 +1,4 @@
-"""Models that people wrote themselves: what is found, the contract by the public calls, and what is refused and why."""
+"""Own models and families of libraries: what is found, the contract by public calls, what is refused and why."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import spvit
 from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.hosts.walk import tokens_of
 
-pytest.importorskip("einops")
+pytest.importorskip("transformers")
+from library_models import LIBRARY, LIBRARY_EXPECTED
 from own_models import EXPECTED, OWN, Expected
 from own_refused import EITHER, REFUSED, TextTransformer
 from tiny import (
@@ -38,6 +39,10 @@ from tiny import (
 
 TURNS = [MIXED[turn:] + MIXED[:turn] for turn in range(4)]  # every kind in every block
 HEADS = (0, 1, 2)
+
+
+MODELS = {name: (make, EXPECTED[name]) for name, make in OWN.items()}
+MODELS |= {name: (make, LIBRARY_EXPECTED[name]) for name, make in LIBRARY.items()}
 
 
 class Case:
@@ -75,9 +80,9 @@ class Case:
         return spvit.prune(self.host, self.mixed, repair=self.images(32, seed=1))
 
 
-@pytest.fixture(name="case", scope="module", params=OWN)
+@pytest.fixture(name="case", scope="module", params=MODELS)
 def _case(request: pytest.FixtureRequest) -> Case:
-    return Case(OWN[request.param], EXPECTED[request.param])
+    return Case(*MODELS[request.param])
 
 
 def _everywhere(attention: Attention) -> Architecture:
@@ -121,7 +126,6 @@ def test_the_models_tell_images_apart_and_answer_what_is_expected_of_them(case: 
     assert torch.equal(logits(case.model, case.x), out)
     assert_differ(out[0], out[1])
     assert not case.expected.classes or out.shape[1] == case.expected.classes
-    assert list(OWN) == list(EXPECTED)
 
 
 def test_all_is_found_and_nothing_is_changed(case: Case) -> None:
@@ -301,6 +305,9 @@ def test_saved_models_load_onto_a_new_model_bit_for_bit(case: Case, tmp_path: Pa
         loaded = spvit.load(folder, host=case.make())
         assert not loaded.training
         assert torch.equal(logits(loaded, case.x), logits(model, case.x))
+        if type(case.model).__module__.startswith(("timm.", "transformers.")):
+            assert torch.equal(logits(spvit.load(folder), case.x), logits(model, case.x))
+            continue
         with pytest.raises(spvit.SpvitError, match="host=") as caught:
             spvit.load(folder)
         _one_line(caught.value)

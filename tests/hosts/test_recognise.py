@@ -10,9 +10,11 @@ import pytest
 from torch import nn
 
 import spvit
-from spvit.errors import UnsupportedHostError
+from spvit.errors import NotSearchableError, UnsupportedHostError
+from spvit.hosts.behaviour.discover import discover
+from spvit.hosts.host import Host
 from spvit.hosts.recognise import REGISTRATIONS, family_of
-from tiny import FAMILY_OF, HOSTS, make_host
+from tiny import ALIKE, FAMILY_OF, HOSTS, make_host
 
 timm = pytest.importorskip("timm")
 
@@ -36,6 +38,14 @@ def test_unknown_families_are_refused_by_name(make: Any, named: str) -> None:
         family_of(make())
 
 
+@pytest.mark.parametrize("name", [name for name in ALIKE if not name.startswith("huggingface")])
+def test_what_is_known_by_class_is_what_recognition_finds(name: str) -> None:
+    host = Host.of(make_host(name))
+    found = discover(host.model, host.input_size)
+    assert found.sites == host.blocks
+    assert found.classes(host.model) == host.family.classes(host.model)
+
+
 class _OddLinear(nn.Linear):
     pass
 
@@ -55,6 +65,9 @@ def _layer(name: str) -> Any:
     return getattr(timm.layers, name, None) or getattr(timm.models.vision_transformer, name)
 
 
+PARTS = {"mlp_layer": _layer("SwiGLU"), "scale_mlp_norm": True}
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -72,14 +85,6 @@ def _layer(name: str) -> Any:
             r"blocks\.0\.attn is a \S+\.DiffAttention, .* supported with exactly \S+\.Attention there",
         ),
         (
-            lambda: _timm(mlp_layer=_layer("SwiGLU")),
-            r"blocks\.0\.mlp is a \S+\.SwiGLU, .* supported with exactly \S+\.Mlp there",
-        ),
-        (
-            lambda: _timm(scale_mlp_norm=True),
-            r"blocks\.0\.mlp\.norm is a LayerNorm over the hidden units, ",
-        ),
-        (
             _with_odd_first_layer,
             r"blocks\.1\.mlp\.fc1 is a \S+\._OddLinear, .* supported with exactly \S+\.Linear there",
         ),
@@ -91,22 +96,28 @@ def test_parts_that_timm_hosts_may_not_have(make: Any, message: str) -> None:
         spvit.make_searchable(host)
 
 
+def test_parts_of_another_kind_that_act_as_they_must_are_taken() -> None:
+    gated, normed = (Host.of(_timm(**{name: value})) for name, value in PARTS.items())
+    assert [rows.linear for rows in gated.blocks[1].ffn.first] == ["blocks.1.mlp.fc1_g", "blocks.1.mlp.fc1_x"]
+    assert normed.blocks[1].ffn.norm == "blocks.1.mlp.norm"
+    with pytest.raises(NotSearchableError, match=r"^blocks\.0\.mlp\.norm is a norm over an FFN's hidden units"):
+        spvit.make_searchable(normed)
+
+
 @pytest.mark.parametrize(
     ("path", "wanted"),
     [
         ("layers.1", "SwinTransformerStage"),
-        ("layers.1.blocks.0", "SwinTransformerBlock"),
         ("layers.0.blocks.1.attn", "WindowAttention"),
         ("layers.0.blocks.1.attn.qkv", "Linear"),
         ("layers.0.blocks.1.attn.proj", "Linear"),
-        ("layers.1.blocks.1.mlp", "Mlp"),
         ("layers.1.blocks.1.mlp.fc2", "Linear"),
     ],
 )
 def test_parts_that_swin_hosts_may_not_have(path: str, wanted: str) -> None:
     host = make_host("swin")
     host.set_submodule(path, nn.Identity())
-    message = rf"^{re.escape(path)} is a \S+\.Identity, but timm SwinTransformer hosts .* exactly \S+\.{wanted} there"
+    message = rf" {re.escape(path)} is a \S+\.Identity, but timm SwinTransformer hosts .* exactly \S+\.{wanted} there"
     with pytest.raises(UnsupportedHostError, match=message):
         spvit.make_searchable(host)
 

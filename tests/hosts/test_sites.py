@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import spvit
 from spvit.errors import UnsupportedHostError
 from spvit.hosts.host import Host, example_images, input_size, logits_of, outputs_of
-from spvit.hosts.recognise import family_of
 from spvit.hosts.sites import Rows
+from spvit.hosts.sources import build, source_of
 from spvit.hosts.weights import read_weights
 from tiny import FAMILY_OF, HOSTS, assert_close, images, logits, make_host, paths_of
 
@@ -150,8 +150,7 @@ def test_logits_and_features_are_found_in_any_answer() -> None:
 @pytest.mark.parametrize("name", HOSTS)
 def test_a_host_can_be_built_again_from_its_source(name: str) -> None:
     host = make_host(name)
-    source = family_of(host).source(host)
-    twin = family_of(host).build(json.loads(json.dumps(source))).to(torch.float64).eval()
+    twin = build(json.loads(json.dumps(source_of(host)))).to(torch.float64).eval()
     assert type(twin) is type(host)
     twin.load_state_dict(host.state_dict(), strict=True)
     assert torch.equal(logits(twin, images(host)), logits(host, images(host)))
@@ -168,18 +167,19 @@ def test_a_host_changed_after_it_was_made_is_built_as_it_is_now(change: str, nam
     else:
         host.set_input_size((96, 64))
     host = host.to(torch.float64).eval()
-    twin = family_of(host).build(family_of(host).source(host)).to(torch.float64).eval()
+    twin = build(source_of(host)).to(torch.float64).eval()
     twin.load_state_dict(host.state_dict(), strict=True)
     assert torch.equal(logits(twin, images(host)), logits(host, images(host)))
 
 
-def test_hosts_that_cannot_be_described_are_refused() -> None:
+def test_hosts_that_no_file_describes_are_named_by_their_class() -> None:
     own = timm.models.VisionTransformer(img_size=32, embed_dim=24, depth=1, num_heads=3)
-    with pytest.raises(UnsupportedHostError, match=r"was not made by timm\.create_model, so its name"):
-        family_of(own).source(own)
     small = {"img_size": 64, "embed_dim": 24, "depth": 2, "num_heads": 3}
     odd = timm.create_model("vit_tiny_patch16_224", norm_layer=nn.LayerNorm, **small)
-    with pytest.raises(UnsupportedHostError, match=r"created with norm_layer=<class .*LayerNorm'>, which cannot"):
-        family_of(odd).source(odd)
-    spvit.make_searchable(own)
-    spvit.make_searchable(odd)
+    for model in (own, odd):
+        source = source_of(model)
+        assert source == {"library": "timm", "class": "timm.models.vision_transformer.VisionTransformer"}
+        with pytest.raises(
+            UnsupportedHostError, match=r"names no model of timm or transformers but a timm\.models\.vis"
+        ):
+            build(source)

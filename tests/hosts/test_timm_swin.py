@@ -17,6 +17,7 @@ import spvit
 from spvit.architecture import Attention, dense
 from spvit.cli.main import main
 from spvit.cost import count_macs, count_params
+from spvit.errors import GridError
 from spvit.hosts.grid import Grid
 from spvit.hosts.timm_swin import WindowedGrid
 from spvit.replacements.costs import network_costs
@@ -176,3 +177,24 @@ def test_a_repaired_skip_adds_the_mean_over_the_map(name: str) -> None:
         inputs = first(host.patch_embed(x))
         attended = second._attn(second.norm1(inputs))  # [B, height, width, D], by timm's own way
     assert_close(blocks_of(pruned)[1].attn.mean.bias, attended.mean((0, 1, 2))[None])
+
+
+@pytest.mark.parametrize("name", SWINS)
+def test_narrow_attention_of_full_rank_is_the_host_and_a_narrower_one_is_repaired(name: str) -> None:
+    host = make_host(name)
+    whole, sites = dense(ffn_widths(host)), spvit.Host.of(host).blocks
+
+    def narrow(kept: list[Attention], **options: Any) -> nn.Module:
+        blocks = (replace(block, attention=own) for block, own in zip(whole.blocks, kept))
+        return spvit.prune(host, replace(whole, blocks=tuple(blocks)), **options)
+
+    x, unseen = images(host), images(host, 8, seed=9)
+    full = [Attention(heads=tuple(range(block.attention.heads))) for block in sites]
+    for found in (narrow(full), narrow(full, repair=images(host, 16, seed=1))):
+        assert (logits(found, x) - logits(host, x)).abs().max() <= 1e-9 * logits(host, x).abs().max()
+    small = [Attention(heads=(0, 2), value_rank=4)] * 4
+    cut, repaired = (narrow(small, repair=some) for some in (None, images(host, 32, seed=1)))
+    errors = [(logits(net, unseen) - logits(host, unseen)).square().mean() for net in (cut, repaired)]
+    assert 0 < errors[1] < errors[0]
+    with pytest.raises(GridError, match=r"windows of \d+ tokens are asked of narrow attention with a bias for \d+;"):
+        blocks_of(cut)[0].attn.set_window_size((9, 9))

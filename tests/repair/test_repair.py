@@ -20,8 +20,7 @@ from spvit.hosts.sites import BlockSites
 from spvit.hosts.weights import read_weights
 from spvit.moments import RIDGE, WANTED_TOKENS
 from spvit.replacements.bottleneck import LINEAR_SIDE
-from spvit.replacements.narrow import NarrowAttention
-from spvit.replacements.rotation import JITTER
+from spvit.replacements.narrow import JITTER, NarrowAttention
 from tiny import (
     BOTH,
     EVERYTHING,

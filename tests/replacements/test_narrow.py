@@ -16,7 +16,7 @@ from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.errors import ArchitectureError, CalibrationError
 from spvit.hosts.host import Host
 from spvit.hosts.weights import AttentionWeights, read_weights
-from spvit.replacements.rotation import (
+from spvit.replacements.narrow import (
     LONGEST,
     low_rank_logits,
     narrow_blindly,

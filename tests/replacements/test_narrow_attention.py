@@ -14,7 +14,8 @@ from torch import nn
 import reference
 from layers import DIM, DOUBLE, HEADS, make_layer, tokens
 from spvit.architecture import PUBLISHED, Attention
-from spvit.replacements.narrow import REPLACEMENT, NarrowAttention
+from spvit.replacements.narrow import REPLACEMENT
+from spvit.replacements.narrow_attention import NarrowAttention
 from tiny import assert_all_close, assert_close, assert_differ
 
 SHAPES = {

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 import spvit
 from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.hosts.walk import BlockPair
+from spvit.hosts.weights import read_weights
 from spvit.repair.errors import attention_errors
-from spvit.replacements.narrow import NarrowAttention
+from spvit.replacements.narrow_attention import NarrowAttention
 
 pytest.importorskip("einops")
 from positioned import POSITIONED, SMALL, Positioned
 from tiny import assert_close, assert_differ, count_macs, randomise
-
-SOME = Attention(heads=(0, 2), value_rank=5)
 
 
 class Case:
@@ -36,14 +35,22 @@ class Case:
         units = [block.ffn.units for block in self.host.blocks]
         return Architecture(tuple(Block(attention, FFN(count, tuple(range(count)))) for count in units))
 
+    @property
+    def some(self) -> Attention:
+        """Two of three heads with five of their values, and half of the pairs that rotate where these may go."""
+        site = self.host.blocks[0].attention
+        return Attention(
+            heads=(0, 2), query_key_rank=site.head_width // 2 if site.narrows_queries else None, value_rank=5
+        )
+
     def prune(self, attention: Attention, repair: bool = False) -> nn.Module:
         images = self.form.images(24, seed=1) if repair else None
         return spvit.prune(self.host, self.architecture(attention), repair=images)
 
     @cached_property
     def narrow(self) -> nn.Module:
-        """Two of three heads, with five of their values."""
-        return self.prune(SOME, repair=True)
+        """Narrow attention everywhere, repaired."""
+        return self.prune(self.some, repair=True)
 
 
 @pytest.fixture(name="case", scope="module", params=POSITIONED)
@@ -65,7 +72,8 @@ def narrow_layers(model: nn.Module) -> list[NarrowAttention]:
 def test_full_rank_is_the_host(case: Case) -> None:
     x = case.form.images(2)
     expected, heads = answer(case.model, x), tuple(range(3))
-    for kept in (Attention(heads=heads), Attention(heads=heads, value_rank=case.host.blocks[0].attention.head_width)):
+    width, queries = case.host.blocks[0].attention.head_width, case.host.blocks[0].attention.narrows_queries
+    for kept in (Attention(heads=heads), Attention("msa", heads, width if queries else None, width)):
         assert (answer(case.prune(kept, repair=True), x) - expected).abs().max() <= 1e-9 * expected.abs().max()
     assert (answer(case.prune(Attention(heads=heads)), x) - expected).abs().max() <= 1e-9 * expected.abs().max()
 
@@ -83,6 +91,39 @@ def test_a_head_that_goes_leaves_the_others_as_they_were(case: Case, heads: tupl
     expected = answer(silenced, x)
     assert_differ(expected, answer(case.model, x))
     assert_close(answer(case.prune(Attention(heads=heads)), x), expected)
+
+
+def test_pairs_that_go_leave_the_others_as_they_were(case: Case) -> None:
+    """As if queries and keys had zeros there; those with the largest products stay."""
+    site = case.host.blocks[0].attention
+    if not site.narrows_queries:
+        with pytest.raises(spvit.ArchitectureError, match="or the places of tokens act on them"):
+            case.prune(Attention(query_key_rank=2))
+        return
+    with pytest.raises(spvit.ArchitectureError, match="query_key_rank is 3, .* pairs there; give an even number"):
+        case.prune(Attention(query_key_rank=3))
+    x, zeroed, width = case.form.images(2), copy.deepcopy(case.model), site.head_width
+    pruned = case.prune(Attention(heads=(1, 2), query_key_rank=width - 4))
+    for layer, block in zip(narrow_layers(pruned), case.host.blocks):
+        dense, site = zeroed.get_submodule(block.attention.path), block.attention
+        weights = read_weights(dense, site)
+        parts = [part.detach() for part in (weights.query_weight, weights.query_bias) if part is not None]
+        keys = [part.detach() for part in (weights.key_weight, weights.key_bias) if part is not None]
+        lengths = [
+            sum(part.square().flatten(2).sum(2) if part.dim() > 2 else part**2 for part in own) for own in (parts, keys)
+        ]
+        for head in range(3):
+            pairs = torch.arange(width).view(-1, 2) if site.rotary.pairs else torch.arange(width).view(2, -1).T
+            going = (lengths[0][head][pairs].sum(1) * lengths[1][head][pairs].sum(1)).argsort()[:2]
+            if head:
+                assert not set(going.tolist()) & set(layer.pairs[head - 1].tolist())
+            else:  # the head that goes
+                going = torch.arange(0)
+            for part in parts:
+                part[head, pairs[going].flatten()] = 0
+        weight = dense.get_parameter(site.out.weight)
+        weight.detach()[:, site.out.indices(3, width)[0]] = 0
+    assert_close(answer(pruned, x), answer(zeroed, x))
 
 
 def test_gradients_reach_every_parameter_and_the_kept_entries_of_the_bias(case: Case) -> None:
@@ -107,7 +148,7 @@ def test_gradients_reach_every_parameter_and_the_kept_entries_of_the_bias(case: 
 
 def test_costs_are_exact(case: Case) -> None:
     images = case.form.images(1).to("meta")
-    for kept in (SOME, Attention(heads=(1,)), Attention(value_rank=3)):
+    for kept in (case.some, Attention(heads=(1,)), Attention(value_rank=3)):
         pruned = case.prune(kept)
         expected = spvit.cost(case.host, case.architecture(kept))
         assert expected["macs"] == count_macs(pruned, images)
@@ -125,21 +166,21 @@ def test_exported_programs_take_any_batch(case: Case) -> None:
 def test_copies_and_states_are_plain(case: Case) -> None:
     x, expected = case.form.images(2), answer(case.narrow, case.form.images(2))
     assert torch.equal(answer(copy.deepcopy(case.narrow), x), expected)
-    other = case.prune(SOME)
+    other = case.prune(case.some)
     assert_differ(answer(other, x), expected)
     other.load_state_dict(case.narrow.state_dict())
     assert torch.equal(answer(other, x), expected)
     names = {name for layer in narrow_layers(case.narrow) for name in layer.state_dict()}
     assert names <= {
         *(f"{linear}.{part}" for linear in ("qkv", "proj") for part in ("weight", "bias")),
-        *("bias_table", "query_norm.weight", "query_norm.bias", "key_norm.weight", "key_norm.bias"),
+        *("pairs", "bias_table", "query_norm.weight", "query_norm.bias", "key_norm.weight", "key_norm.bias"),
     }
 
 
 def test_the_repair_serves_and_what_it_misses_is_known(case: Case) -> None:
     unseen = case.form.images(8, seed=9)
     expected = answer(case.model, unseen)
-    missed = [(answer(model, unseen) - expected).square().mean() for model in (case.narrow, case.prune(SOME))]
+    missed = [(answer(model, unseen) - expected).square().mean() for model in (case.narrow, case.prune(case.some))]
     assert missed[0] < missed[1]
     images = [case.form.images(24, seed=1)]
     block = case.host.blocks[0].path
@@ -150,10 +191,11 @@ def test_the_repair_serves_and_what_it_misses_is_known(case: Case) -> None:
     answer(case.model, images[0])
     handle.remove()
     with torch.no_grad():
-        errors = attention_errors(BlockPair(case.model, case.host, 0, arrived, arrived), (5,))
-    assert all(kept.query_key_rank is None for kept in errors)
+        errors = attention_errors(BlockPair(case.model, case.host, 0, arrived, arrived), (4,))
+    queries = case.host.blocks[0].attention.narrows_queries
+    assert {kept.query_key_rank for kept in errors} == ({None, 4} if queries else {None})
     assert {len(kept.heads or (0, 1, 2)) for kept in errors} == {1, 2, 3}
-    assert {kept.value_rank for kept in errors} == {None, 5}
+    assert {kept.value_rank for kept in errors} == {None, 4}
 
 
 def test_a_search_step_is_as_before(case: Case) -> None:

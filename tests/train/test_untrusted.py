@@ -100,6 +100,8 @@ def _hosts(marker: Path) -> list[dict[str, Any]]:
         {**hf, "config": {**config, "vision_config": {"auto_map": {"AutoModel": "someone/harmful--code.Model"}}}},
         {**hf, "config": {**config, "backbone": "someone/harmful", "use_timm_backbone": True}},
         {**hf, "class": "DPTForDepthEstimation", "config": {"inside": {"backbone": "someone/harmful"}}},
+        {**hf, "class": "SiglipVisionModel", "config": {"inside": {"model_type": "timm_wrapper"}}},
+        {**hf, "class": "LlavaModel", "config": {"vision_config": {"model_args": {"checkpoint_path": weights}}}},
         {**hf, "class": "TimmWrapperModel", "config": {"model_args": {"checkpoint_path": weights}}},
         *({**hf, "config": config, "class": name} for name in ("os.system", "pipeline", "ViTConfig", "AutoModel", 3)),
     ]

@@ -21,9 +21,10 @@ from spvit.cli.show import say
 from spvit.errors import ModelError, SpvitError
 from spvit.hosts.found import FoundFamily
 from spvit.hosts.host import Host, recognise
-from spvit.hosts.recognise import known_family, said_size
+from spvit.hosts.recognise import said_size
 from spvit.hosts.site_files import NUMBER, alike
 from spvit.hosts.sites import AttentionSite, BlockSites, FFNSite, Rows
+from spvit.hosts.sources import build, source_of
 from spvit.models import ModelConfig, open_model
 from spvit.replacements.install import check_fits
 from spvit.search.network import make_searchable
@@ -83,9 +84,10 @@ def _tables(blocks: list[dict[str, Any]]) -> list[Table]:
 
 def _host(model: nn.Module, options: CheckCommand) -> Host:
     """Return the dense host that a model is, or was before it was pruned."""
-    family = known_family(model)
-    if family is not None and pruned_record(model) is not None:
-        model = family.build(family.source(model))
+    record = pruned_record(model)
+    if record is not None:
+        family = record.family
+        model = build(source_of(model))
         return Host(model, family, family.blocks(model), family.input_size(model))
     said = said_size(model)
     channels, size = options.channels or said[0], said[1]
@@ -94,11 +96,11 @@ def _host(model: nn.Module, options: CheckCommand) -> Host:
         if sides is None:
             raise ModelError(f"image_size is {options.image_size}, expected height and width, such as 224x224")
         size = (int(sides[1]), int(sides[2] or sides[1]))
-    elif size is None and family is None:
+    elif size is None:
         raise ModelError(f"{options.model} does not say what images it takes; give their size: --image-size 224x224")
-    host = recognise(model, torch.zeros(1, channels, *size) if size is not None else None)
+    host = recognise(model, torch.zeros(1, channels, *size))
     given = options.channels or options.image_size
-    if given and size is not None and host.input_size != (channels, *size):
+    if given and host.input_size != (channels, *size):
         expected = " x ".join(map(str, host.input_size))
         raise ModelError(f"{options.model} takes images of {expected}; other sizes are arguments: --model-args")
     return host

@@ -13,7 +13,7 @@ from torch import nn
 from spvit.architecture import Architecture, dense
 from spvit.benchmark import Latency, measure_latencies
 from spvit.budget import human
-from spvit.checkpoint import save
+from spvit.checkpoint import describe, save
 from spvit.cli import convert
 from spvit.cli import options as cli
 from spvit.cli.inputs import model_and_images
@@ -22,7 +22,7 @@ from spvit.cli.show import block_table, comparison_table, kinds_text, latency_te
 from spvit.cost import count_params
 from spvit.errors import ArchitectureError, CheckpointError, ModelError, RunFolderError
 from spvit.hosts.host import example_images, macs_of_image
-from spvit.hosts.recognise import family_of
+from spvit.hosts.sources import build, can_build, source_of
 from spvit.models import ModelConfig, open_model
 from spvit.replacements.costs import network_costs
 from spvit.surgery import prune, pruned_record
@@ -59,7 +59,8 @@ def _write(model: nn.Module, figures: Evaluation, run: Run, console: Console, wh
 
 
 def _say_where(console: Console, folder: Path, *lines: str) -> None:
-    say(console, *lines, f'files in {folder}; load the model with spvit.load("{folder}")')
+    dense = "" if can_build(describe(folder).host) else ", host=the dense model"
+    say(console, *lines, f'files in {folder}; load the model with spvit.load("{folder}"{dense})')
 
 
 def train_command(options: cli.TrainCommand, console: Console) -> None:
@@ -124,7 +125,7 @@ def profile_command(options: cli.ProfileCommand, console: Console) -> None:
     record = pruned_record(model)
     if record is not None and options.architecture is not None:
         raise ArchitectureError(f"{options.model} is pruned already; name a dense model with --architecture")
-    host = model if record is None else family_of(model).build(family_of(model).source(model))
+    host = model if record is None else build(source_of(model))
     costs = network_costs(host)
     if record is not None:
         architecture = record.architecture

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
+from spvit.hosts.gathered import GatheredGrid, Layout, OwnSize
 from spvit.hosts.grid import Grid, GridTracker
-from spvit.hosts.site_files import to_data
 from spvit.hosts.sites import BlockSites, Undo
-from spvit.hosts.sources import build, source_of
 
 
 @dataclass(frozen=True)
@@ -41,24 +39,34 @@ class FoundFamily:
         return self.classes_told_apart
 
     def watch_grids(self, model: nn.Module, blocks: Sequence[int]) -> tuple[dict[int, Grid], list[Undo]]:
-        """Return the grids of blocks; those of one size are one grid, which follows the size of the images."""
-        grids: dict[tuple[int, int], Grid] = {}
+        """Return the grids of blocks: one for those that get their tokens plainly and alike, which follows the images.
+
+        Windows are those of the model's own size, so that it then refuses images of others.
+        """
+        grids: dict[int, Grid] = {}
+        shared: dict[tuple[int, int], Grid] = {}
         undos: list[Undo] = []
-        module = model.get_submodule(self.images)
+        module, device = model.get_submodule(self.images), next(model.parameters()).device
         for index in blocks:
-            size = self.sites[index].attention.grid
-            if size not in grids:
-                grids[size] = Grid(*size)
-                patch = (self.size[1] // size[0], self.size[2] // size[1])
-                undos.append(module.register_forward_pre_hook(GridTracker(grids[size], patch, pads=False)).remove)
-        return {index: grids[self.sites[index].attention.grid] for index in blocks}, undos
+            site = self.sites[index].attention
+            if isinstance(site.layout, Layout):
+                grids[index] = GatheredGrid(*site.grid, site.layout).to(device)
+                continue
+            if site.grid not in shared:
+                shared[site.grid] = Grid(*site.grid)
+                tracker = GridTracker(shared[site.grid], self._patch(module, site.grid), pads=False)
+                undos.append(module.register_forward_pre_hook(tracker).remove)
+            grids[index] = shared[site.grid]
+        if any(isinstance(grid, GatheredGrid) for grid in grids.values()):
+            undos.append(module.register_forward_pre_hook(OwnSize(self.size[1:])).remove)
+        return grids, undos
+
+    def _patch(self, module: nn.Module, grid: tuple[int, int]) -> tuple[int, int]:
+        """Return (height, width) of the images' patches, which need not fill them."""
+        if isinstance(module, nn.Conv2d):
+            stride = (module.stride[0], module.stride[1])
+            if (self.size[1] // stride[0], self.size[2] // stride[1]) == grid:
+                return stride
+        return self.size[1] // grid[0], self.size[2] // grid[1]
 
     whole_grids = watch_grids
-
-    def source(self, model: nn.Module) -> dict[str, Any]:
-        """Return these sites, and what makes the same dense model again where a library can, as JSON values."""
-        return {**source_of(model), "family": to_data(self)}
-
-    def build(self, source: dict[str, Any]) -> nn.Module:
-        """Make a dense model with random weights from what `source` returned. Raises UnsupportedHostError."""
-        return build(source)

@@ -69,11 +69,12 @@ class Host:
         return sum(count_params(self.model.get_submodule(name)) for name in norms)
 
     @cached_property
-    def calls(self) -> tuple[BlockCall, ...]:
-        """How the model calls each block: recorded from a pass in evaluation mode, once."""
+    def calls(self) -> dict[str, BlockCall]:
+        """How the model calls each block and what stands before it, by path: recorded from a pass, once."""
+        paths = [path for block in self.blocks for path in (block.before, block.path) if path is not None]
         # A number of images that other sizes in a model hardly are; tables may have an entry for each head.
-        images = next(count for count in (3, 5) if all(block.attention.heads != count for block in self.blocks))
-        return record_calls(self.model, [block.path for block in self.blocks], example_images(self, images))
+        images = next(count for count in (3, 5, 7) if all(block.attention.heads != count for block in self.blocks))
+        return dict(zip(paths, record_calls(self.model, paths, example_images(self, images))))
 
     @cached_property
     def totals(self) -> dict[str, int]:

@@ -41,6 +41,13 @@ def cosines_and_sines(rotary: Rotary, values: Sequence[Any], heads: int, width: 
     return (table(second), table(first)) if rotary.sine_first else (table(first), table(second))
 
 
+def dimensions_of(pairs: Tensor, interleaved: bool, width: int) -> Tensor:
+    """Return the dimensions [.., R] of some pairs [.., R / 2] of a head of E, in the order that `rotated` takes."""
+    if interleaved:
+        return torch.stack((2 * pairs, 2 * pairs + 1), -1).flatten(-2)
+    return torch.cat((pairs, pairs + width // 2), -1)
+
+
 def rotated(x: Tensor, cosines: Tensor, sines: Tensor, pairs: bool) -> Tensor:
     """Return queries or keys [B, H, N, E] of which the last n tokens are rotated; with -sines, rotated back."""
     prefix = x.shape[-2] - cosines.shape[-2]

@@ -141,7 +141,10 @@ def size_of(model: nn.Module) -> tuple[int, int, int]:
     """Return (channels, height, width) of the images that a model says it takes. Raises UnsupportedHostError."""
     channels, size = said_size(model)
     if size is None:
-        raise UnsupportedHostError("it does not say what images it takes; pass some: spvit.recognise(model, images)")
+        raise UnsupportedHostError(
+            "it does not say what images it takes; pass some, spvit.recognise(model, images), or give it an attribute "
+            "image_size"
+        )
     return (channels, *size)
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from spvit.errors import UnknownPartError
+from spvit.hosts.gathered import GatheredGrid, Layout
 from spvit.hosts.grid import Grid
 
 
@@ -75,6 +76,8 @@ class Bias:
     """Whether the parameter is [H, entries] (or [H, N, N]), or else [entries, H]."""
     index: str | None = None
     """Name, inside the layer, of the tensor of each pair of tokens' entry; None: the entries are all pairs."""
+    mask: str | None = None
+    """Name of the argument of the layer that is added besides, [windows, N, N] or None: a mask of shifted windows."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +102,12 @@ class AttentionSite:
     """Tokens that each query attends to."""
     windows: int = 1
     """Windows that an image's tokens go in, of `keys` tokens each, padding included; 1: all tokens are one."""
-    layout: Grid | None = None
+    layout: Grid | Layout | None = None
     """How attention gets the grid, where it does not get its tokens row-major behind the prefix tokens."""
+    extra_macs: int = 0
+    """MACs of the layer, for one image, beside its projections and the products of attention: of its positions, say."""
     narrows_queries: bool = False
-    """Whether queries and keys may have fewer dimensions: nothing but the projections acts on them."""
+    """Whether queries and keys may have fewer dimensions, or pairs of them where they rotate: nothing else acts."""
     narrows_values: bool = False
     """Whether values may have fewer dimensions, and heads may go."""
     scale: float = 1.0
@@ -128,6 +133,8 @@ class AttentionSite:
 
     def own_grid(self) -> Grid:
         """Return how attention gets the grid of images of the host's own size; it does not follow other sizes."""
+        if isinstance(self.layout, Layout):
+            return GatheredGrid(*self.grid, self.layout)
         return Grid(*self.grid) if self.layout is None else self.layout
 
     @property
@@ -217,13 +224,11 @@ class Family(Protocol):
         """Return the same for blocks whose attention is replaced: they hand the whole grid on, as tokens row-major."""
         ...
 
-    def source(self, model: nn.Module) -> dict[str, Any]:
-        """Return what `build` needs to make the same dense model again, as JSON. Raises UnsupportedHostError."""
-        ...
 
-    def build(self, source: dict[str, Any]) -> nn.Module:
-        """Make a dense model with random weights from what `source` returned."""
-        ...
+PLAIN = (
+    "merge adapters first (model = model.merge_and_unload()), prune before you quantise, and take off parametrisations"
+)
+"""What to do with layers that wrap linear ones."""
 
 
 def expect(model: nn.Module, path: str, cls: type, family: str) -> None:
@@ -234,12 +239,7 @@ def expect(model: nn.Module, path: str, cls: type, family: str) -> None:
     found = type(model.get_submodule(path))
     if found is cls:
         return
-    advice = ""
-    if cls is nn.Linear:
-        advice = (
-            "; merge adapters first (model = model.merge_and_unload()), prune before you quantise, and take off "
-            "parametrisations"
-        )
+    advice = f"; {PLAIN}" if cls is nn.Linear else ""
     raise UnknownPartError(
         f"{path} is a {found.__module__}.{found.__qualname__}, but {family} hosts are supported with exactly "
         f"{cls.__module__}.{cls.__qualname__} there{advice}"

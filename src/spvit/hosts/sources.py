@@ -37,12 +37,10 @@ def build(source: dict[str, Any]) -> nn.Module:
         ModelError: the file names what is no model of its library, or asks for code.
     """
     library = source["library"]
-    if library not in LIBRARIES and "family" not in source:
-        raise UnsupportedHostError(f"the host's library {library!r} is unknown, expected one of {', '.join(LIBRARIES)}")
-    if "family" in source and not can_build(source):
+    if not can_build(source):
         raise UnsupportedHostError(
-            f"a {source['class']} cannot be made again from a file; make the dense model and pass it: "
-            "spvit.load(folder, host=model)"
+            f"the file names no model of {' or '.join(LIBRARIES)} but a {source.get('class', library)}, which cannot "
+            "be made from a file; make the dense model and pass it: spvit.load(folder, host=model)"
         )
     model: nn.Module = importlib.import_module(LIBRARIES[library]).build(source)
     found, expected = type(model).__name__, source.get("class")

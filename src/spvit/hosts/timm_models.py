@@ -11,7 +11,7 @@ import timm
 from timm.layers import Mlp
 from torch import nn
 
-from spvit.errors import ModelError, UnknownPartError, UnsupportedHostError
+from spvit.errors import ModelError, UnknownPartError
 from spvit.hosts.sites import FFNSite, Rows, UnitRows, expect
 
 
@@ -59,30 +59,11 @@ class TimmFamily:
         """Return how many classes the head tells apart; 0 when the model has no head."""
         return int(model.num_classes)
 
-    def source(self, model: Any) -> dict[str, Any]:
-        """Return the timm model name and arguments that a model was created with, and its class, as JSON values.
-
-        Raises:
-            UnsupportedHostError: the model was not made by timm.create_model, or with values that no file can hold.
-        """
-        source = source_of(model)
-        if source is None:
-            raise UnsupportedHostError(
-                "this timm model was not made by timm.create_model, so its name and arguments are not known and it "
-                "cannot be rebuilt from a file; make it with timm.create_model"
-            )
-        return source
-
-    def build(self, source: dict[str, Any]) -> nn.Module:
-        """Make a timm model from its name and arguments, with random weights."""
-        return build(source)
-
 
 def source_of(model: Any) -> dict[str, Any] | None:
-    """Return what `build` needs to make any model of timm again; None if timm.create_model did not make it.
+    """Return what `build` needs to make any model of timm again, as JSON values.
 
-    Raises:
-        UnsupportedHostError: it was made with values that no file can hold.
+    None if timm.create_model did not make it, or with values that no file can hold.
     """
     config = getattr(model, "pretrained_cfg", None)
     arguments = getattr(model, "_model_args", None)
@@ -90,13 +71,13 @@ def source_of(model: Any) -> dict[str, Any] | None:
         return None
     # reset_classifier leaves the recorded arguments as they were.
     now = {name: getattr(model, name, None) for name in ("num_classes", "global_pool")}
-    now = {name: value for name, value in now.items() if isinstance(value, (int, str))}
-    return {
-        "library": "timm",
-        "class": type(model).__name__,
-        "name": config["architecture"],
-        "arguments": _as_json({**arguments, **now}),
-    }
+    arguments = {**arguments, **{name: value for name, value in now.items() if isinstance(value, (int, str))}}
+    plain = (str, int, float, bool, list, tuple, dict, type(None))
+    if not all(isinstance(value, plain) for value in arguments.values()):
+        return None
+    arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
+    name = {"class": type(model).__name__, "name": config["architecture"]}
+    return {"library": "timm", **name, "arguments": arguments}
 
 
 def build(source: dict[str, Any]) -> nn.Module:
@@ -118,13 +99,3 @@ def check_timm_model(name: str, arguments: Mapping[str, Any]) -> None:
     for argument in arguments:
         if argument not in known - {"self", "args", "kwargs"}:
             raise ModelError(f"{argument!r} is no argument of the model {name}; leave it out")
-
-
-def _as_json(arguments: dict[str, Any]) -> dict[str, Any]:
-    for name, value in arguments.items():
-        if not isinstance(value, (str, int, float, bool, list, tuple, dict, type(None))):
-            raise UnsupportedHostError(
-                f"the model was created with {name}={value!r}, which cannot be written to a file; "
-                "use a value that is a string, a number or a list"
-            )
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from spvit.errors import GridError
 from spvit.hosts.grid import Grid
-from spvit.hosts.sites import AttentionSite, BlockSites, Undo, expect
+from spvit.hosts.sites import AttentionSite, Bias, BlockSites, Undo, expect
 from spvit.hosts.timm_models import TimmFamily
 
 
@@ -121,6 +121,11 @@ class _TimmSwin(TimmFamily):
                 keys=attention.window_area,
                 windows=math.prod(grid.windows()),
                 layout=grid,
+                narrows_values=True,
+                scale=attention.scale,
+                dropout=attention.attn_drop.p,
+                out_dropout=attention.proj_drop.p,
+                bias=Bias("relative_position_bias_table", False, False, "relative_position_index", "mask"),
             ),
             ffn,
             before=f"{stage}.downsample" if reduces else None,

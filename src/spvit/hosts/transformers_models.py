@@ -39,22 +39,22 @@ def build(source: dict[str, Any]) -> nn.Module:
     asked = {source["attention"], *(str(value) for key, value in _settings(config) if "implementation" in key)}
     if not asked <= {"None", *_ATTENTION} or any(key == "auto_map" for key, _ in _settings(config)):
         raise ModelError(f"its configuration asks for code of others: {config.get('auto_map', sorted(asked))}")
-    # A backbone is made by other libraries, or from the files that it names.
-    backbone = next((key for key, value in _settings(config) if "backbone" in key and value), None)
-    if backbone is not None:
-        raise ModelError(f"its configuration asks for code of others: {backbone}={config.get(backbone)!r}")
+    for key, value in _settings(config):  # what timm would make, or be told to read
+        if (value and "backbone" in key) or (key == "model_type" and str(value).startswith("timm")):
+            raise ModelError(f"its configuration asks for code of others: {key}={value!r}")
     settings: Any = cls.config_class.from_dict(config, attn_implementation=source["attention"])
     model: nn.Module = cls(settings, **({} if source.get("pooling", True) else {_POOLING: False}))
     return model
 
 
 def _class_named(name: Any) -> Any:
-    """Return a class of models that is defined in transformers and holds no model of another library."""
+    """Return a class of models of images that is defined in transformers and holds no model of another library."""
     cls = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         raise ModelError(f"{name!r} is no model that comes with transformers")
-    if not cls.__module__.startswith("transformers.models.") or ".timm_" in cls.__module__:
-        raise ModelError(f"{name!r} is no model that transformers makes itself")
+    of_images = getattr(cls, "main_input_name", None) == "pixel_values" and ".timm_" not in cls.__module__
+    if not cls.__module__.startswith("transformers.models.") or not of_images:
+        raise ModelError(f"{name!r} is no model of images that transformers makes itself")
     return cls
 
 

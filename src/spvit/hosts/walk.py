@@ -125,7 +125,8 @@ def block_of(host: Host, index: int) -> Callable[[Tensor], Tensor]:
 
     What the model passes to it besides is passed here too. A ModuleList is the sum that it stands for.
     """
-    block, call = host.model.get_submodule(host.blocks[index].path), host.calls[index]
+    path = host.blocks[index].path
+    block, call = host.model.get_submodule(path), host.calls[path]
     if isinstance(block, nn.ModuleList):
         return lambda x: functools.reduce(lambda stream, layer: layer(stream) + stream, block, x)
     return lambda x: tokens_of(call(block, x.clone()))  # some blocks add to their input in place
@@ -148,7 +149,7 @@ def through(host: Host, index: int, x: Tensor) -> Tensor:
     """Return what the next block takes from a block's input; after the last block, its output."""
     out = block_of(host, index)(x)
     between = host.blocks[index + 1].before if index + 1 < len(host.blocks) else None
-    return out if between is None else tokens_of(host.model.get_submodule(between)(out))
+    return out if between is None else tokens_of(host.calls[between](host.model.get_submodule(between), out))
 
 
 def advance(host: Host, index: int, inputs: list[Tensor]) -> None:
@@ -191,7 +192,12 @@ class BlockPair:
         """Return a pair of dense blocks with as many of its images, evenly from all, as have so many tokens."""
         some = slice(None, None, max(1, sum(x.shape[:-1].numel() for x in self.dense_inputs) // tokens))
         inputs = [self.images(x, some) for x in self.dense_inputs]
-        known = {path: [out[some] for out in outputs] for path, outputs in self.known.items()}
+        # What is known may be in windows, several an image.
+        counts = [x.shape[1 if self.sites.attention.token_first else 0] for x in self.dense_inputs]
+        known = {
+            path: [out.unflatten(0, (count, -1))[some].flatten(0, 1) for out, count in zip(outputs, counts)]
+            for path, outputs in self.known.items()
+        }
         return replace(self, inputs=inputs, dense_inputs=inputs, known=known)
 
     @property

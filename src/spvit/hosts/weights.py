@@ -28,6 +28,8 @@ class AttentionWeights:
     value_bias: Tensor | None
     out_weight: Tensor
     out_bias: Tensor | None
+    pairs: Tensor | None = None
+    """Pairs of rotating dimensions that narrower queries and keys keep, [H, R / 2]; None: all."""
 
 
 def read_weights(layer: nn.Module, site: AttentionSite) -> AttentionWeights:

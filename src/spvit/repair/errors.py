@@ -25,8 +25,14 @@ from spvit.architecture import Attention
 from spvit.hosts.sites import AttentionSite
 from spvit.hosts.walk import BlockPair
 from spvit.moments import Moments, cholesky, ridge_for
-from spvit.replacements.narrow import fitted_output, inputs_of_attention, own_covariances, rotated_queries
-from spvit.replacements.rotation import narrow_values, value_directions
+from spvit.replacements.narrow import (
+    fitted_output,
+    inputs_of_attention,
+    narrow_values,
+    own_covariances,
+    rotated_queries,
+    value_directions,
+)
 
 MOST_RANKS = 7
 """Ranks below the head width of which all pairs are considered: in finer steps neighbours hardly differ."""

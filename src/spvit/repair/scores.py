@@ -258,7 +258,8 @@ def _score_block(
     def score_of(candidate: Attention) -> float:
         return measured(Block(candidate, FFN.whole(units)), lambda kept: repair_block(pair, kept))
 
-    ranks = range(multiple, site.head_width, multiple)
+    step = multiple if site.rotary is None else math.lcm(multiple, 2)  # dimensions that rotate go in pairs
+    ranks = range(step, site.head_width, step)
     errors = attention_errors(pair.thinned(LOCAL_TOKENS), paired_ranks(ranks))
     narrow = by_errors({kept: score_of(kept) for kept in measured_choices(errors, site.head_width)}, errors)
     forms = [kept for kind in KINDS for kept in replacement(kind).forms(site) if kept != Attention()]

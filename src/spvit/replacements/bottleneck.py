@@ -44,7 +44,7 @@ class BottleneckConv(nn.Module):
     """A 3 x 3 or 1 x 1 convolution to the head width, batch norm, ReLU, and a linear layer back.
 
     Prefix tokens go through `prefix`, which is an identity under the rule of that name. Takes the arguments of the
-    attention layer that it replaces and ignores all but the tokens.
+    attention layer that it replaces and ignores all but the tokens; windows are taken apart and put together again.
     """
 
     def __init__(
@@ -82,13 +82,13 @@ class BottleneckConv(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: [B, N, D], normalised. Returns [B, N, D]."""
-        tokens = x[:, self.prefix_tokens :]  # [B, G, D]
+        tokens = self.grid.gather(x, self.prefix_tokens)  # [B, G, D]
         if isinstance(self.conv_in, nn.Conv2d):
             hidden = self.conv_in(self.grid.as_map(tokens))  # [B, E, height, width]
         else:
             hidden = self.grid.as_map(self.conv_in(tokens))
         hidden = self.act(self.bn(hidden))
-        out = self.conv_out(as_tokens(hidden))  # [B, G, D]
+        out = self.grid.scatter(self.conv_out(as_tokens(hidden)))  # [B, G, D]
         if self.prefix_tokens:
             out = torch.cat([self.prefix(x[:, : self.prefix_tokens]).to(out.dtype), out], dim=1)
         return out
@@ -171,7 +171,7 @@ class _Bottleneck:
         prefix = site.prefix_tokens
         on_grid, on_prefix = Moments(), Moments()
         for x, wanted in zip(pair.arriving(site.path), targets(pair, site.path)):
-            tokens = x[:, prefix:]
+            tokens = module.grid.gather(x, prefix)
             if isinstance(module.conv_in, nn.Conv2d):
                 tokens = F.unfold(module.grid.as_map(tokens), 3, padding=1).transpose(1, 2)  # [B, G, 9 D]
             on_grid.add(tokens, site.own_grid().gather(wanted, prefix))

@@ -77,6 +77,8 @@ def _not_narrowed(site: AttentionSite, kept: Attention, name: str) -> str | None
     for part, rank in (("query_key_rank", kept.query_key_rank), ("value_rank", kept.value_rank)):
         if rank is not None and rank > site.head_width:
             return f"{part} is {rank}, expected at most the head width of {name}, {site.head_width}"
+    if kept.query_key_rank is not None and kept.query_key_rank % 2 and site.rotary is not None:
+        return f"query_key_rank is {kept.query_key_rank}, but dimensions rotate in pairs there; give an even number"
     if kept.query_key_rank is not None and not site.narrows_queries:
         return (
             "queries and keys are normalised over the whole head there, or the places of tokens act on them, so they "

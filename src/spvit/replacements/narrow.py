@@ -3,184 +3,37 @@
 Both rotate first: what the kept dimensions hold is chosen among all directions, and the rotation is folded into the
 projections, so nothing is added to the forward pass. Queries and keys keep the low-rank part of their logits that is
 best in the mean square (weighted truncated singular value decomposition); values keep the directions that the output
-projection uses most, whitened by how the head's outputs vary (as in whitened truncation of linear layers).
+projection uses most, whitened by how the head's outputs vary (as in whitened truncation of linear layers). Where the
+places of tokens rotate queries and keys, these keep whole pairs of dimensions: those whose products are largest.
 
 Shapes: B batch, N tokens, D width, H heads, E head width, R query/key dimensions and V value dimensions of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spvit.architecture import Attention, Rules
 from spvit.cost import AttentionCost, count_params
 from spvit.hosts.calling import called_with
 from spvit.hosts.grid import Grid
 from spvit.hosts.host import Host
-from spvit.hosts.position import bias_of_pairs, cosines_and_sines, entries_by_head, inside_layer, rotated
-from spvit.hosts.sites import AttentionSite
+from spvit.hosts.position import dimensions_of
+from spvit.hosts.sites import AttentionSite, Rotary
 from spvit.hosts.walk import BlockPair
 from spvit.hosts.weights import AttentionWeights, read_weights
-from spvit.moments import Moments, regression, ridge_for
-from spvit.replacements.ffn import narrow_linear
-from spvit.replacements.rotation import narrow_blindly, narrow_heads, narrow_values, value_directions
+from spvit.moments import Moments, cholesky, regression, ridge_for
+from spvit.replacements.narrow_attention import NarrowAttention, has_biases
 from spvit.replacements.targets import targets
 
-
-class NarrowAttention(nn.Module):
-    """Attention with fewer heads or dimensions than the layer it replaces: one packed projection, fused attention.
-
-    Takes the arguments of that layer; a mask is added to the logits. The softmax keeps the original layer's scale.
-    Where the places of tokens act on queries, keys or logits, so they do here: `bias_table` [entries, H] is learned.
-
-    Attributes: `first`, how many of the tokens, the first ones, it answers for (`answer_first`); None: all of them.
-    """
-
-    first: int | None = None
-    query: nn.Linear
-    key_value: nn.Linear
-
-    kept_heads: Tensor | None
-    cosines: Tensor | None
-    sines: Tensor | None
-    bias_index: Tensor | None
-    bias_table: nn.Parameter | None
-
-    def __init__(self, layer: nn.Module, site: AttentionSite, kept: Attention) -> None:
-        """Make room for what is kept of the dense layer at a site; its weights are loaded next."""
-        super().__init__()
-        weights = read_weights(layer, site)
-        like: dict[str, Any] = {"device": weights.value_weight.device, "dtype": weights.value_weight.dtype}
-        self.heads = site.heads if kept.heads is None else len(kept.heads)
-        self.query_key_rank = site.head_width if kept.query_key_rank is None else kept.query_key_rank
-        self.value_rank = site.head_width if kept.value_rank is None else kept.value_rank
-        self.scale, self.dropout = site.scale, site.dropout
-        rows, biased = self.heads * (2 * self.query_key_rank + self.value_rank), _biased(weights)
-        self.qkv = nn.utils.skip_init(nn.Linear, site.dim, rows, bias=biased, **like)
-        self.query_norm, self.key_norm, self.out_norm = (
-            nn.Identity() if name is None else layer.get_submodule(name) for name in site.norms
-        )
-        columns, biased = self.heads * self.value_rank, weights.out_bias is not None
-        self.proj = nn.utils.skip_init(nn.Linear, columns, site.dim, bias=biased, **like)
-        self.out_drop = nn.Dropout(site.out_dropout)
-        self._place(layer, site, None if kept.heads is None else torch.tensor(kept.heads, device=like["device"]))
-
-    def _place(self, layer: nn.Module, site: AttentionSite, kept_heads: Tensor | None) -> None:
-        """Take over what the places of tokens do in the dense layer, for the kept heads (None: all)."""
-        self.rotary, self.bias = site.rotary, site.bias
-        self.host_heads, self.head_width = site.heads, site.head_width
-        self.register_buffer("kept_heads", kept_heads, persistent=False)
-        cosines = sines = index = table = None
-        if site.rotary is not None and not site.rotary.argument:
-            values = [inside_layer(layer, name) for name in site.rotary.tables]
-            tables = cosines_and_sines(site.rotary, values, site.heads, site.head_width)
-            cosines, sines = (self._of_heads(table) for table in tables)
-        if site.bias is not None and not site.bias.argument:
-            entries = entries_by_head(site.bias, layer.get_parameter(site.bias.table), site.heads).detach()
-            table = nn.Parameter((entries if kept_heads is None else entries[:, kept_heads]).clone())
-            index = None if site.bias.index is None else inside_layer(layer, site.bias.index).flatten()
-        for name, buffer in (("cosines", cosines), ("sines", sines), ("bias_index", index)):
-            self.register_buffer(name, buffer, persistent=False)
-        self.register_parameter("bias_table", table)
-
-    @torch.no_grad()
-    def load(self, weights: AttentionWeights) -> None:
-        """Take over weights of the layer's own shapes, in place."""
-        parts = (weights.query_weight, weights.key_weight, weights.value_weight)
-        self.qkv.weight.copy_(torch.cat([part.flatten(0, 1) for part in parts]))
-        self.proj.weight.copy_(weights.out_weight.flatten(1))
-        if _biased(weights):  # where one part has a bias, those without have one of zeros
-            biases = (weights.query_bias, weights.key_bias, weights.value_bias)
-            given = [part[..., 0] * 0 if bias is None else bias for part, bias in zip(parts, biases)]
-            self.qkv.bias.copy_(torch.cat([bias.flatten() for bias in given]))
-        if weights.out_bias is not None:
-            self.proj.bias.copy_(weights.out_bias)
-
-    def _of_heads(self, x: Tensor) -> Tensor:
-        """Return the kept heads' part of what may have something for each head of the host: [.., H, N, any]."""
-        if self.kept_heads is None or x.dim() < 3 or x.shape[-3] != self.host_heads:
-            return x
-        return x.index_select(-3, self.kept_heads)
-
-    def _rotated(self, query: Tensor, key: Tensor, named: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return queries and keys rotated by the layer's own tables, or by those that it is given."""
-        rotary, cosines, sines = self.rotary, self.cosines, self.sines
-        if rotary is not None and rotary.argument and named.get(rotary.tables[0]) is not None:
-            values = [named[name] for name in rotary.tables]
-            tables = cosines_and_sines(rotary, values, self.host_heads, self.head_width)
-            cosines, sines = (self._of_heads(table) for table in tables)
-        if rotary is None or cosines is None or sines is None:
-            return query, key
-        rotated_key, own = rotated(key, cosines, sines, rotary.pairs), (cosines, sines)
-        if self.first is not None:  # of these the tables' first rows are, behind the tokens that stay as they are
-            rows = max(0, self.first - key.shape[-2] + cosines.shape[-2])
-            own = (cosines[..., :rows, :], sines[..., :rows, :])
-        return rotated(query, *own, rotary.pairs), rotated_key
-
-    def _added(self, mask: Tensor | None, key: Tensor, named: Mapping[str, Any]) -> Tensor | None:
-        """Return what is added to the logits: a mask or bias that is given, and the layer's own bias."""
-        if self.bias is not None and self.bias.argument:
-            mask = named.get(self.bias.table, mask)
-        mask = None if mask is None else self._of_heads(mask)[..., : self.first, :]
-        if self.bias_table is None:
-            return mask
-        bias = bias_of_pairs(self.bias_table, self.bias_index, key.shape[-2])[None, :, : self.first].to(key.dtype)
-        if mask is None:
-            return bias
-        return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
-
-    def heads_out(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **named: Any) -> Tensor:
-        """Return the outputs of all heads side by side, [B, N, H V], which the output projection takes; of P tokens
-        [B, P, H V] if it answers for so many.
-
-        named: what else the layer is called with; tables of positions are among that.
-        """
-        rank = self.heads * self.query_key_rank
-        if self.first is None:
-            packed = self.qkv(x)
-            queries, keys_and_values = packed[..., :rank], packed[..., rank:]
-        else:
-            queries, keys_and_values = self.query(x[:, : self.first]), self.key_value(x)
-        query, key, value = (
-            part.unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for part in (queries, keys_and_values[..., :rank], keys_and_values[..., rank:])
-        )  # [B, H, N, R], twice, and [B, H, N, V]
-        query, key = self._rotated(self.query_norm(query), self.key_norm(key), named)
-        mask = self._added(attn_mask, key, named)
-        # The CPU's fused attention wants equal widths; what is filled up with zeros changes nothing.
-        if self.query_key_rank != self.value_rank and (isinstance(x, torch.fx.Proxy) or x.device.type == "cpu"):
-            width = max(self.query_key_rank, self.value_rank)
-            query, key = (F.pad(part, (0, width - self.query_key_rank)) for part in (query, key))
-            value = F.pad(value, (0, width - self.value_rank))
-        dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
-        )
-        return self.out_norm(out[..., : self.value_rank].transpose(1, 2).flatten(2))
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **kwargs: Any) -> Tensor:
-        """x: [B, N, D]. Returns [B, N, D], zeros for tokens that it does not answer for."""
-        out: Tensor = self.out_drop(self.proj(self.heads_out(x, attn_mask, is_causal, **kwargs)))
-        return out if self.first is None else F.pad(out, (0, 0, 0, x.shape[1] - self.first))
-
-    def answer_first(self, tokens: int) -> None:
-        """Answer for so many tokens only, the first ones, in place: their queries look at the keys of all."""
-        rank = self.heads * self.query_key_rank
-        rows = torch.arange(self.qkv.out_features)
-        self.query, self.key_value = (narrow_linear(self.qkv, part, 0) for part in (rows[:rank], rows[rank:]))
-        self.first = tokens
-        del self.qkv
-
-    def extra_repr(self) -> str:
-        """Show heads and dimensions in the module's printed form."""
-        first = "" if self.first is None else f", first={self.first}"
-        return f"heads={self.heads}, query_key_rank={self.query_key_rank}, value_rank={self.value_rank}{first}"
+JITTER = 1e-7
+LONGEST = 10.0
+"""Length of a kept direction of the values at most, so that what hardly varies does not become noise."""
 
 
 class _Narrow:
@@ -209,7 +62,7 @@ class _Narrow:
             return layer
         module = NarrowAttention(layer, site, kept)
         if not fitted or not kept.narrowed():
-            module.load(narrow_blindly(read_weights(layer, site), kept))
+            module.load(narrow_blindly(read_weights(layer, site), kept, site.rotary))
         return module
 
     def fit(self, module: nn.Module, pair: BlockPair, kept: Attention) -> None:
@@ -236,11 +89,11 @@ class _Narrow:
             attending = site.windows * site.keys
             linear = 4 * site.heads * site.head_width * site.dim
             products = 2 * attending * site.keys * site.heads * site.head_width
-            each = site.tokens * (2 * site.dim + site.keys)
-            return AttentionCost(attending * linear + products, each, each)
+            each = attending * (2 * site.dim + site.keys)
+            return AttentionCost(attending * linear + products + site.extra_macs, each, each)
         norm = 0 if site.norm is None else count_params(host.model.get_submodule(site.norm))
         weights = read_weights(layer, site)
-        biased, own_norms = int(_biased(weights)), (name for name in site.norms if name is not None)
+        biased, own_norms = int(has_biases(weights)), (name for name in site.norms if name is not None)
         rest = host.norm_params(site) + sum(count_params(layer.get_submodule(name)) for name in own_norms)
         rest += 0 if weights.out_bias is None else site.dim
         bias = site.bias
@@ -249,11 +102,6 @@ class _Narrow:
 
 
 REPLACEMENT = _Narrow()
-
-
-def _biased(weights: AttentionWeights) -> bool:
-    """Return whether queries, keys or values have a bias."""
-    return any(bias is not None for bias in (weights.query_bias, weights.key_bias, weights.value_bias))
 
 
 def fitted_output(prior: Tensor, covariance: Tensor, cross: Tensor, moments: Moments) -> Tensor:
@@ -280,7 +128,7 @@ def rotated_queries(pair: BlockPair, kept: Attention, second_moment: Tensor) -> 
     """
     site = pair.sites.attention
     layer = pair.host.model.get_submodule(site.path)
-    weights = narrow_heads(pair.host.weights(pair.index), kept, second_moment)
+    weights = narrow_heads(pair.host.weights(pair.index), kept, second_moment, site.rotary)
     whole = NarrowAttention(layer, site, replace(kept, value_rank=None)).eval()
     whole.load(weights)
     moments = Moments()
@@ -294,3 +142,153 @@ def own_covariances(moments: Moments, heads: int) -> Tensor:
     """Return the covariance of each head's outputs, [H, E, E], from moments of all side by side, [H E]."""
     by_head = moments.covariance.unflatten(0, (heads, -1)).unflatten(2, (heads, -1))  # [H, E, H, E]
     return by_head.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def _augmented(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return a linear map with its bias as the last column, in float64: [..., D + 1]."""
+    column = weight.new_zeros(weight.shape[:-1]) if bias is None else bias
+    return torch.cat([weight, column[..., None]], dim=-1).double()
+
+
+def _root(moment: Tensor) -> Tensor:
+    """Return the Cholesky factor of a second moment, which may be singular."""
+    return cholesky(moment, JITTER)
+
+
+def low_rank_logits(query_moment: Tensor, key_moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A and B, [E, R] each, for which q^T A B^T k is the best approximation of q^T k of rank R.
+
+    Best in the mean square over independent queries and keys with these second moments about zero, [E, E] each:
+    with C_Q = L_Q L_Q^T, C_K = L_K L_K^T and U S V^T the singular value decomposition of L_Q^T L_K,
+    A = L_Q^-T U_R S_R^1/2 and B = L_K^-T V_R S_R^1/2. For example with E = 2, C_K = I and C_Q = diag(4, 1):
+    L_Q^T L_K = diag(2, 1), and rank 1 keeps the first dimension: A = (1/2, 0)^T sqrt(2), B = (1, 0)^T sqrt(2).
+    """
+    query_root, key_root = _root(query_moment), _root(key_moment)
+    left, values, right = torch.linalg.svd(query_root.T @ key_root)
+    weight = values[:rank].sqrt()
+    query = torch.linalg.solve_triangular(query_root.T, left[:, :rank] * weight, upper=True)
+    key = torch.linalg.solve_triangular(key_root.T, right[:rank].T * weight, upper=True)
+    return query, key
+
+
+def narrow_heads(
+    weights: AttentionWeights, kept: Attention, second_moment: Tensor, rotary: Rotary | None = None
+) -> AttentionWeights:
+    """Return the kept heads of a layer with their queries and keys at the kept rank; values and outputs stay whole.
+
+    second_moment: of the layer's inputs with a one appended, about zero: [D + 1, D + 1].
+    """
+    whole = _some_heads(weights, kept)
+    if kept.query_key_rank is None:
+        return whole
+    queries = _augmented(whole.query_weight, whole.query_bias)  # [H, E, D + 1]
+    keys = _augmented(whole.key_weight, whole.key_bias)
+    if rotary is not None:
+        products = _energies(queries, second_moment, rotary) * _energies(keys, second_moment, rotary)
+        return _with_pairs(whole, products.topk(kept.query_key_rank // 2).indices.sort().values, rotary)
+    narrow_queries, narrow_keys = [], []
+    for query, key in zip(queries, keys):
+        moments = (query @ second_moment @ query.T, key @ second_moment @ key.T)
+        a, b = low_rank_logits(*moments, kept.query_key_rank)
+        narrow_queries.append(a.T @ query)
+        narrow_keys.append(b.T @ key)
+    query, key = (torch.stack(parts).to(whole.query_weight) for parts in (narrow_queries, narrow_keys))
+    return replace(
+        whole,
+        query_weight=query[..., :-1],
+        query_bias=None if whole.query_bias is None else query[..., -1],
+        key_weight=key[..., :-1],
+        key_bias=None if whole.key_bias is None else key[..., -1],
+    )
+
+
+def _energies(projection: Tensor, second_moment: Tensor, rotary: Rotary) -> Tensor:
+    """Return the mean squared length of queries or keys in each pair of rotating dimensions, [H, E / 2].
+
+    At any angle the product of independent queries and keys has in a pair the mean square E|q|^2 E|k|^2 / 2.
+    """
+    by_dimension = torch.einsum("hed,dc,hec->he", projection, second_moment, projection)
+    return by_dimension.unflatten(1, (-1, 2)).sum(2) if rotary.pairs else by_dimension.unflatten(1, (2, -1)).sum(1)
+
+
+def _with_pairs(weights: AttentionWeights, pairs: Tensor, rotary: Rotary) -> AttentionWeights:
+    """Return weights whose queries and keys keep some pairs of rotating dimensions, [H, R / 2]."""
+    rows = dimensions_of(pairs, rotary.pairs, weights.query_weight.shape[1])
+    heads = torch.arange(len(rows), device=rows.device)[:, None]
+    return replace(
+        weights,
+        query_weight=weights.query_weight[heads, rows],
+        query_bias=None if weights.query_bias is None else weights.query_bias[heads, rows],
+        key_weight=weights.key_weight[heads, rows],
+        key_bias=None if weights.key_bias is None else weights.key_bias[heads, rows],
+        pairs=pairs,
+    )
+
+
+def _some_heads(weights: AttentionWeights, kept: Attention) -> AttentionWeights:
+    """Return the weights of the kept heads, without gradients."""
+    heads = list(range(len(weights.query_weight)) if kept.heads is None else kept.heads)
+    by_head: dict[str, Any] = {
+        name: None if part is None else part.detach()[heads]
+        for name, part in vars(weights).items()
+        if not name.startswith("out_")
+    }
+    out_bias = None if weights.out_bias is None else weights.out_bias.detach()
+    return AttentionWeights(**by_head, out_weight=weights.out_weight.detach()[:, heads], out_bias=out_bias)
+
+
+def value_directions(weights: AttentionWeights, covariances: Tensor) -> Tensor:
+    """Return the directions [H, E, E] of each head's outputs, those first that predict its contribution best.
+
+    With C = L L^T the covariance of a head's outputs, P its output projection and V the right singular vectors of P L:
+    V^T L^-1, which makes the directions uncorrelated; they are scaled so that their variance is the mean variance of
+    the head's outputs, or to length 10 if that is less. covariances: [H, E, E].
+    """
+    found = []
+    for head, covariance in enumerate(covariances.double()):
+        root, width = _root(covariance), len(covariance)
+        right = torch.linalg.svd(weights.out_weight[:, head].double() @ root, full_matrices=False).Vh  # [.., E]
+        if len(right) < width:  # fewer outputs than dimensions: any further directions complete the basis
+            eye = torch.eye(width, dtype=root.dtype, device=root.device)
+            right = torch.linalg.qr(torch.cat([right.T, eye], 1)).Q.T
+        level = covariance.diagonal().mean().clamp(min=1e-12).sqrt()
+        directions = level * torch.linalg.solve_triangular(root, right, upper=False, left=False)
+        found.append(directions * (LONGEST / directions.norm(dim=1, keepdim=True)).clamp(max=1))
+    return torch.stack(found)
+
+
+def narrow_values(
+    weights: AttentionWeights, directions: Tensor, kept: Attention, covariances: Tensor
+) -> tuple[AttentionWeights, Tensor]:
+    """Return weights whose values have the kept rank, and the map [H, V, E] from the heads' former outputs to theirs.
+
+    The output projection is the one that best predicts each head's contribution from its kept directions alone.
+    directions, covariances of the heads' outputs: [H, E, E].
+    """
+    like, rotation = weights.value_weight, directions[:, : kept.value_rank]
+    out_weights = []
+    for head, covariance in enumerate(covariances.double()):
+        root = _root(covariance)  # makes a definite one of it, whatever rounding has done
+        reading = rotation[head] @ root @ root.T
+        projected = reading @ weights.out_weight[:, head].double().T
+        out_weights.append(regression(reading @ rotation[head].T, projected, JITTER).T)
+    bias = weights.value_bias
+    narrow = replace(
+        weights,
+        value_weight=(rotation @ weights.value_weight.double()).to(like),
+        value_bias=None if bias is None else torch.einsum("hve,he->hv", rotation, bias.double()).to(like),
+        out_weight=torch.stack(out_weights, dim=1).to(like),
+    )
+    return narrow, rotation
+
+
+def narrow_blindly(weights: AttentionWeights, kept: Attention, rotary: Rotary | None = None) -> AttentionWeights:
+    """Return the weights of a narrowed layer chosen from its weights alone, as if its inputs were white noise."""
+    dim = weights.query_weight.shape[-1]
+    white = torch.eye(dim + 1, dtype=torch.float64, device=weights.query_weight.device)
+    narrow = narrow_heads(weights, kept, white, rotary)
+    if kept.value_rank is None:
+        return narrow
+    values = narrow.value_weight.double()
+    covariances = values @ values.transpose(1, 2)
+    return narrow_values(narrow, value_directions(narrow, covariances), kept, covariances)[0]

@@ -63,8 +63,10 @@ class Constant(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vectors, dim, **like))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [B, N, D], of which only the shape counts. Returns [B, N, D]."""
+        """x: [B, N, D] or, without prefix tokens, a map, of which only the shape counts. Returns the same shape."""
         blank, prefix = torch.zeros_like(x), self.bias.shape[0] - 1
+        if prefix == 0:
+            return blank + self.bias[0]
         return torch.cat([blank[:, :prefix] + self.bias[:prefix], blank[:, prefix:] + self.bias[prefix]], dim=1)
 
 

@@ -50,8 +50,8 @@ def _attention(pair: BlockPair) -> Iterator[Tensor]:
         own = batch_first(site, reached(pair.dense_block, x, layer, output=True))
         if scale is not None:
             missing = batch_first(site, dense_x - x) * scale
-            if site.layout is not None:  # a map [B, height, width, D], which attention gets in windows
-                missing = site.layout.scatter(missing.flatten(1, 2))
+            if site.layout is not None:  # a map [B, height, width, D] or its tokens, which attention gets in windows
+                missing = site.own_grid().scatter(missing.flatten(1, -2))
             own = own + STREAM * (answer - own + missing)
         yield own
 

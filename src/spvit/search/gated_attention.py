@@ -224,9 +224,12 @@ class GatedAttention(nn.Module):
         linear = self.attention.get_submodule(rows.weight.rpartition(".")[0])
         # A layer that reads its projection's parameters does not call it, and it may add a bias of its own.
         called = type(linear) is nn.Linear and (rows.bias is None) == (linear.bias is None)
-        handle = (
-            linear.register_forward_hook(lambda module, inputs, output: captured.append(output)) if called else None
-        )
+
+        def capture(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if inputs[0].shape[:-1] == x.shape[:-1] or self.site.token_first:  # not in windows cut inside the layer
+                captured.append(output)
+
+        handle = linear.register_forward_hook(capture) if called else None
         try:
             out = tokens_of(self.attention(*args, **kwargs))
         finally:

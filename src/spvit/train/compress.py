@@ -21,7 +21,6 @@ from spvit.checkpoint import Preprocessing, save, write_text
 from spvit.decide import decide
 from spvit.errors import DataError
 from spvit.hosts.host import Host, input_size
-from spvit.hosts.recognise import family_of
 from spvit.models import number_of_classes
 from spvit.repair.choose import check_reachable
 from spvit.repair.scores import Scores, score
@@ -135,7 +134,6 @@ def check_compress(
             known = scores.blocks
     if config.search.epochs == 0:
         check_reachable(Host.of(host), budget, config.multiple, config, known, objective)
-    family_of(host).source(host)  # a model that could not be written is refused before it is trained
     classes = number_of_classes(host)
     if classes != len(run.images.classes):
         raise DataError(

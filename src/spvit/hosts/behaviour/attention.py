@@ -6,6 +6,7 @@ Shapes: B images, N tokens, T = B N, D width, C channels, H heads, E head width.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch.nn import functional as F
 from spvit.errors import UnsupportedHostError
 from spvit.hosts.behaviour.equations import CLOSE, columns_that_read, rows_that_make
 from spvit.hosts.behaviour.position import find_bias, rotations
-from spvit.hosts.behaviour.watch import Call, Core, Pass, first_tensor
-from spvit.hosts.sites import Bias, Rotary, Rows
+from spvit.hosts.behaviour.watch import Call, Core, Pass, first_tensor, silenced
+from spvit.hosts.behaviour.windows import places_of
+from spvit.hosts.sites import PLAIN, Bias, Rotary, Rows
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,6 @@ def _block_around(twin: nn.Module, seen: Pass, owner: str, owners: list[str]) ->
 
 def _layer(twin: nn.Module, seen: Pass, core: Core, block: str) -> FoundLayer:
     """Return the layer of a core: the innermost module whose output is a projection of what all heads answer."""
-    batch, heads, count, width = core.output.shape
-    outputs = core.output.transpose(1, 2)  # [B, N, H, E]
     for path in core.running:
         if not path.startswith(f"{block}."):
             break
@@ -136,22 +136,36 @@ def _layer(twin: nn.Module, seen: Pass, core: Core, block: str) -> FoundLayer:
             raise UnsupportedHostError(f"{path} runs {len(seen.calls[path])} times in a forward pass; expected once")
         call, module = seen.calls[path][0], twin.get_submodule(path)
         answer = call.answer
-        if answer is None or answer.dim() != 3 or sorted(answer.shape[:2]) != sorted((batch, count)):
+        if answer is None or answer.dim() < 3:
             continue
-        token_first = answer.shape[0] != batch
-        answer = answer.transpose(0, 1) if token_first else answer
-        flat = outputs.reshape(batch * count, heads, width)
-        out = columns_that_read(module, flat, answer.flatten(0, 1))
-        if out is not None:
-            return FoundLayer(path, block, core, call, out, None, token_first)
-        for name, normed in _normed(seen, module, path, flat.flatten(1)):
-            out = columns_that_read(module, normed.view_as(flat), answer.flatten(0, 1))
-            if out is not None:
-                return FoundLayer(path, block, core, call, out, name, token_first)
+        for split, rows, token_first in _answers(seen, core, path, answer):
+            flat = split.output.transpose(1, 2).flatten(0, 1)  # [T, H, E]
+            normed = [(name, given.view_as(flat)) for name, given in _normed(seen, module, path, flat.flatten(1))]
+            for name, outputs in [(None, flat), *normed]:
+                out = columns_that_read(module, outputs, rows)
+                if out is not None:
+                    return FoundLayer(path, block, split, call, out, name, token_first)
     raise UnsupportedHostError(
         f"{core.running[0]}: no module around attention answers with a linear projection of what its heads return, "
-        f"{list(core.output.shape)}; looked for output = W (heads side by side) + b over [batch, tokens, width]"
+        f"{list(core.output.shape)}; looked for output = W (heads side by side) + b; {PLAIN}"
     )
+
+
+def _answers(seen: Pass, core: Core, path: str, answer: Tensor) -> Iterator[tuple[Core, Tensor, bool]]:
+    """Yield what a module answers as rows [T, D] in the order of a core's tokens, and whether tokens come first."""
+    rows = answer.flatten(0, -2)
+    split = core.split(len(rows))
+    batch, count = split.output.shape[0], split.output.shape[2]
+    if answer.dim() == 3 and answer.shape[:2] == (count, batch) and count != batch:
+        yield split, answer.transpose(0, 1).flatten(0, 1), True
+    elif len(rows) == batch * count:
+        yield split, rows, False
+    for _, made in seen.made_in(path):  # a layer that takes a map may cut it into windows inside
+        split = core.split(len(made))
+        if len(made) == split.output.shape[0] * count and made.shape[1] == rows.shape[1]:
+            places = places_of(rows, made)
+            if places is not None and -1 not in places:
+                yield split, made, False
 
 
 def _normed(seen: Pass, layer: nn.Module, path: str, x: Tensor) -> list[tuple[str, Tensor]]:
@@ -168,28 +182,32 @@ def _normed(seen: Pass, layer: nn.Module, path: str, x: Tensor) -> list[tuple[st
 
 
 def values_of(seen: Pass, module: nn.Module, layer: FoundLayer) -> tuple[Tensor, str | None, Rows]:
-    """Return what a layer's projections get, [B, N, D], the norm in the layer that made it, and the values' rows."""
+    """Return what a layer's projections get, [T, D], the norm in the layer that made it, and the values' rows."""
     given = layer.call.tokens
     assert given is not None
-    given = given.transpose(0, 1) if layer.token_first else given
+    given = (given.transpose(0, 1) if layer.token_first else given).flatten(0, -2)
     want = layer.core.value.transpose(1, 2).flatten(0, 1)  # [T, H, E]
-    candidates: list[tuple[str | None, Tensor]] = [(None, given.flatten(0, 1))]
-    candidates += _normed(seen, module, layer.path, given.flatten(0, 1))
+    candidates: list[tuple[str | None, Tensor]] = [(None, given), *_normed(seen, module, layer.path, given)]
+    cut = (x for x, _ in seen.made_in(layer.path) if x.shape == (len(want), given.shape[1]))
+    candidates += [(None, x) for x in cut if not torch.equal(x, given) and places_of(x, given) is not None]
     for name, x in candidates:
         found = rows_that_make(module, x, want) if len(x) == len(want) else None
         if found is not None and abs(found[1] - 1) < 1e-3:
-            return x.view(*given.shape[:2], -1), name, found[0]
+            return x, name, found[0]
     raise UnsupportedHostError(
         f"{layer.path}: its values are no linear map of its tokens by one of its parameters (v = x W^T + b); something "
-        "acts on them between"
+        f"acts on them between; {PLAIN}"
     )
 
 
 def projection_of(
     seen: Pass, module: nn.Module, layer: FoundLayer, x: Tensor, want: Tensor
 ) -> tuple[Rows | None, str | None, float]:
-    """Return the rows that make queries or keys, the norm that they go through, and a factor; no rows: unexplained."""
-    found = rows_that_make(module, x.flatten(0, 1), want.transpose(1, 2).flatten(0, 1))
+    """Return the rows that make queries or keys, the norm that they go through, and a factor; no rows: unexplained.
+
+    x: [T, D]; want: [B, H, N, E].
+    """
+    found = rows_that_make(module, x, want.transpose(1, 2).flatten(0, 1))
     if found is not None:
         return found[0], None, found[1]
     for name, _ in module.named_modules():
@@ -199,7 +217,7 @@ def projection_of(
             continue
         for turned in (lambda t: t, lambda t: t.transpose(1, 2)):
             if turned(answer).shape == want.shape and torch.allclose(turned(answer), want, CLOSE, CLOSE):
-                found = rows_that_make(module, x.flatten(0, 1), turned(given).transpose(1, 2).flatten(0, 1))
+                found = rows_that_make(module, x, turned(given).transpose(1, 2).flatten(0, 1))
                 if found is not None and abs(found[1] - 1) < 1e-3:
                     return found[0], name, 1.0
     return None, None, 1.0
@@ -261,18 +279,23 @@ def parameters_of(module: nn.Module, layer: FoundLayer, inner_norm: str | None) 
     return tuple(named) or ("x",)
 
 
-def norm_before(twin: nn.Module, seen: Pass, layer: FoundLayer, x: Tensor, call: Call | None) -> str | None:
-    """Return the norm in the block that feeds the layer alone: with attention silent, its output must not matter."""
+def norm_before(
+    twin: nn.Module, seen: Pass, layer: FoundLayer, call: Call | None, source: str | None = None
+) -> str | None:
+    """Return the norm in the block that feeds the layer alone: with attention silent, its output must not matter.
+
+    source: the module that made the layer's tokens, where they come in windows.
+    """
     given = layer.call.tokens
     assert given is not None
     for name, _ in twin.get_submodule(layer.block).named_modules():
         path = f"{layer.block}.{name}"
         own = seen.calls.get(path, [None])[0]
         answer = None if own is None else own.answer
-        if own is None or answer is None or f"{path}.".startswith(f"{layer.path}.") or answer.shape != given.shape:
+        if own is None or answer is None or f"{path}.".startswith(f"{layer.path}."):
             continue
-        whole = not any(True for _ in twin.get_submodule(path).children())
-        if call is None or not whole or not layer.call.takes_what(own):
+        feeds = path == source or (answer.shape == given.shape and layer.call.takes_what(own))
+        if not feeds or any(True for _ in twin.get_submodule(path).children()) or call is None:
             continue
         outputs = [_silent(twin, layer, path, call, factor) for factor in (1.0, 2.0)]
         return path if torch.equal(*outputs) else None
@@ -281,18 +304,11 @@ def norm_before(twin: nn.Module, seen: Pass, layer: FoundLayer, x: Tensor, call:
 
 def _silent(twin: nn.Module, layer: FoundLayer, norm: str, call: Call, factor: float) -> Tensor:
     """Return a block's output with zeros from its attention, and its norm's output times a factor."""
-
-    def zeros(module: nn.Module, args: Any, output: Any) -> Any:
-        return torch.zeros_like(output) if isinstance(output, Tensor) else (torch.zeros_like(output[0]), *output[1:])
-
-    handles = [
-        twin.get_submodule(layer.path).register_forward_hook(zeros),
-        twin.get_submodule(norm).register_forward_hook(lambda module, args, output: factor * output),
-    ]
+    handle = twin.get_submodule(norm).register_forward_hook(lambda module, args, output: factor * output)
     try:
-        output = first_tensor(call.again(twin.get_submodule(layer.block)))
+        with silenced(twin, [layer.path]):
+            output = first_tensor(call.again(twin.get_submodule(layer.block)))
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
     assert output is not None
     return output

@@ -12,9 +12,11 @@ head width.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from spvit.errors import UnsupportedHostError
 from spvit.hosts.behaviour.attention import (
@@ -28,8 +30,10 @@ from spvit.hosts.behaviour.attention import (
 from spvit.hosts.behaviour.ffn import find_ffn
 from spvit.hosts.behaviour.tokens import Tokens, find_tokens
 from spvit.hosts.behaviour.watch import Call, Pass, dropouts, first_tensor, watch
+from spvit.hosts.behaviour.windows import check_answers, is_plain, layout_of
 from spvit.hosts.declared import Sites
 from spvit.hosts.found import FoundFamily
+from spvit.hosts.gathered import Layout
 from spvit.hosts.sites import AttentionSite, BlockSites
 
 IMAGES = 3
@@ -67,10 +71,20 @@ def discover(model: nn.Module, size: tuple[int, int, int], declared: Sites | Non
         ) from error
     seen.declared = declared
     layers = attention_layers(twin, seen)
-    tokens = find_tokens(twin, seen, images, layers[0].block, layers[0].token_first)
-    sites = tuple(_sites(model, twin, seen, layer, tokens) for layer in layers)
-    _check_chain(twin, seen, sites)
-    return FoundFamily(type(model).__name__, sites, size, tokens.images, _classes(model, seen))
+    between = _chain(twin, seen, layers)
+    macs = _macs_of(twin, size, [layer.path for layer in layers])
+    tokens: list[Tokens] = []
+    for layer, before in zip(layers, between):
+        if not tokens or before is not None:
+            silent = [other.path for other in layers[: len(tokens)]]
+            tokens.append(find_tokens(twin, seen, images, layer.block, layer.token_first, silent))
+        else:
+            tokens.append(tokens[-1])
+    sites = tuple(
+        replace(_sites(model, twin, seen, layer, own, count), before=before)
+        for layer, own, count, before in zip(layers, tokens, macs, between)
+    )
+    return FoundFamily(type(model).__name__, sites, size, tokens[0].images, _classes(model, seen))
 
 
 def _noisy(model: nn.Module) -> nn.Module:
@@ -88,29 +102,28 @@ def _noisy(model: nn.Module) -> nn.Module:
     return twin
 
 
-def _sites(model: nn.Module, twin: nn.Module, seen: Pass, layer: FoundLayer, tokens: Tokens) -> BlockSites:
-    """Return the sites of the block around an attention layer of a twin of the model."""
+def _sites(model: nn.Module, twin: nn.Module, seen: Pass, layer: FoundLayer, tokens: Tokens, macs: int) -> BlockSites:
+    """Return the sites of the block around an attention layer of a twin of the model. macs: of it, for one image."""
     module, core = twin.get_submodule(layer.path), layer.core
-    _, heads, count, width = core.value.shape
+    batch, heads, count, width = core.value.shape
+    windows = batch // IMAGES
+    block_call = _call_of_block(twin, seen, layer.block)
+    layout, source = _layout(twin, seen, layer, tokens, block_call)
     x, inner_norm, value = values_of(seen, module, layer)
     logits = logits_of(seen, module, model.get_submodule(layer.path), layer, x, tokens.prefix)
     known = logits.explained and core.query.shape == core.value.shape
-    plain = known and logits.norms == (None, None) and logits.rotary is None and logits.bias is None
+    # Narrow attention takes tokens as they are, or in their windows.
+    known = known and (windows == 1 if layout is None else layout.shape == (count,))
+    plain = known and logits.norms == (None, None) and logits.bias is None
     attention_dropout, out_dropout = dropouts(module, layer.call)
-    block_call = _call_of_block(twin, seen, layer.block)
     dim = x.shape[-1]
-    if count != tokens.count:
-        raise UnsupportedHostError(
-            f"{layer.path} attends to {count} tokens, but {tokens.count} enter the first block; tokens that are "
-            "merged, dropped or cut into windows are not supported"
-        )
-    if core.bias is not None and bool(core.bias.min() < HIDDEN):
+    if windows == 1 and core.bias is not None and bool(core.bias.min() < HIDDEN):
         raise UnsupportedHostError(
             f"{layer.path}: a mask hides tokens from each other (causal or local attention); a convolution would not"
         )
     site = AttentionSite(
         path=layer.path,
-        norm=norm_before(twin, seen, layer, x, block_call),
+        norm=norm_before(twin, seen, layer, block_call, source),
         query=logits.query or value,
         key=logits.key or value,
         value=value,
@@ -121,6 +134,9 @@ def _sites(model: nn.Module, twin: nn.Module, seen: Pass, layer: FoundLayer, tok
         prefix_tokens=tokens.prefix,
         grid=tokens.grid,
         keys=count,
+        windows=windows,
+        layout=layout,
+        extra_macs=macs - windows * count * (4 * dim + 2 * count) * heads * width if macs else 0,
         narrows_queries=plain,
         narrows_values=known and layer.out_norm is None,
         scale=_exact((core.scale or 1.0) * logits.factor, (width, dim)),
@@ -153,15 +169,62 @@ def _call_of_block(twin: nn.Module, seen: Pass, block: str) -> Call | None:
     return calls[0]
 
 
-def _check_chain(twin: nn.Module, seen: Pass, sites: tuple[BlockSites, ...]) -> None:
-    """Raise UnsupportedHostError unless every block takes exactly what the block before it answers."""
-    ends = [_ends(twin, seen, block.path) for block in sites]
-    for before, after, (_, out), (given, _) in zip(sites, sites[1:], ends, ends[1:]):
-        if out.shape != given.shape or not torch.allclose(out, given, rtol=1e-4, atol=1e-5 * float(out.abs().max())):
+def _layout(
+    twin: nn.Module, seen: Pass, layer: FoundLayer, tokens: Tokens, call: Call | None
+) -> tuple[Layout | None, str | None]:
+    """Return how a layer gets the tokens of its block, where not simply as they are, and the module that made them."""
+    given, batch, count = layer.call.tokens, *layer.core.value.shape[::2][:2]
+    assert given is not None
+    found = layout_of(seen, layer.path, layer.block, IMAGES, tokens.prefix)
+    if found is not None and call is not None and not is_plain(found[0], given, IMAGES):
+        check_answers(twin, layer.path, twin.get_submodule(layer.block), call, found[0])
+        return found
+    shape = given.shape[1::-1] if layer.token_first else given.shape[:2]
+    if given.dim() != 3 or shape != (IMAGES, tokens.count) or batch * count < IMAGES * tokens.count:
+        raise UnsupportedHostError(
+            f"{layer.path} attends to {count} tokens and takes a tensor {list(given.shape)}, but {tokens.count} tokens "
+            "of an image enter its block; each must be in one window, and none merged or dropped"
+        )
+    return None, None
+
+
+def _macs_of(twin: nn.Module, size: tuple[int, int, int], paths: list[str]) -> list[int]:
+    """Return the MACs that some layers take for one image, with all that they run."""
+    meta = copy.deepcopy(twin).to("meta").requires_grad_(False)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        meta(torch.zeros(1, *size, dtype=next(meta.parameters()).dtype, device="meta"))
+    counts = counter.get_flop_counts()
+    return [sum(counts.get(f"{type(twin).__name__}.{path}", {}).values()) // 2 for path in paths]
+
+
+def _chain(twin: nn.Module, seen: Pass, layers: list[FoundLayer]) -> list[str | None]:
+    """Return what stands before each block: nothing, or a module that takes what the block before it answers.
+
+    Raises UnsupportedHostError where anything else changes tokens between two blocks.
+    """
+    ends = [_ends(twin, seen, layer.block) for layer in layers]
+    between: list[str | None] = [None]
+    for before, after, (_, out), (given, _) in zip(layers, layers[1:], ends, ends[1:]):
+        if _equal(out, given):
+            between.append(None)
+            continue
+        own = ((path, calls[0]) for path, calls in seen.calls.items() if len(calls) == 1)
+        found = (path for path, call in own if _equal(call.tokens, out) and _equal(call.answer, given))
+        between.append(next(found, None))
+        if between[-1] is None:
             raise UnsupportedHostError(
-                f"{after.path} takes tokens {list(given.shape)} that are not the output of {before.path}, "
-                f"{list(out.shape)}; something changes them between these blocks"
+                f"{after.block} takes tokens {list(given.shape)} that are not the output of {before.block}, "
+                f"{list(out.shape)}, nor what one module makes of it; something changes them between these blocks"
             )
+    return between
+
+
+def _equal(one: Tensor | None, other: Tensor) -> bool:
+    """Return whether two tensors are the same but for rounding."""
+    if one is None or one.shape != other.shape:
+        return False
+    near = 1e-5 * float(other.abs().max())
+    return torch.allclose(one[0], other[0], 1e-4, near) and torch.allclose(one, other, 1e-4, near)
 
 
 def _ends(twin: nn.Module, seen: Pass, path: str) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ def rows_that_make(layer: nn.Module, x: Tensor, want: Tensor) -> tuple[Rows, flo
 
     x: [T, D]; want: [T, H, E].
     """
-    x, want = x.double(), want.double()
+    x, want = x.detach().double(), want.detach().double()
     heads, width = want.shape[1:]
     centred = want.flatten(1) - want.flatten(1).mean(0)
     for name, weight in layer.named_parameters():
@@ -60,7 +60,7 @@ def columns_that_read(layer: nn.Module, heads_out: Tensor, want: Tensor) -> Rows
     heads_out: [T, H, E]; want: [T, D].
     """
     heads, width = heads_out.shape[1:]
-    outputs, want = heads_out.double(), want.double()
+    outputs, want = heads_out.detach().double(), want.detach().double()
     for name, weight in layer.named_parameters():
         if weight.shape != (want.shape[1], heads * width):
             continue

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -92,40 +93,64 @@ def _tensors_inside(layer: nn.Module) -> dict[str, Any]:
 def find_bias(module: nn.Module, own: nn.Module, core: Core, arguments: Mapping[str, Any], prefix: int) -> Bias | None:
     """Return where what was added to the logits comes from; None: unknown. own: the host's own layer, not yet run."""
     assert core.bias is not None
-    _, heads, tokens, _ = core.query.shape
+    heads = core.query.shape[1]
     want = core.bias.detach().expand(-1, heads, -1, -1)
+    for name, rest in _without_masks(want, arguments):
+        found = find_bias(module, own, replace(core, bias=rest), {}, prefix)
+        return None if found is None else replace(found, mask=name)
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.is_floating_point() and 2 <= value.dim() <= 4 and _same(value, want):
             return Bias(name, True)
+    return _find_table(module, own, want, prefix)
+
+
+def _find_table(module: nn.Module, own: nn.Module, want: Tensor, prefix: int) -> Bias | None:
+    """Return the parameter of a layer, with the index inside the layer, that makes a bias [.., H, N, N]."""
+    heads, tokens = want.shape[1:3]
     integers = {
         name: value
         for name, value in _tensors_inside(own).items()
         if isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64)
     }
-    sides = (tokens, tokens - prefix)
+
+    def makes(bias: Bias, parameter: Tensor) -> bool:
+        entries = entries_by_head(bias, parameter, heads)
+        places = None if bias.index is None else integers[bias.index].flatten()
+        count = len(entries) if places is None else len(places)
+        if math.isqrt(count) ** 2 != count or math.isqrt(count) not in (tokens, tokens - prefix):
+            return False
+        if places is not None and not 0 <= int(places.min()) <= int(places.max()) < len(entries):
+            return False
+        return _same(bias_of_pairs(entries, places, tokens), want)
+
     for name, parameter in module.named_parameters():
         first = next((size for size in parameter.shape if size > 1), 1)
         for heads_first in (True, False):
             if parameter.dim() < 2 or (first if heads_first else parameter.shape[-1]) != heads:
                 continue
-            for index in (None, *integers):
-                bias = Bias(name, False, heads_first, index)
-                entries = entries_by_head(bias, parameter, heads)
-                places = None if index is None else integers[index].flatten()
-                count = len(entries) if places is None else len(places)
-                if math.isqrt(count) ** 2 != count or math.isqrt(count) not in sides:
-                    continue
-                if places is not None and not 0 <= int(places.min()) <= int(places.max()) < len(entries):
-                    continue
-                if _same(bias_of_pairs(entries, places, tokens), want):
-                    return bias
+            candidates = (Bias(name, False, heads_first, index) for index in (None, *integers))
+            found = next((bias for bias in candidates if makes(bias, parameter)), None)
+            if found is not None:
+                return found
     return None
+
+
+def _without_masks(want: Tensor, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield arguments that are a mask of each window, [windows, N, N], and what is left without, alike for all."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor) or value.dim() != 3 or not 1 < len(value) <= len(want):
+            continue
+        if value.shape[1:] == want.shape[2:] and len(want) % len(value) == 0:
+            rest = want.unflatten(0, (-1, len(value))) - value[:, None]
+            if bool((rest - rest[:1, :1]).abs().max() <= CLOSE):
+                yield name, rest[0, :1]
 
 
 def _same(found: Tensor, want: Tensor) -> bool:
     """Return whether a bias, broadcast over images and heads, is what was added."""
+    spread = float(want[want.isfinite()].std(correction=0))
     try:
-        close = torch.isclose(found.to(want), want, rtol=CLOSE, atol=CLOSE * float(want[want.isfinite()].std()))
+        close = torch.isclose(found.to(want), want, rtol=CLOSE, atol=CLOSE * spread)
     except RuntimeError:  # shapes that do not broadcast
         return False
     return close.shape == want.shape and bool(close.all())

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,6 +42,17 @@ class Core:
     """Factor of the products; None: the logits are more than scaled products and a bias."""
     bias: Tensor | None = None
     """What is added to the scaled products, the same for every image: [1 or B, H, N, M]."""
+    flat: bool = False
+    """Whether images, windows and heads were one dimension: then B and H are a guess, of one window an image."""
+
+    def split(self, rows: int) -> Core:
+        """Return the same for so many tokens of all images and windows: [rows / N, H, N, E]."""
+        count = self.output.shape[2]
+        if not self.flat or rows % count or self.output.shape[:2].numel() % (rows // count):
+            return self
+        parts = (self.query, self.key, self.value, self.output)
+        query, key, value, output = (part.flatten(0, 1).unflatten(0, (rows // count, -1)) for part in parts)
+        return replace(self, query=query, key=key, value=value, output=output)
 
 
 @dataclass
@@ -82,9 +95,16 @@ class Pass:
     cores: list[Core] = field(default_factory=list)
     softmaxes: dict[str, str] = field(default_factory=dict)
     """Names of modules in which a softmax over square logits ran that no core accounts for, and what is known of it."""
+    linears: list[tuple[tuple[str, ...], Tensor, Tensor]] = field(default_factory=list)
+    """Every linear map that ran: names of the modules that were running, the innermost first, its input and output."""
     output: Any = None
     declared: Sites | None = None
     """What a user says of the layers, which counts in place of what was seen run in them."""
+
+    def made_in(self, path: str) -> list[tuple[Tensor, Tensor]]:
+        """Return inputs and outputs [T, ...] of the linear maps that ran inside a module."""
+        found = (item for item in self.linears if path in item[0])
+        return [(given.flatten(0, -2), made.flatten(0, -2)) for _, given, made in found]
 
 
 def watch(model: nn.Module, images: Tensor) -> Pass:
@@ -140,6 +160,8 @@ class _Watching(TorchFunctionMode):
         elif name == "softmax" and isinstance(out, Tensor) and out.dim() >= 3 and out.shape[-1] == out.shape[-2]:
             self.logits, self.weights = args[0] if args else kwargs["input"], out
             self.seen.softmaxes.setdefault(self._running()[0], "it is not multiplied with values right behind")
+        elif func is F.linear:
+            self.seen.linears.append((self._running(), args[0], out))
         elif name in PRODUCTS and isinstance(out, Tensor):
             self._product(name, args, out)
         return out
@@ -155,9 +177,17 @@ class _Watching(TorchFunctionMode):
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
         if causal:
             mask = torch.full((query.shape[-2], key.shape[-2]), -torch.inf, device=query.device).triu(1)
-        if query.dim() == 4 and query.shape[1] == key.shape[1]:
-            bias = None if mask is None else mask.expand(*([1] * (4 - mask.dim())), *mask.shape)
-            self.seen.cores.append(Core(self._running(), query, key, value, out, float(scale), bias))
+        if query.dim() not in (3, 4) or query.shape[1] != key.shape[1]:
+            return
+        flat, bias, known = query.dim() == 3, None, float(scale)  # type: bool, Tensor | None, float | None
+        if mask is not None:
+            bias = mask.expand(*([1] * (4 - mask.dim())), *mask.shape)
+            if flat and mask.shape == (*query.shape[:2], key.shape[1]):
+                by_image = mask.unflatten(0, (self.images, -1))
+                # A bias of each image, from its queries, is no bias in the sense of a core, and it is large.
+                bias, known = (by_image[:1], known) if bool((by_image == by_image[:1]).all()) else (None, None)
+        query, key, value, out = (_by_head(part, self.images) for part in (query, key, value, out))
+        self.seen.cores.append(Core(self._running(), query, key, value, out, known, bias, flat))
 
     def _product(self, name: str, args: Any, out: Tensor) -> None:
         left, right = _operands(name, args, out)
@@ -182,7 +212,8 @@ class _Watching(TorchFunctionMode):
         query, key = (_by_head(part, self.images) for part in (left, right.transpose(-1, -2)))
         square = _by_head(logits, self.images)
         scale, bias = _explained(query @ key.transpose(-1, -2), square, self.images)
-        self.seen.cores.append(Core(self._running(), query, key, _by_head(value, self.images), output, scale, bias))
+        value, flat = _by_head(value, self.images), left.dim() == 3
+        self.seen.cores.append(Core(self._running(), query, key, value, output, scale, bias, flat))
 
 
 def _operands(name: str, args: Any, out: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -255,6 +286,21 @@ def stopped_at(run: nn.Module, images: Tensor | None, module: nn.Module, call: C
     raise RuntimeError("the module was not reached")
 
 
+@contextmanager
+def silenced(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
+    """Have modules at some dotted names answer zeros inside the context."""
+
+    def zeros(module: nn.Module, args: Any, output: Any) -> Any:
+        return torch.zeros_like(output) if isinstance(output, Tensor) else (torch.zeros_like(output[0]), *output[1:])
+
+    handles = [model.get_submodule(path).register_forward_hook(zeros) for path in paths]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class _Dropping(TorchFunctionMode):
     """Sees the probabilities of dropout: of attention weights, and of tokens."""
 
@@ -282,8 +328,9 @@ def dropouts(layer: nn.Module, call: Call) -> tuple[float, float]:
     flags = [(module, module.training) for module in layer.modules()]
     seeing = _Dropping()
     try:
+        layer.train()  # which some layers of users' own answer with nothing
         with seeing:
-            call.again(layer.train())
+            call.again(layer)
     finally:
         for module, flag in flags:
             module.training = flag
