@@ -33,17 +33,27 @@ class Moments:
         self._origin_y: Tensor | None = None
         self._sums: list[Tensor] = []
 
-    def add(self, x: Tensor, y: Tensor | None = None) -> None:
-        """Take in x: [..., X] and y: [..., Y]. Raises CalibrationError when a value is not finite."""
-        x = _flat(x)
-        y = _flat(y) if y is not None else x[:, :0]
+    def add(self, x: Tensor, y: Tensor | None = None, prefix: int = 0) -> None:
+        """Take in x: [..., X] and y: [..., Y]. Raises CalibrationError when a value is not finite.
+
+        prefix: first tokens of x [B, N, X] that are to count as much as all others together; 0: all count alike.
+        """
+        y = x[..., :0] if y is None else y
+        if not prefix:
+            self._add(x, y, 1)
+        else:
+            self._add(x[:, prefix:], y[:, prefix:], 1)
+            self._add(x[:, :prefix], y[:, :prefix], (x.shape[1] - prefix) / prefix)
+
+    def _add(self, x: Tensor, y: Tensor, weight: float) -> None:
+        x, y = _flat(x), _flat(y)
         if self._origin_x is None or self._origin_y is None:
             self._origin_x, self._origin_y = x.mean(0), y.mean(0)
             self._sums = [torch.zeros(shape, dtype=torch.float64, device=x.device) for shape in _shapes(x, y)]
         x, y = x - self._origin_x, y - self._origin_y
         for total, part in zip(self._sums, (x.sum(0), y.sum(0), _gram(x), x.T @ y)):
-            total += part.double()
-        self.count += len(x)
+            total += weight * part.double()
+        self.count += round(weight * len(x))
         if not (self._sums[2].isfinite().all() and self._sums[3].isfinite().all()):
             raise CalibrationError(NOT_FINITE)
 
