@@ -173,7 +173,7 @@ class BlockPair:
     known: Mapping[str, list[Tensor]] = field(default_factory=dict)
     """Outputs of modules of the dense block, by path, for those that need not run again."""
     prefix: int = 0
-    """Prefix tokens that count in fits as much as all others together, where nothing reads those; 0: all alike."""
+    """Prefix tokens that weigh more in fits than all others together, where nothing reads those; 0: all alike."""
 
     @property
     def sites(self) -> BlockSites:
