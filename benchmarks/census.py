@@ -339,6 +339,7 @@ def census(names: Iterable[str], jobs: int, limit: float) -> list[Outcome]:
     for name in names:
         groups[tiny_models.kind_of(name)].append(name)
     found: dict[str, Outcome] = {}
+    said = 0
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=prepare) as pool:
         waiting = [pool.submit(outcomes_of, group, limit) for group in groups.values()]
         for future in as_completed(waiting):
@@ -346,6 +347,9 @@ def census(names: Iterable[str], jobs: int, limit: float) -> list[Outcome]:
                 found[f"{outcome.library}:{outcome.name}"] = outcome
                 if outcome.result == "crash":
                     print(f"CRASH {outcome.library}:{outcome.name} {outcome.detail}", flush=True)
+            if len(found) >= said + 50:
+                said = len(found)
+                print(f"{said} of {len(names)} names", flush=True)
     return [found[name] for name in names]
 
 

@@ -57,6 +57,21 @@ def test_streamed_moments_are_those_of_all_tokens(sizes: tuple[int, ...]) -> Non
     assert_close(moments.products(centred=False)[1], x.T @ y / 90)
 
 
+def test_prefix_tokens_weigh_more_than_all_others() -> None:
+    x, y = (part.unflatten(0, (9, 10)) for part in data())  # nine images of two prefix tokens and eight others
+    found = Moments()
+    for images in (slice(4), slice(4, 9)):
+        found.add(x[images], y[images], prefix=2)
+    expected = Moments()
+    for part in (slice(2, 10), *[slice(2)] * 36):
+        expected.add(x[:, part], y[:, part])
+    assert (found.count, found.tokens) == (expected.count, 90)
+    weights = torch.tensor([36.0] * 18 + [1.0] * 72)
+    assert found.effective == pytest.approx(float(weights.sum() ** 2 / weights.square().sum()))
+    for name in ("mean_x", "mean_y", "covariance", "cross", "second_x"):
+        assert_close(getattr(found, name), getattr(expected, name))
+
+
 def test_moments_of_wide_inputs_are_whole() -> None:
     x, y = data(tokens=50, inputs=2 * GRAM_COLUMNS + 7)
     moments = gathered(x, y)

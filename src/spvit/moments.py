@@ -15,6 +15,9 @@ from spvit.errors import CalibrationError
 RIDGE = 1e-4
 WANTED_TOKENS = 4
 """Tokens for every input, below which the ridge grows: moments from fewer are noise in their smallest directions."""
+PREFIX_WEIGHT = 9
+"""Weight of prefix tokens relative to all others together, where nothing reads those: they decide what few images leave
+open."""
 GRAM_COLUMNS = 256
 """Columns whose products with all later ones are taken at once: narrow ones waste time on small products."""
 
@@ -28,22 +31,33 @@ class Moments:
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count, self._squares, self.tokens = 0.0, 0.0, 0  # sums of weights and of their squares, and tokens
         self._origin_x: Tensor | None = None
         self._origin_y: Tensor | None = None
         self._sums: list[Tensor] = []
 
-    def add(self, x: Tensor, y: Tensor | None = None) -> None:
-        """Take in x: [..., X] and y: [..., Y]. Raises CalibrationError when a value is not finite."""
-        x = _flat(x)
-        y = _flat(y) if y is not None else x[:, :0]
+    def add(self, x: Tensor, y: Tensor | None = None, prefix: int = 0) -> None:
+        """Take in x: [..., X] and y: [..., Y]. Raises CalibrationError when a value is not finite.
+
+        prefix: first tokens of x [B, N, X] that are to weigh nine times all others together; 0: all weigh alike.
+        """
+        y = x[..., :0] if y is None else y
+        if not prefix:
+            self._add(x, y, 1)
+        else:
+            self._add(x[:, prefix:], y[:, prefix:], 1)
+            self._add(x[:, :prefix], y[:, :prefix], PREFIX_WEIGHT * (x.shape[1] - prefix) / prefix)
+
+    def _add(self, x: Tensor, y: Tensor, weight: float) -> None:
+        x, y = _flat(x), _flat(y)
         if self._origin_x is None or self._origin_y is None:
             self._origin_x, self._origin_y = x.mean(0), y.mean(0)
             self._sums = [torch.zeros(shape, dtype=torch.float64, device=x.device) for shape in _shapes(x, y)]
         x, y = x - self._origin_x, y - self._origin_y
         for total, part in zip(self._sums, (x.sum(0), y.sum(0), _gram(x), x.T @ y)):
-            total += part.double()
-        self.count += len(x)
+            total += weight * part.double()
+        self.count, self._squares = self.count + weight * len(x), self._squares + weight**2 * len(x)
+        self.tokens += len(x)
         if not (self._sums[2].isfinite().all() and self._sums[3].isfinite().all()):
             raise CalibrationError(NOT_FINITE)
 
@@ -54,7 +68,7 @@ class Moments:
         outward = weight[:, others].T.double()
         sum_x, _, second, _ = self._sums
         part = Moments()
-        part.count = self.count
+        part.count, part._squares, part.tokens = self.count, self._squares, self.tokens
         part._origin_x, part._origin_y = self._origin_x[kept], self._origin_x[others].double() @ outward
         part._sums = [sum_x[kept], sum_x[others] @ outward, second[kept][:, kept], second[kept][:, others] @ outward]
         return part
@@ -63,6 +77,11 @@ class Moments:
     def inputs(self) -> int:
         """How many inputs there are."""
         return len(self._sums[0])
+
+    @property
+    def effective(self) -> float:
+        """How many tokens of one weight say as much: Kish's effective sample size."""
+        return self.count**2 / self._squares
 
     @property
     def mean_x(self) -> Tensor:
@@ -126,12 +145,12 @@ def ridge_for(moments: Moments, inputs: int | None = None) -> float:
         CalibrationError: there are fewer tokens than a quarter of the inputs, which says nothing about most of them.
     """
     inputs = moments.inputs if inputs is None else inputs
-    if 4 * moments.count < inputs:
+    if 4 * moments.tokens < inputs:
         raise CalibrationError(
-            f"{moments.count} calibration tokens are too few for a layer of {inputs} inputs: at least "
+            f"{moments.tokens} calibration tokens are too few for a layer of {inputs} inputs: at least "
             f"{-(-inputs // 4)} are needed, {WANTED_TOKENS * inputs} or more are wanted; give more calibration images"
         )
-    missing = max(0.0, WANTED_TOKENS * inputs / moments.count - 1)
+    missing = max(0.0, WANTED_TOKENS * inputs / moments.effective - 1)
     return RIDGE + 0.01 * missing
 
 

@@ -101,7 +101,7 @@ def test_norms_forbid_what_they_are_over() -> None:
 
 
 def test_attention_that_cannot_be_narrowed_has_no_errors() -> None:
-    host = make_host("swin")
+    host = make_host("options")  # norms over queries and keys, and over the outputs of all heads
     assert errors_of(host, images(host, 8)) == {}
 
 

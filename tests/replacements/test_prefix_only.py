@@ -182,3 +182,16 @@ def test_a_host_without_prefix_tokens_refuses_it() -> None:
     host, _ = make("average_pooling")
     with pytest.raises(ArchitectureError, match="block 3: the architecture computes prefix tokens alone, but this"):
         spvit.prune(host, prefix_alone(everything(host)))
+
+
+@pytest.mark.parametrize("name", ["class_token", "distilled", "huggingface", "encoder_pre_norm"])
+def test_repaired_it_is_nearer_than_cut(name: str) -> None:
+    host, x = make(name)
+    generator = torch.Generator().manual_seed(6)
+    images = torch.randn(64, *x.shape[1:], generator=generator, dtype=torch.float64)
+    architecture = prefix_alone(
+        replace(everything(host), blocks=(*everything(host).blocks[:-1], narrow(host).blocks[-1]))
+    )
+    wanted = logits(host.model, x)
+    cut, repaired = (logits(spvit.prune(host, architecture, repair=given), x) for given in (None, images))
+    assert (repaired - wanted).norm() < 0.7 * (cut - wanted).norm()

@@ -174,6 +174,8 @@ class BlockPair:
     dense_inputs: list[Tensor]
     known: Mapping[str, list[Tensor]] = field(default_factory=dict)
     """Outputs of modules of the dense block, by path, for those that need not run again."""
+    prefix: int = 0
+    """Prefix tokens that weigh more in fits than all others together, where nothing reads those; 0: all alike."""
 
     @property
     def sites(self) -> BlockSites:

@@ -125,8 +125,7 @@ def _reachable(
     if target >= least:
         return target
     under = f", under {'; '.join(given.values())}" if given else ""
-    without: dict[str, dict[str, Any]] = {name: {name: None} for name in given}
-    loosened = [(smallest(replace(constraints, **change)), name) for name, change in without.items()]
+    loosened = [(smallest(replace(constraints, **{name: getattr(Constraints, name)})), name) for name in given]
     advice = f"; loosen {loosest[1]}: without it {human(loosest[0])}" if given and (loosest := min(loosened)) else ""
     raise BudgetError(
         f"a budget of {human(target)} {budget.metric} ({target / cost.dense:.1%}) cannot be reached with FFN "

@@ -8,6 +8,7 @@ moments are summed up as they do.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,6 +51,8 @@ def changed(kept: Block) -> bool:
 def repair_block(pair: BlockPair, kept: Block) -> None:
     """Repair one block in place: its attention, then its FFN behind the repaired attention."""
     attention = kept.attention
+    if kept.tokens == "prefix":
+        pair = replace(pair, prefix=pair.sites.attention.prefix_tokens)
     if attention.kind != "msa" or attention.narrowed():
         replaced = inside(pair.model.get_submodule(pair.sites.attention.path))
         replacement(attention.kind).fit(replaced, pair, attention)

@@ -61,7 +61,7 @@ def fit_ffn(pair: BlockPair) -> None:
     assert isinstance(linear, nn.Linear)
     moments = Moments()
     for x, wanted in zip(pair.arriving(path), targets(pair, path)):
-        moments.add(x, wanted - linear(x))
+        moments.add(x, wanted - linear(x), pair.prefix)
     correct(linear, moments)
 
 

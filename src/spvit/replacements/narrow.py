@@ -117,7 +117,7 @@ def inputs_of_attention(pair: BlockPair) -> Tensor:
     """Return the second moment about zero of what arrives at an attention layer with a one appended, [D + 1, D + 1]."""
     arriving = Moments()
     for x in pair.arriving(pair.sites.attention.path):
-        arriving.add(torch.cat([x, torch.ones_like(x[..., :1])], dim=-1))
+        arriving.add(torch.cat([x, torch.ones_like(x[..., :1])], dim=-1), prefix=pair.prefix)
     return arriving.second_x
 
 
@@ -134,7 +134,7 @@ def rotated_queries(pair: BlockPair, kept: Attention, second_moment: Tensor) -> 
     moments = Moments()
     with called_with(pair.model.get_submodule(site.path), site) as named:
         for x, wanted in zip(pair.arriving(site.path), targets(pair, site.path)):
-            moments.add(whole.heads_out(x, **named), wanted)
+            moments.add(whole.heads_out(x, **named), wanted, pair.prefix)
     return weights, moments
 
 

@@ -111,12 +111,22 @@ def watch(model: nn.Module, images: Tensor) -> Pass:
     """Run a model once on images, in evaluation mode, and return what was seen."""
     seen, stack, handles = Pass(), [], []  # type: Pass, list[str], list[Any]
     ended = itertools.count()
+    copies: dict[tuple[Any, ...], Tensor] = {}
+
+    def copied(x: Tensor | None) -> Tensor | None:
+        """Return a copy, the same one for a tensor that has not changed since: most leave one module for the next."""
+        if x is None:
+            return None
+        state = (x.data_ptr(), x._version, x.shape, x.stride())
+        if state not in copies:
+            copies[state] = x.clone()
+        return copies[state]
 
     def enter(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             stack.append(name)
-            tokens = first_tensor((*args, *kwargs.values()))
-            seen.calls.setdefault(name, []).append(Call(args, kwargs, None if tokens is None else tokens.clone()))
+            tokens = copied(first_tensor((*args, *kwargs.values())))
+            seen.calls.setdefault(name, []).append(Call(args, kwargs, tokens))
 
         return hook
 
@@ -124,8 +134,7 @@ def watch(model: nn.Module, images: Tensor) -> Pass:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             stack.pop()
             call = seen.calls[name][-1]
-            answer = first_tensor(output)
-            call.output, call.answer = output, None if answer is None else answer.clone()
+            call.output, call.answer = output, copied(first_tensor(output))
             call.order = next(ended)
 
         return hook
