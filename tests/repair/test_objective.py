@@ -93,7 +93,7 @@ def host_of(
     sites = tuple(SimpleNamespace(path=path, attention=attention, before=None) for path in paths)
     randomise(model).double().eval()
 
-    host = SimpleNamespace(model=model, blocks=sites, calls=record_calls(model, paths, images))
+    host = SimpleNamespace(model=model, blocks=sites, calls=dict(zip(paths, record_calls(model, paths, images))))
     host.on = lambda other: SimpleNamespace(**{**vars(host), "model": other})
     return host
 

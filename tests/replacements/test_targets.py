@@ -190,8 +190,9 @@ def test_hooks_are_gone_afterwards_even_when_a_module_raises(name: str, broken: 
 
 def narrowed(host: nn.Module) -> Architecture:
     """Return an architecture with every second FFN unit, and attention of half the rank where it can be narrowed."""
-    rank = 4 if Host.of(host).blocks[0].attention.narrows_values else None
-    kept = Attention(query_key_rank=rank, value_rank=rank)
+    site = Host.of(host).blocks[0].attention
+    ranks = (4 if narrows else None for narrows in (site.narrows_queries, site.narrows_values))
+    kept = Attention("msa", None, *ranks)
     return Architecture(tuple(Block(kept, FFN(width, tuple(range(0, width, 2)))) for width in ffn_widths(host)))
 
 

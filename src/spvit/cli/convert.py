@@ -192,7 +192,9 @@ def indicated_architecture(indicators: Published, host: nn.Module | None = None)
             raise CheckpointError(f"{where}: {found} is not a vector of zeros and ones")
         if sites is not None and len(vector) != sites[index].ffn.units:
             site, found = sites[index].ffn, f"a vector of {len(vector)} units"
-            raise CheckpointError(f"{where} does not fit: it has {found} for {site.first}, but the model {site.units}")
+            raise CheckpointError(
+                f"{where} does not fit: it has {found} for {site.linears[0]}, but the model {site.units}"
+            )
         ffns.append(FFN(len(vector), tuple((vector > 0.5).nonzero().flatten().tolist())))
     name = architecture_name([len(ffn.units) for ffn in ffns])
     known = dense([ffn.width for ffn in ffns]) if name is None else architectures()[name]

@@ -29,6 +29,8 @@ class Registration:
     adapter: str
 
 
+WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
+"""Classes of torch that wrap a model, and under which name."""
 DECLARED: dict[type[nn.Module], Sites] = {}
 """What users declare, by class."""
 
@@ -176,7 +178,9 @@ def _advice(model: nn.Module) -> str | None:
     """Return what to do with a model that wraps one; None: it wraps none that is known."""
     if hasattr(model, "merge_and_unload"):
         return "it wraps a model with adapters: pass model.merge_and_unload()"
-    inside = next((name for name, part in model.named_modules() if name and _registration_of(part)), None)
+    inside = WRAPPERS.get(type(model).__name__)
+    if inside is None:
+        inside = next((name for name, part in model.named_modules() if name and _registration_of(part)), None)
     if inside is None:
         return None
     cls = type(model.get_submodule(inside)).__name__

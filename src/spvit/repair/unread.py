@@ -36,6 +36,8 @@ def patches_unread(host: Host, objective: Asked) -> bool:
     if counted.name == "features":
         return False
     parameter = next(host.model.parameters())
+    if parameter.is_meta:  # which cannot be told without values
+        return False
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, *host.input_size, generator=generator).to(parameter)
     twin = host.on(copy.deepcopy(host.model))

@@ -132,7 +132,8 @@ class NarrowAttention(nn.Module):
         """Return what is added to the logits: a mask or bias that is given, and the layer's own bias."""
         if self.bias is not None and self.bias.argument:
             mask = named.get(self.bias.table, mask)
-        mask = None if mask is None else self._of_heads(mask)[..., : self.first, :]
+        if isinstance(mask, Tensor):  # and no placeholder of a program that is traced
+            mask = self._of_heads(mask)[..., : self.first, :]
         if self.bias_table is None:
             return mask
         bias = bias_of_pairs(self.bias_table, self.bias_index, key.shape[-2])[None, :, : self.first].to(key.dtype)

@@ -60,11 +60,12 @@ class Constant(nn.Module):
 
     def __init__(self, vectors: int, dim: int, like: dict[str, Any]) -> None:
         super().__init__()
+        self.prefix_tokens = vectors - 1
         self.bias = nn.Parameter(torch.zeros(vectors, dim, **like))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, N, D] or, without prefix tokens, a map, of which only the shape counts. Returns the same shape."""
-        blank, prefix = torch.zeros_like(x), self.bias.shape[0] - 1
+        blank, prefix = torch.zeros_like(x), self.prefix_tokens
         if prefix == 0:
             return blank + self.bias[0]
         return torch.cat([blank[:, :prefix] + self.bias[:prefix], blank[:, prefix:] + self.bias[prefix]], dim=1)

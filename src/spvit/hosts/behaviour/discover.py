@@ -63,6 +63,7 @@ def discover(model: nn.Module, size: tuple[int, int, int], declared: Sites | Non
             f"its forward pass fails on images of {list(images.shape)} ({reason}); give images that it takes: "
             "spvit.recognise(model, images)"
         ) from error
+    _check_used_once(twin, seen)
     seen.declared = declared
     layers = attention_layers(twin, seen)
     between = _chain(twin, seen, layers)
@@ -81,6 +82,20 @@ def discover(model: nn.Module, size: tuple[int, int, int], declared: Sites | Non
     return FoundFamily(type(model).__name__, sites, size, tokens[0].images, _classes(model, seen))
 
 
+def _check_used_once(twin: nn.Module, seen: Pass) -> None:
+    """Raise UnsupportedHostError when two places share a part with linear layers, which ran for each."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in twin.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    for module, (first, *others) in names.items():
+        runs = [len(seen.calls.get(f"{first}.{name}".removesuffix("."), [])) for name, _ in module.named_modules()]
+        if others and max(runs) > 1 and any(isinstance(part, nn.Linear) for part in module.modules()):
+            raise UnsupportedHostError(
+                f"{others[0]} and {first} are the same module, used twice; give each block weights of its own "
+                "(copy.deepcopy the block)"
+            )
+
+
 def _noisy(model: nn.Module) -> nn.Module:
     """Return a copy in evaluation mode, in single precision or better, whose parameters are a little random."""
     twin = copy.deepcopy(model).eval()
@@ -90,6 +105,7 @@ def _noisy(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in twin.parameters():
             if parameter.is_floating_point():
+                parameter.nan_to_num_(0, 0, 0)  # what is not finite is said where images are computed
                 size = float(parameter.square().mean().sqrt())
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter)
                 parameter.add_(NOISE * (size if size > SILENT else 1) * noise)
