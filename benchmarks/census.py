@@ -45,7 +45,7 @@ from spvit.replacements.costs import network_costs
 
 MIXED = ("conv3", "skip", "conv1", "msa")  # attention last: class tokens see what convolutions did only through it
 TOLERANCE = 1e-6  # of the largest output, in double precision; some hosts keep softmax or positions in single
-IMAGES = 64
+IMAGES = 16  # or more, where a convolution has more inputs than their tokens can tell apart
 SHARE = 0.6  # of what the sites cost, that `decide` leaves
 
 
@@ -143,7 +143,11 @@ class Trial:
     def __init__(self, host: spvit.Host) -> None:
         self.host = host
         generator = torch.Generator().manual_seed(0)
-        self.images = torch.randn(IMAGES, *host.input_size, generator=generator, dtype=torch.float64)
+        sites = [block.attention for block in host.blocks]
+        # A repair wants a quarter as many tokens as inputs, from half of the images.
+        needed = max(9 * site.dim / (4 * math.prod(site.grid)) for site in sites)
+        count = max(IMAGES, 2 * math.ceil(needed) + 2)
+        self.images = torch.randn(count, *host.input_size, generator=generator, dtype=torch.float64)
         self.images = self.images.to(next(host.model.parameters()).dtype)
         self.x = self.images[:3]
         self.saved = False
