@@ -203,7 +203,15 @@ def _made_by_timm(name: str, options: dict[str, Any]) -> nn.Module:
     def shrink(*args: Any, model_cfg: Any = None, **arguments: Any) -> nn.Module:
         if dataclasses.is_dataclass(model_cfg):
             fields = {item.name: getattr(model_cfg, item.name) for item in dataclasses.fields(model_cfg)}
-            model_cfg = dataclasses.replace(model_cfg, **_short(fields))
+            changes = _short(fields)
+            if isinstance(fields.get("embed_dim"), (tuple, list)):  # heads there are 32 wide
+                widths = [32 * (stage + 1) for stage in range(len(fields["embed_dim"]))]
+                try:
+                    narrow = dataclasses.replace(model_cfg, **changes, embed_dim=widths)
+                    return make(*args, model_cfg=narrow, **{**arguments, **forced})
+                except (ValueError, AssertionError):  # widths that do not go with groups of channels
+                    pass
+            model_cfg = dataclasses.replace(model_cfg, **changes)
         return make(*args, model_cfg=model_cfg, **{**arguments, **forced})
 
     # A configuration, or what a name fixes itself, cannot be given to create_model: it is changed on its way.

@@ -150,8 +150,13 @@ def first_inputs(host: Host, batches: Iterable[Tensor]) -> list[Tensor]:
 def through(host: Host, index: int, x: Tensor) -> Tensor:
     """Return what the next block takes from a block's input; after the last block, its output."""
     out = block_of(host, index)(x)
-    between = host.blocks[index + 1].before if index + 1 < len(host.blocks) else None
-    return out if between is None else tokens_of(host.calls[between](host.model.get_submodule(between), out))
+    following = host.blocks[index + 1] if index + 1 < len(host.blocks) else None
+    if following is None or following.before is None:
+        return out
+    module, call = host.model.get_submodule(following.before), host.calls[following.before]
+    if following.channels_first:
+        return tokens_of(call(module, out.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+    return tokens_of(call(module, out))
 
 
 def advance(host: Host, index: int, inputs: list[Tensor]) -> None:

@@ -69,15 +69,15 @@ def discover(model: nn.Module, size: tuple[int, int, int], declared: Sites | Non
     between = _chain(twin, seen, layers)
     macs = _macs_of(twin, size, [layer.path for layer in layers])
     tokens: list[Tokens] = []
-    for layer, before in zip(layers, between):
+    for layer, (before, _) in zip(layers, between):
         if not tokens or before is not None:
             silent = [other.path for other in layers[: len(tokens)]]
             tokens.append(find_tokens(twin, seen, images, layer.block, layer.token_first, silent))
         else:
             tokens.append(tokens[-1])
     sites = tuple(
-        replace(_sites(model, twin, seen, layer, own, count), before=before)
-        for layer, own, count, before in zip(layers, tokens, macs, between)
+        replace(_sites(model, twin, seen, layer, own, count), before=before, channels_first=channels_first)
+        for layer, own, count, (before, channels_first) in zip(layers, tokens, macs, between)
     )
     return FoundFamily(type(model).__name__, sites, size, tokens[0].images, _classes(model, seen))
 
@@ -211,26 +211,38 @@ def _macs_of(twin: nn.Module, size: tuple[int, int, int], paths: list[str]) -> l
     return [sum(counts.get(f"{type(twin).__name__}.{path}", {}).values()) // 2 for path in paths]
 
 
-def _chain(twin: nn.Module, seen: Pass, layers: list[FoundLayer]) -> list[str | None]:
+def _chain(twin: nn.Module, seen: Pass, layers: list[FoundLayer]) -> list[tuple[str | None, bool]]:
     """Return what stands before each block: nothing, or a module that takes what the block before it answers.
 
-    Raises UnsupportedHostError where anything else changes tokens between two blocks.
+    And whether that module works on maps with their channels first. Raises UnsupportedHostError where anything else
+    changes tokens between two blocks.
     """
     ends = [_ends(twin, seen, layer.block) for layer in layers]
-    between: list[str | None] = [None]
+    between: list[tuple[str | None, bool]] = [(None, False)]
     for before, after, (_, out), (given, _) in zip(layers, layers[1:], ends, ends[1:]):
         if _equal(out, given):
-            between.append(None)
+            between.append((None, False))
             continue
-        own = ((path, calls[0]) for path, calls in seen.calls.items() if len(calls) == 1)
-        found = (path for path, call in own if _equal(call.tokens, out) and _equal(call.answer, given))
-        between.append(next(found, None))
-        if between[-1] is None:
+        found = _between(seen, out, given)
+        if found is None:
             raise UnsupportedHostError(
                 f"{after.block} takes tokens {list(given.shape)} that are not the output of {before.block}, "
                 f"{list(out.shape)}, nor what one module makes of it; something changes them between these blocks"
             )
+        between.append(found)
     return between
+
+
+def _between(seen: Pass, out: Tensor, given: Tensor) -> tuple[str, bool] | None:
+    """Return the module that makes what one block takes of what another answers, perhaps with its channels first."""
+    turns = [(out, given, False)]
+    if out.dim() == given.dim() == 4:
+        turns.append((out.permute(0, 3, 1, 2), given.permute(0, 3, 1, 2), True))
+    for path, calls in seen.calls.items():
+        for source, target, channels_first in turns:
+            if len(calls) == 1 and _equal(calls[0].tokens, source) and _equal(calls[0].answer, target):
+                return path, channels_first
+    return None
 
 
 def _equal(one: Tensor | None, other: Tensor) -> bool:
