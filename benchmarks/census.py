@@ -341,8 +341,8 @@ def prepare() -> None:
     torch.set_num_threads(1)
 
 
-def census(names: Iterable[str], jobs: int, limit: float) -> list[Outcome]:
-    """Return the outcome of every name, in their order."""
+def census(names: Iterable[str], jobs: int, limit: float, file: Path | None = None) -> list[Outcome]:
+    """Return the outcome of every name, in their order; a file holds those that are known so far."""
     names = list(names)
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for name in names:
@@ -356,6 +356,8 @@ def census(names: Iterable[str], jobs: int, limit: float) -> list[Outcome]:
                 found[f"{outcome.library}:{outcome.name}"] = outcome
                 if outcome.result == "crash":
                     print(f"CRASH {outcome.library}:{outcome.name} {outcome.detail}", flush=True)
+            if file is not None:
+                file.write_text(json.dumps([asdict(outcome) for outcome in found.values()], indent=1) + "\n")
             if len(found) >= said + 50:
                 said = len(found)
                 print(f"{said} of {len(names)} names", flush=True)
@@ -378,13 +380,11 @@ def main() -> int:
     names = [name for name in every if any(fnmatch.fnmatchcase(name, pattern) for pattern in options.only)]
     if not names:
         parser.error(f"no name is like {' or '.join(options.only)}; names are such as {every[0]}")
-    outcomes = census(names, options.jobs, options.limit)
+    outcomes = census(names, options.jobs, options.limit, options.json)
     for library in dict.fromkeys(outcome.library for outcome in outcomes):
         results = [outcome.result for outcome in outcomes if outcome.library == library]
         counts = ", ".join(f"{results.count(result)} {result}" for result in ("passes", "refused", "crash"))
         print(f"{library}: {len(results)} names: {counts}")
-    if options.json:
-        options.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
     if options.output:
         options.output.write_text(page(outcomes))
     return int(any(outcome.result == "crash" for outcome in outcomes))
