@@ -66,25 +66,25 @@ def _stock_cores(twin: nn.Module, seen: Pass) -> list[Core]:
     for path, module in twin.named_modules():
         if type(module) is not nn.MultiheadAttention or path not in seen.calls:
             continue
-        call = seen.calls[path][0]
-        named = {**dict(zip(inspect.signature(module.forward).parameters, call.args)), **call.kwargs}
+        named = _arguments(module, seen.calls[path][0])
         x = named["query"]
-        masks = (
-            named.get("attn_mask"),
-            named.get("key_padding_mask"),
-            module.bias_k,
-            module.in_proj_weight is None or None,
-        )
-        if named["key"] is not x or named["value"] is not x or x.dim() != 3 or any(mask is not None for mask in masks):
+        extras = (named.get("attn_mask"), named.get("key_padding_mask"), module.bias_k)
+        if named["key"] is not x or named["value"] is not x or x.dim() != 3 or any(item is not None for item in extras):
             continue
-        assert module.in_proj_weight is not None
+        if module.in_proj_weight is None:  # keys and values of other widths
+            continue
         x = x if module.batch_first else x.transpose(0, 1)
         packed = F.linear(x, module.in_proj_weight, module.in_proj_bias)
         query, key, value = packed.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(query, key, value)
-        ancestors = [path[:end] for end in range(len(path) - 1, 0, -1) if path[end] == "."]
-        cores.append(Core((path, *ancestors), query, key, value, out, query.shape[-1] ** -0.5))
+        cores.append(_core(path, query, key, value, query.shape[-1] ** -0.5))
     return cores
+
+
+def _core(path: str, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Core:
+    """Return the attention that a layer at a dotted name computes of these, [B, H, N, E] each."""
+    ancestors = [path[:end] for end in range(len(path) - 1, 0, -1) if path[end] == "."]
+    out = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    return Core((path, *ancestors), query, key, value, out, scale)
 
 
 def _declared_cores(twin: nn.Module, seen: Pass) -> list[Core]:
@@ -96,16 +96,14 @@ def _declared_cores(twin: nn.Module, seen: Pass) -> list[Core]:
         if source not in seen.calls:
             raise UnsupportedHostError(f"{source} does not run in a forward pass; name the layer that does")
         call = seen.calls[source][0]
-        x = call.tokens if declared.norm is None else first_tensor(call.output)
+        x = call.tokens if declared.norm is None else call.answer
         if x is None or x.dim() != 3:
             raise UnsupportedHostError(f"{source} takes no tokens [batch, tokens, width]")
         x = x.transpose(0, 1) if declared.token_first else x
         with torch.no_grad():
             query, key, value = declared.projected(path, twin.get_submodule(path), x)
             scale = query.shape[-1] ** -0.5 if declared.scale is None else declared.scale
-            out = F.scaled_dot_product_attention(query, key, value, scale=scale)
-        ancestors = [path[:end] for end in range(len(path) - 1, 0, -1) if path[end] == "."]
-        cores.append(Core((path, *ancestors), query, key, value, out, scale))
+            cores.append(_core(path, query, key, value, scale))
     return cores
 
 
@@ -172,7 +170,7 @@ def _normed(seen: Pass, layer: nn.Module, path: str, x: Tensor) -> list[tuple[st
     """Return names and flat outputs of modules in a layer that take x [T, C], and answer in its shape."""
     found = []
     for name, _ in layer.named_modules():
-        call = seen.calls.get(f"{path}.{name}", [None])[0]
+        call = seen.first(f"{path}.{name}")
         given, answer = (None, None) if call is None else (call.tokens, call.answer)
         if given is None or answer is None or given.numel() != x.numel() or answer.shape != given.shape:
             continue
@@ -211,7 +209,7 @@ def projection_of(
     if found is not None:
         return found[0], None, found[1]
     for name, _ in module.named_modules():
-        call = seen.calls.get(f"{layer.path}.{name}", [None])[0]
+        call = seen.first(f"{layer.path}.{name}")
         given, answer = (None, None) if call is None else (call.tokens, call.answer)
         if given is None or answer is None or given.shape != answer.shape or answer.dim() != 4:
             continue
@@ -240,7 +238,7 @@ class Logits:
 
 def logits_of(seen: Pass, module: nn.Module, own: nn.Module, layer: FoundLayer, x: Tensor, prefix: int) -> Logits:
     """Return what makes a layer's logits, x being what its projections get. own: the host's layer, not yet run."""
-    core, arguments = layer.core, _arguments(module, layer)
+    core, arguments = layer.core, _arguments(module, layer.call)
     bias = None if core.bias is None else find_bias(module, own, core, arguments, prefix)
 
     def made_of(queries: Tensor, keys: Tensor, rotary: Rotary | None) -> Logits:
@@ -257,9 +255,9 @@ def logits_of(seen: Pass, module: nn.Module, own: nn.Module, layer: FoundLayer, 
     return next((logits for logits in turned if logits.query is not None and logits.key is not None), plain)
 
 
-def _arguments(module: nn.Module, layer: FoundLayer) -> dict[str, Any]:
+def _arguments(module: nn.Module, call: Call) -> dict[str, Any]:
     """Return what a layer was called with, by name."""
-    return {**dict(zip(inspect.signature(module.forward).parameters, layer.call.args)), **layer.call.kwargs}
+    return {**dict(zip(inspect.signature(module.forward).parameters, call.args)), **call.kwargs}
 
 
 def parameters_of(module: nn.Module, layer: FoundLayer, inner_norm: str | None) -> tuple[str, ...]:
@@ -290,7 +288,7 @@ def norm_before(
     assert given is not None
     for name, _ in twin.get_submodule(layer.block).named_modules():
         path = f"{layer.block}.{name}"
-        own = seen.calls.get(path, [None])[0]
+        own = seen.first(path)
         answer = None if own is None else own.answer
         if own is None or answer is None or f"{path}.".startswith(f"{layer.path}."):
             continue

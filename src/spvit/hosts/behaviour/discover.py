@@ -88,8 +88,10 @@ def _check_used_once(twin: nn.Module, seen: Pass) -> None:
     for name, module in twin.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
     for module, (first, *others) in names.items():
+        if not others:
+            continue
         runs = [len(seen.calls.get(f"{first}.{name}".removesuffix("."), [])) for name, _ in module.named_modules()]
-        if others and max(runs) > 1 and any(isinstance(part, nn.Linear) for part in module.modules()):
+        if max(runs) > 1 and any(isinstance(part, nn.Linear) for part in module.modules()):
             raise UnsupportedHostError(
                 f"{others[0]} and {first} are the same module, used twice; give each block weights of its own "
                 "(copy.deepcopy the block)"
@@ -263,21 +265,18 @@ def _ends(twin: nn.Module, seen: Pass, path: str) -> tuple[Tensor, Tensor]:
         calls = [
             seen.calls[f"{path}.{name}"][0] for name, _ in block.named_children() if f"{path}.{name}" in seen.calls
         ]
-        given, last = calls[0].tokens, calls[-1].answer
-        stream = given
+        given = out = calls[0].tokens
         for own in calls:
-            answer = own.answer
             if (
-                stream is None
+                out is None
                 or own.tokens is None
-                or answer is None
-                or not torch.allclose(stream, own.tokens, atol=1e-5)
+                or own.answer is None
+                or not torch.allclose(out, own.tokens, atol=1e-5)
             ):
                 raise UnsupportedHostError(
                     f"{path} is a ModuleList whose layers' outputs are not added to the tokens one after the other"
                 )
-            stream = stream + answer
-        out = stream if last is not None else None
+            out = out + own.answer
     if given is None or out is None:
         raise UnsupportedHostError(f"{path} does not map tokens to tokens")
     return given, out

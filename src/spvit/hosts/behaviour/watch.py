@@ -101,6 +101,10 @@ class Pass:
     declared: Sites | None = None
     """What a user says of the layers, which counts in place of what was seen run in them."""
 
+    def first(self, path: str) -> Call | None:
+        """Return the first call of a module; None if it did not run."""
+        return self.calls[path][0] if path in self.calls else None
+
     def made_in(self, path: str) -> list[tuple[Tensor, Tensor]]:
         """Return inputs and outputs [T, ...] of the linear maps that ran inside a module."""
         found = (item for item in self.linears if path in item[0])
