@@ -25,6 +25,7 @@ from tiny import (
     MIXED,
     ONE_A_FAMILY,
     OTHER_SIZES,
+    TURNS,
     assert_all_close,
     assert_close,
     assert_differ,
@@ -41,7 +42,6 @@ from tiny import (
     with_kinds,
 )
 
-TURNS = [MIXED[turn:] + MIXED[:turn] for turn in range(4)]  # every kind in every block
 OURS = ("gate_logits", "head_logits", "bn1", "bn3")
 ONE_EACH = pytest.mark.parametrize("case", ONE_A_FAMILY, indirect=True)
 

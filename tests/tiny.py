@@ -18,6 +18,7 @@ from spvit.architecture import Architecture, Attention, dense
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 MIXED = ("conv3", "skip", "conv1", "msa")  # attention last: class tokens see what convolutions did only through it
+TURNS = [MIXED[turn:] + MIXED[:turn] for turn in range(4)]  # every kind in every block
 CLASSES = 7
 WIDTH, BLOCKS = 72, 4  # FFN units and blocks of all hosts but Swin, whose widths differ
 EVERYTHING = dense([WIDTH] * BLOCKS)

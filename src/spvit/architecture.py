@@ -201,9 +201,11 @@ class Architecture:
 
     def to_json(self) -> str:
         """Return the architecture as JSON text, one block a line."""
-        written = [{"attention": block.attention.to_dict(), "ffn": vars(block.ffn)} for block in self.blocks]
+        written: list[dict[str, Any]] = [
+            {"attention": block.attention.to_dict(), "ffn": vars(block.ffn)} for block in self.blocks
+        ]
         if self.blocks[-1].tokens != "all":  # left out elsewhere, so that older versions read the file
-            written[-1]["tokens"] = self.blocks[-1].tokens  # type: ignore[assignment]
+            written[-1]["tokens"] = self.blocks[-1].tokens
         blocks = ",\n    ".join(map(json.dumps, written))
         return (
             "{\n"

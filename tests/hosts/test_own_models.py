@@ -25,6 +25,7 @@ from tiny import (
     BLOCKS,
     EVERYTHING,
     MIXED,
+    TURNS,
     WIDTH,
     assert_close,
     assert_differ,
@@ -37,7 +38,6 @@ from tiny import (
     randomise,
 )
 
-TURNS = [MIXED[turn:] + MIXED[:turn] for turn in range(4)]  # every kind in every block
 HEADS = (0, 1, 2)
 
 

@@ -26,6 +26,7 @@ from spvit.search.network import gated_layers
 from tiny import (
     CLASSES,
     MIXED,
+    TURNS,
     assert_close,
     assert_differ,
     assert_untouched,
@@ -36,8 +37,6 @@ from tiny import (
     logits,
     randomise,
 )
-
-TURNS = [MIXED[turn:] + MIXED[:turn] for turn in range(4)]  # every kind in every block
 
 
 def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
