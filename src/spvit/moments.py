@@ -27,13 +27,14 @@ NOT_FINITE = "the activations of the calibration images are not finite; check th
 class Moments:
     """First and second moments of inputs x and, if given, their products with outputs y, summed over tokens.
 
-    Products are taken of the differences to the first batch's mean, which keeps digits where means are large.
+    Products are taken of the differences to the first batch's mean, which keeps digits where means are large; of
+    moments that are to be added to others, to the mean that those took first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, beside: Moments | None = None) -> None:
         self.count, self._squares, self.tokens = 0.0, 0.0, 0  # sums of weights and of their squares, and tokens
-        self._origin_x: Tensor | None = None
-        self._origin_y: Tensor | None = None
+        self._origin_x: Tensor | None = None if beside is None else beside._origin_x
+        self._origin_y: Tensor | None = None if beside is None else beside._origin_y
         self._sums: list[Tensor] = []
 
     def add(self, x: Tensor, y: Tensor | None = None, prefix: int = 0) -> None:
@@ -52,6 +53,7 @@ class Moments:
         x, y = _flat(x), _flat(y)
         if self._origin_x is None or self._origin_y is None:
             self._origin_x, self._origin_y = x.mean(0), y.mean(0)
+        if not self._sums:
             self._sums = [torch.zeros(shape, dtype=torch.float64, device=x.device) for shape in _shapes(x, y)]
         x, y = x - self._origin_x, y - self._origin_y
         for total, part in zip(self._sums, (x.sum(0), y.sum(0), _gram(x), x.T @ y)):
@@ -71,6 +73,25 @@ class Moments:
         part.count, part._squares, part.tokens = self.count, self._squares, self.tokens
         part._origin_x, part._origin_y = self._origin_x[kept], self._origin_x[others].double() @ outward
         part._sums = [sum_x[kept], sum_x[others] @ outward, second[kept][:, kept], second[kept][:, others] @ outward]
+        return part
+
+    def __add__(self, other: Moments) -> Moments:
+        """Return the moments of the tokens of both; one was made beside the other."""
+        both = Moments(self)
+        both.count, both._squares = self.count + other.count, self._squares + other._squares
+        both.tokens = self.tokens + other.tokens
+        both._sums = [own + others for own, others in zip(self._sums, other._sums)]
+        return both
+
+    def plus(self, weight: Tensor, constant: Tensor) -> Moments:
+        """Return the moments of the first Y outputs with x @ weight + constant added. weight: [X, Y]; constant: [Y]."""
+        assert self._origin_x is not None
+        assert self._origin_y is not None
+        sum_x, sum_y, second, cross = self._sums
+        some, part = slice(len(constant)), Moments(self)
+        part.count, part._squares, part.tokens = self.count, self._squares, self.tokens
+        part._origin_y = self._origin_y[some] + self._origin_x.double() @ weight + constant
+        part._sums = [sum_x, sum_y[some] + sum_x @ weight, second, cross[:, some] + second @ weight]
         return part
 
     @property
@@ -95,14 +116,20 @@ class Moments:
         assert self._origin_y is not None
         return self._origin_y.double() + self._sums[1] / self.count
 
-    def products(self, centred: bool) -> tuple[Tensor, Tensor]:
-        """Return what a regression takes, [X, X] and [X, Y]: about the means, or about zero where no bias follows."""
+    def products(self, centred: bool, about: Moments | None = None) -> tuple[Tensor, Tensor]:
+        """Return what a regression takes, [X, X] and [X, Y]: about the means, or about zero where no bias follows.
+
+        about: whose means these are; None: its own.
+        """
         x, y = self._sums[0] / self.count, self._sums[1] / self.count
         covariance = self._sums[2] / self.count - torch.outer(x, x)
         cross = self._sums[3] / self.count - torch.outer(x, y)
-        if centred:
+        if centred and about is None:
             return covariance, cross
-        return covariance + torch.outer(self.mean_x, self.mean_x), cross + torch.outer(self.mean_x, self.mean_y)
+        x, y = self.mean_x, self.mean_y
+        if centred and about is not None:
+            x, y = x - about.mean_x, y - about.mean_y
+        return covariance + torch.outer(x, x), cross + torch.outer(x, y)
 
     @property
     def covariance(self) -> Tensor:

@@ -32,8 +32,8 @@ def repair(model: nn.Module, host: Host, architecture: Architecture, images: Ten
         dense_inputs = first_inputs(host, calibration_batches(host, images))
         inputs, untouched = list(dense_inputs), True
         for index, kept in enumerate(architecture.blocks):
-            repair_block(BlockPair(model, host, index, inputs, dense_inputs), kept)
             untouched = untouched and not changed(kept)
+            repair_block(BlockPair(model, host, index, inputs, dense_inputs), kept, mend=not untouched)
             if index + 1 == len(host.blocks):
                 return
             if not untouched:  # until something is pruned both networks are one
@@ -48,13 +48,16 @@ def changed(kept: Block) -> bool:
     return kept.attention.kind != "msa" or kept.attention.narrowed() or len(kept.ffn.units) < kept.ffn.width
 
 
-def repair_block(pair: BlockPair, kept: Block) -> None:
-    """Repair one block in place: its attention, then its FFN behind the repaired attention."""
+def repair_block(pair: BlockPair, kept: Block, mend: bool = False) -> None:
+    """Repair one block in place: its attention, then its FFN behind the repaired attention.
+
+    mend: whether a whole FFN, too, mends what changed before it.
+    """
     attention = kept.attention
     if kept.tokens == "prefix":
         pair = replace(pair, prefix=pair.sites.attention.prefix_tokens)
     if attention.kind != "msa" or attention.narrowed():
         replaced = inside(pair.model.get_submodule(pair.sites.attention.path))
         replacement(attention.kind).fit(replaced, pair, attention)
-    if len(kept.ffn.units) < kept.ffn.width:
+    if mend or len(kept.ffn.units) < kept.ffn.width:
         fit_ffn(pair)

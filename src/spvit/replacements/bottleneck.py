@@ -24,9 +24,9 @@ from spvit.hosts.host import Host
 from spvit.hosts.sites import AttentionSite
 from spvit.hosts.walk import BlockPair
 from spvit.hosts.weights import read_weights
-from spvit.moments import Moments, low_rank_regression, ridge_for
+from spvit.moments import low_rank_regression, ridge_for
 from spvit.replacements.kernels import POSITIONS, BottleneckWeights, conv1_weights, conv3_weights, head_mix
-from spvit.replacements.targets import targets
+from spvit.replacements.targets import Gathered, targets
 
 LINEAR_SIDE = 4.0
 """Standard deviations by which a repaired convolution's activations are moved to where ReLU is linear."""
@@ -169,25 +169,28 @@ class _Bottleneck:
         assert isinstance(module, BottleneckConv)
         site = pair.sites.attention
         prefix = site.prefix_tokens
-        on_grid, on_prefix = Moments(), Moments()
-        for x, wanted in zip(pair.arriving(site.path), targets(pair, site.path)):
+        gathered, gathered_prefix = Gathered(), Gathered()
+        for x, target in zip(pair.arriving(site.path), targets(pair, site.path)):
             tokens = module.grid.gather(x, prefix)
             if isinstance(module.conv_in, nn.Conv2d):
                 tokens = F.unfold(module.grid.as_map(tokens), 3, padding=1).transpose(1, 2)  # [B, G, 9 D]
-            on_grid.add(tokens, site.own_grid().gather(wanted, prefix))
-            if prefix:
-                on_prefix.add(x[:, :prefix], wanted[:, :prefix])
+            on_grid = (part if part is None else site.own_grid().gather(part, prefix) for part in target)
+            gathered.add(tokens, *on_grid)
+            if isinstance(module.prefix, nn.Sequential):
+                gathered_prefix.add(x[:, :prefix], *(part if part is None else part[:, :prefix] for part in target))
+        moments = gathered.moments(biased=True)
         rank = len(module.conv_in.weight)
-        inward, outward = low_rank_regression(on_grid.covariance, on_grid.cross, ridge_for(on_grid), rank)
-        variance = ((on_grid.covariance @ inward) * inward).sum(0)
-        module.set_linear(inward.T, inward.T @ on_grid.mean_x, variance, outward.T, on_grid.mean_y)
+        inward, outward = low_rank_regression(moments.covariance, moments.cross, ridge_for(moments), rank)
+        variance = ((moments.covariance @ inward) * inward).sum(0)
+        module.set_linear(inward.T, inward.T @ moments.mean_x, variance, outward.T, moments.mean_y)
         if isinstance(module.prefix, nn.Sequential):
             first, second = cast(nn.Linear, module.prefix[0]), cast(nn.Linear, module.prefix[1])
-            inward, outward = low_rank_regression(on_prefix.covariance, on_prefix.cross, ridge_for(on_prefix), rank)
+            moments = gathered_prefix.moments(biased=True)
+            inward, outward = low_rank_regression(moments.covariance, moments.cross, ridge_for(moments), rank)
             first.weight.copy_(inward.T)
-            first.bias.copy_(-inward.T @ on_prefix.mean_x)
+            first.bias.copy_(-inward.T @ moments.mean_x)
             second.weight.copy_(outward.T)
-            second.bias.copy_(on_prefix.mean_y)
+            second.bias.copy_(moments.mean_y)
 
     def cost(self, host: Host, site: AttentionSite, metric: str) -> AttentionCost:
         """Nine positions, or one, to the head width and one map back; the linear prefix rule is two more maps."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from spvit.hosts.walk import BlockPair
 from spvit.moments import Moments, regression, ridge_for
-from spvit.replacements.targets import targets
+from spvit.replacements.targets import Gathered, targets
 
 
 def narrow_linear(linear: nn.Linear, units: Tensor, axis: int) -> nn.Linear:
@@ -59,10 +59,11 @@ def fit_ffn(pair: BlockPair) -> None:
     path = pair.sites.ffn.second
     linear = pair.model.get_submodule(path)
     assert isinstance(linear, nn.Linear)
-    moments = Moments()
-    for x, wanted in zip(pair.arriving(path), targets(pair, path)):
-        moments.add(x, wanted - linear(x), pair.prefix)
-    correct(linear, moments)
+    whole = linear.in_features == pair.sites.ffn.units
+    gathered = Gathered()
+    for x, (own, missing) in zip(pair.arriving(path), targets(pair, path)):
+        gathered.add(x, torch.zeros_like(own) if whole else own - linear(x), missing, pair.prefix)
+    correct(linear, gathered.moments(linear.bias is not None))
 
 
 def correction(moments: Moments, biased: bool) -> tuple[Tensor, Tensor | None]:

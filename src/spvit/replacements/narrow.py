@@ -29,7 +29,7 @@ from spvit.hosts.walk import BlockPair
 from spvit.hosts.weights import AttentionWeights, read_weights
 from spvit.moments import Moments, cholesky, regression, ridge_for
 from spvit.replacements.narrow_attention import NarrowAttention, has_biases
-from spvit.replacements.targets import targets
+from spvit.replacements.targets import Gathered, targets
 
 JITTER = 1e-7
 LONGEST = 10.0
@@ -131,11 +131,11 @@ def rotated_queries(pair: BlockPair, kept: Attention, second_moment: Tensor) -> 
     weights = narrow_heads(pair.host.weights(pair.index), kept, second_moment, site.rotary)
     whole = NarrowAttention(layer, site, replace(kept, value_rank=None)).eval()
     whole.load(weights)
-    moments = Moments()
+    gathered = Gathered()
     with called_with(pair.model.get_submodule(site.path), site) as named:
-        for x, wanted in zip(pair.arriving(site.path), targets(pair, site.path)):
-            moments.add(whole.heads_out(x, **named), wanted, pair.prefix)
-    return weights, moments
+        for x, target in zip(pair.arriving(site.path), targets(pair, site.path)):
+            gathered.add(whole.heads_out(x, **named), *target, pair.prefix)
+    return weights, gathered.moments(weights.out_bias is not None)
 
 
 def own_covariances(moments: Moments, heads: int) -> Tensor:

@@ -92,7 +92,8 @@ class _Skip:
         if module.mean is None:
             return
         site, total, count = pair.sites.attention, torch.zeros(()), 0
-        for wanted in targets(pair, site.path):
+        for own, missing in targets(pair, site.path):
+            wanted = own if missing is None else own + missing
             grid = site.own_grid().gather(wanted, site.prefix_tokens).double().mean(dim=1, keepdim=True)
             # Without prefix tokens windows may outnumber images in what stands for them.
             parts = [wanted[:, : site.prefix_tokens].double(), grid] if site.prefix_tokens else [grid]

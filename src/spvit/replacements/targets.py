@@ -16,6 +16,8 @@ Shapes: B batch, N tokens, D width.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -25,45 +27,108 @@ from torch import Tensor, nn
 
 from spvit.hosts.calling import batch_first
 from spvit.hosts.walk import BlockPair, reached, tokens_of
+from spvit.moments import Moments, regression
 
-STREAM = 0.5
-"""Share of `stream` in what is wanted; the rest is `own`."""
+RIDGE = 0.1
+"""For what is missing: images say little of how that follows from directions in which inputs hardly vary."""
 SMALLEST = 1e-4
 """Scales are not divided by below this share of the mean squared scale: such outputs hardly reach the stream."""
 
+Target = tuple[Tensor, Tensor | None]
+"""`own`, and what it misses of `stream`: [B, N, D] each; None where that is nothing, or nothing can be done."""
 
-def targets(pair: BlockPair, path: str) -> Iterator[Tensor]:
-    """Yield what a layer of the pruned block is to answer, [B, N, D] a batch: an attention layer, or an FFN's second.
 
-    For an attention layer behind which both networks are one, all targets are the dense layer's output.
+class Gathered:
+    """Moments of what arrives at a layer and of its target, from two halves of the images."""
+
+    def __init__(self) -> None:
+        self._halves = [Moments()]
+        self._squares: Tensor | None = None
+        self._batches = 0
+
+    def add(self, x: Tensor, own: Tensor, missing: Tensor | None, prefix: int = 0) -> None:
+        """Take in inputs x: [B, N, X], and a target; prefix: as in `Moments.add`. Neighbours go to the same half."""
+        if missing is not None:
+            squares = missing.flatten(0, -2).double().square().sum(0)
+            self._squares = squares if self._squares is None else self._squares + squares
+            own = torch.cat([own, missing], dim=-1)
+        parts = list(zip(x.tensor_split(2), own.tensor_split(2)))
+        for half, part in zip((0, 1) if self._batches % 2 == 0 else (1, 0), parts):
+            if half == len(self._halves):
+                self._halves.append(Moments(self._halves[0]))
+            if len(part[0]):
+                self._halves[half].add(*part, prefix)
+        self._batches += 1
+
+    def moments(self, biased: bool) -> Moments:
+        """Return the moments of inputs and targets: own, and what the inputs predict of what is missing.
+
+        biased: whether the layer has a bias.
+        """
+        both = functools.reduce(operator.add, (half for half in self._halves if half.count))
+        if self._squares is None:
+            return both
+        width, share = len(self._squares), self._share(biased)
+        covariance, cross = both.products(biased)
+        weight = share * regression(covariance, cross[:, width:], RIDGE)
+        constant = weight.new_zeros(width)
+        if biased and share > 0:
+            constant = both.mean_y[width:] - both.mean_x @ weight
+        return both.plus(weight, constant)
+
+    def _share(self, biased: bool) -> float:
+        """Return how much of what is predicted of the missing part to take: what is best on held-out images.
+
+        Each half is predicted from the other one. The best share is signal / (signal + noise) there, and all images
+        have half the noise of half of them: from a share s of halves follows 2 s / (1 + s).
+        """
+        if len(self._halves) < 2 or self._squares is None:
+            return 0.0
+        # Outputs count by what they miss relative to their own size, whatever the scales are that they go through.
+        width, weight = len(self._squares), 1 / self._squares.clamp(min=1e-30)
+        alike = power = 0.0
+        for fitted, held in (self._halves, self._halves[::-1]):
+            covariance, cross = fitted.products(biased)
+            predicts = regression(covariance, cross[:, width:], RIDGE)
+            covariance, cross = held.products(biased, about=fitted)
+            alike += held.count * float(((predicts * cross[:, width:]).sum(0) * weight).sum())
+            power += held.count * float(((predicts * (covariance @ predicts)).sum(0) * weight).sum())
+        share = min(1.0, max(0.0, alike / power)) if power > 0 else 0.0
+        return 2 * share / (1 + share)
+
+
+def targets(pair: BlockPair, path: str) -> Iterator[Target]:
+    """Yield what a layer of the pruned block is to answer, a batch each: an attention layer, or an FFN's second.
+
+    For an attention layer behind which both networks are one, it is the dense layer's output, and nothing is missing.
     """
     if path == pair.sites.ffn.second:
         return _ffn(pair)
     same = all(own is dense for own, dense in zip(pair.inputs, pair.dense_inputs))
-    return pair.wanted(path) if same else _attention(pair)
+    return ((answer, None) for answer in pair.wanted(path)) if same else _attention(pair)
 
 
-def _attention(pair: BlockPair) -> Iterator[Tensor]:
+def _attention(pair: BlockPair) -> Iterator[Target]:
     site, scale = pair.sites.attention, _scale(pair, pair.sites.attention.path)
     layer = pair.host.model.get_submodule(site.path)
     for x, dense_x, answer in zip(pair.inputs, pair.dense_inputs, pair.wanted(site.path)):
-        own = batch_first(site, reached(pair.dense_block, x, layer, output=True))
+        own, missing = batch_first(site, reached(pair.dense_block, x, layer, output=True)), None
         if scale is not None:
             missing = batch_first(site, dense_x - x) * scale
             if site.layout is not None:  # a map [B, height, width, D] or its tokens, which attention gets in windows
                 missing = site.own_grid().scatter(missing.flatten(1, -2))
-            own = own + STREAM * (answer - own + missing)
-        yield own
+            missing = missing + answer - own
+        yield own, missing
 
 
-def _ffn(pair: BlockPair) -> Iterator[Tensor]:
+def _ffn(pair: BlockPair) -> Iterator[Target]:
     site, scale = pair.sites.ffn, _scale(pair, pair.sites.ffn.second)
     dense, pruned = pair.dense_block, pair.block
     firsts = [pair.host.model.get_submodule(path) for path in site.linears]
     arriving, corrected = (pair.model.get_submodule(path) for path in (site.linears[0], site.second))
     second = pair.host.model.get_submodule(site.second)
     for x, dense_x in zip(pair.inputs, pair.dense_inputs):
-        hidden = reached(pruned, x, arriving, output=False)
+        hidden, missing = reached(pruned, x, arriving, output=False), None
         with ExitStack() as stack:
             for first in firsts:
                 hook = first.register_forward_pre_hook(lambda module, args, given=hidden: (given,))
@@ -73,8 +138,8 @@ def _ffn(pair: BlockPair) -> Iterator[Tensor]:
             nothing = torch.zeros_like(own)
             with _answering({second: nothing, corrected: nothing}) as answers:
                 missing = (dense(dense_x) - pruned(x)).reshape(own.shape) * scale
-            own = own + STREAM * (answers[second] - own + missing)
-        yield batch_first(pair.sites.attention, own)
+            missing = batch_first(pair.sites.attention, missing + answers[second] - own)
+        yield batch_first(pair.sites.attention, own), missing
 
 
 def _scale(pair: BlockPair, path: str) -> Tensor | None:
