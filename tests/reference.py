@@ -281,24 +281,43 @@ def per_scale(missing: Tensor, block: Any, name: str) -> Tensor:
     return missing * scale / (scale**2 + SMALLEST_SCALE * (scale**2).mean())
 
 
-def repair_target(own: Tensor, dense: Tensor, missing: Tensor, share: float, block: Any) -> Tensor:
-    """Return the mixture of what the dense layer would answer here, and of what brings the stream back."""
-    return own if post_norm(block) else (1 - share) * own + share * (dense + missing)
+def attention_target(block: Any, dense_x: Tensor, x: Tensor, grid: Any = None) -> tuple[Tensor, Tensor]:
+    """Return what the dense attention would answer here, and what that misses of bringing the stream back.
 
-
-def attention_target(block: Any, dense_x: Tensor, x: Tensor, share: float = 0.5, grid: Any = None) -> Tensor:
-    """Return what attention is fitted to, from the inputs of the dense and of the pruned block."""
+    From the inputs of the dense and of the pruned block.
+    """
     missing = per_scale(dense_x - x, block, "ls1")
     if grid is not None:
         missing = map_to_windows(missing.flatten(1, 2), grid)
-    answers = [attention_answer(block, stream, grid) for stream in (x, dense_x)]
-    return repair_target(*answers, missing, share, block)
+    own, dense = (attention_answer(block, stream, grid) for stream in (x, dense_x))
+    return own, 0 * missing if post_norm(block) else dense - own + missing
 
 
-def ffn_target(block: Any, dense_stream: Tensor, stream: Tensor, share: float = 0.5) -> Tensor:
-    """Return what an FFN is fitted to, from the streams behind the attention of the dense and of the pruned block."""
+def ffn_target(block: Any, dense_stream: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same of an FFN, from the streams behind the attention of the dense and of the pruned block."""
     missing = per_scale(dense_stream - stream, block, "ls2")
-    return repair_target(ffn_answer(block, stream), ffn_answer(block, dense_stream), missing, share, block)
+    own, dense = ffn_answer(block, stream), ffn_answer(block, dense_stream)
+    return own, 0 * missing if post_norm(block) else dense - own + missing
+
+
+def mended_target(x: Tensor, own: Tensor, missing: Tensor, biased: bool = True, ridge: float = 0.1) -> Tensor:
+    """Return own + what inputs x [B, N, x] predict of what is missing, as far as that holds on the other images."""
+    if not missing.any():
+        return own
+    parts = [flat(*half) for half in zip(x.tensor_split(2), missing.tensor_split(2))]
+    alike = power = x.new_zeros(missing.shape[-1], dtype=torch.float64)
+    for (fitted_x, fitted_y), (held_x, held_y) in (parts, parts[::-1]):
+        weight, bias = ridge_fit(fitted_x, fitted_y, ridge, biased)
+        centre = fitted_y.mean(0) if biased else 0
+        predicted = held_x @ weight.T + bias * biased - centre
+        alike, power = alike + (predicted * (held_y - centre)).sum(0), power + predicted.square().sum(0)
+    size = flat(missing)[0].square().sum(0).clamp(min=1e-30)
+    half = float(((alike / size).sum() / (power / size).sum()).clamp(0, 1))
+    weight, bias = ridge_fit(*flat(x, missing), ridge, biased)
+    if not biased:
+        return own + 2 * half / (1 + half) * x @ weight.T
+    centre = flat(missing)[0].mean(0)
+    return own + centre + 2 * half / (1 + half) * (x @ weight.T + bias - centre)
 
 
 # Closed-form repair from whole matrices of activations, in float64. Shapes: n tokens, x inputs, y outputs.

@@ -19,6 +19,7 @@ from spvit.hosts.host import Host
 from spvit.hosts.sites import BlockSites
 from spvit.hosts.weights import read_weights
 from spvit.moments import RIDGE, WANTED_TOKENS
+from spvit.repair.repair import changed
 from spvit.replacements.bottleneck import LINEAR_SIDE
 from spvit.replacements.narrow import JITTER, NarrowAttention
 from tiny import (
@@ -72,8 +73,10 @@ def seen(model: nn.Module, path: str, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def wanted(model: nn.Module, host: nn.Module, sites: BlockSites, x: Tensor, ffn: bool = False) -> Tensor:
-    """Return what the repaired attention (or FFN) of a block was to answer."""
+def wanted(
+    model: nn.Module, host: nn.Module, sites: BlockSites, x: Tensor, ffn: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return what the repaired attention (or FFN) of a block was to answer, and what that misses of the stream."""
     block = host.get_submodule(sites.path)
     if not ffn:
         return reference.attention_target(block, *(seen(network, sites.path, x)[0] for network in (host, model)))
@@ -108,9 +111,10 @@ def check_optimum(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, lev
 def check_linear(model: nn.Module, host: nn.Module, sites: BlockSites, units: tuple[int, ...], x: Tensor) -> None:
     """Check an FFN's second layer: W + ridge of what is wanted less what W gives, on its own inputs."""
     linear, own = model.get_submodule(sites.ffn.second), host.get_submodule(sites.ffn.second)
-    hidden, target = reference.flat(seen(model, sites.ffn.second, x)[0], wanted(model, host, sites, x, ffn=True))
+    arriving, biased = seen(model, sites.ffn.second, x)[0], own.bias is not None
+    answer = reference.mended_target(arriving, *wanted(model, host, sites, x, ffn=True), biased)
+    hidden, target = reference.flat(arriving, answer)
     prior = own.weight[:, list(units)].detach()
-    biased = own.bias is not None
     error = target - hidden @ prior.T - (own.bias.detach() if biased else 0)
     strength = ridge(len(hidden), len(units))
     weight, bias = reference.ridge_fit(hidden, error, strength, biased)
@@ -141,7 +145,7 @@ def check_narrow(model: nn.Module, host: nn.Module, sites: BlockSites, kept: Att
     assert isinstance(found, NarrowAttention)
     layer = read_weights(host.get_submodule(path), sites.attention)
     arriving = seen(model, path, x)[0]
-    tokens, target = reference.flat(arriving, wanted(model, host, sites, x))
+    (tokens,) = reference.flat(arriving)
     heads = list(kept.heads or range(3))
     sizes = [found.heads * found.query_key_rank] * 2 + [found.heads * found.value_rank]
     split = [part.detach().unflatten(0, (found.heads, -1)) for part in found.qkv.weight.split(sizes)]
@@ -164,12 +168,12 @@ def check_narrow(model: nn.Module, host: nn.Module, sites: BlockSites, kept: Att
         close(parts[0] @ parts[1].T, (queries @ product @ keys.T).detach(), 1e-7)
 
     out = reference.heads_out(arriving, narrow)
-    prior = layer.out_weight.detach()[:, heads]
+    prior, predicting = layer.out_weight.detach()[:, heads], out
     if kept.value_rank is not None:
         whole = SimpleNamespace(**vars(narrow))
         whole.value_weight = layer.value_weight.detach()[heads]
         whole.value_bias = None if layer.value_bias is None else layer.value_bias.detach()[heads]
-        outputs = reference.heads_out(arriving, whole)
+        predicting = outputs = reference.heads_out(arriving, whole)
         priors = []
         for index in range(len(heads)):
             (own,) = reference.flat(outputs[:, :, index])
@@ -186,10 +190,11 @@ def check_narrow(model: nn.Module, host: nn.Module, sites: BlockSites, kept: Att
             inner = inner + JITTER * inner.diagonal().mean() * torch.eye(len(inner), dtype=inner.dtype)
             priors.append(torch.linalg.solve(inner, rotation @ covariance @ projection.T).T)
         prior = torch.stack(priors, dim=1)
-    (out,) = reference.flat(out.flatten(2))
+    out_biased = layer.out_bias is not None
+    answer = reference.mended_target(predicting.flatten(2), *wanted(model, host, sites, x), out_biased)
+    out, target = reference.flat(out.flatten(2), answer)
     prior = prior.flatten(1)
     strength = ridge(len(out), out.shape[1])
-    out_biased = layer.out_bias is not None
     weight, bias = reference.ridge_fit(out, target - out @ prior.T, strength, out_biased)
     close(found.proj.weight, prior + weight, 1e-7)
     if out_biased:
@@ -207,7 +212,8 @@ def check_convolution(model: nn.Module, host: nn.Module, sites: BlockSites, x: T
     tokens = arriving[:, prefix:]
     if layer.conv_in.weight.dim() == 4:
         tokens = reference.im2col(tokens, site.grid)
-    inputs, outputs = reference.flat(tokens, target[:, prefix:])
+    answer = reference.mended_target(tokens, *(part[:, prefix:] for part in target))
+    inputs, outputs = reference.flat(tokens, answer)
     expected, bias = reference.low_rank_ridge_fit(inputs, outputs, ridge(len(inputs), inputs.shape[1]), site.head_width)
     scale = layer.bn.weight / torch.sqrt(layer.bn.running_var + layer.bn.eps)
     inward = layer.conv_in.weight.detach().flatten(1)
@@ -223,7 +229,8 @@ def check_convolution(model: nn.Module, host: nn.Module, sites: BlockSites, x: T
     assert linear.double().mean() > 0.95
     close(out[:, prefix:].flatten(0, 1)[linear], (inputs @ expected.T + bias)[linear], 1e-6)
     if prefix:
-        check_prefix(layer.prefix, arriving[:, :prefix], target[:, :prefix], out[:, :prefix], site.head_width)
+        answer = reference.mended_target(arriving[:, :prefix], *(part[:, :prefix] for part in target))
+        check_prefix(layer.prefix, arriving[:, :prefix], answer, out[:, :prefix], site.head_width)
 
 
 def check_prefix(module: nn.Module, arriving: Tensor, target: Tensor, out: Tensor, rank: int) -> None:
@@ -236,20 +243,22 @@ def check_prefix(module: nn.Module, arriving: Tensor, target: Tensor, out: Tenso
 
 
 def check(model: nn.Module, host: nn.Module, kept: Architecture, x: Tensor) -> None:
-    """Check every layer that pruning changed."""
+    """Check every layer that pruning changed, and every FFN behind one."""
+    behind = False
     for sites, block in zip(Host.of(host).blocks, kept.blocks):
         path = sites.attention.path
         if block.attention.kind in ("conv3", "conv1"):
             check_convolution(model, host, sites, x)
         elif block.attention.kind == "skip":
-            target = wanted(model, host, sites, x)
+            target = sum(wanted(model, host, sites, x))
             prefix = sites.attention.prefix_tokens
             grid_mean = target[:, prefix:].mean((0, 1), keepdim=True).expand_as(target[:1, prefix:])
             means = torch.cat([target[:, :prefix].mean(0, keepdim=True), grid_mean], dim=1)
             close(seen(model, path, x)[1], means.expand_as(target))
         elif block.attention.narrowed():
             check_narrow(model, host, sites, block.attention, x)
-        if len(block.ffn.units) < WIDTH:
+        behind = behind or changed(block)
+        if behind:
             check_linear(model, host, sites, block.ffn.units, x)
 
 
@@ -314,15 +323,16 @@ def test_what_pruning_leaves_whole_keeps_its_weights_bit_for_bit() -> None:
     host = make_host("class_token")
     kept = architecture(Attention(), Attention("conv1"), Attention(), ATTENTION["narrow"], units=WHOLE)
     kept = Architecture((*kept.blocks[:2], Block(Attention(), FFN(WIDTH, (1, 2, 3))), kept.blocks[3]))
-    state = spvit.prune(host, kept, repair=images(host, CALIBRATION)).state_dict()
-    for key, value in host.state_dict().items():
-        if key.startswith(("blocks.1.attn.", "blocks.3.attn.", "blocks.2.mlp.fc")):
+    state, own = spvit.prune(host, kept, repair=images(host, CALIBRATION)).state_dict(), host.state_dict()
+    behind = tuple(f"blocks.{index}.mlp.fc2" for index in (1, 2, 3))
+    for key, value in own.items():
+        if key.startswith(("blocks.1.attn.", "blocks.3.attn.", "blocks.2.mlp.fc1", *behind)):
             continue
         assert torch.equal(state[key], value), key
-    own = host.state_dict()
     for key in ("blocks.2.mlp.fc1.weight", "blocks.2.mlp.fc1.bias"):
         assert torch.equal(state[key], own[key][[1, 2, 3]])
-    assert_differ(state["blocks.2.mlp.fc2.bias"], own["blocks.2.mlp.fc2.bias"])
+    for path in behind:
+        assert_differ(state[f"{path}.bias"], own[f"{path}.bias"])
 
 
 def test_repair_aims_at_the_searched_weights() -> None:

@@ -74,10 +74,13 @@ def answering(block: nn.Module, module: nn.Module, answer: Tensor, x: Tensor) ->
     return out
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def all_of(own: Tensor, missing: Tensor | None) -> Tensor:
+    """Return the target that brings the stream back."""
+    return own if missing is None else own + missing
+
+
 @pytest.mark.parametrize("name", SOME)
-def test_targets_are_those_of_the_formulas(name: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "STREAM", share)
+def test_targets_are_those_of_the_formulas(name: str) -> None:
     for index in (0, SHIFTED):
         pair = pair_of(name, index)
         dense, pruned = blocks(pair)
@@ -86,22 +89,28 @@ def test_targets_are_those_of_the_formulas(name: str, share: float, monkeypatch:
         ffn = list(targets.targets(pair, pair.sites.ffn.second))
         assert len(attention) == len(ffn) == 2
         for number, (x, dense_x) in enumerate(zip(pair.inputs, pair.dense_inputs)):
-            assert_close(attention[number], reference.attention_target(dense, dense_x, x, share, grid))
             streams = behind_attention(dense, dense_x), behind_attention(pruned, x)
-            assert_close(ffn[number], reference.ffn_target(dense, *streams, share))
+            for (own, missing), expected in (
+                (attention[number], reference.attention_target(dense, dense_x, x, grid)),
+                (ffn[number], reference.ffn_target(dense, *streams)),
+            ):
+                assert_close(own, expected[0])
+                assert (missing is None) == (name == "residual_post_norm")
+                if missing is not None:
+                    assert_close(missing, expected[1])
 
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_a_layer_that_meets_the_stream_target_brings_the_stream_back(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(targets, "STREAM", 1.0)
     monkeypatch.setattr(targets, "SMALLEST", 0.0)
     pair = pair_of(name)
     dense, pruned = blocks(pair)
     attention, second = (pair.model.get_submodule(path) for path in (pair.sites.attention.path, pair.sites.ffn.second))
     corrected = zip(targets.targets(pair, pair.sites.attention.path), targets.targets(pair, pair.sites.ffn.second))
-    for x, dense_x, (after_attention, after_ffn) in zip(pair.inputs, pair.dense_inputs, corrected):
+    for x, dense_x, both in zip(pair.inputs, pair.dense_inputs, corrected):
+        after_attention, after_ffn = (all_of(*target) for target in both)
         wanted = dense(dense_x)
         assert_differ(pruned(x), wanted)
         assert_close(answering(pruned, attention, after_attention, x), wanted)  # the FFN behind it is whole
@@ -146,11 +155,13 @@ def test_without_a_scale_a_layer_is_fitted_to_its_own_output(name: str) -> None:
     if name == "options":
         dense.ls1.gamma.zero_()
     assert targets._scale(pair, pair.sites.attention.path) is None
-    for x, found in zip(pair.inputs, targets.targets(pair, pair.sites.attention.path)):
+    for x, (found, missing) in zip(pair.inputs, targets.targets(pair, pair.sites.attention.path)):
+        assert missing is None
         assert_close(found, reference.attention_answer(dense, x))
     if name == "residual_post_norm":
         assert targets._scale(pair, pair.sites.ffn.second) is None
-        for x, found in zip(pair.inputs, targets.targets(pair, pair.sites.ffn.second)):
+        for x, (found, missing) in zip(pair.inputs, targets.targets(pair, pair.sites.ffn.second)):
+            assert missing is None
             assert_close(found, reference.ffn_answer(dense, behind_attention(pruned, x)))
 
 
@@ -159,10 +170,10 @@ def test_where_nothing_was_pruned_before_layers_are_fitted_to_their_own_output(n
     other = pair_of(name)
     same = copy.deepcopy(other.host.model)
     pair = BlockPair(same, other.host, SHIFTED, list(other.dense_inputs), other.dense_inputs)
-    for x, found in zip(pair.wanted(pair.sites.attention.path), targets.targets(pair, pair.sites.attention.path)):
-        assert torch.equal(found, x)
-    for x, found in zip(pair.wanted(pair.sites.ffn.second), targets.targets(pair, pair.sites.ffn.second)):
-        assert_close(found, x)
+    for path in (pair.sites.attention.path, pair.sites.ffn.second):
+        for x, target in zip(pair.wanted(path), targets.targets(pair, path)):
+            assert_close(all_of(*target), x)
+            assert path == pair.sites.ffn.second or target[1] is None
 
 
 class Broken(nn.Module):
@@ -210,5 +221,5 @@ def test_the_repaired_network_is_nearer_to_the_dense_one_on_new_images(
     own = error()
     for kind in ("ffn", "narrow"):
         module = importlib.import_module(f"spvit.replacements.{kind}")
-        monkeypatch.setattr(module, "targets", lambda pair, path: pair.wanted(path))
+        monkeypatch.setattr(module, "targets", lambda pair, path: ((answer, None) for answer in pair.wanted(path)))
     assert own < 0.93 * error()

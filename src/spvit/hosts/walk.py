@@ -191,6 +191,11 @@ class BlockPair:
         """Return the same pair that has run a module of the dense block once, for several fits to its output."""
         return replace(self, known={path: list(self.wanted(path))})
 
+    @property
+    def counts(self) -> list[int]:
+        """Images in each batch."""
+        return [x.shape[1 if self.sites.attention.token_first else 0] for x in self.inputs]
+
     def images(self, x: Tensor, some: slice) -> Tensor:
         """Return the tokens of some images, of what a block takes."""
         return x[:, some] if self.sites.attention.token_first else x[some]
@@ -200,9 +205,8 @@ class BlockPair:
         some = slice(None, None, max(1, sum(x.shape[:-1].numel() for x in self.dense_inputs) // tokens))
         inputs = [self.images(x, some) for x in self.dense_inputs]
         # What is known may be in windows, several an image.
-        counts = [x.shape[1 if self.sites.attention.token_first else 0] for x in self.dense_inputs]
         known = {
-            path: [out.unflatten(0, (count, -1))[some].flatten(0, 1) for out, count in zip(outputs, counts)]
+            path: [out.unflatten(0, (count, -1))[some].flatten(0, 1) for out, count in zip(outputs, self.counts)]
             for path, outputs in self.known.items()
         }
         return replace(self, inputs=inputs, dense_inputs=inputs, known=known)

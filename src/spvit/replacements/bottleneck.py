@@ -169,7 +169,7 @@ class _Bottleneck:
         assert isinstance(module, BottleneckConv)
         site = pair.sites.attention
         prefix = site.prefix_tokens
-        gathered, gathered_prefix = Gathered(), Gathered()
+        gathered, gathered_prefix = Gathered(pair), Gathered(pair)
         for x, target in zip(pair.arriving(site.path), targets(pair, site.path)):
             tokens = module.grid.gather(x, prefix)
             if isinstance(module.conv_in, nn.Conv2d):

@@ -60,7 +60,7 @@ def fit_ffn(pair: BlockPair) -> None:
     linear = pair.model.get_submodule(path)
     assert isinstance(linear, nn.Linear)
     whole = linear.in_features == pair.sites.ffn.units
-    gathered = Gathered()
+    gathered = Gathered(pair)
     for x, (own, missing) in zip(pair.arriving(path), targets(pair, path)):
         gathered.add(x, torch.zeros_like(own) if whole else own - linear(x), missing, pair.prefix)
     correct(linear, gathered.moments(linear.bias is not None))

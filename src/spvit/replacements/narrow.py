@@ -131,7 +131,7 @@ def rotated_queries(pair: BlockPair, kept: Attention, second_moment: Tensor) -> 
     weights = narrow_heads(pair.host.weights(pair.index), kept, second_moment, site.rotary)
     whole = NarrowAttention(layer, site, replace(kept, value_rank=None)).eval()
     whole.load(weights)
-    gathered = Gathered()
+    gathered = Gathered(pair)
     with called_with(pair.model.get_submodule(site.path), site) as named:
         for x, target in zip(pair.arriving(site.path), targets(pair, site.path)):
             gathered.add(whole.heads_out(x, **named), *target, pair.prefix)

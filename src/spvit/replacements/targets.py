@@ -39,41 +39,42 @@ Target = tuple[Tensor, Tensor | None]
 
 
 class Gathered:
-    """Moments of what arrives at a layer and of its target, from two halves of the images."""
+    """Moments of what arrives at a layer and of its target, of the first and of the second half of the images."""
 
-    def __init__(self) -> None:
-        self._halves = [Moments()]
+    def __init__(self, pair: BlockPair) -> None:
+        self._left = list(pair.counts)
+        self._first = (sum(self._left) + 1) // 2
+        self._halves: list[Moments] = []
         self._squares: Tensor | None = None
-        self._batches = 0
 
     def add(self, x: Tensor, own: Tensor, missing: Tensor | None, prefix: int = 0) -> None:
-        """Take in inputs x: [B, N, X], and a target; prefix: as in `Moments.add`. Neighbours go to the same half."""
+        """Take in the next batch: inputs x [B, N, X], maybe windows, and a target; prefix as in `Moments.add`."""
         if missing is not None:
             squares = missing.flatten(0, -2).double().square().sum(0)
             self._squares = squares if self._squares is None else self._squares + squares
             own = torch.cat([own, missing], dim=-1)
-        parts = list(zip(x.tensor_split(2), own.tensor_split(2)))
-        for half, part in zip((0, 1) if self._batches % 2 == 0 else (1, 0), parts):
+        images = self._left.pop(0)
+        cut = min(images, self._first) * (len(x) // images)
+        self._first -= min(images, self._first)
+        for half, some in enumerate((slice(cut), slice(cut, None))):
+            if not len(x[some]):
+                continue
             if half == len(self._halves):
-                self._halves.append(Moments(self._halves[0]))
-            if len(part[0]):
-                self._halves[half].add(*part, prefix)
-        self._batches += 1
+                self._halves.append(Moments(*self._halves[:1]))
+            self._halves[half].add(x[some], own[some], prefix)
 
     def moments(self, biased: bool) -> Moments:
         """Return the moments of inputs and targets: own, and what the inputs predict of what is missing.
 
         biased: whether the layer has a bias.
         """
-        both = functools.reduce(operator.add, (half for half in self._halves if half.count))
+        both = functools.reduce(operator.add, self._halves)
         if self._squares is None:
             return both
-        width, share = len(self._squares), self._share(biased)
+        width = len(self._squares)
         covariance, cross = both.products(biased)
-        weight = share * regression(covariance, cross[:, width:], RIDGE)
-        constant = weight.new_zeros(width)
-        if biased and share > 0:
-            constant = both.mean_y[width:] - both.mean_x @ weight
+        weight = self._share(biased) * regression(covariance, cross[:, width:], RIDGE)
+        constant = both.mean_y[width:] - both.mean_x @ weight if biased else weight.new_zeros(width)
         return both.plus(weight, constant)
 
     def _share(self, biased: bool) -> float:
