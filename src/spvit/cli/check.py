@@ -19,7 +19,7 @@ from spvit.budget import human
 from spvit.cli.options import CheckCommand
 from spvit.cli.show import say
 from spvit.errors import ModelError, SpvitError
-from spvit.hosts.found import FoundFamily
+from spvit.hosts.family import Family
 from spvit.hosts.host import Host, recognise
 from spvit.hosts.recognise import said_size
 from spvit.hosts.site_files import NUMBER, alike
@@ -39,7 +39,7 @@ def check_command(options: CheckCommand, console: Console) -> None:
     config = ModelConfig(model=options.model, model_args=options.model_args, pretrained=False)
     model = open_model(config, any_family=True, weights=False, code=True).model
     host = _host(model, options)
-    how = "by what it does and verified" if isinstance(host.family, FoundFamily) else "by its class"
+    how = "by what it does and verified" if type(host.family) is Family else "by its class"
     if pruned_record(model) is not None:
         how += ", before it was pruned"
     blocks, start = [], 0
@@ -86,9 +86,7 @@ def _host(model: nn.Module, options: CheckCommand) -> Host:
     """Return the dense host that a model is, or was before it was pruned."""
     record = pruned_record(model)
     if record is not None:
-        family = record.family
-        model = build(source_of(model))
-        return Host(model, family, family.blocks(model), family.input_size(model))
+        return Host(build(source_of(model)), record.family)
     said = said_size(model)
     channels, size = options.channels or said[0], said[1]
     if options.image_size is not None:

@@ -32,8 +32,8 @@ from spvit.hosts.behaviour.tokens import Tokens, find_tokens
 from spvit.hosts.behaviour.watch import Call, Pass, dropouts, first_tensor, watch
 from spvit.hosts.behaviour.windows import check_answers, is_plain, layout_of
 from spvit.hosts.declared import Sites
-from spvit.hosts.found import FoundFamily
-from spvit.hosts.gathered import Layout
+from spvit.hosts.family import Family
+from spvit.hosts.grid import Layout
 from spvit.hosts.sites import AttentionSite, BlockSites
 
 IMAGES = 3
@@ -44,7 +44,7 @@ HIDDEN = -1e4
 """A bias below it is a mask."""
 
 
-def discover(model: nn.Module, size: tuple[int, int, int], declared: Sites | None = None) -> FoundFamily:
+def discover(model: nn.Module, size: tuple[int, int, int], declared: Sites | None = None) -> Family:
     """Return the family of a model for images of (channels, height, width), with every site found and verified.
 
     What a user declares of its layers is verified in place of what is seen of them.
@@ -79,7 +79,7 @@ def discover(model: nn.Module, size: tuple[int, int, int], declared: Sites | Non
         replace(_sites(model, twin, seen, layer, own, count), before=before, channels_first=channels_first)
         for layer, own, count, (before, channels_first) in zip(layers, tokens, macs, between)
     )
-    return FoundFamily(type(model).__name__, sites, size, tokens[0].images, _classes(model, seen))
+    return Family(type(model).__name__, sites, size, tokens[0].images, _classes(model, seen))
 
 
 def _check_used_once(twin: nn.Module, seen: Pass) -> None:

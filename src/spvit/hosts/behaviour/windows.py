@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spvit.errors import UnsupportedHostError
 from spvit.hosts.behaviour.watch import Call, Pass, first_tensor
-from spvit.hosts.gathered import GatheredGrid, Layout
+from spvit.hosts.grid import GatheredGrid, Layout
 
 
 def places_of(rows: Tensor, source: Tensor) -> tuple[int, ...] | None:
