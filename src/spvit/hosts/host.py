@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from spvit.cost import count_macs, count_params
 from spvit.errors import CalibrationError, NotSearchableError, UnsupportedHostError
+from spvit.hosts.behaviour.discover import used_twice
+from spvit.hosts.calling import BlockCall, record_calls
 from spvit.hosts.family import Family
 from spvit.hosts.recognise import RECORD, family_of
-from spvit.hosts.replay import BlockCall, record_calls
 from spvit.hosts.sites import AttentionSite, BlockSites
 from spvit.hosts.weights import AttentionWeights, read_weights
 
@@ -149,10 +150,7 @@ def _check_blocks_differ(model: nn.Module, blocks: tuple[BlockSites, ...]) -> No
         for path in (block.attention.path, *block.ffn.linears, block.ffn.second):
             other = first.setdefault(id(model.get_submodule(path)), path)
             if other != path:
-                raise UnsupportedHostError(
-                    f"{path} and {other} are the same module, used twice; give each block weights of its own "
-                    "(copy.deepcopy the block)"
-                )
+                raise used_twice(path, other)
 
 
 def _check_parts(model: nn.Module) -> None:
