@@ -143,7 +143,7 @@ def _narrower(model: nn.Module, images: Tensor, ffns: Sequence[FFNSite]) -> str 
     for one, other in zip(found, expected):
         near = 1e-4 * float(other.abs().max()) if other.numel() else 0.0
         if one.shape != other.shape or not torch.allclose(one, other, rtol=1e-3, atol=near, equal_nan=True):
-            return "the model with half its units is not the one that reads no others; something else reads them or their number"
+            return "the model with half its units is not the one that reads no others: something else reads them"
     return None
 
 
