@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -67,8 +67,8 @@ def _of_timm(model: Any) -> dict[str, Any] | None:
     if not all(isinstance(value, plain) for value in arguments.values()):
         return None
     arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
-    name = {"class": type(model).__name__, "name": config["architecture"]}
-    return {"library": "timm", **name, "arguments": arguments}
+    about = {"library": "timm", "class": type(model).__name__, "name": config["architecture"]}
+    return {**about, "arguments": arguments}
 
 
 def _by_timm(source: dict[str, Any]) -> nn.Module:
@@ -122,9 +122,8 @@ def _by_transformers(source: dict[str, Any]) -> nn.Module:
     for key, value in _settings(config):  # what timm would make, or be told to read
         if (value and "backbone" in key) or (key == "model_type" and str(value).startswith("timm")):
             raise ModelError(f"its configuration asks for code of others: {key}={value!r}")
-    settings: Any = cls.config_class.from_dict(config, attn_implementation=source["attention"])
-    model: nn.Module = cls(settings, **({} if source.get("pooling", True) else {_POOLING: False}))
-    return model
+    settings = cls.config_class.from_dict(config, attn_implementation=source["attention"])
+    return cast(nn.Module, cls(settings, **({} if source.get("pooling", True) else {_POOLING: False})))
 
 
 def _class_named(name: Any) -> Any:

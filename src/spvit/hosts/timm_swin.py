@@ -101,24 +101,20 @@ class SwinFamily(TimmFamily):
 
     def watch_grids(self, model: nn.Module, blocks: Sequence[int]) -> tuple[dict[int, Grid], list[Undo]]:
         """Return a windowed grid a block, which each block keeps at its own map."""
-        grids: dict[int, Grid] = {}
-        undos: list[Undo] = []
-        for index in blocks:
-            block = _block_at(model, self.sites[index].path)
-            grids[index] = windowed = _windowed(block)
-            undos.append(block.register_forward_pre_hook(WindowTracker(windowed)).remove)
-        return grids, undos
+        own = {index: _block_at(model, self.sites[index].path) for index in blocks}
+        grids = {index: _windowed(block) for index, block in own.items()}
+        handles = [block.register_forward_pre_hook(WindowTracker(grids[index])) for index, block in own.items()]
+        return {**grids}, [handle.remove for handle in handles]
 
     def whole_grids(self, model: nn.Module, blocks: Sequence[int]) -> tuple[dict[int, Grid], list[Undo]]:
         """Return a grid a block, which each block keeps at its own map and hands on as one window."""
-        grids: dict[int, Grid] = {}
+        own = {index: _block_at(model, self.sites[index].path) for index in blocks}
+        grids = {index: Grid(*block.input_resolution) for index, block in own.items()}
         undos: list[Undo] = []
-        for index in blocks:
-            block = _block_at(model, self.sites[index].path)
-            grids[index] = Grid(*block.input_resolution)
+        for index, block in own.items():
             undos += [partial(setattr, block, name, getattr(block, name)) for name in WINDOWS]
             undos += [block.register_forward_pre_hook(WholeMap(grids[index])).remove]
-            WholeMap(grids[index]).spread(block, block.input_resolution)
+            WholeMap.spread(block, block.input_resolution)
         return grids, undos
 
 

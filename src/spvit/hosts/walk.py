@@ -35,33 +35,34 @@ def calibration_batches(host: Host, images: Tensor | Iterable[Any]) -> list[Tens
     """
     parameter = next(host.model.parameters())
     check_values(parameter)
-    prepared = []
     if not isinstance(images, Iterable):
         raise CalibrationError(f"calibration images are {type(images).__name__}, expected a tensor, or batches of them")
-    for batch in images.split(BATCH) if isinstance(images, Tensor) else images:
-        if isinstance(batch, Mapping):
-            if "pixel_values" not in batch:
-                raise CalibrationError(f"a calibration batch has {', '.join(batch)}, expected pixel_values among them")
-            batch = batch["pixel_values"]
-        tensor = batch[0] if isinstance(batch, (tuple, list)) else batch
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape[1:]) != host.input_size:
-            found = list(tensor.shape[1:]) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise CalibrationError(
-                f"calibration images are {found}, expected tensors of "
-                f"[batch, {', '.join(map(str, host.input_size))}] as the model takes them"
-            )
-        if not tensor.is_floating_point():
-            raise CalibrationError(
-                f"calibration images are {str(tensor.dtype).removeprefix('torch.')}, expected floating-point numbers "
-                "normalised as in training: (images / 255 - mean) / std"
-            )
-        if not tensor.isfinite().all():
-            raise CalibrationError("calibration images hold values that are not finite; check how they are read")
-        if len(tensor):
-            prepared.append(tensor.to(parameter))
+    batches = images.split(BATCH) if isinstance(images, Tensor) else images
+    tensors = (_images_of(batch, host.input_size) for batch in batches)
+    prepared = [tensor.to(parameter) for tensor in tensors if len(tensor)]
     if not prepared:
         raise CalibrationError("there are no calibration images; give a few hundred or more")
     return prepared
+
+
+def _images_of(batch: Any, size: tuple[int, int, int]) -> Tensor:
+    """Return the images of a batch. Raises CalibrationError saying what is wrong with them."""
+    if isinstance(batch, Mapping):
+        if "pixel_values" not in batch:
+            raise CalibrationError(f"a calibration batch has {', '.join(batch)}, expected pixel_values among them")
+        batch = batch["pixel_values"]
+    tensor = batch[0] if isinstance(batch, (tuple, list)) else batch
+    found = f"{list(tensor.shape[1:])}" if isinstance(tensor, Tensor) else type(tensor).__name__
+    if not isinstance(tensor, Tensor) or tuple(tensor.shape[1:]) != size:
+        expected = f"tensors of [batch, {', '.join(map(str, size))}] as the model takes them"
+    elif not tensor.is_floating_point():
+        found = str(tensor.dtype).removeprefix("torch.")
+        expected = "floating-point numbers normalised as in training: (images / 255 - mean) / std"
+    elif not tensor.isfinite().all():
+        raise CalibrationError("calibration images hold values that are not finite; check how they are read")
+    else:
+        return tensor
+    raise CalibrationError(f"calibration images are {found}, expected {expected}")
 
 
 @contextmanager

@@ -145,7 +145,7 @@ def _layer(seen: Pass, core: Core, block: str) -> FoundLayer:
     if projections:
         behind = (
             f"found {projections[0]} behind the heads, but the layer answers something else than it: move what acts on "
-            "its output (a gate, LayerScale, or the residual) out of the layer, or merge adapters"
+            f"its output (a gate, LayerScale, the residual) out of the layer; if that is an adapter, {PLAIN}"
         )
     raise UnsupportedHostError(
         f"{core.running[0]}: no module around attention answers with a linear projection of what its heads return, "
