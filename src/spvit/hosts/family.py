@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
-from spvit.hosts.grid import GatheredGrid, Grid, GridTracker, Layout, OwnSize
+from spvit.hosts.grid import GatheredGrid, Grid, Layout, expect_size, follow
 from spvit.hosts.sites import BlockSites
 
 Undo = Callable[[], object]
@@ -54,11 +55,11 @@ class Family:
                 continue
             if site.grid not in shared:
                 shared[site.grid] = Grid(*site.grid)
-                tracker = GridTracker(shared[site.grid], self._patch(module, site.grid))
-                undos.append(module.register_forward_pre_hook(tracker).remove)
+                hook = partial(follow, shared[site.grid], self._patch(module, site.grid))
+                undos.append(module.register_forward_pre_hook(hook).remove)
             grids[index] = shared[site.grid]
         if any(isinstance(grid, GatheredGrid) for grid in grids.values()):
-            undos.append(module.register_forward_pre_hook(OwnSize(self.size[1:])).remove)
+            undos.append(module.register_forward_pre_hook(partial(expect_size, self.size[1:])).remove)
         return grids, undos
 
     def whole_grids(self, model: nn.Module, blocks: Sequence[int]) -> tuple[dict[int, Grid], list[Undo]]:

@@ -55,20 +55,9 @@ def as_tokens(feature_map: Tensor) -> Tensor:
     return feature_map.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-@dataclass
-class GridTracker:
-    """A forward pre-hook for what cuts images into patches: keeps the grid at the size of the images that pass.
-
-    A dataclass of plain values, so that a hooked model can be copied and saved.
-    """
-
-    grid: Grid
-    patch: tuple[int, int]
-
-    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        """Set the grid from images [B, C, height, width]."""
-        self.grid.height = arguments[0].shape[2] // self.patch[0]
-        self.grid.width = arguments[0].shape[3] // self.patch[1]
+def follow(grid: Grid, patch: tuple[int, int], module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    """Forward pre-hook for what cuts images [B, C, height, width] into patches: keep a grid at the images' size."""
+    grid.height, grid.width = arguments[0].shape[2] // patch[0], arguments[0].shape[3] // patch[1]
 
 
 @dataclass(frozen=True)
@@ -118,18 +107,12 @@ class GatheredGrid(Grid, nn.Module):
         return padded[:, self.to_layer.to(tokens.device)].reshape(-1, *self.shape, tokens.shape[-1])
 
 
-@dataclass
-class OwnSize:
-    """A forward pre-hook for what takes a model's images: refuses sizes that its windows were not found for."""
-
-    size: tuple[int, int]
-
-    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        """Look at images [B, channels, height, width]."""
-        found = tuple(arguments[0].shape[2:])
-        if found != self.size:
-            raise GridError(
-                f"images are {found[0]} x {found[1]}, but the windows of this model's attention are known for "
-                f"{self.size[0]} x {self.size[1]} only; give images of that size, or start again from the dense model: "
-                "spvit.recognise(model, images)"
-            )
+def expect_size(size: tuple[int, int], module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    """Forward pre-hook for what takes a model's images: raise GridError for sizes whose windows are not known."""
+    found = tuple(arguments[0].shape[2:])
+    if found != size:
+        raise GridError(
+            f"images are {found[0]} x {found[1]}, but the windows of this model's attention are known for {size[0]} x "
+            f"{size[1]} only; give images of that size, or start again from the dense model: "
+            "spvit.recognise(model, images)"
+        )

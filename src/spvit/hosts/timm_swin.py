@@ -65,35 +65,23 @@ class WindowedGrid(Grid):
         return cut.flatten(3, 4).flatten(0, 2)
 
 
-@dataclass
-class WindowTracker:
-    """A forward pre-hook for a block: keeps a grid at the block's map and windows."""
-
-    grid: WindowedGrid
-
-    def __call__(self, block: SwinTransformerBlock, arguments: tuple[Tensor, ...]) -> None:
-        """arguments: a map [B, height, width, D]."""
-        self.grid.height, self.grid.width = arguments[0].shape[1:3]
-        self.grid.window, self.grid.shift = block.window_size, block.shift_size
+def _follow_windows(grid: WindowedGrid, block: SwinTransformerBlock, arguments: tuple[Tensor, ...]) -> None:
+    """Forward pre-hook for a block that takes a map [B, height, width, D]: keep a grid at its map and windows."""
+    grid.height, grid.width = arguments[0].shape[1:3]
+    grid.window, grid.shift = block.window_size, block.shift_size
 
 
-@dataclass
-class WholeMap:
-    """A forward pre-hook for a block whose attention is replaced: its one window is the map that passes."""
+def _follow_map(grid: Grid, block: SwinTransformerBlock, arguments: tuple[Tensor, ...]) -> None:
+    """Forward pre-hook for a block whose attention is replaced: its one window is the map that passes."""
+    grid.height, grid.width = arguments[0].shape[1:3]
+    _spread(block, (grid.height, grid.width))
 
-    grid: Grid
 
-    def __call__(self, block: SwinTransformerBlock, arguments: tuple[Tensor, ...]) -> None:
-        """arguments: a map [B, height, width, D]."""
-        self.grid.height, self.grid.width = arguments[0].shape[1:3]
-        self.spread(block, (self.grid.height, self.grid.width))
-
-    @staticmethod
-    def spread(block: SwinTransformerBlock, size: tuple[int, int]) -> None:
-        """Have a block's one window be its map."""
-        block.window_size, block.window_area = size, math.prod(size)
-        # The model's set_input_size brings a shift and its mask back.
-        block.shift_size, block.attn_mask = (0, 0), None
+def _spread(block: SwinTransformerBlock, size: tuple[int, int]) -> None:
+    """Have a block's one window be its map."""
+    block.window_size, block.window_area = size, math.prod(size)
+    # The model's set_input_size brings a shift and its mask back.
+    block.shift_size, block.attn_mask = (0, 0), None
 
 
 class SwinFamily(TimmFamily):
@@ -103,7 +91,9 @@ class SwinFamily(TimmFamily):
         """Return a windowed grid a block, which each block keeps at its own map."""
         own = {index: _block_at(model, self.sites[index].path) for index in blocks}
         grids = {index: _windowed(block) for index, block in own.items()}
-        handles = [block.register_forward_pre_hook(WindowTracker(grids[index])) for index, block in own.items()]
+        handles = [
+            block.register_forward_pre_hook(partial(_follow_windows, grids[index])) for index, block in own.items()
+        ]
         return {**grids}, [handle.remove for handle in handles]
 
     def whole_grids(self, model: nn.Module, blocks: Sequence[int]) -> tuple[dict[int, Grid], list[Undo]]:
@@ -113,8 +103,8 @@ class SwinFamily(TimmFamily):
         undos: list[Undo] = []
         for index, block in own.items():
             undos += [partial(setattr, block, name, getattr(block, name)) for name in WINDOWS]
-            undos += [block.register_forward_pre_hook(WholeMap(grids[index])).remove]
-            WholeMap.spread(block, block.input_resolution)
+            undos += [block.register_forward_pre_hook(partial(_follow_map, grids[index])).remove]
+            _spread(block, block.input_resolution)
         return grids, undos
 
 
