@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from torchvision.transforms import functional
 
 import spvit
-from backbone_peers import METHODS, Pruning, macs_of
+from backbone_peers import METHODS, Pruning
 from reporting import check_free, machine, write_results
 from spvit.repair.objective import OBJECTIVES
+from timm_vit import macs_of
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SHORTER_SIDE = 640

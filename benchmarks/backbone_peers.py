@@ -9,85 +9,24 @@ Not here: DVBP with OB2C, of which no public description was found. Shapes: N to
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import spvit
 from peers import torch_pruned_to
+from snapvit import snapvit
+from timm_vit import BATCH, Moments, arriving, keep_units, macs_of, moments_of, tokens_of
 
-BATCH = 64
 SMALLEST_WIDTH = 8
 """Query and key widths that CORP keeps at least, as published."""
-ACTIVE = 0.01
-"""Share of a batch's root mean square above which CORP calls a unit active, as published."""
 RIDGE = 1e-3
 
 Pruning = Callable[[float], nn.Module]
 """From a share of the dense model's MACs to a pruned copy; raises BudgetError where the method does not reach it."""
 Method = Callable[[nn.Module, Tensor], Pruning]
-
-
-@torch.no_grad()
-def macs_of(model: nn.Module, image: Tensor) -> int:
-    """Return the MACs of one image's forward pass as torch counts them: linear, convolution, attention products."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(image[:1])
-    return counter.get_total_flops() // 2
-
-
-@dataclass
-class Moments:
-    """Sums over tokens of a layer's values, [D] and [D, D], in double precision."""
-
-    count: int = 0
-    first: Tensor | float = 0.0
-    second: Tensor | float = 0.0
-    active: Tensor | float = 0.0
-
-    def add(self, values: Tensor) -> None:
-        """Add values [..., D]."""
-        values = values.flatten(0, -2)
-        active = values.abs() > ACTIVE * values.square().mean().sqrt()
-        values = values.double()
-        self.count += len(values)
-        self.first = self.first + values.sum(0)
-        self.second = self.second + values.T @ values
-        self.active = self.active + active.sum(0)
-
-    @property
-    def mean(self) -> Tensor:
-        """The mean, [D]."""
-        return cast(Tensor, self.first) / self.count
-
-    @property
-    def square(self) -> Tensor:
-        """The second moment about zero, [D, D]."""
-        return cast(Tensor, self.second) / self.count
-
-    @property
-    def covariance(self) -> Tensor:
-        """The second moment about the mean, [D, D]."""
-        return self.square - torch.outer(self.mean, self.mean)
-
-
-@torch.no_grad()
-def moments_of(model: nn.Module, layers: Sequence[nn.Module], batches: Sequence[Tensor]) -> dict[nn.Module, Moments]:
-    """Return the moments of what layers get when a module runs on batches."""
-    found = {layer: Moments() for layer in layers}
-    with ExitStack() as stack:
-        for layer in layers:
-            hook = layer.register_forward_pre_hook(lambda module, args: found[module].add(args[0]))
-            stack.callback(hook.remove)
-        for batch in batches:
-            model(batch)
-    return found
 
 
 def whitened_svd(model: nn.Module, images: Tensor) -> Pruning:
@@ -103,7 +42,7 @@ def whitened_svd(model: nn.Module, images: Tensor) -> Pruning:
     factors = {name: factors_of(blocks.get_submodule(name), found[blocks.get_submodule(name)].square) for name in names}
     dense = macs_of(model, images)
     sizes = {name: blocks.get_submodule(name).weight.shape for name in names}
-    tokens = _tokens(model)
+    tokens = tokens_of(model)
     linear = tokens * sum(rows * columns for rows, columns in sizes.values())
 
     def prune(share: float) -> nn.Module:
@@ -160,7 +99,7 @@ def vbp(model: nn.Module, images: Tensor) -> Pruning:
     found = moments_of(model, [ffn.fc2 for ffn in ffns], images.split(BATCH))
     variances = [found[ffn.fc2].covariance.diagonal() for ffn in ffns]
     ranked = torch.cat(variances).sort(descending=True).values
-    dense, unit = macs_of(model, images), 2 * _tokens(model) * ffns[0].fc1.in_features
+    dense, unit = macs_of(model, images), 2 * tokens_of(model) * ffns[0].fc1.in_features
 
     def prune(share: float) -> nn.Module:
         count = len(ranked) - round((1 - share) * dense / unit)
@@ -169,27 +108,12 @@ def vbp(model: nn.Module, images: Tensor) -> Pruning:
         pruned = copy.deepcopy(model)
         for block, ffn, variance in zip(cast(Any, pruned).blocks, ffns, variances):
             kept = (variance >= min(ranked[count - 1], variance.max())).nonzero().flatten()
-            mean = found[ffn.fc2].mean
-            keep_units(block.mlp, kept, torch.zeros(len(mean), len(kept)).to(mean), mean)
+            constant = found[ffn.fc2].mean.clone()
+            constant[kept] = 0
+            keep_units(block.mlp, kept, torch.eye(len(constant)).to(constant)[:, kept], constant)
         return pruned
 
     return prune
-
-
-@torch.no_grad()
-def keep_units(ffn: Any, kept: Tensor, weights: Tensor, constant: Tensor) -> None:
-    """Keep some units of an FFN; the others are taken for weights @ kept units + constant, [units, kept], [units]."""
-    gone = torch.ones(ffn.fc1.out_features, dtype=torch.bool, device=kept.device)
-    gone[kept] = False
-    first = nn.Linear(ffn.fc1.in_features, len(kept), ffn.fc1.bias is not None).to(ffn.fc1.weight)
-    second = nn.Linear(len(kept), ffn.fc2.out_features).to(ffn.fc2.weight)
-    first.weight.copy_(ffn.fc1.weight[kept])
-    if ffn.fc1.bias is not None:
-        first.bias.copy_(ffn.fc1.bias[kept])
-    readers = ffn.fc2.weight.double()
-    second.weight.copy_(readers[:, kept] + readers[:, gone] @ weights[gone])
-    second.bias.copy_(readers[:, gone] @ constant[gone] + (0 if ffn.fc2.bias is None else ffn.fc2.bias))
-    ffn.fc1, ffn.fc2 = first, second
 
 
 class Attention(nn.Module):
@@ -228,7 +152,7 @@ def corp(model: nn.Module, images: Tensor) -> Pruning:
     """
     dense = cast(Any, model)
     attention, units = dense.blocks[0].attn, dense.blocks[0].mlp.fc1.out_features
-    tokens, width = _tokens(model), dense.blocks[0].mlp.fc1.in_features
+    tokens, width = tokens_of(model), dense.blocks[0].mlp.fc1.in_features
     macs, unit = macs_of(model, images), 2 * tokens * width
     dimension = attention.num_heads * (2 * tokens * width + tokens**2)
 
@@ -240,7 +164,7 @@ def corp(model: nn.Module, images: Tensor) -> Pruning:
         if not 1 <= kept_units <= units:
             raise spvit.BudgetError(f"FFN units and query-key dimensions do not reach {share:.0%} of the MACs")
         pruned = copy.deepcopy(model)
-        batches = list(_arriving(pruned, images))
+        batches = list(arriving(pruned, images))
         for block in cast(Any, pruned).blocks:
             found = moments_of(block, [block.mlp.fc2, block.attn.qkv], batches)
             if kept_units < units:
@@ -260,7 +184,8 @@ def _corp_ffn(ffn: Any, moments: Moments, count: int) -> None:
     kept = (moments.square.diagonal() * cast(Tensor, moments.active)).topk(count).indices.sort().values
     own = covariance[kept][:, kept]
     eye = torch.eye(count, dtype=own.dtype, device=own.device)
-    weights = torch.linalg.solve(own + _shrinkage(own, moments.count) * eye, covariance[kept]).T
+    weights = torch.linalg.solve(own + _shrinkage(own, moments.count) * eye, covariance[kept]).T.contiguous()
+    weights[kept] = eye
     keep_units(ffn, kept, weights, mean - weights @ mean[kept])
 
 
@@ -324,21 +249,10 @@ def torch_pruning(model: nn.Module, images: Tensor) -> Pruning:
     return prune
 
 
-def _tokens(model: Any) -> int:
-    """Return the tokens of an image."""
-    return cast(int, model.patch_embed.num_patches + model.num_prefix_tokens)
-
-
-@torch.no_grad()
-def _arriving(model: Any, images: Tensor) -> Iterator[Tensor]:
-    """Yield what the first block gets, [B, N, D] a batch."""
-    for batch in images.split(BATCH):
-        yield model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(batch))))
-
-
 METHODS: dict[str, Method] = {
     "whitened-svd": whitened_svd,
     "vbp": vbp,
     "corp": corp,
+    "snapvit": snapvit,
     "torch-pruning": torch_pruning,
 }
