@@ -68,9 +68,9 @@ def snapvit(model: nn.Module, images: Tensor) -> Any:
     def prune(share: float) -> nn.Module:
         cut = (1 - share) * macs
         units, heads = blocks * ffn.fc1.out_features, blocks * attention.num_heads
-        # The share of units at which units and heads together cost what is to go.
-        gone = max(cut / (units * unit), (cut + BEFORE_HEADS * heads * head) / (units * unit + heads * head))
-        gone = gone if gone > BEFORE_HEADS else cut / (units * unit)
+        gone = cut / (units * unit)
+        if gone > BEFORE_HEADS:
+            gone = (cut + BEFORE_HEADS * heads * head) / (units * unit + heads * head)
         gone_heads = round(max(0.0, gone - BEFORE_HEADS) * heads)
         gone_units = (cut - gone_heads * head) / (units * unit)
         if gone_units > 1 - KEPT_UNITS or gone_heads > heads - blocks * _least_heads(attention.num_heads):
