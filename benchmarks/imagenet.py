@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Subset
 
 import spvit
 from reporting import check_free, write_results
-from spvit.hosts.host import Host
+from spvit.hosts.host import Host, input_size
 from spvit.replacements.costs import network_costs
 from timm_vit import macs_of
 
@@ -64,7 +64,7 @@ CASES = (
 
 def loaded(split: str, count: int | None, model: nn.Module, options: argparse.Namespace) -> DataLoader[Any]:
     """Return batches of (images, classes) of a split, or of `count` of its images drawn at random."""
-    config = resolve_model_data_config(model)
+    config = resolve_model_data_config(model) | {"input_size": input_size(model)}
     transform = create_transform(**config, is_training=False)
     images = create_dataset("", options.images, split=split, transform=transform)
     if count is not None:
