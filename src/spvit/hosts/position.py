@@ -65,6 +65,17 @@ def entries_by_head(bias: Bias, parameter: Tensor, heads: int) -> Tensor:
     return parameter.reshape(heads, -1).T if bias.heads_first else parameter.reshape(-1, heads)
 
 
+def entries_read(bias: Tensor, index: Tensor | None) -> Tensor:
+    """Return the entries [entries, H] of a bias [H, N, N], as an index of all pairs of the last tokens has them."""
+    side = bias.shape[-1] if index is None else math.isqrt(len(index))
+    pairs = bias[:, -side:, -side:].flatten(1).T
+    if index is None or len(index) != len(pairs):
+        return pairs
+    entries = pairs.new_zeros(int(index.max()) + 1, pairs.shape[1])
+    entries[index] = pairs
+    return entries
+
+
 def bias_of_pairs(entries: Tensor, index: Tensor | None, tokens: int) -> Tensor:
     """Return the bias [H, N, N] from its entries, [entries, H]; prefix tokens that it leaves out get zeros."""
     rows = entries if index is None else entries[index]

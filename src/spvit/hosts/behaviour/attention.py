@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from spvit.errors import UnsupportedHostError
 from spvit.hosts.behaviour.equations import CLOSE, columns_that_read, rows_that_make
-from spvit.hosts.behaviour.position import find_bias, rotations
+from spvit.hosts.behaviour.position import core_alone, find_bias, rotations
 from spvit.hosts.behaviour.watch import Call, Core, Pass, first_tensor, silenced
 from spvit.hosts.behaviour.windows import places_of
 from spvit.hosts.sites import PLAIN, Bias, Rotary, Rows
@@ -232,6 +233,8 @@ class Logits:
     """Of queries times keys, beside the scale that is seen."""
     rotary: Rotary | None = None
     bias: Bias | None = None
+    cosine: bool = False
+    """Whether queries and keys are scaled to length one."""
     explained: bool = False
     """Whether this is all that makes them."""
 
@@ -239,20 +242,45 @@ class Logits:
 def logits_of(seen: Pass, module: nn.Module, own: nn.Module, layer: FoundLayer, x: Tensor, prefix: int) -> Logits:
     """Return what makes a layer's logits, x being what its projections get. own: the host's layer, not yet run."""
     core, arguments = layer.core, _arguments(module, layer.call)
-    bias = None if core.bias is None else find_bias(module, own, core, arguments, prefix)
+    alone = partial(core_alone, module, core.query.shape[2], x.shape[1], layer.token_first)
+    bias = None if core.bias is None else find_bias(module, own, core, arguments, prefix, alone)
 
     def made_of(queries: Tensor, keys: Tensor, rotary: Rotary | None) -> Logits:
         query, query_norm, query_factor = projection_of(seen, module, layer, x, queries)
         key, key_norm, key_factor = projection_of(seen, module, layer, x, keys)
         explained = query is not None and key is not None and core.scale is not None
         explained = explained and (core.bias is None or bias is not None)
-        return Logits(query, key, (query_norm, key_norm), query_factor * key_factor, rotary, bias, explained)
+        return Logits(query, key, (query_norm, key_norm), query_factor * key_factor, rotary, bias, False, explained)
 
     plain = made_of(core.query, core.key, None)
     if plain.query is not None or plain.key is not None:
         return plain
+    query, key = (_before_scaling(seen, layer, part) for part in (core.query, core.key))
+    if query is not None and key is not None:
+        return replace(made_of(query, key, None), cosine=True)
     turned = (made_of(queries, keys, rotary) for rotary, queries, keys in rotations(own, core, arguments, prefix))
     return next((logits for logits in turned if logits.query is not None and logits.key is not None), plain)
+
+
+def _before_scaling(seen: Pass, layer: FoundLayer, unit: Tensor) -> Tensor | None:
+    """Return the part of a linear map's output that queries or keys of length one [B, H, N, E] are made of."""
+    batch, heads, tokens, width = unit.shape
+    lengths = unit.norm(dim=-1)
+    if not bool(((lengths - 1).abs().minimum(lengths) < CLOSE).all()):  # padding may be zeros
+        return None
+    want = unit.transpose(1, 2).flatten(0, 1)  # [T, H, E]
+    for _, made in seen.made_in(layer.path):
+        parts = made.shape[1] // (heads * width)
+        if len(made) != len(want) or made.shape[1] != parts * heads * width:
+            continue
+        for split in (
+            made.unflatten(1, (parts, heads, width)),
+            made.unflatten(1, (heads, parts, width)).transpose(1, 2),
+        ):
+            for part in split.unbind(1):
+                if torch.allclose(F.normalize(part, dim=-1), want, CLOSE, CLOSE):
+                    return part.unflatten(0, (batch, tokens)).transpose(1, 2)
+    return None
 
 
 def _arguments(module: nn.Module, call: Call) -> dict[str, Any]:
