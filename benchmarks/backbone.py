@@ -2,6 +2,7 @@
 
 python benchmarks/backbone.py --images FOLDER [--model NAME] [--weights FILE] [--size 98] [--budgets 50% 25%]
                               [--methods spvit whitened-svd vbp corp] [--json FILE] [--plot FILE.svg]
+python benchmarks/backbone.py --rows FILE --plot FILE.svg
 
 Photographs, not crops, are split into calibration and test, anew by every seed; every method gets the same crops. MACs
 are those that torch counts on the pruned model. A centred cosine is that of features less the dense network's mean
@@ -33,7 +34,7 @@ from torchvision.transforms import functional
 
 import spvit
 from backbone_peers import METHODS, Pruning
-from reporting import check_free, machine, write_results
+from reporting import check_free, write_results
 from spvit.repair.objective import OBJECTIVES
 from timm_vit import macs_of
 
@@ -169,10 +170,12 @@ def means_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(means, key=lambda row: -float(row["budget"].rstrip("%")))
 
 
-def table_of(rows: list[dict[str, Any]], options: argparse.Namespace) -> Table:
+def table_of(rows: list[dict[str, Any]], settings: dict[str, Any]) -> Table:
     """Return the means over seeds as a table."""
-    title = f"{options.model}, {options.size} px, {options.count} images, {options.seeds} seeds, nothing trained"
-    table = Table(title=title)
+    model, size, count, seeds, photographs = (settings[n] for n in ("model", "size", "count", "seeds", "photographs"))
+    table = Table(
+        title=f"{model}, {size} px, {count} crops of {photographs} photographs, {seeds} splits, nothing trained"
+    )
     for column in ("budget", "method", "macs", *FIGURES, "score_s", "prune_s"):
         table.add_column(column.replace("_", " "), justify="left" if column == "method" else "right")
     budget = None
@@ -212,7 +215,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_small_patch14_dinov2", help="a timm ViT (default: %(default)s)")
     parser.add_argument("--weights", help="safetensors file for it (default: timm's pretrained weights)")
-    parser.add_argument("--images", required=True, help="folder of photographs")
+    parser.add_argument("--images", help="folder of photographs")
     parser.add_argument("--size", type=int, default=98, help="pixels of the sides of crops (default: %(default)s)")
     parser.add_argument("--count", type=int, default=800, help="calibration crops (default: %(default)s)")
     parser.add_argument("--budgets", nargs="+", default=["75%", "50%", "35%", "25%", "15%"], help="of the MACs")
@@ -222,12 +225,28 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--json", help="file to write the rows to, after every seed")
     parser.add_argument("--plot", help="file to draw centred cosines against MACs to: .svg, .png; overwritten")
-    return parser.parse_args()
+    parser.add_argument("--rows", help="what --json has written: print and draw it, and measure nothing")
+    options = parser.parse_args()
+    if (options.images is None) == (options.rows is None):
+        parser.error("name a folder with --images, or a file with --rows")
+    return options
 
 
 def main() -> None:
     """Measure every split, print the means, and write the rows."""
     options = parse_options()
+    if options.rows is None:
+        rows, settings = measured(options)
+    else:
+        content = json.loads(Path(options.rows).read_text(encoding="utf-8"))
+        rows, settings = content["rows"], content["settings"]
+    Console(width=140).print(table_of(rows, settings))
+    if options.plot is not None:
+        plot(rows, f"{settings['model']}, {settings['size']} px, nothing trained", options.plot)
+
+
+def measured(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Measure every split, write the rows, and return them and the settings."""
     check_free(options.json)
     model, photographs = load_model(options), load_photographs(options.images)
     settings = {**vars(options), "photographs": len(photographs), "test_crops": TEST_CROPS}
@@ -235,13 +254,7 @@ def main() -> None:
     for seed in range(1, options.seeds + 1):
         rows += measure(model, photographs, seed, options)
         write_results(options.json, "backbone", rows, anew=True, settings=settings)
-    console = Console(width=140)
-    console.print(table_of(rows, options))
-    if options.plot is not None:
-        plot(rows, f"{options.model}, {options.size} px, nothing trained", options.plot)
-    console.print(
-        f"{len(photographs)} photographs; {machine()['processor' if options.device == 'cpu' else 'accelerator']}"
-    )
+    return rows, settings
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def _cut_block(block: Any, units: Tensor, heads: Tensor, hidden: Moments | None,
     if len(heads) == attention.num_heads:
         return
     rows = (heads[:, None] * attention.head_dim + torch.arange(attention.head_dim, device=heads.device)).flatten()
-    width = attention.attn_dim
+    width = attention.proj.in_features
     with torch.no_grad():
         weights = _taken_for(width, rows, mixed).to(attention.proj.weight)
         attention.proj.weight = nn.Parameter(attention.proj.weight @ weights)
