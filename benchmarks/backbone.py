@@ -2,7 +2,7 @@
 
 python benchmarks/backbone.py --images FOLDER [--model NAME] [--weights FILE] [--size 98] [--budgets 50% 25%]
                               [--methods spvit whitened-svd vbp corp] [--json FILE] [--plot FILE.svg]
-python benchmarks/backbone.py --rows FILE --plot FILE.svg
+python benchmarks/backbone.py --rows FILE.json [FILE.json ...] --plot FILE.svg
 
 Photographs, not crops, are split into calibration and test, anew by every seed; every method gets the same crops. MACs
 are those that torch counts on the pruned model. A centred cosine is that of features less the dense network's mean
@@ -225,7 +225,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--json", help="file to write the rows to, after every seed")
     parser.add_argument("--plot", help="file to draw centred cosines against MACs to: .svg, .png; overwritten")
-    parser.add_argument("--rows", help="what --json has written: print and draw it, and measure nothing")
+    parser.add_argument("--rows", nargs="+", help="what --json has written: print and draw it, and measure nothing")
     options = parser.parse_args()
     if (options.images is None) == (options.rows is None):
         parser.error("name a folder with --images, or a file with --rows")
@@ -238,8 +238,8 @@ def main() -> None:
     if options.rows is None:
         rows, settings = measured(options)
     else:
-        content = json.loads(Path(options.rows).read_text(encoding="utf-8"))
-        rows, settings = content["rows"], content["settings"]
+        contents = [json.loads(Path(path).read_text(encoding="utf-8")) for path in options.rows]
+        rows, settings = [row for content in contents for row in content["rows"]], contents[0]["settings"]
     Console(width=140).print(table_of(rows, settings))
     if options.plot is not None:
         plot(rows, f"{settings['model']}, {settings['size']} px, nothing trained", options.plot)

@@ -1,13 +1,13 @@
 """SnapViT, a peer of spvit in benchmarks/backbone.py: gradients, an evolution strategy, corrected weights.
 
 Simoncini et al., "Elastic ViTs from Pretrained Models without Retraining" (NeurIPS 2025, arXiv 2510.17700), with the
-settings that its authors publish for DINO ViT-B/16 with weight correction. FFN units and whole
-heads go, ranked over the network by their squared gradients of the DINO loss, times a weight for every FFN and head.
-The weights are found by xNES (Glasmachers et al., GECCO 2010): 50 draws, each judged by the cosine of principal
-components of the features at four sizes. What is left of each second layer is corrected for what went.
+settings that its authors publish for DINO ViT-B/16 with weight correction. FFN units and whole heads go, ranked over
+the network by their squared gradients of the DINO loss, times a weight for every FFN and head. The weights are found by
+xNES (Glasmachers et al., GECCO 2010): 50 draws, each judged by the cosine of principal components of the features at
+four sizes. What is left of each second layer is corrected for what went.
 
-Departures: fitness is measured on 256 images, not 1,000; the correction is the exact minimum, which SparseGPT's column
-by column approaches; every view of a batch draws its own box.
+Departures: fitness is measured on 256 images, not 1,000; the correction is the exact minimum, which SparseGPT
+approaches column by column; every view of a batch draws its own box; the strategy's start is judged too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -38,7 +38,7 @@ KEPT_UNITS, KEPT_HEADS = 0.05, 0.2
 DAMPING = 0.01
 
 
-def snapvit(model: nn.Module, images: Tensor) -> Any:
+def snapvit(model: nn.Module, images: Tensor) -> Callable[[float], nn.Module]:
     """Score once and find the weights once; prune to any share."""
     dense = cast(Any, model)
     blocks, attention, ffn = len(dense.blocks), dense.blocks[0].attn, dense.blocks[0].mlp
@@ -87,8 +87,8 @@ def squared_gradients(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]
         crops = [_view(batch, scale, views) for count, scale in (GLOBAL_VIEWS, LOCAL_VIEWS) for _ in range(count)]
         found = nn.functional.normalize(cast(Tensor, student(torch.cat(crops))), dim=-1).chunk(len(crops))
         teachers = [view.detach().softmax(-1) for view in found[: GLOBAL_VIEWS[0]]]
-        pairs = [(t, s) for t in range(len(teachers)) for s in range(len(found)) if t != s]
-        sum(-(teachers[t] * found[s].log_softmax(-1)).sum(-1).mean() for t, s in pairs).backward()  # type: ignore
+        pairs = [(teacher, view) for t, teacher in enumerate(teachers) for s, view in enumerate(found) if t != s]
+        torch.stack([-(teacher * view.log_softmax(-1)).sum(-1).mean() for teacher, view in pairs]).sum().backward()
     blocks = cast(Any, student).blocks
     units = [block.mlp.fc1.weight.grad.square().mean(1) for block in blocks]
     values = [block.attn.qkv.weight.grad.chunk(3)[2].unflatten(0, (block.attn.num_heads, -1)) for block in blocks]
@@ -106,8 +106,8 @@ def _view(batch: Tensor, scale: tuple[float, float], generator: random.Random) -
     return nn.functional.interpolate(box, (size, size), mode="bilinear", antialias=True)
 
 
-def xnes(loss: Any, start: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """Return the best of `draws` draws of an exponential natural evolution strategy, its absolute values."""
+def xnes(loss: Callable[[Tensor], float], start: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """Return the best, without signs, of the start and `draws` draws of an exponential natural evolution strategy."""
     size = len(start)
     population = 4 + int(3 * math.log(size))
     ranks = torch.arange(1, population + 1, dtype=start.dtype)
@@ -115,7 +115,7 @@ def xnes(loss: Any, start: Tensor, draws: int, generator: torch.Generator) -> Te
     utilities = utilities / utilities.sum() - 1 / population
     rate = (9 + 3 * math.log(size)) / (5 * size * math.sqrt(size))
     centre, root = start.clone(), torch.eye(size, dtype=start.dtype)
-    best = (math.inf, start)
+    best = (loss(start), start)
     while draws > 0:
         noise = torch.randn(min(population, draws), size, dtype=start.dtype, generator=generator)
         points = (centre + noise @ root.T).abs()
