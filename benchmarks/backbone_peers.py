@@ -3,7 +3,8 @@
 Every method gathers what it needs from the calibration images once, and returns a function of the share of the MACs.
 It is written from its paper's formulas, on FFNs `mlp.fc1`, `mlp.act`, `mlp.fc2` and attention `attn.qkv`, `attn.proj`.
 
-Not here: DVBP with OB2C, of which no public description was found. Shapes: N tokens, D width, h heads.
+Not here: DVBP with OB2C, of which no public description was found, and torch-kirigami, which knows no budget of MACs
+and ranks by magnitude or Taylor terms as Torch-Pruning does. Shapes: N tokens, D width, h heads.
 """
 
 from __future__ import annotations
