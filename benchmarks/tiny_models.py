@@ -156,7 +156,8 @@ def _narrow(settings: Mapping[str, Any], heads: int, head_width: int) -> dict[st
     dim, own = settings.get("embed_dim"), settings.get("num_heads")
     dims = settings.get("embed_dims")
     if isinstance(dims, (tuple, list)) and isinstance(own, (tuple, list)) and len(dims) == len(own):
-        return {"num_heads": [1, 2, 3, 4][: len(own)], "embed_dims": [8, 16, 24, 32][: len(own)]}
+        stages = [sorted(set(dims)).index(width) + 1 for width in dims]  # alike where they are alike
+        return {"num_heads": stages, "embed_dims": [8 * stage for stage in stages]}
     if not isinstance(dim, int):
         return {}
     if not isinstance(own, int):
@@ -215,7 +216,7 @@ def _made_by_timm(name: str, options: dict[str, Any]) -> nn.Module:
         return make(*args, model_cfg=model_cfg, **{**arguments, **forced})
 
     # A configuration, or what a name fixes itself, cannot be given to create_model: it is changed on its way.
-    with patch.object(_module(name), "build_model_with_cfg", shrink):
+    with patch.multiple(_module(name), build_model_with_cfg=shrink, **_stems(name, options.get("embed_dim"))):
         try:
             return timm.create_model(name, **options)
         except TypeError as error:
@@ -223,6 +224,21 @@ def _made_by_timm(name: str, options: dict[str, Any]) -> nn.Module:
                 raise
             forced = options
             return timm.create_model(name)
+
+
+def _stems(name: str, dim: int | None) -> dict[str, Any]:
+    """Return makers of a timm module's convolutions before the blocks, by name, whose width no argument says."""
+
+    def narrow(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        def made(cfg: Any = None, channels: tuple[int, ...] = (), **arguments: Any) -> nn.Module:
+            if cfg is None:
+                return make(channels=(8,) * (len(channels) - 1) + (dim,), **arguments)
+            return make(cfg=dataclasses.replace(cfg, stem_width=8, embed_dim=(8, 16, dim)), **arguments)
+
+        return made
+
+    own = vars(_module(name))
+    return {key: narrow(own[key]) for key in ("MbConvStages", "ConvStem") if dim and key in own}
 
 
 def _build_timm(name: str) -> Built:
