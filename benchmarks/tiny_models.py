@@ -205,8 +205,13 @@ def _made_by_timm(name: str, options: dict[str, Any]) -> nn.Module:
         if dataclasses.is_dataclass(model_cfg):
             fields = {item.name: getattr(model_cfg, item.name) for item in dataclasses.fields(model_cfg)}
             changes = _short(fields)
-            if isinstance(fields.get("embed_dim"), (tuple, list)):  # heads there are 32 wide
-                widths = [32 * (stage + 1) for stage in range(len(fields["embed_dim"]))]
+            if isinstance(fields.get("embed_dim"), (tuple, list)):
+                head_width = 32
+                if dataclasses.is_dataclass(within := fields.get("transformer_cfg")):
+                    head_width = 8
+                    changes |= {"transformer_cfg": dataclasses.replace(within, dim_head=8), "stem_width": 8}
+                # Two stages of a width: each goes with groups of channels of the one before.
+                widths = [head_width * (1 + stage // 2) for stage in range(len(fields["embed_dim"]))]
                 try:
                     narrow = dataclasses.replace(model_cfg, **changes, embed_dim=widths)
                     return make(*args, model_cfg=narrow, **{**arguments, **forced})

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from spvit.errors import UnsupportedHostError
 from spvit.hosts.behaviour.watch import Pass, silenced, stopped_at
+
+CORNERS = {"top left": (0, 0), "top right": (0, -1), "bottom left": (-1, 0), "bottom right": (-1, -1)}
 
 
 @dataclass(frozen=True)
@@ -41,45 +42,59 @@ def find_tokens(
     """
     first = twin.get_submodule(block)
     module = first[0] if isinstance(first, nn.ModuleList) else first
-    source = _module_of_images(twin, seen, images)
-    height, width = _read_by(twin.get_submodule(source), images)
-    image = images[:1]
-    corners = {"top left": (0, 0), "top right": (0, width - 1), "bottom left": (height - 1, 0)}
-    corners["bottom right"] = (height - 1, width - 1)
-    changed = image.repeat(len(corners), 1, 1, 1)
-    for number, (row, column) in enumerate(corners.values()):
-        changed[number, :, row, column] += 10
+    alike, moved = images[:1].repeat(1 + len(CORNERS), 1, 1, 1), []
     with silenced(twin, silent):
-        arrived = stopped_at(twin, torch.cat([image, changed]), module)
-    if arrived.dim() not in (3, 4):
-        raise UnsupportedHostError(
-            f"{block} takes a tensor {list(arrived.shape)}, expected tokens [batch, tokens, width] or a map [batch, "
-            "height, width, width of a token]"
-        )
-    arrived = (arrived.transpose(0, 1) if token_first else arrived).flatten(1, -2)
-    moved = (arrived[1:] - arrived[:1]).abs().amax(-1).argmax(-1).tolist()
-    prefix, across, down = moved[0], moved[1] - moved[0] + 1, 0
-    if across > 0:
-        down = (moved[2] - moved[0]) // across + 1
-    expected = [prefix, prefix + across - 1, prefix + (down - 1) * across, prefix + down * across - 1]
-    if moved != expected or prefix + down * across != arrived.shape[1] or across < 1 or down < 1:
-        where = ", ".join(f"{name} to {token}" for name, token in zip(corners, moved))
-        raise UnsupportedHostError(
-            f"the tokens of {block} are not patches row by row behind prefix tokens: of {arrived.shape[1]} tokens the "
-            f"image's corners go {where}"
-        )
-    return Tokens(prefix, (down, across), source)
+        given = stopped_at(twin, alike, module)
+        if given.dim() not in (3, 4):
+            raise UnsupportedHostError(
+                f"{block} takes a tensor {list(given.shape)}, expected tokens [batch, tokens, width] or a map [batch, "
+                "height, width, width of a token]"
+            )
+        count = len(given) if token_first else given.shape[1:-1].numel()
+        conv = _convolution_before(twin, seen, block, count)
+        if conv is not None:
+            handle = conv.register_forward_hook(lambda module, args, output: _changed(output))
+            try:
+                moved.append(stopped_at(twin, alike, module))
+            finally:
+                handle.remove()
+        moved.append(stopped_at(twin, _changed(alike), module))
+    for arrived in moved:
+        rows = (arrived.transpose(0, 1) if token_first else arrived).flatten(1, -2)
+        found = (rows[1:] - rows[:1]).abs().amax(-1).argmax(-1).tolist()
+        prefix, across = found[0], found[1] - found[0] + 1
+        down = (found[2] - prefix) // across + 1 if across > 0 else 0
+        corners = [prefix, prefix + across - 1, prefix + (down - 1) * across, prefix + down * across - 1]
+        if found == corners and prefix + down * across == count and across > 0 and down > 0:
+            return Tokens(prefix, (down, across), _module_of_images(twin, seen, images))
+    where = ", ".join(f"{name} to {token}" for name, token in zip(CORNERS, found))
+    raise UnsupportedHostError(
+        f"the tokens of {block} are not patches row by row behind prefix tokens: of {count} tokens the image's corners "
+        f"go {where}"
+    )
 
 
-def _read_by(module: nn.Module, images: Tensor) -> list[int]:
-    """Return how many rows and columns of images a module reads: a convolution leaves out what fills no patch."""
-    sizes = list(images.shape[2:])
-    if not isinstance(module, nn.Conv2d) or isinstance(module.padding, str):
-        return sizes
-    geometry = zip(sizes, module.kernel_size, module.stride, module.padding)
-    return [
-        min(size, (size + 2 * pad - kernel) // stride * stride + kernel - pad) for size, kernel, stride, pad in geometry
-    ]
+def _changed(maps: Tensor) -> Tensor:
+    """Return images or maps [1 + corners, C, height, width] with another corner changed in each but the first."""
+    maps = maps.clone()
+    for number, (row, column) in enumerate(CORNERS.values(), start=1):
+        maps[number, :, row, column] += 10 * maps[0].std()
+    return maps
+
+
+def _convolution_before(twin: nn.Module, seen: Pass, block: str, count: int) -> nn.Module | None:
+    """Return the last convolution before a block whose map may be its tokens.
+
+    What changes in images arrives blurred behind many convolutions; what changes in that map does not.
+    """
+    began = min(calls[0].order for path, calls in seen.calls.items() if f"{path}.".startswith(f"{block}."))
+    ran = {
+        calls[0].order: module
+        for path, calls in seen.calls.items()
+        if isinstance(module := twin.get_submodule(path), nn.Conv2d) and calls[0].order < began
+        if calls[0].answer is not None and count // 2 < calls[0].answer.shape[2:].numel() <= count
+    }
+    return ran[max(ran)] if ran else None
 
 
 def _module_of_images(twin: nn.Module, seen: Pass, images: Tensor) -> str:
