@@ -158,6 +158,8 @@ def _narrow(settings: Mapping[str, Any], heads: int, head_width: int) -> dict[st
     if isinstance(dims, (tuple, list)) and isinstance(own, (tuple, list)) and len(dims) == len(own):
         stages = [sorted(set(dims)).index(width) + 1 for width in dims]  # alike where they are alike
         return {"num_heads": stages, "embed_dims": [8 * stage for stage in stages]}
+    if "use_mlp_head" in settings:  # a MetaFormer, whose heads are 32 wide
+        return {"dims": [32, 32, 32, 64]}
     if not isinstance(dim, int):
         return {}
     if not isinstance(own, int):

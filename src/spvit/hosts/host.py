@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spvit.cost import count_macs, count_params
 from spvit.errors import CalibrationError, NotSearchableError, UnsupportedHostError
+from spvit.hosts.found import FoundFamily
 from spvit.hosts.recognise import RECORD, family_of
 from spvit.hosts.replay import BlockCall, record_calls
 from spvit.hosts.sites import AttentionSite, BlockSites, Family
@@ -120,7 +121,10 @@ def recognise(model: nn.Module, images: Tensor | None = None) -> Host:
     family = family_of(model, None if images is None else (images.shape[1], images.shape[2], images.shape[3]))
     blocks = family.blocks(model)
     _check_blocks_differ(model, blocks)
-    return Host(model, family, blocks, family.input_size(model))
+    host = Host(model, family, blocks, family.input_size(model))
+    if isinstance(family, FoundFamily):
+        len(host.calls)  # what cannot be replayed is refused here, not by a later verb
+    return host
 
 
 def _check_dense(model: nn.Module) -> None:

@@ -183,7 +183,7 @@ class BlockSites:
     before: str | None = None
     """Dotted name of a module that stands between the previous block and this one; None when nothing does."""
     channels_first: bool = False
-    """Whether that module takes and answers maps [B, D, height, width], and blocks [B, height, width, D]."""
+    """Whether that module takes and answers maps [B, D, height, width]."""
 
 
 Undo = Callable[[], object]

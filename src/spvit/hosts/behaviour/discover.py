@@ -216,7 +216,7 @@ def _macs_of(twin: nn.Module, size: tuple[int, int, int], paths: list[str]) -> l
 def _chain(twin: nn.Module, seen: Pass, layers: list[FoundLayer]) -> list[tuple[str | None, bool]]:
     """Return what stands before each block: nothing, or a module that takes what the block before it answers.
 
-    And whether that module works on maps with their channels first. Raises UnsupportedHostError where anything else
+    And whether that module works on maps [B, D, height, width]. Raises UnsupportedHostError where anything else
     changes tokens between two blocks.
     """
     ends = [_ends(twin, seen, layer.block) for layer in layers]
@@ -236,14 +236,17 @@ def _chain(twin: nn.Module, seen: Pass, layers: list[FoundLayer]) -> list[tuple[
 
 
 def _between(seen: Pass, out: Tensor, given: Tensor) -> tuple[str, bool] | None:
-    """Return the module that makes what one block takes of what another answers, perhaps with its channels first."""
-    turns = [(out, given, False)]
-    if out.dim() == given.dim() == 4:
-        turns.append((out.permute(0, 3, 1, 2), given.permute(0, 3, 1, 2), True))
+    """Return the module that makes what one block takes of what another answers, and whether on maps [B, D, h, w]."""
     for path, calls in seen.calls.items():
-        for source, target, channels_first in turns:
-            if len(calls) == 1 and _equal(calls[0].tokens, source) and _equal(calls[0].answer, target):
-                return path, channels_first
+        pair = calls[0].tokens, calls[0].answer
+        if len(calls) != 1 or pair[0] is None or pair[1] is None:
+            continue
+        if _equal(pair[0], out) and _equal(pair[1], given):
+            return path, False
+        if pair[0].dim() == pair[1].dim() == 4:
+            source, target = (x.permute(0, 2, 3, 1).flatten(1, 5 - out.dim()) for x in pair if x is not None)
+            if _equal(source, out) and _equal(target, given):
+                return path, True
     return None
 
 
