@@ -160,7 +160,7 @@ class FFNSite:
     """Dotted name of its second linear layer in the host."""
     units: int
     norm: str | None = None
-    """Dotted name of a norm over the hidden units; it gets narrower with them."""
+    """Dotted name of a norm over the hidden units, or of a depthwise convolution; it gets narrower with them."""
 
     @property
     def linears(self) -> tuple[str, ...]:
