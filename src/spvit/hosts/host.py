@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from spvit.cost import count_macs, count_params
 from spvit.errors import CalibrationError, NotSearchableError, UnsupportedHostError
 from spvit.hosts.behaviour.discover import used_twice
-from spvit.hosts.calling import BlockCall, record_calls
+from spvit.hosts.calling import BlockCall, calls_of
 from spvit.hosts.family import Family
-from spvit.hosts.recognise import RECORD, family_of, known_family
+from spvit.hosts.recognise import RECORD, family_of
 from spvit.hosts.sites import AttentionSite, BlockSites
 from spvit.hosts.weights import AttentionWeights, read_weights
 
@@ -80,12 +80,7 @@ class Host:
     @cached_property
     def calls(self) -> dict[str, BlockCall]:
         """How the model calls each block and what stands before it, by path: recorded from a pass, once."""
-        paths = [path for block in self.blocks for path in (block.before, block.path) if path is not None]
-        # A number of images that other sizes in a model hardly are; tables may have an entry for each head.
-        images = next(count for count in (3, 5, 7) if all(block.attention.heads != count for block in self.blocks))
-        alike = example_images(self, images)
-        different = torch.randn(alike.shape, generator=torch.Generator().manual_seed(0)).to(alike)
-        return dict(zip(paths, record_calls(self.model, paths, different)))
+        return calls_of(self.model, self.blocks, self.input_size)
 
     @cached_property
     def totals(self) -> dict[str, int]:
@@ -130,10 +125,7 @@ def recognise(model: nn.Module, images: Tensor | None = None) -> Host:
     _check_parts(model)
     family = family_of(model, None if images is None else (images.shape[1], images.shape[2], images.shape[3]))
     _check_blocks_differ(model, family.sites)
-    host = Host(model, family)
-    if known_family(model) is None and not next(model.parameters()).is_meta:
-        len(host.calls)  # what cannot be replayed is refused here, not by a later verb
-    return host
+    return Host(model, family)
 
 
 def _check_dense(model: nn.Module) -> None:

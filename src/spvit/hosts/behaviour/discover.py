@@ -30,6 +30,7 @@ from spvit.hosts.behaviour.attention import (
 from spvit.hosts.behaviour.ffn import check_narrower, find_ffn
 from spvit.hosts.behaviour.tokens import Tokens, find_tokens, layout_of
 from spvit.hosts.behaviour.watch import Pass, dropouts, first_tensor, same, watch
+from spvit.hosts.calling import calls_of
 from spvit.hosts.declared import Sites
 from spvit.hosts.family import Family
 from spvit.hosts.sites import AttentionSite, BlockSites
@@ -75,6 +76,7 @@ def discover(model: nn.Module, size: tuple[int, int, int], declared: Sites | Non
         ffn = find_ffn(seen, layer.block, layer.path, site.dim)
         blocks.append(BlockSites(layer.block, site, ffn, before, channels_first))
     check_narrower(twin, images, [block.ffn for block in blocks])
+    calls_of(twin, blocks, size)  # raises where a block reads something of each image beside its tokens
     return Family(type(model).__name__, tuple(blocks), size, tokens.images, _classes(model, seen))
 
 
