@@ -66,8 +66,9 @@ class Rotary:
 class Bias:
     """What is added to the scaled logits, the same for every image."""
 
-    table: str
-    """Name of the argument of the layer that it is, [.., H or 1, N, N], or of the parameter inside it that holds it."""
+    table: str | None
+    """Name of the argument of the layer that it is, [.., H or 1, N, N], or of the parameter inside it that holds it;
+    None: the layer computes it from its parameters (by a small network, say), so it is read from what it adds."""
     argument: bool
     heads_first: bool = False
     """Whether the parameter is [H, entries] (or [H, N, N]), or else [entries, H]."""
@@ -75,6 +76,8 @@ class Bias:
     """Name, inside the layer, of the tensor of each pair of tokens' entry; None: the entries are all pairs."""
     mask: str | None = None
     """Name of the argument of the layer that is added besides, [windows, N, N] or None: a mask of shifted windows."""
+    entries: int = 0
+    """How many entries a computed bias has for each head."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,10 @@ class AttentionSite:
     """Names, inside the layer, of norms over a head's queries, over its keys, and over the outputs of all heads."""
     inner_norm: str | None = None
     """Name, inside the layer, of a norm that its input goes through first."""
+    cosine: bool = False
+    """Whether queries and keys are scaled to length one."""
+    head_scales: bool = False
+    """Whether the layer scales each head's logits, as it has learned."""
     rotary: Rotary | None = None
     """How queries and keys are rotated; None: they are not."""
     bias: Bias | None = None

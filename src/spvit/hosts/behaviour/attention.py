@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from spvit.errors import UnsupportedHostError
 from spvit.hosts.behaviour.equations import CLOSE, columns_that_read, places_of, rows_that_make
 from spvit.hosts.behaviour.watch import Call, Core, Pass, answering, first_tensor
-from spvit.hosts.position import find_bias, rotations
+from spvit.hosts.position import core_alone, find_bias, rotations
 from spvit.hosts.sites import PLAIN, Bias, Rotary, Rows
 
 
@@ -215,30 +215,56 @@ class Logits:
     """Of queries times keys, beside the scale that is seen."""
     rotary: Rotary | None = None
     bias: Bias | None = None
+    cosine: bool = False
+    """Whether queries and keys are scaled to length one."""
     explained: bool = False
     """Whether this is all that makes them."""
 
 
 def logits_of(seen: Pass, own: nn.Module, layer: FoundLayer, x: Tensor, prefix: int) -> Logits:
     """Return what makes a layer's logits, x being what its projections get. own: the host's layer, not yet run."""
-    core, arguments = layer.core, layer.arguments
-    bias = (
-        None if core.bias is None else find_bias(layer.module, own, core.bias, core.query.shape[1], arguments, prefix)
-    )
+    core, arguments, bias = layer.core, layer.arguments, None
+    if core.bias is not None:
+        alone = partial(core_alone, layer.module, core.query.shape[2], x.shape[1], layer.token_first)
+        bias = find_bias(layer.module, own, core.bias, core.query.shape[1], arguments, prefix, alone)
 
     def made_of(queries: Tensor, keys: Tensor, rotary: Rotary | None) -> Logits:
         query, query_norm, query_factor = _projection_of(seen, layer, x, queries)
         key, key_norm, key_factor = _projection_of(seen, layer, x, keys)
         explained = query is not None and key is not None and core.scale is not None
         explained = explained and (core.bias is None or bias is not None)
-        return Logits(query, key, (query_norm, key_norm), query_factor * key_factor, rotary, bias, explained)
+        return Logits(query, key, (query_norm, key_norm), query_factor * key_factor, rotary, bias, False, explained)
 
     plain = made_of(core.query, core.key, None)
     if plain.query is not None or plain.key is not None:
         return plain
+    query, key = (_before_scaling(seen, layer, part) for part in (core.query, core.key))
+    if query is not None and key is not None:
+        return replace(made_of(query, key, None), cosine=True)
     found = rotations(own, core.query, core.key, arguments, prefix)
     turned = (made_of(queries, keys, rotary) for rotary, queries, keys in found)
     return next((logits for logits in turned if logits.query is not None and logits.key is not None), plain)
+
+
+def _before_scaling(seen: Pass, layer: FoundLayer, unit: Tensor) -> Tensor | None:
+    """Return the part of a linear map's output that queries or keys of length one [B, H, N, E] are made of."""
+    batch, heads, tokens, width = unit.shape
+    lengths = unit.norm(dim=-1)
+    if not bool(((lengths - 1).abs().minimum(lengths) < CLOSE).all()):  # padding may be zeros
+        return None
+    want = unit.transpose(1, 2).flatten(0, 1)  # [T, H, E]
+    for _, made in seen.made_in(layer.path):
+        parts = made.shape[1] // (heads * width)
+        if len(made) != len(want) or made.shape[1] != parts * heads * width:
+            continue
+        for split in (
+            made.unflatten(1, (parts, heads, width)),
+            made.unflatten(1, (heads, parts, width)).transpose(1, 2),
+        ):
+            for part in split.unbind(1):
+                if torch.allclose(F.normalize(part, dim=-1), want, CLOSE, CLOSE):
+                    return part.unflatten(0, (batch, tokens)).transpose(1, 2)
+    return None
 
 
 def _projection_of(seen: Pass, layer: FoundLayer, x: Tensor, want: Tensor) -> tuple[Rows | None, str | None, float]:

@@ -12,6 +12,7 @@ width.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -33,6 +34,7 @@ from spvit.hosts.behaviour.watch import Pass, dropouts, first_tensor, same, watc
 from spvit.hosts.calling import calls_of
 from spvit.hosts.declared import Sites
 from spvit.hosts.family import Family
+from spvit.hosts.position import core_alone
 from spvit.hosts.sites import AttentionSite, BlockSites
 
 IMAGES = 3
@@ -128,11 +130,12 @@ def _site(model: nn.Module, seen: Pass, layer: FoundLayer, tokens: Tokens, macs:
     known = known and (windows == 1 if layout is None else layout.shape == (count,))
     attention_dropout, out_dropout = dropouts(layer.module, layer.path, layer.call)
     dim = x.shape[-1]
+    scale, exact = _exact((core.scale or 1.0) * logits.factor, (width, dim))
     if windows == 1 and core.bias is not None and bool(core.bias.min() < HIDDEN):
         raise UnsupportedHostError(
             f"{layer.path}: a mask hides tokens from each other (causal or local attention); a convolution would not"
         )
-    return AttentionSite(
+    site = AttentionSite(
         path=layer.path,
         norm=norm_before(seen, layer, call, source),
         query=logits.query or value,
@@ -148,25 +151,34 @@ def _site(model: nn.Module, seen: Pass, layer: FoundLayer, tokens: Tokens, macs:
         windows=windows,
         layout=layout,
         extra_macs=macs - windows * count * (4 * dim + 2 * count) * heads * width if macs else 0,
-        narrows_queries=known and logits.norms == (None, None) and logits.bias is None,
+        narrows_queries=known and logits.norms == (None, None) and logits.bias is None and not logits.cosine,
         narrows_values=known and layer.out_norm is None,
-        scale=_exact((core.scale or 1.0) * logits.factor, (width, dim)),
+        scale=scale,
         dropout=attention_dropout,
         out_dropout=out_dropout,
         norms=(*logits.norms, layer.out_norm),
         inner_norm=inner_norm,
+        cosine=logits.cosine,
+        head_scales=core.scales is not None,
         rotary=logits.rotary,
         bias=logits.bias,
         parameters=parameters_of(layer, inner_norm),
         tuple_items=len(layer.call.output) if isinstance(layer.call.output, (tuple, list)) else 0,
         token_first=layer.token_first,
     )
+    if known and not exact and abs(logits.factor - 1) < 1e-3 and core.scales is None:
+        own = core_alone(model.get_submodule(layer.path), count, dim, layer.token_first)
+        # The twin's parameters are a little random, so what differs there is a parameter.
+        learned = own is not None and abs((own.scale or 0) - scale) > 1e-4 * abs(scale)
+        site = replace(site, scale=1.0, head_scales=True) if learned else site
+    return site
 
 
-def _exact(scale: float, widths: tuple[int, ...]) -> float:
-    """Return the power of a width that a measured scale is but for rounding; the scale itself if it is none."""
+def _exact(scale: float, widths: tuple[int, ...]) -> tuple[float, bool]:
+    """Return the power of a width that a measured scale is but for rounding, and True; or the scale itself."""
     powers = [1.0, *(width**power for width in widths for power in (-0.5, -1.0, -0.25))]
-    return next((power for power in powers if abs(scale - power) <= 1e-4 * power), scale)
+    found = next((power for power in powers if abs(scale - power) <= 1e-4 * power), None)
+    return (scale, False) if found is None else (found, True)
 
 
 def _macs_of(twin: nn.Module, size: tuple[int, int, int], paths: list[str]) -> list[int]:

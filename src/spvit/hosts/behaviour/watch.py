@@ -45,6 +45,8 @@ class Core:
     """What is added to the scaled products, the same for every image: [1 or B, H, N, M]."""
     flat: bool = False
     """Whether images, windows and heads were one dimension: then B and H are a guess, of one window an image."""
+    scales: Tensor | None = None
+    """Factors of each head's products, [H], beside the scale; None: no head has one of its own."""
 
     def split(self, rows: int) -> Core:
         """Return the same for so many tokens of all images and windows: [rows / N, H, N, E]."""
@@ -227,8 +229,8 @@ class _Watching(TorchFunctionMode):
         left, right, _ = found[-1]
         parts = (_by_head(part, self.images) for part in (left, right.mT, value, output, logits))
         query, key, value, output, square = parts
-        scale, bias = _explained(query @ key.mT, square, self.images)
-        self.seen.cores.append(Core(self._running(), query, key, value, output, scale, bias, left.dim() == 3))
+        scale, bias, scales = _explained(query @ key.mT, square, self.images)
+        self.seen.cores.append(Core(self._running(), query, key, value, output, scale, bias, left.dim() == 3, scales))
 
 
 def _as_product(name: str, args: Any, out: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -256,18 +258,24 @@ def _by_head(x: Tensor, images: int) -> Tensor:
     return x if x.dim() == 4 else x.unflatten(0, (images, -1))
 
 
-def _explained(products: Tensor, logits: Tensor, images: int) -> tuple[float | None, Tensor | None]:
-    """Return scale and bias with which logits are scaled products and a bias that is the same for every image."""
+def _explained(products: Tensor, logits: Tensor, images: int) -> tuple[float | None, Tensor | None, Tensor | None]:
+    """Return scale, bias and scales of heads: logits are scaled products and a bias that is the same for every image.
+
+    No scale: they are more than that.
+    """
     if not logits.isfinite().all():
-        return None, torch.full((1, 1, 1, 1), -torch.inf)
-    p, z = (part.double().unflatten(0, (images, -1)) for part in (products, logits))
+        return None, torch.full((1, 1, 1, 1), -torch.inf), None
+    p, z = (part.double().unflatten(0, (images, -1)) for part in (products, logits))  # [images, windows, H, N, M]
     dp, dz = p[1:] - p[:-1], z[1:] - z[:-1]
-    scale = float((dp * dz).sum() / dp.square().sum())
-    bias = (z - scale * p).mean(0)
-    spread = (z - z.mean()).square().mean().sqrt()
-    if not bool((z - scale * p - bias).abs().max() <= 1e-3 * spread):
-        return None, None
-    return scale, bias.to(products) if bool(bias.abs().max() > 1e-3 * spread) else None
+    spread = dz.square().mean().sqrt()  # of what differs between images: masks are far larger
+    for by_head in (False, True):
+        summed = (0, 1, 3, 4) if by_head else (0, 1, 2, 3, 4)
+        scales = (dp * dz).sum(summed, keepdim=True) / dp.square().sum(summed, keepdim=True)
+        bias = (z - scales * p).mean(0)
+        if bool((z - scales * p - bias).abs().max() <= 1e-3 * spread):
+            added = bias.to(products) if bool(bias.abs().max() > 1e-3 * spread) else None
+            return (1.0, added, scales.flatten()) if by_head else (float(scales), added, None)
+    return None, None, None
 
 
 @contextmanager
