@@ -57,7 +57,7 @@ def find_tokens(seen: Pass, images: Tensor, layer: FoundLayer, silent: Sequence[
                 "height, width, width of a token]"
             )
         count, moved = len(given) if layer.token_first else given.shape[1:-1].numel(), [given]
-        maps = _convolution_before(seen, block, count)
+        maps = _convolution_before(seen, block, count, len(images))
         if maps is not None:
             with answering(seen.model, {maps: _changed}):
                 moved.insert(0, reached(seen.model, alike, module, output=False))
@@ -84,7 +84,7 @@ def _changed(maps: Tensor) -> Tensor:
     return maps
 
 
-def _convolution_before(seen: Pass, block: str, count: int) -> str | None:
+def _convolution_before(seen: Pass, block: str, count: int, images: int) -> str | None:
     """Return the last convolution before a block whose map may be its tokens.
 
     What changes in images arrives blurred behind many convolutions; what changes in that map does not.
@@ -94,7 +94,8 @@ def _convolution_before(seen: Pass, block: str, count: int) -> str | None:
         calls[0].order: path
         for path, calls in seen.calls.items()
         if isinstance(seen.module(path), nn.Conv2d) and calls[0].order < began
-        if calls[0].answer is not None and count // 2 < calls[0].answer.shape[2:].numel() <= count
+        if (made := calls[0].answer) is not None and len(made) == images
+        if count // 2 < made.shape[2:].numel() <= count
     }
     return ran[max(ran)] if ran else None
 
