@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from spvit.errors import CalibrationError, UnsupportedHostError
-from spvit.hosts.sites import AttentionSite
+from spvit.hosts.sites import AttentionSite, BlockSites
 
 
 class _Reached(Exception):
@@ -96,6 +96,18 @@ class BlockCall:
         if self.images and isinstance(value, Tensor) and value.dim() and len(value) == self.images:
             return value[:1].expand(images, *value.shape[1:])
         return value
+
+
+def calls_of(model: nn.Module, blocks: Sequence[BlockSites], size: tuple[int, int, int]) -> dict[str, BlockCall]:
+    """Return how a model calls its blocks and what stands before them, by path, as `record_calls`.
+
+    size: (channels, height, width) of its images, which differ here, so that what is of each image shows.
+    """
+    paths = [path for block in blocks for path in (block.before, block.path) if path is not None]
+    # A number of images that other sizes in a model hardly are; tables may have an entry for each head.
+    count = next(count for count in (3, 5, 7) if all(block.attention.heads != count for block in blocks))
+    images = torch.randn(count, *size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
+    return dict(zip(paths, record_calls(model, paths, images)))
 
 
 def record_calls(model: nn.Module, paths: Sequence[str], images: Tensor) -> tuple[BlockCall, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spvit.cost import count_macs, count_params
 from spvit.errors import CalibrationError, NotSearchableError, UnsupportedHostError
 from spvit.hosts.behaviour.discover import used_twice
-from spvit.hosts.calling import BlockCall, record_calls
+from spvit.hosts.calling import BlockCall, calls_of
 from spvit.hosts.family import Family
 from spvit.hosts.recognise import RECORD, family_of
 from spvit.hosts.sites import AttentionSite, BlockSites
@@ -80,10 +80,7 @@ class Host:
     @cached_property
     def calls(self) -> dict[str, BlockCall]:
         """How the model calls each block and what stands before it, by path: recorded from a pass, once."""
-        paths = [path for block in self.blocks for path in (block.before, block.path) if path is not None]
-        # A number of images that other sizes in a model hardly are; tables may have an entry for each head.
-        images = next(count for count in (3, 5, 7) if all(block.attention.heads != count for block in self.blocks))
-        return dict(zip(paths, record_calls(self.model, paths, example_images(self, images))))
+        return calls_of(self.model, self.blocks, self.input_size)
 
     @cached_property
     def totals(self) -> dict[str, int]:

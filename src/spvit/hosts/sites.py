@@ -167,7 +167,7 @@ class FFNSite:
     """Dotted name of its second linear layer in the host."""
     units: int
     norm: str | None = None
-    """Dotted name of a norm over the hidden units; it gets narrower with them."""
+    """Dotted name of a norm over the hidden units, or of a depthwise convolution; it gets narrower with them."""
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -187,7 +187,7 @@ class BlockSites:
     before: str | None = None
     """Dotted name of a module that stands between the previous block and this one; None when nothing does."""
     channels_first: bool = False
-    """Whether that module takes and answers maps [B, D, height, width], and blocks [B, height, width, D]."""
+    """Whether that module takes and answers maps [B, D, height, width]."""
 
 
 PLAIN = (

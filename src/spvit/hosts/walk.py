@@ -130,7 +130,9 @@ def through(host: Host, index: int, x: Tensor) -> Tensor:
         return out
     module, call = host.model.get_submodule(following.before), host.calls[following.before]
     if following.channels_first:
-        return tokens_of(call(module, out.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        maps = out.unflatten(1, host.blocks[index].attention.grid) if out.dim() == 3 else out
+        answer = tokens_of(call(module, maps.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        return answer.flatten(1, 5 - out.dim())
     return tokens_of(call(module, out))
 
 

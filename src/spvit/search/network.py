@@ -80,7 +80,8 @@ def make_searchable(
         NotSearchableError: the model is searchable or pruned already, or has norms over its hidden units.
     """
     dense = Host.of(host)
-    normed = next((block.ffn.norm for block in dense.blocks if block.ffn.norm is not None), None)
+    norms = [block.ffn.norm for block in dense.blocks if block.ffn.norm is not None]
+    normed = next((path for path in norms if not isinstance(dense.model.get_submodule(path), nn.Conv2d)), None)
     if normed is not None:
         raise NotSearchableError(
             f"{normed} is a norm over an FFN's hidden units, whose statistics gates would change; use spvit.score and "

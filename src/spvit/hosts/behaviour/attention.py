@@ -63,8 +63,8 @@ def attention_layers(seen: Pass) -> list[FoundLayer]:
     layers = [_layer(seen, core, block) for core, block in blocks if block is not None]
     if not layers:
         raise UnsupportedHostError(
-            f"attention runs in {owners[0]}, but no module around it holds an FFN too (two linear layers that ran); "
-            "spvit prunes blocks of attention and FFN"
+            f"attention runs in {owners[0]}, but no module around it holds an FFN too (two linear layers that ran; "
+            "convolutions do not count); spvit prunes blocks of attention and FFN"
         )
     return layers
 

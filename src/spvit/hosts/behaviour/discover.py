@@ -31,6 +31,7 @@ from spvit.hosts.behaviour.attention import (
 from spvit.hosts.behaviour.ffn import check_narrower, find_ffn
 from spvit.hosts.behaviour.tokens import Tokens, find_tokens, layout_of
 from spvit.hosts.behaviour.watch import Pass, dropouts, first_tensor, same, watch
+from spvit.hosts.calling import calls_of
 from spvit.hosts.declared import Sites
 from spvit.hosts.family import Family
 from spvit.hosts.position import core_alone
@@ -77,6 +78,7 @@ def discover(model: nn.Module, size: tuple[int, int, int], declared: Sites | Non
         ffn = find_ffn(seen, layer.block, layer.path, site.dim)
         blocks.append(BlockSites(layer.block, site, ffn, before, channels_first))
     check_narrower(twin, images, [block.ffn for block in blocks])
+    calls_of(twin, blocks, size)  # raises where a block reads something of each image beside its tokens
     return Family(type(model).__name__, tuple(blocks), size, tokens.images, _classes(model, seen))
 
 
@@ -195,19 +197,22 @@ def _macs_of(twin: nn.Module, size: tuple[int, int, int], paths: list[str]) -> l
 def _between(seen: Pass, before: FoundLayer, after: FoundLayer) -> tuple[str | None, bool]:
     """Return what stands between two blocks: nothing, or a module that takes what the first of them answers.
 
-    And whether that module works on maps with their channels first. Raises UnsupportedHostError where anything else
+    And whether that module works on maps [B, D, height, width]. Raises UnsupportedHostError where anything else
     changes tokens there.
     """
     out, given = _ends(seen, before.block)[1], _ends(seen, after.block)[0]
     if same(out, given):
         return None, False
-    turns = [(out, given, False)]
-    if out.dim() == given.dim() == 4:
-        turns.append((out.permute(0, 3, 1, 2), given.permute(0, 3, 1, 2), True))
     for path, calls in seen.calls.items():
-        for source, target, channels_first in turns:
-            if len(calls) == 1 and same(calls[0].tokens, source) and same(calls[0].answer, target):
-                return path, channels_first
+        pair = calls[0].tokens, calls[0].answer
+        if len(calls) != 1 or pair[0] is None or pair[1] is None:
+            continue
+        if same(pair[0], out) and same(pair[1], given):
+            return path, False
+        if pair[0].dim() == pair[1].dim() == 4:
+            source, target = (x.permute(0, 2, 3, 1).flatten(1, 5 - out.dim()) for x in pair if x is not None)
+            if same(source, out) and same(target, given):
+                return path, True
     raise UnsupportedHostError(
         f"{after.block} takes tokens {list(given.shape)} that are not the output of {before.block}, "
         f"{list(out.shape)}, nor what one module makes of it; something changes them between these blocks"

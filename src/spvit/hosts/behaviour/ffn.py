@@ -41,8 +41,9 @@ def find_ffn(seen: Pass, block: str, attention: str, dim: int) -> FFNSite:
     if isinstance(seen.module(block), nn.ModuleList):
         runs = f"{block}.{second[len(block) + 1 :].split('.')[0]}"
     norms = [f"{runs}.{name}" for name, part, _ in seen.inside(runs) if _is_norm(part, units)]
+    depthwise = [f"{runs}.{name}" for name, part, _ in seen.inside(runs) if is_depthwise(part, units)]
     for rows in tried:
-        for norm in (None, *norms):
+        for norm in (*depthwise, None, *norms):
             site = FFNSite(rows, second, units, norm)
             if _move_alone(seen, runs, site):
                 return site
@@ -81,6 +82,27 @@ def _ways(seen: Pass, block: str, attention: str, dim: int) -> tuple[str, list[t
 def _is_norm(module: nn.Module, units: int) -> bool:
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.dim() == 1 and len(weight) == units
+
+
+def is_depthwise(module: nn.Module, units: int) -> bool:
+    """Return whether a module is a convolution of each of so many channels by itself."""
+    return type(module) is nn.Conv2d and module.groups == module.in_channels == module.out_channels == units
+
+
+def narrow_norm(norm: nn.Module, units: Tensor) -> nn.Module:
+    """Return a copy of a norm over hidden units, or depthwise convolution, for these alone. units: [kept], indices.
+
+    A norm's mean and variance are then those of the kept units; the repair of the layer behind it makes up for that.
+    """
+    narrow: Any = copy.deepcopy(norm)
+    for name, parameter in norm.named_parameters():
+        kept = parameter.detach()[units.to(parameter.device)].clone()
+        setattr(narrow, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+    if hasattr(narrow, "normalized_shape"):
+        narrow.normalized_shape = (len(units),)
+    if isinstance(norm, nn.Conv2d):
+        narrow.groups = narrow.in_channels = narrow.out_channels = len(units)
+    return narrow
 
 
 def _move_alone(seen: Pass, runs: str, site: FFNSite) -> bool:
@@ -130,7 +152,9 @@ def _narrower(model: nn.Module, images: Tensor, ffns: Sequence[FFNSite]) -> str 
         narrow[site.second] = _with_weight(linear, kept.to(linear.weight.device), 1)
         whole[site.second] = copy.deepcopy(linear)
         cast(Any, whole[site.second]).weight[:, len(kept) :] = 0
-        if site.norm is not None:
+        if site.norm is not None and is_depthwise(norm := model.get_submodule(site.norm), site.units):
+            narrow[site.norm] = narrow_norm(norm, kept)
+        elif site.norm is not None:
             whole[site.norm] = narrow[site.norm] = nn.Identity()
     with swapped(model, whole):
         expected = _tensors(model(images))

@@ -21,6 +21,8 @@ from spvit.hosts.behaviour.watch import Call, Pass, answering, first_tensor
 from spvit.hosts.calling import reached
 from spvit.hosts.grid import GatheredGrid, Layout
 
+CORNERS = {"top left": (0, 0), "top right": (0, -1), "bottom left": (-1, 0), "bottom right": (-1, -1)}
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -44,47 +46,58 @@ def find_tokens(seen: Pass, images: Tensor, layer: FoundLayer, silent: Sequence[
     Raises:
         UnsupportedHostError: they are not the row-major patches behind some prefix tokens.
     """
-    block = layer.block
-    module = seen.module(block)
-    module = module[0] if isinstance(module, nn.ModuleList) else module
-    source = _module_of_images(seen, images)
-    height, width = _read_by(seen.module(source), images)
-    corners = {"top left": (0, 0), "top right": (0, width - 1), "bottom left": (height - 1, 0)}
-    corners["bottom right"] = (height - 1, width - 1)
-    changed = images[:1].repeat(1 + len(corners), 1, 1, 1)
-    for number, (row, column) in enumerate(corners.values(), 1):
-        changed[number, :, row, column] += 10
+    block, first = layer.block, seen.module(layer.block)
+    module = first[0] if isinstance(first, nn.ModuleList) else first
+    alike = images[:1].repeat(1 + len(CORNERS), 1, 1, 1)
     with answering(seen.model, dict.fromkeys(silent, torch.zeros_like)):
-        arrived = reached(seen.model, changed, module, output=False)
-    if arrived.dim() not in (3, 4):
-        raise UnsupportedHostError(
-            f"{block} takes a tensor {list(arrived.shape)}, expected tokens [batch, tokens, width] or a map [batch, "
-            "height, width, width of a token]"
-        )
-    arrived = (arrived.transpose(0, 1) if layer.token_first else arrived).flatten(1, -2)
-    moved = (arrived[1:] - arrived[:1]).abs().amax(-1).argmax(-1).tolist()
-    prefix, across, down = moved[0], moved[1] - moved[0] + 1, 0
-    if across > 0:
-        down = (moved[2] - moved[0]) // across + 1
-    expected = [prefix, prefix + across - 1, prefix + (down - 1) * across, prefix + down * across - 1]
-    if moved != expected or prefix + down * across != arrived.shape[1] or across < 1 or down < 1:
-        where = ", ".join(f"{name} to {token}" for name, token in zip(corners, moved))
-        raise UnsupportedHostError(
-            f"the tokens of {block} are not patches row by row behind prefix tokens: of {arrived.shape[1]} tokens the "
-            f"image's corners go {where}"
-        )
-    return Tokens(prefix, (down, across), source)
+        given = reached(seen.model, _changed(alike), module, output=False)
+        if given.dim() not in (3, 4):
+            raise UnsupportedHostError(
+                f"{block} takes a tensor {list(given.shape)}, expected tokens [batch, tokens, width] or a map [batch, "
+                "height, width, width of a token]"
+            )
+        count, moved = len(given) if layer.token_first else given.shape[1:-1].numel(), [given]
+        maps = _convolution_before(seen, block, count, len(images))
+        if maps is not None:
+            with answering(seen.model, {maps: _changed}):
+                moved.insert(0, reached(seen.model, alike, module, output=False))
+    for arrived in moved:
+        rows = (arrived.transpose(0, 1) if layer.token_first else arrived).flatten(1, -2)
+        found = (rows[1:] - rows[:1]).abs().amax(-1).argmax(-1).tolist()
+        prefix, across = found[0], found[1] - found[0] + 1
+        down = (found[2] - prefix) // across + 1 if across > 0 else 0
+        corners = [prefix, prefix + across - 1, prefix + (down - 1) * across, prefix + down * across - 1]
+        if found == corners and prefix + down * across == count and across > 0 and down > 0:
+            return Tokens(prefix, (down, across), _module_of_images(seen, images))
+    where = ", ".join(f"{name} to {token}" for name, token in zip(CORNERS, found))
+    raise UnsupportedHostError(
+        f"the tokens of {block} are not patches row by row behind prefix tokens: of {count} tokens the image's corners "
+        f"go {where}"
+    )
 
 
-def _read_by(module: nn.Module, images: Tensor) -> list[int]:
-    """Return how many rows and columns of images a module reads: a convolution leaves out what fills no patch."""
-    sizes = list(images.shape[2:])
-    if not isinstance(module, nn.Conv2d) or isinstance(module.padding, str):
-        return sizes
-    geometry = zip(sizes, module.kernel_size, module.stride, module.padding)
-    return [
-        min(size, (size + 2 * pad - kernel) // stride * stride + kernel - pad) for size, kernel, stride, pad in geometry
-    ]
+def _changed(maps: Tensor) -> Tensor:
+    """Return images or maps [1 + corners, C, height, width] with another corner changed in each but the first."""
+    maps = maps.clone()
+    for number, (row, column) in enumerate(CORNERS.values(), start=1):
+        maps[number, :, row, column] += 10 * maps[0].std()
+    return maps
+
+
+def _convolution_before(seen: Pass, block: str, count: int, images: int) -> str | None:
+    """Return the last convolution before a block whose map may be its tokens.
+
+    What changes in images arrives blurred behind many convolutions; what changes in that map does not.
+    """
+    began = min(call.order for _, _, call in seen.inside(block))
+    ran = {
+        calls[0].order: path
+        for path, calls in seen.calls.items()
+        if isinstance(seen.module(path), nn.Conv2d) and calls[0].order < began
+        if (made := calls[0].answer) is not None and len(made) == images
+        if count // 2 < made.shape[2:].numel() <= count
+    }
+    return ran[max(ran)] if ran else None
 
 
 def _module_of_images(seen: Pass, images: Tensor) -> str:
