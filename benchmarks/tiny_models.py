@@ -156,7 +156,10 @@ def _narrow(settings: Mapping[str, Any], heads: int, head_width: int) -> dict[st
     dim, own = settings.get("embed_dim"), settings.get("num_heads")
     dims = settings.get("embed_dims")
     if isinstance(dims, (tuple, list)) and isinstance(own, (tuple, list)) and len(dims) == len(own):
-        return {"num_heads": [1, 2, 3, 4][: len(own)], "embed_dims": [8, 16, 24, 32][: len(own)]}
+        stages = [sorted(set(dims)).index(width) + 1 for width in dims]  # alike where they are alike
+        return {"num_heads": stages, "embed_dims": [8 * stage for stage in stages]}
+    if "use_mlp_head" in settings:  # a MetaFormer, whose heads are 32 wide
+        return {"dims": [32, 32, 32, 64]}
     if not isinstance(dim, int):
         return {}
     if not isinstance(own, int):
@@ -204,8 +207,13 @@ def _made_by_timm(name: str, options: dict[str, Any]) -> nn.Module:
         if dataclasses.is_dataclass(model_cfg):
             fields = {item.name: getattr(model_cfg, item.name) for item in dataclasses.fields(model_cfg)}
             changes = _short(fields)
-            if isinstance(fields.get("embed_dim"), (tuple, list)):  # heads there are 32 wide
-                widths = [32 * (stage + 1) for stage in range(len(fields["embed_dim"]))]
+            if isinstance(fields.get("embed_dim"), (tuple, list)):
+                head_width = 32
+                if dataclasses.is_dataclass(within := fields.get("transformer_cfg")):
+                    head_width = 8
+                    changes |= {"transformer_cfg": dataclasses.replace(within, dim_head=8), "stem_width": 8}
+                # Two stages of a width: each goes with groups of channels of the one before.
+                widths = [head_width * (1 + stage // 2) for stage in range(len(fields["embed_dim"]))]
                 try:
                     narrow = dataclasses.replace(model_cfg, **changes, embed_dim=widths)
                     return make(*args, model_cfg=narrow, **{**arguments, **forced})
@@ -215,7 +223,7 @@ def _made_by_timm(name: str, options: dict[str, Any]) -> nn.Module:
         return make(*args, model_cfg=model_cfg, **{**arguments, **forced})
 
     # A configuration, or what a name fixes itself, cannot be given to create_model: it is changed on its way.
-    with patch.object(_module(name), "build_model_with_cfg", shrink):
+    with patch.multiple(_module(name), build_model_with_cfg=shrink, **_stems(name, options.get("embed_dim"))):
         try:
             return timm.create_model(name, **options)
         except TypeError as error:
@@ -223,6 +231,21 @@ def _made_by_timm(name: str, options: dict[str, Any]) -> nn.Module:
                 raise
             forced = options
             return timm.create_model(name)
+
+
+def _stems(name: str, dim: int | None) -> dict[str, Any]:
+    """Return makers of a timm module's convolutions before the blocks, by name, whose width no argument says."""
+
+    def narrow(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        def made(cfg: Any = None, channels: tuple[int, ...] = (), **arguments: Any) -> nn.Module:
+            if cfg is None:
+                return make(channels=(8,) * (len(channels) - 1) + (dim,), **arguments)
+            return make(cfg=dataclasses.replace(cfg, stem_width=8, embed_dim=(8, 16, dim)), **arguments)
+
+        return made
+
+    own = vars(_module(name))
+    return {key: narrow(own[key]) for key in ("MbConvStages", "ConvStem") if dim and key in own}
 
 
 def _build_timm(name: str) -> Built:

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 import spvit
 from spvit.architecture import FFN, Architecture, Attention, Block, dense
 from spvit.errors import GridError
-from spvit.hosts.behaviour.windows import places_of
+from spvit.hosts.behaviour.equations import places_of
 from spvit.hosts.calling import tokens_in
-from spvit.hosts.gathered import GatheredGrid, Layout
+from spvit.hosts.grid import GatheredGrid, Layout
 from spvit.hosts.weights import read_weights
 from spvit.search.network import gated_layers
 from tiny import (

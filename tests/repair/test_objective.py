@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import spvit
 from spvit.architecture import FFN, REPAIRED, Architecture, Attention, Block, dense
 from spvit.errors import CalibrationError, DataError
+from spvit.hosts.calling import record_calls
 from spvit.hosts.host import Host
-from spvit.hosts.replay import record_calls
 from spvit.repair.objective import Answer, Head, Objective, Reference, answer_of
 from spvit.repair.scores import Scores
 from tiny import ALIKE, HOSTS, WIDTH, assert_close, images, logits, make_host, paths_of, randomise

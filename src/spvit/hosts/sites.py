@@ -5,16 +5,13 @@ Weights are read and replacements are put in place by dotted names, so that no h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from spvit.errors import UnknownPartError
-from spvit.hosts.gathered import GatheredGrid, Layout
-from spvit.hosts.grid import Grid
+from spvit.hosts.grid import GatheredGrid, Grid, Layout
 
 
 @dataclass(frozen=True)
@@ -170,7 +167,7 @@ class FFNSite:
     """Dotted name of its second linear layer in the host."""
     units: int
     norm: str | None = None
-    """Dotted name of a norm over the hidden units; it gets narrower with them."""
+    """Dotted name of a norm over the hidden units, or of a depthwise convolution; it gets narrower with them."""
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -190,48 +187,7 @@ class BlockSites:
     before: str | None = None
     """Dotted name of a module that stands between the previous block and this one; None when nothing does."""
     channels_first: bool = False
-    """Whether that module takes and answers maps [B, D, height, width], and blocks [B, height, width, D]."""
-
-
-Undo = Callable[[], object]
-"""Takes one change of a model back."""
-
-
-class Family(Protocol):
-    """What a family of hosts has to say. Methods take a model of the family's class, dense or pruned."""
-
-    @property
-    def name(self) -> str:
-        """How messages call the family."""
-        ...
-
-    @property
-    def temperature(self) -> float:
-        """Default temperature of the head mix (alpha)."""
-        ...
-
-    def blocks(self, model: nn.Module) -> tuple[BlockSites, ...]:
-        """Return the sites of every block of a dense model. Raises UnsupportedHostError naming an unknown part."""
-        ...
-
-    def input_size(self, model: nn.Module) -> tuple[int, int, int]:
-        """Return (channels, height, width) of the images that the model takes."""
-        ...
-
-    def classes(self, model: nn.Module) -> int:
-        """Return how many classes the head tells apart; 0 when the model has no head."""
-        ...
-
-    def watch_grids(self, model: nn.Module, blocks: Sequence[int]) -> tuple[dict[int, Grid], list[Undo]]:
-        """Return the grids of blocks by index, as their attention gets them, kept at the size of the images by hooks.
-
-        Attention stays as it is. What was changed of the model, the undos take back.
-        """
-        ...
-
-    def whole_grids(self, model: nn.Module, blocks: Sequence[int]) -> tuple[dict[int, Grid], list[Undo]]:
-        """Return the same for blocks whose attention is replaced: they hand the whole grid on, as tokens row-major."""
-        ...
+    """Whether that module takes and answers maps [B, D, height, width]."""
 
 
 PLAIN = (

@@ -21,15 +21,16 @@ def _block_cost(host: Host, block: BlockSites, metric: str) -> BlockCost:
     firsts: list[Any] = [host.model.get_submodule(rows.linear) for rows in ffn.first]
     second: Any = host.model.get_submodule(ffn.second)
     unit = sum(first.in_features for first in firsts) + second.out_features
-    norm = 0 if ffn.norm is None else count_params(host.model.get_submodule(ffn.norm)) // ffn.units
-    biases = sum(first.bias is not None for first in firsts) + norm
+    norm: Any = nn.Identity() if ffn.norm is None else host.model.get_submodule(ffn.norm)
+    taps = norm.weight[0].numel() if isinstance(norm, nn.Conv2d) else 0
+    biases = sum(first.bias is not None for first in firsts) + count_params(norm) // ffn.units
     kinds = {kind: replacement(kind).cost(host, site, metric) for kind in KINDS}
     units, each = (ffn.units, site.heads, site.head_width), unit + biases
-    cost = BlockCost(kinds, unit * site.tokens if metric == "macs" else each, *units)
+    cost = BlockCost(kinds, (unit + taps) * site.tokens if metric == "macs" else each, *units)
     if block is not host.blocks[-1] or not has_prefix(site):
         return cost
     alone = {"msa": prefix_attention_cost(site, metric, kinds["msa"]), "skip": kinds["skip"]}
-    prefix = BlockCost(alone, unit * site.prefix_tokens if metric == "macs" else each, *units)
+    prefix = BlockCost(alone, (unit + taps) * site.prefix_tokens if metric == "macs" else each, *units)
     return replace(cost, prefix_only=prefix)
 
 

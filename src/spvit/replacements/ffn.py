@@ -8,9 +8,6 @@ Shapes: D width, X inputs and Y outputs of a linear layer, K kept units.
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -34,20 +31,6 @@ def narrow_linear(linear: nn.Linear, units: Tensor, axis: int) -> nn.Linear:
     if bias is not None:
         narrow.bias.requires_grad_(bias.requires_grad)
     return narrow.train(linear.training)
-
-
-def narrow_norm(norm: nn.Module, units: Tensor) -> nn.Module:
-    """Return a copy of a norm over hidden units that goes over these alone. units: [kept], indices.
-
-    Its mean and variance are then those of the kept units; the repair of the layer behind it makes up for that.
-    """
-    narrow: Any = copy.deepcopy(norm)
-    for name, parameter in norm.named_parameters():
-        kept = parameter.detach()[units.to(parameter.device)].clone()
-        setattr(narrow, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
-    if hasattr(narrow, "normalized_shape"):
-        narrow.normalized_shape = (len(units),)
-    return narrow
 
 
 def fit_ffn(pair: BlockPair) -> None:

@@ -15,12 +15,13 @@ from torch import nn
 
 from spvit.architecture import FFN, REPAIRED, Architecture, Attention, Block, Rules
 from spvit.errors import ArchitectureError
+from spvit.hosts.behaviour.ffn import narrow_norm
 from spvit.hosts.calling import answer_as_tuple, in_place, stand_in
 from spvit.hosts.grid import Grid
 from spvit.hosts.host import Host
 from spvit.hosts.sites import AttentionSite
 from spvit.replacements import replacement
-from spvit.replacements.ffn import narrow_linear, narrow_norm
+from spvit.replacements.ffn import narrow_linear
 from spvit.replacements.skip import NoNorm
 
 

@@ -16,13 +16,13 @@ from torch.nn import functional as F
 
 from spvit.architecture import Attention
 from spvit.errors import GridError
-from spvit.hosts.behaviour.position import measured_logits
 from spvit.hosts.position import (
     bias_of_pairs,
     cosines_and_sines,
     dimensions_of,
     entries_by_head,
     inside_layer,
+    measured_logits,
     rotated,
 )
 from spvit.hosts.sites import AttentionSite

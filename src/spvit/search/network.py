@@ -12,9 +12,9 @@ from torch import nn
 
 from spvit.cost import NetworkCost
 from spvit.errors import NotSearchableError
+from spvit.hosts.family import Family
 from spvit.hosts.host import Host
 from spvit.hosts.recognise import RECORD
-from spvit.hosts.sites import Family
 from spvit.replacements.costs import network_costs
 from spvit.replacements.install import put, put_attention
 from spvit.search.gated_attention import GatedAttention
@@ -80,7 +80,8 @@ def make_searchable(
         NotSearchableError: the model is searchable or pruned already, or has norms over its hidden units.
     """
     dense = Host.of(host)
-    normed = next((block.ffn.norm for block in dense.blocks if block.ffn.norm is not None), None)
+    norms = [block.ffn.norm for block in dense.blocks if block.ffn.norm is not None]
+    normed = next((path for path in norms if not isinstance(dense.model.get_submodule(path), nn.Conv2d)), None)
     if normed is not None:
         raise NotSearchableError(
             f"{normed} is a norm over an FFN's hidden units, whose statistics gates would change; use spvit.score and "
