@@ -114,7 +114,8 @@ def test_compress_without_a_search_decides_repairs_and_continues(capsys, recipe,
     assert max(epochs) == 2
     assert (out / "architecture.json").read_text() == before
     assert not states_equal(spvit.load(out), model)
-    for option, value, found in (("calibration_images", "299", "300"), ("repair_views", "2", "4"), ("repair", "false", "True")):
+    others = (("calibration_images", "299", "300"), ("repair_views", "2", "4"), ("repair", "false", "True"))
+    for option, value, found in others:
         asked = [f"--{option}", value]
         refused(capsys, f"holds a run with --{option} {found}", "compress", "--output", str(out), "--resume", *asked)
     searching = ["--output", str(out), "--resume", "--search.epochs", "1"]

@@ -168,8 +168,8 @@ def images_of(found: Found, config: ImageConfig, size: tuple[int, int, int], pre
     # A fixed permutation: the same images are held out in every run, whatever its seed.
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
     held_out = Subset(replace(validation, items=train_items), order[: config.held_out])
-    train, views = (Subset(images, order[config.held_out :]) for images in (train, views))
-    return Images(train, views, held_out, classes, preprocessing, config)
+    left = order[config.held_out :]
+    return Images(Subset(train, left), Subset(views, left), held_out, classes, preprocessing, config)
 
 
 def transforms(config: ImageConfig, size: tuple[int, int, int], preprocessing: Preprocessing) -> tuple[Any, Any]:
