@@ -97,7 +97,8 @@ def open_images(options: argparse.Namespace) -> Images:
     )
     images = load_images("FashionMNIST", config, SIZES[options.host], spvit.Preprocessing((0.286,), (0.353,), crop=1.0))
     train_count = options.limit or (QUICK_IMAGES if options.quick else None)
-    return replace(images, train=_first(images.train, train_count), validation=_first(images.validation, options.limit))
+    train, views = _first(images.train, train_count), _first(images.views, train_count)
+    return replace(images, train=train, views=views, validation=_first(images.validation, options.limit))
 
 
 def _unpack(source: Path, cache: Path) -> None:

@@ -33,7 +33,7 @@ from spvit.train.compress import calibration, search
 from spvit.train.data import training_loader
 from spvit.train.loop import Run
 from spvit.train.run_folder import RunFolder
-from spvit.train.settings import CALIBRATION_IMAGES, SearchConfig
+from spvit.train.settings import CALIBRATION_IMAGES, REPAIR_VIEWS, SearchConfig
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 LENGTHS = {"dense_epochs": 14, "search_epochs": 2, "epochs": 1, "random": 5}
@@ -51,10 +51,12 @@ def finetuned_dense(bench: Bench, budget: str) -> None:
 def scored(bench: Bench, budget: str) -> None:
     """Decide from calibration images without a search, repair, and fine-tune or leave it at that."""
     started = time.perf_counter()
-    images = calibration(bench.images, bench.options.seed, CALIBRATION_IMAGES)
+    seed = bench.options.seed
+    images = calibration(bench.images, seed, CALIBRATION_IMAGES)
     architecture = spvit.decide(bench.dense, macs=budget, calibration=images)
     bench.note(str(architecture))
-    model = spvit.prune(bench.dense, architecture, repair=images)
+    views = calibration(bench.images, seed, REPAIR_VIEWS * CALIBRATION_IMAGES)
+    model = spvit.prune(bench.dense, architecture, repair=views)
     spent = time.perf_counter() - started
     untrained = replace(bench.finetuning, epochs=0)
     untouched = spvit.prune(bench.dense, architecture)
@@ -84,7 +86,7 @@ def searched(bench: Bench, budget: str) -> None:
         net, architecture = search(bench.dense, {"macs": budget}, config, run)
     bench.note(str(architecture))
     searching = time.perf_counter() - started
-    images = calibration(bench.images, options.seed, CALIBRATION_IMAGES)
+    images = list(calibration(bench.images, options.seed, REPAIR_VIEWS * CALIBRATION_IMAGES))
     for name in options.initialise:
         begun = time.perf_counter() - searching
         weights = net if name.startswith("search") else None

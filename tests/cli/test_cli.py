@@ -114,7 +114,8 @@ def test_compress_without_a_search_decides_repairs_and_continues(capsys, recipe,
     assert max(epochs) == 2
     assert (out / "architecture.json").read_text() == before
     assert not states_equal(spvit.load(out), model)
-    for option, value, found in (("calibration_images", "299", "300"), ("repair", "false", "True")):
+    others = (("calibration_images", "299", "300"), ("repair_views", "2", "4"), ("repair", "false", "True"))
+    for option, value, found in others:
         asked = [f"--{option}", value]
         refused(capsys, f"holds a run with --{option} {found}", "compress", "--output", str(out), "--resume", *asked)
     searching = ["--output", str(out), "--resume", "--search.epochs", "1"]
@@ -128,6 +129,7 @@ def test_compress_leaves_alone_what_it_is_told_to(capsys, recipe, trained, tmp_p
     code, text, problems = run(capsys, *words, "--dry-run")
     assert (code, problems) == (0, "")
     assert "constraints: keep -2, *.0.attn; forbid skip, conv3:1; smallest_width 25%" in text
+    assert "repair: 1,200 views of training images, whose tokens take 3.917MB of memory" in text
     assert run(capsys, *words)[0] == 0
     kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (kept["keep"], kept["forbid"], kept["smallest_width"]) == ([-2, "*.0.attn"], ["skip", "conv3:1"], "25%")
@@ -341,6 +343,7 @@ def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_pat
             "calibration_images is 0, expected 1 or more",
             "compress --recipe TRAINED --output OUT --calibration-images 0",
         ),
+        ("repair_views is 0, expected 1 or more", "compress --recipe TRAINED --output OUT --repair-views 0"),
         ("calibration_images is -3", "compress --recipe RECIPE --output OUT --dense.epochs 1 --calibration_images=-3"),
         ("too few to fit and measure", "compress --recipe TRAINED --output OUT --no-train --calibration-images 1"),
         ("calibration tokens are too few", "compress --recipe TRAINED --output OUT --no-train --calibration-images 4"),

@@ -85,4 +85,4 @@ def test_a_pair_is_thinned_to_images_from_all_over() -> None:
 def test_calibration_images_that_are_none_are_named() -> None:
     host = Host.of(make_host("class_token"))
     with pytest.raises(CalibrationError, match="calibration images are NoneType, expected a tensor"):
-        calibration_batches(host, None)  # type: ignore[arg-type]
+        next(calibration_batches(host, None))  # type: ignore[arg-type]

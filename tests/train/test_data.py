@@ -70,6 +70,18 @@ def test_held_out_images_leave_the_training_set(tmp_path: Path) -> None:
         digits(held_out=1437)
 
 
+def test_views_are_cropped_and_mirrored_and_nothing_else(tmp_path: Path) -> None:
+    colours = {"color_jitter": 0.4, "auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 1.0}
+    images = load(image_folder(tmp_path), **colours, held_out=2)
+    assert images.views.indices == images.train.indices
+    plain = load(tmp_path, held_out=2).train
+    for (view, target), (expected, label), (augmented, _) in zip(images.views, plain, images.train):
+        # The pictures are of one colour, so all crops of one are alike.
+        assert torch.equal(view, expected)
+        assert target == label
+        assert not torch.equal(augmented, view)
+
+
 def test_repeated_augmentation_puts_the_repeats_of_an_image_into_the_same_step(tmp_path: Path) -> None:
     images = digits(batch_size=30, repeated_augmentation=3)
     loaders = [repeated_loader(images, 3, process) for process in range(3)]

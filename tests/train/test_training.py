@@ -19,7 +19,7 @@ from spvit.cost import count_params
 from spvit.errors import BudgetError, CalibrationError, DataError, RunError, RunFolderError
 from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import gated_layers, make_searchable, search_record
-from spvit.train.compress import compress
+from spvit.train.compress import calibration, compress
 from spvit.train.loop import Evaluation, Loop, Phase, run_phase
 from spvit.train.optimizers import learning_rate_at, optimizer_of
 from spvit.train.run_folder import RunFolder
@@ -289,6 +289,29 @@ def test_compress_without_a_folder_returns_a_plain_model(monkeypatch: pytest.Mon
     with pytest.raises(BudgetError, match="one of macs or params, found both"):
         compress(host, digits(), "50%", params="50%")
     assert not list(tmp_path.iterdir())
+
+
+def test_calibration_gives_each_image_a_view_before_any_has_another() -> None:
+    images = digits(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), batch_size=200)  # a view is the image
+    found = torch.cat(list(calibration(images, seed=1, count=2900)))
+    assert found.shape == (2900, 1, 8, 8)
+    once, again = found[:1400].flatten(1), found[1400:2800].flatten(1)
+    assert len(once.unique(dim=0)) == 1400
+    assert not torch.equal(once, again)
+    assert len(again.unique(dim=0)) == 1400
+    assert torch.equal(torch.cat(list(calibration(images, seed=1, count=300))), found[:300])
+    assert not torch.equal(torch.cat(list(calibration(images, seed=2, count=300))), found[:300])
+
+
+def test_the_repair_sees_more_views_than_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    monkeypatch.setattr(
+        "spvit.train.compress.calibration",
+        lambda images, seed, count: counts.append(count) or calibration(images, seed, count),
+    )
+    config = CompressConfig(train_epochs=0, calibration_images=64, repair_views=3)
+    compress(micro_host(), digits(), "80%", config=config)
+    assert counts == [64, 192]
 
 
 def test_compress_refuses_before_it_trains(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from spvit.cli.inputs import model_and_images
 from spvit.cli.options import CompressCommand
 from spvit.cli.show import say
 from spvit.errors import RunFolderError
+from spvit.hosts.host import Host
 from spvit.replacements.costs import network_costs
 from spvit.train.compress import check_compress, search_phase
 from spvit.train.data import find_images, training_loader
@@ -55,6 +56,10 @@ def print_plan(options: CompressCommand, console: Console) -> None:
     for metric, cost in costs.items():
         after = f"{'' if metric == budgeted else 'about '}{human(share * cost.dense)} ({share:.1%}) after"
         say(console, f"{metric}: {human(cost.dense)} before, {after}")
+    if options.repair:
+        views, first = options.repair_views * options.calibration_images, Host.of(host).blocks[0].attention
+        needed = human(4 * views * 2 * first.tokens * first.dim)
+        say(console, f"repair: {views:,} views of training images, whose tokens take {needed}B of memory")
     table = Table("", *planned, title="phases", title_justify="left")
     for row in next(iter(planned.values()), {}):
         table.add_row(row, *(column[row] for column in planned.values()))

@@ -22,8 +22,8 @@ from spvit.hosts.sites import BlockSites
 BATCH = 64
 
 
-def calibration_batches(host: Host, images: Tensor | Iterable[Any]) -> list[Tensor]:
-    """Return calibration images as batches [B, channels, height, width] on the host's device, in its dtype.
+def calibration_batches(host: Host, images: Tensor | Iterable[Any]) -> Iterator[Tensor]:
+    """Yield calibration images as batches [B, channels, height, width] on the host's device, in its dtype.
 
     Args:
         host: the model that takes them.
@@ -37,12 +37,14 @@ def calibration_batches(host: Host, images: Tensor | Iterable[Any]) -> list[Tens
     check_values(parameter)
     if not isinstance(images, Iterable):
         raise CalibrationError(f"calibration images are {type(images).__name__}, expected a tensor, or batches of them")
-    batches = images.split(BATCH) if isinstance(images, Tensor) else images
-    tensors = (_images_of(batch, host.input_size) for batch in batches)
-    prepared = [tensor.to(parameter) for tensor in tensors if len(tensor)]
-    if not prepared:
+    empty = True
+    for batch in images.split(BATCH) if isinstance(images, Tensor) else images:
+        tensor = _images_of(batch, host.input_size)
+        if len(tensor):
+            empty = False
+            yield tensor.to(parameter)
+    if empty:
         raise CalibrationError("there are no calibration images; give a few hundred or more")
-    return prepared
 
 
 def _images_of(batch: Any, size: tuple[int, int, int]) -> Tensor:

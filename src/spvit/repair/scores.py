@@ -194,7 +194,7 @@ def score(
         # Of a prefix token an image has but one, and its linear map has the host's width of inputs.
         least = site.dim // 2 if site.prefix_tokens else 0
         tokens = site.prefix_tokens + math.prod(site.grid)
-        batches = split_images(calibration_batches(host, images), tokens, least)
+        batches = split_images(list(calibration_batches(host, images)), tokens, least)
         fitting, measuring = (first_inputs(host, part) for part in batches)
         counted, head = Objective.of(objective, host), Head(host, batches[0][0])
         exact = head.agrees(host, counted, batches[1][0][:2])

@@ -6,8 +6,9 @@
 import copy
 import json
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -99,16 +100,15 @@ def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: R
     else:
         dense_figures = figures_of(dense, run.images, config)
         run.progress.note(f"dense model: accuracy {dense_figures.accuracy:.2%}")
-    net, searching = None, config.search.epochs > 0
-    needed = config.repair or not searching
-    calibrating = calibration(run.images, config.seed, config.calibration_images) if needed else []
-    if searching:
+    net = None
+    if config.search.epochs > 0:
         net, architecture = search(dense, limits, config.search, run, config.multiple)
     else:
-        architecture = _decided(run.folder, lambda: _by_scores(dense, limits, calibrating, config, run))
+        architecture = _decided(run.folder, lambda: _by_scores(dense, limits, config, run))
     set_seed(config.seed)  # a continued run starts from the same weights where they are drawn
     weights = net if config.initialise == "search" else None
-    pruned = prune(dense, architecture, weights=weights, repair=calibrating if config.repair else None)
+    views = calibration(run.images, config.seed, config.repair_views * config.calibration_images)
+    pruned = prune(dense, architecture, weights=weights, repair=views if config.repair else None)
     after_pruning = figures = figures_of(pruned, run.images, config)
     run.progress.note(f"after pruning{' and repair' if config.repair else ''}: accuracy {after_pruning.accuracy:.2%}")
     if config.finetuning.epochs > 0:
@@ -168,26 +168,27 @@ def search_phase(host: nn.Module, limits: dict[str, Any], settings: SearchConfig
     return Phase(SEARCH, net, settings, BudgetLoss(net, weight=settings.budget_weight, **limits), teacher=host)
 
 
-def calibration(images: Images, seed: int, count: int) -> list[Tensor]:
-    """Return `count` training images, drawn by the seed, as batches [B, channels, height, width]."""
+def calibration(images: Images, seed: int, count: int) -> Iterator[Tensor]:
+    """Yield `count` views of training images, drawn by the seed, as batches [B, channels, height, width].
+
+    Each image has one before any has another.
+    """
     set_seed(seed)
-    batches: list[Tensor] = []
-    for batch, _ in training_loader(images):
-        batches.append(batch[:count])
-        count -= len(batches[-1])
-        if count == 0:
-            break
-    return batches
+    loader = training_loader(replace(images, train=images.views))
+    for batch, _ in chain.from_iterable(repeat(loader)):
+        yield batch[:count]
+        count -= len(batch)
+        if count <= 0:
+            return
 
 
-def _by_scores(
-    host: nn.Module, limits: dict[str, Any], images: Sequence[Tensor], config: CompressConfig, run: Run
-) -> Architecture:
+def _by_scores(host: nn.Module, limits: dict[str, Any], config: CompressConfig, run: Run) -> Architecture:
     """Return the architecture that scores choose. A continued run has its scores already."""
     dense = Host.of(host)
     if config.scores is None and not run.folder.scores.is_file():
         with run.progress.bar("scores", len(dense.blocks)):
             multiple, step = config.multiple or DEFAULT_MULTIPLE, lambda *done: run.progress.step()
+            images = calibration(run.images, config.seed, config.calibration_images)
             found = score(dense, images, multiple=multiple, objective=config.objective, report=step)
         run.folder.write_scores(found)
     elif config.scores is not None:

@@ -36,9 +36,13 @@ logger = logging.getLogger("spvit")
 
 @dataclass(frozen=True)
 class Images:
-    """Training and validation images: (transformed image, class index), or None for one that cannot be read."""
+    """Training and validation images: (transformed image, class index), or None for one that cannot be read.
+
+    Views are the training images cropped and mirrored at random, with nothing else done to them.
+    """
 
     train: Dataset[Any]
+    views: Dataset[Any]
     validation: Dataset[Any]
     classes: tuple[str, ...]
     preprocessing: Preprocessing
@@ -150,19 +154,22 @@ def images_of(found: Found, config: ImageConfig, size: tuple[int, int, int], pre
             takes = f"but the model takes {size[0]} channels; give one a channel"
             raise DataError(f"images.{name} has {len(values)} values, {takes}")
     training, evaluation = transforms(config, size, preprocessing)
+    geometric = replace(config, color_jitter=0.0, auto_augment=None, random_erasing=0.0)
     train_items, validation_items, classes = found
     train, validation = (
         TransformedImages(items, transform, size[0], config.skip_corrupt)
         for items, transform in ((train_items, training), (validation_items, evaluation))
     )
+    views = replace(train, transform=transforms(geometric, size, preprocessing)[0])
     if config.held_out == 0:
-        return Images(train, validation, classes, preprocessing, config)
+        return Images(train, views, validation, classes, preprocessing, config)
     if config.held_out >= len(train):
         raise DataError(f"images.held_out is {config.held_out}, but there are only {len(train)} training images")
     # A fixed permutation: the same images are held out in every run, whatever its seed.
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
     held_out = Subset(replace(validation, items=train_items), order[: config.held_out])
-    return Images(Subset(train, order[config.held_out :]), held_out, classes, preprocessing, config)
+    left = order[config.held_out :]
+    return Images(Subset(train, left), Subset(views, left), held_out, classes, preprocessing, config)
 
 
 def transforms(config: ImageConfig, size: tuple[int, int, int], preprocessing: Preprocessing) -> tuple[Any, Any]:

@@ -36,7 +36,7 @@ STATE_FORMAT = 3  # those of others are not read, the first of which were pickle
 # Options that a continued run shares with the run that it continues, so that all files belong together.
 FIXED = (
     *("model", "model_args", "pretrained", "checkpoint", "data", "macs", "params", "seed", "architecture", "scores"),
-    *("initialise", "repair", "calibration_images", "multiple", "objective"),
+    *("initialise", "repair", "calibration_images", "repair_views", "multiple", "objective"),
     *("keep", "only", "forbid", "smallest_width", "keep_patches"),
 )
 

@@ -9,12 +9,13 @@ from spvit.repair.objective import OBJECTIVES
 from spvit.search.budget_loss import BUDGET_WEIGHT
 
 CALIBRATION_IMAGES = 1024
+REPAIR_VIEWS = 4
 
 # The least and the greatest value of settings.
 _RANGES = (
     (0, math.inf, "epochs train_epochs averaging_epochs learning_rate weight_decay clip_gradient budget_weight"),
     (0, math.inf, "workers held_out repeated_augmentation"),
-    (1, math.inf, "log_every batch_size calibration_images"),
+    (1, math.inf, "log_every batch_size calibration_images repair_views"),
     (0, 1, "label_smoothing distillation budget_warmup"),
     (0, 2**32 - 1, "seed"),
 )
@@ -185,7 +186,10 @@ class CompressConfig(Constraints, LoopConfig):
     repair: bool = True
     """Whether what pruning broke is repaired in closed form, from calibration images."""
     calibration_images: int = CALIBRATION_IMAGES
-    """Training images for scores and repair; their labels are not used."""
+    """Training images for scores, cropped and mirrored at random; their labels are not used."""
+    repair_views: int = REPAIR_VIEWS
+    """Times that number of images for the repair: further training images, and all of them again, cropped anew, where
+    there are no more."""
     scores: str | None = None
     """A run folder whose scores to decide by, for another budget; when absent the model is scored."""
     objective: str = "auto"
