@@ -178,8 +178,9 @@ class _Bottleneck:
             if prefix:
                 on_prefix.add(x[:, :prefix], wanted[:, :prefix])
         rank = len(module.conv_in.weight)
-        inward, outward = low_rank_regression(on_grid.covariance, on_grid.cross, ridge_for(on_grid), rank)
-        variance = ((on_grid.covariance @ inward) * inward).sum(0)
+        covariance, cross = on_grid.products(centred=True)
+        inward, outward = low_rank_regression(covariance, cross, ridge_for(on_grid), rank)
+        variance = ((covariance @ inward) * inward).sum(0)
         module.set_linear(inward.T, inward.T @ on_grid.mean_x, variance, outward.T, on_grid.mean_y)
         if isinstance(module.prefix, nn.Sequential):
             first, second = cast(nn.Linear, module.prefix[0]), cast(nn.Linear, module.prefix[1])
