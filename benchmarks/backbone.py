@@ -193,15 +193,15 @@ def main() -> None:
     check_free(options.json)
     model, photographs = load_model(options), load_photographs(options.images)
     settings = {**vars(options), "photographs": len(photographs), "test_crops": TEST_CROPS}
-    if torch.device(options.device).type == "cuda":
-        settings["accelerator"] = torch.cuda.get_device_name(options.device)
     rows: list[dict[str, Any]] = []
     for seed in range(1, options.seeds + 1):
         rows += measure(model, photographs, seed, options)
         write_results(options.json, "backbone", rows, anew=True, settings=settings)
     console = Console(width=120)
     console.print(table_of(rows, options))
-    console.print(f"{len(photographs)} photographs; {settings.get('accelerator', machine()['processor'])}")
+    console.print(
+        f"{len(photographs)} photographs; {machine()['processor' if options.device == 'cpu' else 'accelerator']}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """The speed-up of the published DeiT architectures against the speed-up that their MACs promise.
 
 python benchmarks/inference.py [--models spvit_deit_tiny_patch16_224 ...] [--batches 1 8] [--dtypes fp32 bf16]
-                               [--seconds 5] [--profile] [--json FILE]
+                               [--seconds 5] [--device cpu] [--compile] [--profile] [--json FILE]
 
-Each dense model and its pruned, folded form have random weights and run in turns in one process, eager, in
-evaluation mode. `held` is the speed-up divided by dense MACs / pruned MACs. With --profile, `counted` is the share of
-the time in what MACs count (matrix products, convolutions, attention) on both sides, and `of counted` what that alone
-holds: what is missing there is slower arithmetic, what is missing beyond is norms, activations and copies.
+Each dense model and its pruned, folded form have random weights and run in turns in one process, in evaluation mode,
+eager, or with --compile by torch.compile (on CUDA with graphs). `held` is the speed-up divided by dense MACs / pruned
+MACs. With --profile, `counted` is the share of the time in what MACs count (matrix products, convolutions, attention)
+on both sides, and `of counted` what that alone holds: what is missing there is slower arithmetic, what is missing
+beyond is norms, activations and copies.
 """
 
 from __future__ import annotations
@@ -71,7 +72,14 @@ def profiled(sides: list[nn.Module], images: torch.Tensor, promise: float) -> di
 
 
 def measure(
-    name: str, batches: list[int], dtypes: list[str], seconds: float, multiple: int, profile: bool
+    name: str,
+    batches: list[int],
+    dtypes: list[str],
+    seconds: float,
+    multiple: int = 1,
+    profile: bool = False,
+    device: str = "cpu",
+    compiled: bool = False,
 ) -> list[dict[str, Any]]:
     """Return a row for every dtype and batch size of one published architecture."""
     torch.manual_seed(0)
@@ -81,10 +89,16 @@ def measure(
     pruned = spvit.fold(spvit.prune(dense, architecture))
     rows = []
     for dtype in dtypes:
-        sides = [model.to(DTYPES[dtype]) for model in (dense, pruned)]
+        sides: list[Any] = [model.to(device, DTYPES[dtype]) for model in (dense, pruned)]
         for batch in batches:
-            images = torch.randn(batch, *input_size(dense), dtype=DTYPES[dtype])
-            row = _row(name, dense_macs, pruned_macs, measure_latencies(sides, images, seconds))
+            images = torch.randn(batch, *input_size(dense), dtype=DTYPES[dtype], device=device)
+            timed = sides
+            if compiled:
+                torch._dynamo.reset()
+                mode = "reduce-overhead" if images.is_cuda else "default"
+                timed = [torch.compile(side, mode=mode) for side in sides]
+            row = _row(name, dense_macs, pruned_macs, measure_latencies(timed, images, seconds))
+            row["compiled"] = compiled
             rows.append({**row, **(profiled(sides, images, row["promise"]) if profile else {})})
     return rows
 
@@ -115,18 +129,23 @@ def main() -> None:
     parser.add_argument(
         "--multiple", type=int, default=1, help="round the published FFN widths to (default: as they are)"
     )
-    parser.add_argument("--profile", action="store_true", help="tell what MACs count from the rest")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="by torch.compile, on CUDA with graphs")
+    parser.add_argument("--profile", action="store_true", help="tell what MACs count from the rest (on the CPU)")
     parser.add_argument("--json", help="file to write the rows to")
     options = parser.parse_args()
     check_free(options.json)
     console = Console(width=120)
     rows = []
     for name in options.models:
-        found = measure(name, options.batches, options.dtypes, options.seconds, options.multiple, options.profile)
+        settings = (options.batches, options.dtypes, options.seconds, options.multiple, options.profile)
+        found = measure(name, *settings, options.device, options.compile)
         console.print(f"{name}: holds " + ", ".join(f"{row['held']:.2f}" for row in found), highlight=False)
         rows += found
     about = machine()
-    table = Table(title=f"inference, eager, FFN widths in multiples of {options.multiple}, {about['threads']} threads")
+    where = f"{about['threads']} threads" if options.device == "cpu" else about["accelerator"]
+    way = "compiled" if options.compile else "eager"
+    table = Table(title=f"inference, {way}, FFN widths in multiples of {options.multiple}, {where}")
     extra = ("counted", "of counted") if options.profile else ()
     for column in ("model", "dtype", "batch", "dense ms", "pruned ms", "speed-up", "promise", "held", *extra):
         table.add_column(column, justify="left" if column in ("model", "dtype") else "right")

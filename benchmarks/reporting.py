@@ -27,8 +27,10 @@ def machine() -> dict[str, Any]:
         ),
         platform.processor(),
     )
+    accelerator = {"accelerator": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "processor": model,
+        **accelerator,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

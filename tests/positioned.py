@@ -75,6 +75,44 @@ class PatchBiasAttention(parts.EagerAttention):
         return logits + F.pad(self.entries[:, self.places], (1, 0, 1, 0))
 
 
+class TwoBiasesAttention(parts.EagerAttention):
+    """The bias is the sum of two parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs, self.other = nn.Parameter(torch.zeros(3, 17, 17)), nn.Parameter(torch.zeros(17, 17))
+
+    def logits(self, logits: Tensor) -> Tensor:
+        return logits + self.pairs + self.other
+
+
+class TemperatureAttention(parts.EagerAttention):
+    """One factor of all logits is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(1))
+
+    def logits(self, logits: Tensor) -> Tensor:
+        return logits * self.temperature.exp()
+
+
+class CosineAttention(parts.EagerAttention):
+    """Queries and keys have length one; each head learns how much their products count, and the bias of one network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors = nn.Parameter(torch.zeros(3, 1, 1))
+        self.places = nn.Parameter(torch.zeros(17, 17, 2))
+        self.network = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (to(x).unflatten(2, (3, 8)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
+        logits = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * self.factors.exp().clamp(max=100)
+        logits = logits + self.network(self.places.tanh()).permute(2, 0, 1)
+        return self.to_out((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
 class TablesBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -132,6 +170,9 @@ class Positioned:
     bias: Bias | None = None
     size: int = 64
     normed: bool = False
+    cosine: bool = False
+    scaled: bool = False
+    """Whether its scales are learned."""
 
     def images(self, batch: int, seed: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -160,6 +201,20 @@ POSITIONED = {
     "relpos": Positioned(
         _timm("vit_relpos_base_patch16_clsgap_224", rel_pos_type="bias"),
         bias=Bias(f"rel_pos.{TABLE}", False, index=f"rel_pos.{INDEX}"),
+    ),
+    "mlp_bias": Positioned(
+        _timm("vit_relpos_small_patch16_224"), bias=Bias(None, False, index=f"rel_pos.{INDEX}", entries=49)
+    ),
+    "two_biases": Positioned(
+        lambda: own_models.vit(TwoBiasesAttention), bias=Bias(None, False, entries=17 * 17), size=32
+    ),
+    "temperature": Positioned(lambda: own_models.vit(TemperatureAttention), size=32, scaled=True),
+    "cosine": Positioned(
+        lambda: own_models.vit(CosineAttention),
+        bias=Bias(None, False, entries=17 * 17),
+        size=32,
+        cosine=True,
+        scaled=True,
     ),
     "hf_dinov3": Positioned(
         _huggingface("DINOv3ViT"), Rotary(("position_embeddings",), True, sine_first=False, pairs=False, by_head=False)

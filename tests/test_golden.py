@@ -13,7 +13,7 @@ from golden import DIM, HEADS, golden, load_batchnorm, make_layer, needs_golden
 from layers import site_of
 from spvit.cost import NetworkCost
 from spvit.hosts.grid import Grid
-from spvit.hosts.timm_swin import FAMILY, WindowedGrid
+from spvit.hosts.timm_swin import TEMPERATURE, WindowedGrid
 from spvit.hosts.weights import AttentionWeights
 from spvit.replacements import kernels
 from spvit.replacements.bottleneck import BottleneckConv
@@ -175,7 +175,7 @@ def test_window_attention_in_evaluation(kind: str) -> None:
 
 
 def test_swin_temperature_is_the_published_one() -> None:
-    assert FAMILY.temperature == golden("swin_attention")["w.alpha"].item()
+    assert golden("swin_attention")["w.alpha"].item() == TEMPERATURE
 
 
 @pytest.mark.parametrize("kind", ["conv3", "conv1"])

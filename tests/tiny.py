@@ -230,7 +230,7 @@ def backward(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """Run a forward and backward pass of a loss with uneven weights; return the gradients by name."""
     net.zero_grad()
     out = logits_of(net(x))
-    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view_as(out)).sum().backward()
     return {name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
 
 

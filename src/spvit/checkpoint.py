@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from spvit.architecture import Architecture, architecture_from_dict
 from spvit.errors import ArchitectureError, CheckpointError
-from spvit.hosts.found import FoundFamily
+from spvit.hosts.family import Family
 from spvit.hosts.host import Host
 from spvit.hosts.recognise import family_of
 from spvit.hosts.site_files import from_data, to_data
@@ -126,7 +126,7 @@ def save(
     if classes is not None and len(classes) != family.classes(model):
         raise CheckpointError(f"{len(classes)} class names were given for a model of {family.classes(model)} classes")
     description = Description(
-        host=source_of(model) | ({"family": to_data(family)} if isinstance(family, FoundFamily) else {}),
+        host=source_of(model) | ({"family": to_data(family)} if type(family) is Family else {}),
         architecture=record.architecture if record else None,
         folded=record is not None and record.folded,
         input_size=family.input_size(model),
@@ -251,8 +251,7 @@ def _host(description: Description, given: nn.Module | None = None) -> Host:
     model = build(source) if given is None else copy.deepcopy(given).cpu()
     if "family" not in source:  # known by its class, or of files before sites were written
         return Host.of(model)
-    family = from_data(FoundFamily, source["family"], "host.family")
-    return Host(model, family, family.blocks(model), family.input_size(model))
+    return Host(model, from_data(Family, source["family"], "host.family"))
 
 
 def _check_frame(host: Host, state: Mapping[str, Tensor]) -> None:

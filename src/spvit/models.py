@@ -139,7 +139,7 @@ def _open_timm(config: ModelConfig, classes: int | None, weights: bool) -> Opene
     import timm
     from timm.data import resolve_data_config
 
-    from spvit.hosts.timm_models import check_timm_model
+    from spvit.hosts.sources import check_timm_model
     from spvit.zoo import architectures, host_name  # with it timm knows the published models
 
     name = config.model.split(".")[0]

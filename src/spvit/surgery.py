@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from spvit.architecture import Architecture
 from spvit.errors import NotSearchableError, UnsupportedHostError
+from spvit.hosts.family import Family
 from spvit.hosts.host import Host
 from spvit.hosts.recognise import RECORD, family_of
-from spvit.hosts.sites import Family
 from spvit.hosts.walk import calibration_batches, where_float64_is
 from spvit.repair.repair import repair as repair_in_place
 from spvit.replacements.bottleneck import BottleneckConv

@@ -58,6 +58,11 @@ def test_blocks_of_several_kinds_and_why_not(capsys) -> None:
     assert may["narrower values"] == "yes"
     assert may["narrower queries, keys"].startswith("no: queries and keys are normalised over the whole head")
     assert normed["blocks"][0]["acting on them"] == "q_norm, k_norm"
+    second = found(capsys, "swinv2_tiny_window8_256", "--model-args", json.dumps(SWIN))["blocks"][0]
+    assert second["may become"]["fewer heads"].startswith("no: the attention of ")
+    assert second["acting on them"] == (
+        "something on queries and keys that no norm, table or argument explains: attention stays whole"
+    )
 
 
 def test_folders_of_ours_and_of_hugging_face(capsys, tmp_path: Path) -> None:

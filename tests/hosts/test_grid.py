@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from spvit.hosts.grid import Grid, GridTracker, as_tokens
+from spvit.hosts.grid import Grid, as_tokens, follow
 from spvit.hosts.host import Host
 from tiny import HOSTS, images, logits, make_host
 
@@ -55,9 +55,8 @@ def test_watching_no_block_leaves_the_host_alone(name: str) -> None:
     assert not any(module._forward_pre_hooks for module in host.model.modules())
 
 
-def test_the_tracker_counts_patches() -> None:
+def test_a_grid_that_follows_images_counts_patches() -> None:
     x = torch.zeros(1, 3, 70, 96)
-    for pads, expected in ((False, (4, 6)), (True, (5, 6))):
-        grid = Grid(0, 0)
-        GridTracker(grid, (16, 16), pads)(nn.Identity(), (x,))
-        assert (grid.height, grid.width) == expected
+    grid = Grid(0, 0)
+    follow(grid, (16, 16), nn.Identity(), (x,))
+    assert (grid.height, grid.width) == (4, 6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -76,3 +78,56 @@ def test_layer_scales_that_training_has_not_moved_hide_nothing() -> None:
     make, reason = REFUSED["gated_quietly"]
     with pytest.raises(spvit.UnsupportedHostError, match=reason):
         spvit.recognise(make().eval(), torch.zeros(2, 3, 32, 32))
+
+
+def _separate(forward: Any = None, change: Any = None) -> nn.Module:
+    """Return a model with another forward, or whose attention layers answer what is made of them, of x and output."""
+    model = OWN["separate"]().eval()
+    if forward is not None:
+        model.__class__ = type("Own", (type(model),), {"forward": forward})
+    for block in model.blocks if change is not None else ():
+        inner: Any = type(block.attn)
+        changed = {"forward": lambda self, x, inner=inner: change(self, x, inner.forward(self, x))}
+        block.attn.__class__ = type("OwnAttention", (inner,), changed)
+    return model
+
+
+def test_a_forward_that_reads_an_ffn_from_outside_its_block_is_refused_by_name() -> None:
+    def scaled(self: Any, x: Tensor) -> Tensor:
+        return self.head(self.encode(self.embed(x))[:, 0] * self.blocks[1].mlp.fc1.out_features ** -0.5)  # type: ignore[no-any-return]
+
+    def counted(self: Any, x: Tensor) -> Tensor:
+        assert self.blocks[2].mlp.fc2.in_features == 72
+        return self.head(self.encode(self.embed(x))[:, 0])  # type: ignore[no-any-return]
+
+    for forward, message in (
+        (scaled, r"blocks\.1\.mlp\.fc2: the model with half its units is not the one that reads no others"),
+        (counted, r"blocks\.2\.mlp\.fc2: the FFN does not run with fewer units .* no forward of the model may name"),
+    ):
+        with pytest.raises(spvit.UnsupportedHostError, match=message):
+            spvit.recognise(_separate(forward), torch.zeros(2, 3, 32, 32))
+
+
+def test_attention_that_computes_otherwise_in_training_is_refused() -> None:
+    model = _separate(change=lambda self, x, out: out * 2 if self.training else out)
+    with pytest.raises(spvit.UnsupportedHostError, match=r"blocks\.0\.attn computes something else in training mode"):
+        spvit.recognise(model, torch.zeros(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("change", [lambda self, x, out: x + out, lambda self, x, out: out * x.sigmoid()])
+def test_what_acts_behind_the_projection_is_named(change: Any) -> None:
+    message = r"looked for output = W .*; found blocks\.0\.attn\.\w+ behind the heads, but the layer answers something"
+    with pytest.raises(spvit.UnsupportedHostError, match=message):
+        spvit.recognise(_separate(change=change), torch.zeros(2, 3, 32, 32))
+
+
+def test_buffers_that_a_forward_updates_are_put_back() -> None:
+    def counting(self: Any, x: Tensor) -> Tensor:
+        self.seen += len(x)
+        return self.head(self.encode(self.embed(x))[:, 0])  # type: ignore[no-any-return]
+
+    model, x = _separate(counting), torch.randn(96, 3, 32, 32)
+    model.register_buffer("seen", torch.zeros(()))
+    host = spvit.recognise(model, x)
+    pruned = spvit.prune(host, spvit.decide(host, macs="70%", scores=spvit.score(host, x)), repair=x)
+    assert model.seen == pruned.seen == 0

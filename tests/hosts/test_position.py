@@ -19,7 +19,7 @@ from spvit.hosts.sites import Bias, Rotary
 pytest.importorskip("einops")
 import own_models
 import own_parts as parts
-from positioned import POSITIONED, SMALL, TablesAttention
+from positioned import POSITIONED, TablesAttention
 from tiny import assert_untouched, everything_of, randomise
 
 
@@ -39,7 +39,8 @@ def test_what_places_do_is_found(name: str, fresh: bool) -> None:
         assert (site.narrows_queries, site.narrows_values) == (pairs, True)
         assert site.query != site.key != site.value
         assert all(norm is not None for norm in site.norms[:2]) == case.normed
-        assert site.scale == site.head_width**-0.5
+        assert (site.cosine, site.head_scales) == (case.cosine, case.scaled)
+        assert site.scale == (1 if case.scaled else site.head_width**-0.5)
         json.dumps(dataclasses.asdict(site))
 
 
@@ -49,19 +50,6 @@ class _ScaledTables(TablesAttention):
     def __init__(self) -> None:
         super().__init__(17, (1, 3, 17, 17))
         self.rope.cos.mul_(1.5)
-
-
-class _TwoBiases(TablesAttention):
-    """The bias is the sum of two parameters."""
-
-    def __init__(self) -> None:
-        super().__init__(17, (3, 17, 17))
-        self.other = nn.Parameter(torch.zeros(17, 17))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, 3, 8)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, self.bias + self.other)
-        return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class _LearnedAngles(parts.RotaryAttention):
@@ -76,23 +64,40 @@ class _LearnedAngles(parts.RotaryAttention):
         return super().forward(x, (angles.sin(), angles.cos()))
 
 
-def _mlp_bias() -> nn.Module:
-    timm = pytest.importorskip("timm")
-    return timm.create_model("vit_relpos_small_patch16_224", **SMALL)
+class _BiasFromOutside(nn.Module):
+    """Adds a bias to the logits that the model computes and passes in a form of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(24, 72), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor, pairs: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, 3, 8)).permute(2, 0, 3, 1, 4)
+        bias = None if pairs is None else pairs.view(17, 17, 3).permute(2, 0, 1)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
+
+
+class _PassingBlock(own_models.Block):
+    def __init__(self) -> None:
+        super().__init__(_BiasFromOutside(), parts.Mlp())
+        self.pairs = nn.Parameter(torch.zeros(17 * 17 * 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), self.pairs)
+        return x + self.mlp(self.norm2(x))
 
 
 @pytest.mark.parametrize(
-    ("make", "size"),
+    "make",
     [
-        (lambda: own_models.vit(_ScaledTables), 32),
-        (lambda: own_models.vit(_TwoBiases), 32),
-        (lambda: own_models.vit(_LearnedAngles), 32),
-        (_mlp_bias, 64),
+        lambda: own_models.vit(_ScaledTables),
+        lambda: own_models.vit(_LearnedAngles),
+        lambda: own_models.ViT(_PassingBlock),
     ],
-    ids=["no rotation", "two biases", "learned angles", "bias of an MLP"],
+    ids=["no rotation", "learned angles", "bias from outside"],
 )
-def test_attention_stays_whole_where_places_are_not_explained(make: Callable[[], nn.Module], size: int) -> None:
-    host = spvit.recognise(randomise(make()).eval(), torch.zeros(2, 3, size, size))
+def test_attention_stays_whole_where_places_are_not_explained(make: Callable[[], nn.Module]) -> None:
+    host = spvit.recognise(randomise(make()).eval(), torch.zeros(2, 3, 32, 32))
     for block in host.blocks:
         assert not block.attention.narrows_queries
         assert not block.attention.narrows_values

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from spvit.errors import CheckpointError
-from spvit.hosts.found import FoundFamily
+from spvit.hosts.family import Family
 from spvit.hosts.grid import Grid
 from spvit.hosts.site_files import alike, from_data, to_data
 from spvit.hosts.sites import AttentionSite, BlockSites, FFNSite, Rows, UnitRows
@@ -40,7 +40,7 @@ def block(number: int, **changes: Any) -> BlockSites:
     return BlockSites(path, replace(site, **changes), ffn)
 
 
-FAMILY = FoundFamily("ViT", tuple(block(number) for number in range(12)), (3, 32, 48), "embed", 7)
+FAMILY = Family("ViT", tuple(block(number) for number in range(12)), (3, 32, 48), "embed", 7)
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Gathered(Grid):
 
 def test_families_are_read_as_they_were_written() -> None:
     text = json.dumps(to_data(FAMILY))
-    assert from_data(FoundFamily, json.loads(text), "family") == FAMILY
+    assert from_data(Family, json.loads(text), "family") == FAMILY
     assert text.count("q_bias") == 1  # twelve blocks that are alike are one entry
     assert "dropout" not in text
 
@@ -65,7 +65,7 @@ def test_blocks_are_together_where_only_their_number_differs() -> None:
     assert alike([odd]) == [(odd, [])]
     for sites in (blocks, (odd,)):
         family = replace(FAMILY, sites=sites)
-        assert from_data(FoundFamily, to_data(family), "family") == family
+        assert from_data(Family, to_data(family), "family") == family
 
 
 def test_parts_of_other_classes_are_named() -> None:
@@ -73,7 +73,7 @@ def test_parts_of_other_classes_are_named() -> None:
     family = replace(FAMILY, sites=(block(0, layout=layout),))
     data = to_data(family)
     assert data["sites"][0]["attention"]["layout"] == {"class": "Gathered", "height": 4, "width": 6, "index": [2, 0, 1]}
-    found = from_data(FoundFamily, data, "family").sites[0].attention.layout
+    found = from_data(Family, data, "family").sites[0].attention.layout
     assert type(found) is Gathered
     assert found == layout
 
@@ -109,7 +109,7 @@ def test_odd_fields_are_refused_by_name(path: tuple[Any, ...], value: Any, messa
     else:
         inside[path[-1]] = value
     with pytest.raises(CheckpointError, match=message):
-        from_data(FoundFamily, data, "family")
+        from_data(Family, data, "family")
 
 
 def test_what_no_file_can_hold_is_refused() -> None:
@@ -118,5 +118,5 @@ def test_what_no_file_can_hold_is_refused() -> None:
 
 
 def test_whole_numbers_are_numbers() -> None:
-    found = from_data(FoundFamily, {**to_data(FAMILY), "temperature": 1}, "family").temperature
+    found = from_data(Family, {**to_data(FAMILY), "temperature": 1}, "family").temperature
     assert (found, type(found)) == (1.0, float)

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 import spvit
 from spvit.architecture import FFN, Architecture, Attention, Block, dense
 from spvit.errors import GridError
-from spvit.hosts.behaviour.windows import places_of
+from spvit.hosts.behaviour.equations import places_of
 from spvit.hosts.calling import tokens_in
-from spvit.hosts.gathered import GatheredGrid, Layout
+from spvit.hosts.grid import GatheredGrid, Layout
 from spvit.hosts.weights import read_weights
 from spvit.search.network import gated_layers
 from tiny import (
@@ -274,13 +274,16 @@ def test_exported_programs_take_any_batch(case: Case) -> None:
         assert_close(_out(program, x), _out(model, x))
 
 
-def test_narrow_attention_in_windows_of_full_rank_is_the_host() -> None:
-    """Shifted windows have a mask each beside the bias; both stay."""
-    case = Case("huggingface")
+@pytest.mark.parametrize("name", ["huggingface", "huggingface_v2", "swin_v2", "swin_v2_cr"])
+def test_narrow_attention_in_windows_of_full_rank_is_the_host(name: str) -> None:
+    """Shifted windows have a mask each beside the bias; both stay. Swin V2 computes its biases, and learns scales."""
+    case = Case(name)
     sites = [block.attention for block in case.host.blocks]
     assert [site.narrows_values for site in sites] == [True] * 4
     assert not any(site.narrows_queries for site in sites)
-    assert [site.bias is not None and site.bias.mask for site in sites] == [None, "attention_mask"] * 2
+    shifted = [site.bias is not None and site.bias.mask is not None for site in sites]
+    assert shifted == [False, True] * 2
+    assert {site.cosine for site in sites} == {site.head_scales for site in sites} == {name != "huggingface"}
     expected = _out(case.model, case.x)
 
     def narrow(kept: list[Attention], **options: Any) -> nn.Module:

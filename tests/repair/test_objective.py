@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import spvit
 from spvit.errors import CalibrationError, DataError
+from spvit.hosts.calling import record_calls
 from spvit.hosts.host import Host
-from spvit.hosts.replay import record_calls
 from spvit.repair.objective import Answer, Objective, answer_of
 from spvit.repair.scores import Scores
 from tiny import assert_close, images, make_host, randomise

@@ -100,6 +100,9 @@ def test_pairs_that_go_leave_the_others_as_they_were(case: Case) -> None:
         with pytest.raises(spvit.ArchitectureError, match="or the places of tokens act on them"):
             case.prune(Attention(query_key_rank=2))
         return
+    if site.rotary is None:  # a learned scale alone: any rank will do
+        assert {layer.query_key_rank for layer in narrow_layers(case.prune(Attention(query_key_rank=3)))} == {3}
+        return
     with pytest.raises(spvit.ArchitectureError, match="query_key_rank is 3, .* pairs there; give an even number"):
         case.prune(Attention(query_key_rank=3))
     x, zeroed, width = case.form.images(2), copy.deepcopy(case.model), site.head_width
@@ -139,10 +142,13 @@ def test_gradients_reach_every_parameter_and_the_kept_entries_of_the_bias(case: 
         assert all(parameter.grad.any() for parameter in layer.parameters())
         learned = bias is not None and not bias.argument
         assert list(dict(layer.named_parameters())).count("bias_table") == int(learned)
-        if learned:
+        if learned and bias.table is None:
+            assert layer.bias_table.shape == (bias.entries, 2)
+        elif learned:
             entries = dense.get_parameter(bias.table)
             entries = entries.reshape(3, -1).T if bias.heads_first else entries
             assert torch.equal(layer.bias_table, entries[:, [0, 2]])
+        if learned:
             assert layer.bias_table.grad.abs().sum(0).all()
 
 
@@ -173,7 +179,15 @@ def test_copies_and_states_are_plain(case: Case) -> None:
     names = {name for layer in narrow_layers(case.narrow) for name in layer.state_dict()}
     assert names <= {
         *(f"{linear}.{part}" for linear in ("qkv", "proj") for part in ("weight", "bias")),
-        *("pairs", "bias_table", "query_norm.weight", "query_norm.bias", "key_norm.weight", "key_norm.bias"),
+        *(
+            "pairs",
+            "bias_table",
+            "head_scales",
+            "query_norm.weight",
+            "query_norm.bias",
+            "key_norm.weight",
+            "key_norm.bias",
+        ),
     }
 
 

@@ -19,7 +19,7 @@ from spvit.budget import human
 from spvit.cli.options import CheckCommand
 from spvit.cli.show import say
 from spvit.errors import ModelError, SpvitError
-from spvit.hosts.found import FoundFamily
+from spvit.hosts.family import Family
 from spvit.hosts.host import Host, recognise
 from spvit.hosts.recognise import said_size
 from spvit.hosts.site_files import NUMBER, alike
@@ -36,32 +36,44 @@ PARTS = {"queries": "query", "keys": "key", "values": "value", "output": "out"}
 
 def check_command(options: CheckCommand, console: Console) -> None:
     """Print what a model is to spvit: tables, or JSON. Raises UnsupportedHostError where nothing can be done."""
+    with Console(stderr=True, quiet=console.quiet).status(f"running {options.model} to see what is in it"):
+        found = _found(options)
+    if options.json:
+        console.print_json(json.dumps(found))
+        return
+    size, classes = " x ".join(map(str, found["input_size"])), found["classes"]
+    costs = f"{human(found['params'])} params, {human(found['macs'])} macs"
+    say(
+        console,
+        f"{options.model}: {found['class']}, found {found['found']}",
+        f"images {size}, {f'{classes} classes' if classes else 'no head'}; {costs}",
+    )
+    console.print(*_tables(found["blocks"]))
+    say(console, f"search: {found['search']}")
+
+
+def _found(options: CheckCommand) -> dict[str, Any]:
+    """Return all that is printed of a model, as JSON values."""
     config = ModelConfig(model=options.model, model_args=options.model_args, pretrained=False)
     model = open_model(config, any_family=True, weights=False, code=True).model
     host = _host(model, options)
-    how = "by what it does and verified" if isinstance(host.family, FoundFamily) else "by its class"
+    how = "by what it does and verified" if type(host.family) is Family else "by its class"
     if pruned_record(model) is not None:
         how += ", before it was pruned"
     blocks, start = [], 0
     for pattern, numbers in alike(host.blocks):
         blocks.append({**_block(pattern, numbers), "may become": _may(host, start)})
         start += max(1, len(numbers))
-    name, classes = f"{type(model).__module__}.{type(model).__qualname__}", host.family.classes(host.model)
-    totals = host.totals
-    search = _answer(lambda: make_searchable(cast(Any, host), inplace=True))
-    if options.json:
-        about = {"model": options.model, "class": name, "found": how, "input_size": host.input_size, "classes": classes}
-        console.print_json(json.dumps({**about, **totals, "search": search, "blocks": blocks}))
-        return
-    costs = f"{human(totals['params'])} params, {human(totals['macs'])} macs"
-    size = " x ".join(map(str, host.input_size))
-    say(
-        console,
-        f"{options.model}: {name}, found {how}",
-        f"images {size}, {f'{classes} classes' if classes else 'no head'}; {costs}",
-    )
-    console.print(*_tables(blocks))
-    say(console, f"search: {search}")
+    return {
+        "model": options.model,
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "found": how,
+        "input_size": host.input_size,
+        "classes": host.family.classes(host.model),
+        **host.totals,
+        "search": _answer(lambda: make_searchable(cast(Any, host), inplace=True)),
+        "blocks": blocks,
+    }
 
 
 def _tables(blocks: list[dict[str, Any]]) -> list[Table]:
@@ -86,9 +98,7 @@ def _host(model: nn.Module, options: CheckCommand) -> Host:
     """Return the dense host that a model is, or was before it was pruned."""
     record = pruned_record(model)
     if record is not None:
-        family = record.family
-        model = build(source_of(model))
-        return Host(model, family, family.blocks(model), family.input_size(model))
+        return Host(build(source_of(model)), record.family)
     said = said_size(model)
     channels, size = options.channels or said[0], said[1]
     if options.image_size is not None:
@@ -141,8 +151,11 @@ def _units(ffn: FFNSite) -> list[str]:
 def _acting(site: AttentionSite) -> str:
     """Return what acts on queries, keys and values beside the projections: norms, and what has a class of its own."""
     norms = [name for name in (*site.norms, site.inner_norm) if name is not None]
-    parts = (item.name for item in dataclasses.fields(site) if item.name not in (*PARTS.values(), "layout"))
+    parts = [item.name for item in dataclasses.fields(site) if item.name not in (*PARTS.values(), "layout")]
     others = [part for part in parts if dataclasses.is_dataclass(getattr(site, part))]
+    if not (site.narrows_queries or site.narrows_values):
+        unknown = "queries and keys" if site.query == site.value else "logits, or the form of its windows,"
+        others = [*others, f"something on {unknown} that no norm, table or argument explains: attention stays whole"]
     return ", ".join([*norms, *others]) or "nothing"
 
 

@@ -1,17 +1,143 @@
-"""How a host calls an attention layer, and how what stands in its place takes the call: tokens, then the rest by name.
+"""How a host calls its blocks and attention layers, and how what stands in a layer's place takes the call.
+
+Rotary tables, position embeddings, masks and sizes reach a block beside its tokens. No host's forward is copied or
+patched: what passed once, for images of the host's own size, is recorded, and passed again.
 
 Shapes: B batch, N tokens, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from spvit.errors import CalibrationError, UnsupportedHostError
 from spvit.hosts.sites import AttentionSite
+
+
+class _Reached(Exception):
+    """Ends a forward pass early, with what was looked for."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+
+def reached(run: Callable[[Any], object], x: Any, module: nn.Module, output: bool) -> Tensor:
+    """Return the first input or the output of a module inside what is run on x; nothing after it runs."""
+
+    def stop_before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+
+    def stop_after(module: nn.Module, args: Any, result: Any) -> None:
+        raise _Reached(tokens_of(result))
+
+    if output:
+        handle = module.register_forward_hook(stop_after)
+    else:
+        handle = module.register_forward_pre_hook(stop_before, with_kwargs=True)
+    try:
+        with handle:
+            run(x)
+    except _Reached as found:
+        return found.value
+    raise CalibrationError(f"the model's {type(module).__name__} was not reached; its forward pass leaves it out")
+
+
+def tokens_of(output: Any) -> Tensor:
+    """Return the tokens of what a module answers: the output, or the first of several."""
+    tokens: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return tokens
+
+
+@contextmanager
+def in_mode(training: bool, *models: nn.Module) -> Iterator[None]:
+    """Put models in training or evaluation mode inside the context; restore every flag after."""
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.train(training)
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """How a model calls a block: what it passes beside tokens."""
+
+    tokens: str | None = None
+    """Keyword under which the tokens are passed; None: they are the first positional argument."""
+    arguments: tuple[Any, ...] = ()
+    """Further positional arguments."""
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+    images: int = 0
+    """Images of the pass that was recorded, by which tensors are known that hold an entry for each; 0: none does."""
+
+    def __call__(self, block: nn.Module, x: Tensor) -> Any:
+        """Return the block's answer to tokens."""
+        arguments = self._for_images(self.arguments, len(x))
+        keywords = {name: self._for_images(value, len(x)) for name, value in self.keywords.items()}
+        if self.tokens is not None:
+            return block(*arguments, **{self.tokens: x}, **keywords)
+        return block(x, *arguments, **keywords)
+
+    def _for_images(self, value: Any, images: int) -> Any:
+        """Return an argument for so many images: a tensor that was recorded with an entry an image holds equal ones."""
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._for_images(item, images) for item in value)
+        if self.images and isinstance(value, Tensor) and value.dim() and len(value) == self.images:
+            return value[:1].expand(images, *value.shape[1:])
+        return value
+
+
+def record_calls(model: nn.Module, paths: Sequence[str], images: Tensor) -> tuple[BlockCall, ...]:
+    """Return how a model calls the blocks at some dotted names, from a pass of images, two or more of one kind.
+
+    Blocks that are a ModuleList are not called and get no arguments.
+
+    Raises:
+        UnsupportedHostError: a block is not called, or gets something of each image beside its tokens.
+    """
+    calls: dict[str, BlockCall] = {}
+
+    def record(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls[path] = _call_of(path, args, kwargs, len(images))
+
+    with ExitStack() as undo, torch.no_grad():
+        for path in paths:
+            block = model.get_submodule(path)
+            if isinstance(block, nn.ModuleList):
+                calls[path] = BlockCall()
+            undo.enter_context(block.register_forward_pre_hook(partial(record, path), with_kwargs=True))
+        model(images)
+    missing = next((path for path in paths if path not in calls), None)
+    if missing is not None:
+        raise UnsupportedHostError(f"{missing} is no block that the forward pass calls; leave it out of the sites")
+    return tuple(calls[path] for path in paths)
+
+
+def _call_of(path: str, args: tuple[Any, ...], kwargs: dict[str, Any], images: int) -> BlockCall:
+    name = None if args else next((name for name, value in kwargs.items() if isinstance(value, Tensor)), None)
+    keywords = {key: value for key, value in kwargs.items() if key != name}
+    by_image = False
+    for value in (*args[1:], *keywords.values()):
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, Tensor) and item.dim() and len(item) == images:
+                by_image = True
+                if not torch.equal(item, item[:1].expand_as(item)):
+                    raise UnsupportedHostError(
+                        f"{path} gets a tensor of each image beside its tokens, {list(item.shape)}; blocks that read "
+                        "anything but tokens of the image are not supported"
+                    )
+    return BlockCall(name, args[1:], keywords, images if by_image else 0)
 
 
 def batch_first(site: AttentionSite, x: Tensor) -> Tensor:
@@ -27,8 +153,7 @@ def by_name(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any
 
 def tokens_in(site: AttentionSite, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return the tokens [B, N, D] that the projections of a dense layer get in a call."""
-    x = by_name(site.parameters, args, kwargs)[0] if site.parameters else args[0]
-    x = batch_first(site, x)
+    x = batch_first(site, by_name(site.parameters, args, kwargs)[0] if site.parameters else args[0])
     return x if site.inner_norm is None else layer.get_submodule(site.inner_norm)(x)
 
 
@@ -41,11 +166,8 @@ def called_with(module: nn.Module, site: AttentionSite) -> Iterator[dict[str, An
         last.clear()
         last.update(by_name(site.parameters or ("x",), args, kwargs)[1])
 
-    handle = module.register_forward_pre_hook(note, with_kwargs=True)
-    try:
+    with module.register_forward_pre_hook(note, with_kwargs=True):
         yield last
-    finally:
-        handle.remove()
 
 
 class InPlace(nn.Module):
@@ -64,11 +186,8 @@ class InPlace(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Takes what the layer took. Returns its output, in its order of dimensions."""
         x, named = by_name(self.parameters_of_layer, args, kwargs)
-        if not self.token_first:
-            out: Tensor = self.attention(self.norm(x), **named)
-            return out
-        out = self.attention(self.norm(x.transpose(0, 1)), **named)
-        return out.transpose(0, 1)
+        out: Tensor = self.attention(self.norm(x.transpose(0, 1) if self.token_first else x), **named)
+        return out.transpose(0, 1) if self.token_first else out
 
 
 def in_place(site: AttentionSite, layer: nn.Module, module: nn.Module, norms: bool = True) -> nn.Module:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from spvit.cost import count_macs, count_params
 from spvit.errors import CalibrationError, NotSearchableError, UnsupportedHostError
+from spvit.hosts.behaviour.discover import used_twice
+from spvit.hosts.calling import BlockCall, record_calls
+from spvit.hosts.family import Family
 from spvit.hosts.recognise import RECORD, family_of
-from spvit.hosts.replay import BlockCall, record_calls
-from spvit.hosts.sites import AttentionSite, BlockSites, Family
+from spvit.hosts.sites import AttentionSite, BlockSites
 from spvit.hosts.weights import AttentionWeights, read_weights
 
 OUTPUTS = ("logits", "image_embeds", "pooler_output", "last_hidden_state", "feature_maps")
@@ -28,9 +30,16 @@ class Host:
 
     model: nn.Module
     family: Family
-    blocks: tuple[BlockSites, ...]
-    input_size: tuple[int, int, int]
-    """(channels, height, width) of its images."""
+
+    @property
+    def blocks(self) -> tuple[BlockSites, ...]:
+        """Where the layers of every block are."""
+        return self.family.sites
+
+    @cached_property
+    def input_size(self) -> tuple[int, int, int]:
+        """(channels, height, width) of its images."""
+        return self.family.input_size(self.model)
 
     @staticmethod
     def of(model: nn.Module | Host) -> Host:
@@ -118,9 +127,8 @@ def recognise(model: nn.Module, images: Tensor | None = None) -> Host:
         )
     _check_parts(model)
     family = family_of(model, None if images is None else (images.shape[1], images.shape[2], images.shape[3]))
-    blocks = family.blocks(model)
-    _check_blocks_differ(model, blocks)
-    return Host(model, family, blocks, family.input_size(model))
+    _check_blocks_differ(model, family.sites)
+    return Host(model, family)
 
 
 def _check_dense(model: nn.Module) -> None:
@@ -142,10 +150,7 @@ def _check_blocks_differ(model: nn.Module, blocks: tuple[BlockSites, ...]) -> No
         for path in (block.attention.path, *block.ffn.linears, block.ffn.second):
             other = first.setdefault(id(model.get_submodule(path)), path)
             if other != path:
-                raise UnsupportedHostError(
-                    f"{path} and {other} are the same module, used twice; give each block weights of its own "
-                    "(copy.deepcopy the block)"
-                )
+                raise used_twice(path, other)
 
 
 def _check_parts(model: nn.Module) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,19 +13,10 @@ from torch import nn
 from spvit.errors import UnknownPartError, UnsupportedHostError
 from spvit.hosts.behaviour.discover import discover
 from spvit.hosts.declared import Sites
-from spvit.hosts.sites import Family
+from spvit.hosts.family import Family
 
 RECORD = "spvit_record"
 """Attribute in which a searchable or pruned model keeps what spvit knows of it, its family among that."""
-
-
-@dataclass(frozen=True)
-class Registration:
-    """How to recognise a family without importing its library."""
-
-    library: str
-    classes: tuple[str, ...]
-    adapter: str
 
 
 WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
@@ -34,10 +24,12 @@ WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "Opti
 DECLARED: dict[type[nn.Module], Sites] = {}
 """What users declare, by class."""
 
-REGISTRATIONS = (
-    Registration("timm", ("VisionTransformer", "VisionTransformerDistilled"), "spvit.hosts.timm_vit"),
-    Registration("timm", ("SwinTransformer",), "spvit.hosts.timm_swin"),
-)
+ADAPTERS = {
+    ("timm", "VisionTransformer"): "spvit.hosts.timm_vit",
+    ("timm", "VisionTransformerDistilled"): "spvit.hosts.timm_vit",
+    ("timm", "SwinTransformer"): "spvit.hosts.timm_swin",
+}
+"""Where the family of a class is made, by library and name: nothing is imported before it is used."""
 
 
 def family_of(model: nn.Module, size: tuple[int, int, int] | None = None) -> Family:
@@ -50,25 +42,29 @@ def family_of(model: nn.Module, size: tuple[int, int, int] | None = None) -> Fam
     Raises:
         UnsupportedHostError: names the model's class, and what was looked for and found, or the part of it to pass.
     """
-    odd: UnknownPartError | None = None
+    odd = None
     try:
         known = known_family(model)
+        if known is not None:
+            return known
     except UnknownPartError as error:
-        known, odd = None, error
-    if known is not None:
-        return known
+        odd = f"{error}; and "
     declared = _declared_for(model)
-    if declared is not None:
-        return _verified(model, declared, size)
-    advice = None if odd is not None else _advice(model)
     try:
+        if declared is not None:
+            family = discover(_with_values(model), size or declared.input_size or size_of(model), declared)
+            declared.check(model, family.sites)
+            return family
+        advice = None if odd else _advice(model)
         if advice is not None:
             raise UnsupportedHostError(advice)
         return discover(_with_values(model), size or size_of(model))
     except UnsupportedHostError as error:
         cls = type(model)
-        reason = error if odd is None else f"{odd}; and {error}"
-        raise UnsupportedHostError(f"{cls.__module__}.{cls.__qualname__} is not supported: {reason}") from error
+        said = f"{cls.__module__}.{cls.__qualname__} is not supported: {odd or ''}"
+        if declared is not None:
+            said = f"the sites registered for {cls.__qualname__} do not hold: "
+        raise UnsupportedHostError(f"{said}{error}") from error
 
 
 def known_family(model: nn.Module) -> Family | None:
@@ -77,15 +73,11 @@ def known_family(model: nn.Module) -> Family | None:
     Raises UnknownPartError for a model of a known class with a part that is not the family's own.
     """
     record = vars(model).get(RECORD)
-    if record is not None:
-        family: Family = record.family
-        return family
-    registration = _registration_of(model)
-    if registration is None or _declared_for(model) is not None:
+    adapter = _adapter_of(model)
+    if record is None and (adapter is None or _declared_for(model) is not None):
         return None
-    adapter = _adapter(registration)
-    adapter.blocks(model)
-    return adapter
+    family: Family = record.family if record is not None else importlib.import_module(str(adapter)).family(model)
+    return family
 
 
 def register(cls: type[nn.Module], sites: Sites | None) -> None:
@@ -111,18 +103,6 @@ def register(cls: type[nn.Module], sites: Sites | None) -> None:
 
 def _declared_for(model: nn.Module) -> Sites | None:
     return next((DECLARED[cls] for cls in type(model).__mro__ if cls in DECLARED), None)
-
-
-def _verified(model: nn.Module, declared: Sites, size: tuple[int, int, int] | None) -> Family:
-    """Return the family that a user declares of a model. Raises UnsupportedHostError saying what does not hold."""
-    try:
-        family = discover(_with_values(model), size or declared.input_size or size_of(model), declared)
-        declared.check(model, family.sites)
-    except UnsupportedHostError as error:
-        raise UnsupportedHostError(
-            f"the sites registered for {type(model).__qualname__} do not hold: {error}"
-        ) from error
-    return family
 
 
 def _with_values(model: nn.Module) -> nn.Module:
@@ -168,10 +148,9 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(item, int) for item in value)
 
 
-def _registration_of(model: nn.Module) -> Registration | None:
+def _adapter_of(model: nn.Module) -> str | None:
     cls = type(model)
-    library = cls.__module__.split(".")[0]
-    return next((item for item in REGISTRATIONS if library == item.library and cls.__name__ in item.classes), None)
+    return ADAPTERS.get((cls.__module__.split(".")[0], cls.__name__))
 
 
 def _advice(model: nn.Module) -> str | None:
@@ -180,14 +159,9 @@ def _advice(model: nn.Module) -> str | None:
         return "it wraps a model with adapters: pass model.merge_and_unload()"
     inside = WRAPPERS.get(type(model).__name__)
     if inside is None:
-        inside = next((name for name, part in model.named_modules() if name and _registration_of(part)), None)
+        inside = next((name for name, part in model.named_modules() if name and _adapter_of(part)), None)
     if inside is None:
         return None
     cls = type(model.get_submodule(inside)).__name__
     expression = re.sub(r"\.(\d+)", r"[\1]", f"model.{inside}")
     return f"its {cls} inside is: pass {expression}"
-
-
-def _adapter(registration: Registration) -> Family:
-    family: Family = importlib.import_module(registration.adapter).FAMILY
-    return family

@@ -5,16 +5,13 @@ Weights are read and replacements are put in place by dotted names, so that no h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from spvit.errors import UnknownPartError
-from spvit.hosts.gathered import GatheredGrid, Layout
-from spvit.hosts.grid import Grid
+from spvit.hosts.grid import GatheredGrid, Grid, Layout
 
 
 @dataclass(frozen=True)
@@ -69,8 +66,9 @@ class Rotary:
 class Bias:
     """What is added to the scaled logits, the same for every image."""
 
-    table: str
-    """Name of the argument of the layer that it is, [.., H or 1, N, N], or of the parameter inside it that holds it."""
+    table: str | None
+    """Name of the argument of the layer that it is, [.., H or 1, N, N], or of the parameter inside it that holds it;
+    None: the layer computes it from its parameters (by a small network, say), so it is read from what it adds."""
     argument: bool
     heads_first: bool = False
     """Whether the parameter is [H, entries] (or [H, N, N]), or else [entries, H]."""
@@ -78,6 +76,8 @@ class Bias:
     """Name, inside the layer, of the tensor of each pair of tokens' entry; None: the entries are all pairs."""
     mask: str | None = None
     """Name of the argument of the layer that is added besides, [windows, N, N] or None: a mask of shifted windows."""
+    entries: int = 0
+    """How many entries a computed bias has for each head."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,10 @@ class AttentionSite:
     """Names, inside the layer, of norms over a head's queries, over its keys, and over the outputs of all heads."""
     inner_norm: str | None = None
     """Name, inside the layer, of a norm that its input goes through first."""
+    cosine: bool = False
+    """Whether queries and keys are scaled to length one."""
+    head_scales: bool = False
+    """Whether the layer scales each head's logits, as it has learned."""
     rotary: Rotary | None = None
     """How queries and keys are rotated; None: they are not."""
     bias: Bias | None = None
@@ -184,47 +188,6 @@ class BlockSites:
     """Dotted name of a module that stands between the previous block and this one; None when nothing does."""
     channels_first: bool = False
     """Whether that module takes and answers maps [B, D, height, width], and blocks [B, height, width, D]."""
-
-
-Undo = Callable[[], object]
-"""Takes one change of a model back."""
-
-
-class Family(Protocol):
-    """What a family of hosts has to say. Methods take a model of the family's class, dense or pruned."""
-
-    @property
-    def name(self) -> str:
-        """How messages call the family."""
-        ...
-
-    @property
-    def temperature(self) -> float:
-        """Default temperature of the head mix (alpha)."""
-        ...
-
-    def blocks(self, model: nn.Module) -> tuple[BlockSites, ...]:
-        """Return the sites of every block of a dense model. Raises UnsupportedHostError naming an unknown part."""
-        ...
-
-    def input_size(self, model: nn.Module) -> tuple[int, int, int]:
-        """Return (channels, height, width) of the images that the model takes."""
-        ...
-
-    def classes(self, model: nn.Module) -> int:
-        """Return how many classes the head tells apart; 0 when the model has no head."""
-        ...
-
-    def watch_grids(self, model: nn.Module, blocks: Sequence[int]) -> tuple[dict[int, Grid], list[Undo]]:
-        """Return the grids of blocks by index, as their attention gets them, kept at the size of the images by hooks.
-
-        Attention stays as it is. What was changed of the model, the undos take back.
-        """
-        ...
-
-    def whole_grids(self, model: nn.Module, blocks: Sequence[int]) -> tuple[dict[int, Grid], list[Undo]]:
-        """Return the same for blocks whose attention is replaced: they hand the whole grid on, as tokens row-major."""
-        ...
 
 
 PLAIN = (

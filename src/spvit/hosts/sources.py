@@ -1,26 +1,31 @@
 """How a dense model is described in a file, and made again: by the library that made it, or not at all.
 
-Nothing that a file says is imported or run: it names models of timm and classes of transformers, with plain arguments.
+Nothing that a file says is imported or run: it names models of timm and classes of transformers (extra `hf`), with
+plain arguments.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping
-from typing import Any
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 from torch import nn
 
-from spvit.errors import UnsupportedHostError
+from spvit.errors import ModelError, UnsupportedHostError
 
-LIBRARIES = {"timm": "spvit.hosts.timm_models", "transformers": "spvit.hosts.transformers_models"}
+# Implementations of attention that come with transformers; it would download and run any other.
+_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_OF_OLD_FILES = "ViTForImageClassification"
+_POOLING = "add_pooling_layer"
 
 
 def source_of(model: nn.Module) -> dict[str, Any]:
     """Return what `build` needs to make the same dense model again, as JSON values; of other models their class."""
     cls = type(model)
     library = cls.__module__.split(".")[0]
-    known = importlib.import_module(LIBRARIES[library]).source_of(model) if library in LIBRARIES else None
+    known = LIBRARIES[library][0](model) if library in LIBRARIES else None
     return known or {"library": library, "class": f"{cls.__module__}.{cls.__qualname__}"}
 
 
@@ -42,8 +47,105 @@ def build(source: dict[str, Any]) -> nn.Module:
             f"the file names no model of {' or '.join(LIBRARIES)} but a {source.get('class', library)}, which cannot "
             "be made from a file; make the dense model and pass it: spvit.load(folder, host=model)"
         )
-    model: nn.Module = importlib.import_module(LIBRARIES[library]).build(source)
+    model: nn.Module = LIBRARIES[library][1](source)
     found, expected = type(model).__name__, source.get("class")
     if expected not in (None, found):
         raise UnsupportedHostError(f"the host's class is {expected!r}, but what {library} makes is a {found}")
     return model
+
+
+def _of_timm(model: Any) -> dict[str, Any] | None:
+    """Return how timm made a model; None if timm.create_model did not, or with values that no file can hold."""
+    config = getattr(model, "pretrained_cfg", None)
+    arguments = getattr(model, "_model_args", None)
+    if not config or arguments is None:
+        return None
+    # reset_classifier leaves the recorded arguments as they were.
+    now = {name: getattr(model, name, None) for name in ("num_classes", "global_pool")}
+    arguments = {**arguments, **{name: value for name, value in now.items() if isinstance(value, (int, str))}}
+    plain = (str, int, float, bool, list, tuple, dict, type(None))
+    if not all(isinstance(value, plain) for value in arguments.values()):
+        return None
+    arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
+    about = {"library": "timm", "class": type(model).__name__, "name": config["architecture"]}
+    return {**about, "arguments": arguments}
+
+
+def _by_timm(source: dict[str, Any]) -> nn.Module:
+    import timm
+
+    check_timm_model(source["name"], source["arguments"])
+    return timm.create_model(source["name"], **source["arguments"])
+
+
+def check_timm_model(name: str, arguments: Mapping[str, Any]) -> None:
+    """Raise ModelError unless timm has registered the model and its classes have all of the arguments.
+
+    So none names a file, a hub or code: `timm.create_model` would take `checkpoint_path` or `pretrained_cfg`.
+    """
+    import timm
+
+    if not name.isidentifier() or not timm.is_model(name):
+        raise ModelError(f"{name!r} is no model that timm has registered")
+    module = sys.modules[timm.model_entrypoint(name).__module__]
+    classes = [item for item in vars(module).values() if isinstance(item, type) and issubclass(item, nn.Module)]
+    known = {parameter for item in classes for parameter in inspect.signature(item.__init__).parameters}
+    for argument in arguments:
+        if argument not in known - {"self", "args", "kwargs"}:
+            raise ModelError(f"{argument!r} is no argument of the model {name}; leave it out")
+
+
+def _of_transformers(model: Any) -> dict[str, Any] | None:
+    """Return a model's class and settings as JSON values; None for one that cannot be made from these."""
+    import transformers
+
+    cls = type(model)
+    if getattr(transformers, cls.__name__, None) is not cls or not issubclass(cls, transformers.PreTrainedModel):
+        return None
+    source = {
+        "library": "transformers",
+        "class": cls.__name__,
+        "config": model.config.to_diff_dict(),
+        "attention": model.config._attn_implementation,
+    }
+    if _POOLING in inspect.signature(cls).parameters and getattr(model, "pooler", None) is None:
+        source["pooling"] = False
+    return source
+
+
+def _by_transformers(source: dict[str, Any]) -> nn.Module:
+    """Make a model of transformers. Raises ModelError when its settings ask for code."""
+    cls, config = _class_named(source.get("class", _OF_OLD_FILES)), source["config"]
+    asked = {source["attention"], *(str(value) for key, value in _settings(config) if "implementation" in key)}
+    if not asked <= {"None", *_ATTENTION} or any(key == "auto_map" for key, _ in _settings(config)):
+        raise ModelError(f"its configuration asks for code of others: {config.get('auto_map', sorted(asked))}")
+    for key, value in _settings(config):  # what timm would make, or be told to read
+        if (value and "backbone" in key) or (key == "model_type" and str(value).startswith("timm")):
+            raise ModelError(f"its configuration asks for code of others: {key}={value!r}")
+    settings = cls.config_class.from_dict(config, attn_implementation=source["attention"])
+    return cast(nn.Module, cls(settings, **({} if source.get("pooling", True) else {_POOLING: False})))
+
+
+def _class_named(name: Any) -> Any:
+    """Return a class of models of images that is defined in transformers and holds no model of another library."""
+    import transformers
+
+    cls = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
+        raise ModelError(f"{name!r} is no model that comes with transformers")
+    of_images = getattr(cls, "main_input_name", None) == "pixel_values" and ".timm_" not in cls.__module__
+    if not cls.__module__.startswith("transformers.models.") or not of_images:
+        raise ModelError(f"{name!r} is no model of images that transformers makes itself")
+    return cls
+
+
+def _settings(config: Any) -> Iterator[tuple[str, Any]]:
+    """Yield all settings of a configuration, of those inside it too."""
+    for key, value in config.items():
+        yield str(key), value
+        if isinstance(value, dict):
+            yield from _settings(value)
+
+
+LIBRARIES = {"timm": (_of_timm, _by_timm), "transformers": (_of_transformers, _by_transformers)}
+"""How each library's models are described, and made again."""

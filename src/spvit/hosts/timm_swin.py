@@ -10,10 +10,10 @@ Shapes: B batch, N tokens of a window, D width, G = height x width tokens of a m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, SwinTransformerStage, WindowAttention
@@ -21,9 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spvit.errors import GridError
+from spvit.hosts.family import Undo
 from spvit.hosts.grid import Grid
-from spvit.hosts.sites import AttentionSite, Bias, BlockSites, Undo, expect
-from spvit.hosts.timm_models import TimmFamily
+from spvit.hosts.sites import AttentionSite, Bias, BlockSites, expect
+from spvit.hosts.timm_models import TimmFamily, input_size, parts
+
+NAME = "timm SwinTransformer"
+TEMPERATURE = 100.0
+WINDOWS = ("window_size", "window_area", "shift_size", "attn_mask")
 
 
 @dataclass
@@ -60,114 +65,82 @@ class WindowedGrid(Grid):
         return cut.flatten(3, 4).flatten(0, 2)
 
 
-@dataclass
-class WindowTracker:
-    """A forward pre-hook for a block: keeps a grid at the block's map and windows."""
-
-    grid: WindowedGrid
-
-    def __call__(self, block: SwinTransformerBlock, arguments: tuple[Tensor, ...]) -> None:
-        """arguments: a map [B, height, width, D]."""
-        self.grid.height, self.grid.width = arguments[0].shape[1:3]
-        self.grid.window, self.grid.shift = block.window_size, block.shift_size
+def _follow_windows(grid: WindowedGrid, block: SwinTransformerBlock, arguments: tuple[Tensor, ...]) -> None:
+    """Forward pre-hook for a block that takes a map [B, height, width, D]: keep a grid at its map and windows."""
+    grid.height, grid.width = arguments[0].shape[1:3]
+    grid.window, grid.shift = block.window_size, block.shift_size
 
 
-@dataclass
-class WholeMap:
-    """A forward pre-hook for a block whose attention is replaced: its one window is the map that passes."""
-
-    grid: Grid
-
-    def __call__(self, block: SwinTransformerBlock, arguments: tuple[Tensor, ...]) -> None:
-        """arguments: a map [B, height, width, D]."""
-        height, width = arguments[0].shape[1:3]
-        self.grid.height, self.grid.width = height, width
-        block.window_size, block.window_area = (height, width), height * width
-        # The model's set_input_size brings a shift and its mask back.
-        block.shift_size, block.attn_mask = (0, 0), None
+def _follow_map(grid: Grid, block: SwinTransformerBlock, arguments: tuple[Tensor, ...]) -> None:
+    """Forward pre-hook for a block whose attention is replaced: its one window is the map that passes."""
+    grid.height, grid.width = arguments[0].shape[1:3]
+    _spread(block, (grid.height, grid.width))
 
 
-class _TimmSwin(TimmFamily):
-    """Adapter of timm's SwinTransformer."""
+def _spread(block: SwinTransformerBlock, size: tuple[int, int]) -> None:
+    """Have a block's one window be its map."""
+    block.window_size, block.window_area = size, math.prod(size)
+    # The model's set_input_size brings a shift and its mask back.
+    block.shift_size, block.attn_mask = (0, 0), None
 
-    name = "timm SwinTransformer"
-    temperature = 100.0
 
-    def blocks(self, model: nn.Module) -> tuple[BlockSites, ...]:
-        return tuple(self._block(model, path, block) for path, block in self._walk(model))
-
-    def _walk(self, model: nn.Module) -> Iterator[tuple[str, SwinTransformerBlock]]:
-        for index, stage in enumerate(cast(SwinTransformer, model).layers):
-            expect(model, f"layers.{index}", SwinTransformerStage, self.name)
-            for inner, block in enumerate(cast(SwinTransformerStage, stage).blocks):
-                path = f"layers.{index}.blocks.{inner}"
-                expect(model, path, SwinTransformerBlock, self.name)
-                yield path, cast(SwinTransformerBlock, block)
-
-    def _block(self, model: nn.Module, path: str, block: SwinTransformerBlock) -> BlockSites:
-        self.expect_parts(model, path, WindowAttention)
-        attention, grid = cast(WindowAttention, block.attn), _windowed(block)
-        heads = attention.num_heads
-        shared, ffn = self.parts(model, path, heads, attention.proj.in_features // heads)
-        stage = path.partition(".blocks.")[0]
-        reduces = path.endswith(".blocks.0") and not isinstance(model.get_submodule(f"{stage}.downsample"), nn.Identity)
-        return BlockSites(
-            path,
-            AttentionSite(
-                **shared,
-                norm=f"{path}.norm1",
-                prefix_tokens=0,
-                grid=(grid.height, grid.width),
-                keys=attention.window_area,
-                windows=math.prod(grid.windows()),
-                layout=grid,
-                narrows_values=True,
-                scale=attention.scale,
-                dropout=attention.attn_drop.p,
-                out_dropout=attention.proj_drop.p,
-                bias=Bias("relative_position_bias_table", False, False, "relative_position_index", "mask"),
-            ),
-            ffn,
-            before=f"{stage}.downsample" if reduces else None,
-        )
+class SwinFamily(TimmFamily):
+    """The family of a SwinTransformer, whose blocks keep their own grids: they may take images of any size."""
 
     def watch_grids(self, model: nn.Module, blocks: Sequence[int]) -> tuple[dict[int, Grid], list[Undo]]:
         """Return a windowed grid a block, which each block keeps at its own map."""
-        grids: dict[int, Grid] = {}
-        undos: list[Undo] = []
-        every = [block for _, block in self._walk(model)]
-        for index in blocks:
-            grids[index] = windowed = _windowed(every[index])
-            undos.append(every[index].register_forward_pre_hook(WindowTracker(windowed)).remove)
-        return grids, undos
+        own = {index: _block_at(model, self.sites[index].path) for index in blocks}
+        grids = {index: _windowed(block) for index, block in own.items()}
+        handles = [
+            block.register_forward_pre_hook(partial(_follow_windows, grids[index])) for index, block in own.items()
+        ]
+        return {**grids}, [handle.remove for handle in handles]
 
     def whole_grids(self, model: nn.Module, blocks: Sequence[int]) -> tuple[dict[int, Grid], list[Undo]]:
         """Return a grid a block, which each block keeps at its own map and hands on as one window."""
-        grids: dict[int, Grid] = {}
+        own = {index: _block_at(model, self.sites[index].path) for index in blocks}
+        grids = {index: Grid(*block.input_resolution) for index, block in own.items()}
         undos: list[Undo] = []
-        every = [block for _, block in self._walk(model)]
-        for index in blocks:
-            block = every[index]
-            grids[index] = Grid(*block.input_resolution)
-            undos += [partial(_restore, block, _windows_of(block))]
-            undos += [block.register_forward_pre_hook(WholeMap(grids[index])).remove]
-            block.window_size, block.window_area = block.input_resolution, math.prod(block.input_resolution)
-            block.shift_size, block.attn_mask = (0, 0), None
+        for index, block in own.items():
+            undos += [partial(setattr, block, name, getattr(block, name)) for name in WINDOWS]
+            undos += [block.register_forward_pre_hook(partial(_follow_map, grids[index])).remove]
+            _spread(block, block.input_resolution)
         return grids, undos
+
+
+def family(swin: SwinTransformer) -> SwinFamily:
+    """Return the family of a SwinTransformer."""
+    sites = []
+    for index, stage in enumerate(swin.layers):
+        expect(swin, f"layers.{index}", SwinTransformerStage, NAME)
+        sites += [_block(swin, f"layers.{index}", inner) for inner in range(len(stage.blocks))]
+    return SwinFamily(NAME, tuple(sites), input_size(swin), temperature=TEMPERATURE)
+
+
+def _block(swin: SwinTransformer, stage: str, inner: int) -> BlockSites:
+    path = f"{stage}.blocks.{inner}"
+    expect(swin, path, SwinTransformerBlock, NAME)
+    shared, ffn = parts(swin, path, WindowAttention, NAME)
+    grid = _windowed(_block_at(swin, path))
+    reduces = inner == 0 and not isinstance(swin.get_submodule(f"{stage}.downsample"), nn.Identity)
+    site = AttentionSite(
+        **shared,
+        norm=f"{path}.norm1",
+        prefix_tokens=0,
+        grid=(grid.height, grid.width),
+        keys=grid.window[0] * grid.window[1],
+        windows=math.prod(grid.windows()),
+        layout=grid,
+        narrows_values=True,
+        bias=Bias("relative_position_bias_table", False, False, "relative_position_index", "mask"),
+    )
+    return BlockSites(path, site, ffn, before=f"{stage}.downsample" if reduces else None)
+
+
+def _block_at(model: nn.Module, path: str) -> SwinTransformerBlock:
+    return cast(SwinTransformerBlock, model.get_submodule(path))
 
 
 def _windowed(block: SwinTransformerBlock) -> WindowedGrid:
     height, width = block.input_resolution
     return WindowedGrid(height, width, block.window_size, block.shift_size)
-
-
-def _windows_of(block: SwinTransformerBlock) -> dict[str, Any]:
-    return {name: getattr(block, name) for name in ("window_size", "window_area", "shift_size", "attn_mask")}
-
-
-def _restore(block: SwinTransformerBlock, values: dict[str, Any]) -> None:
-    for name, value in values.items():
-        setattr(block, name, value)
-
-
-FAMILY = _TimmSwin()

@@ -15,19 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from spvit.errors import CalibrationError
-from spvit.hosts.calling import batch_first, inside
+from spvit.hosts.calling import batch_first, in_mode, inside, reached, tokens_of
 from spvit.hosts.host import Host, check_values
 from spvit.hosts.sites import BlockSites
 
 BATCH = 64
-
-
-class _Reached(Exception):
-    """Ends a forward pass early, with what was looked for."""
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.value = value
 
 
 def calibration_batches(host: Host, images: Tensor | Iterable[Any]) -> list[Tensor]:
@@ -43,33 +35,34 @@ def calibration_batches(host: Host, images: Tensor | Iterable[Any]) -> list[Tens
     """
     parameter = next(host.model.parameters())
     check_values(parameter)
-    prepared = []
     if not isinstance(images, Iterable):
         raise CalibrationError(f"calibration images are {type(images).__name__}, expected a tensor, or batches of them")
-    for batch in images.split(BATCH) if isinstance(images, Tensor) else images:
-        if isinstance(batch, Mapping):
-            if "pixel_values" not in batch:
-                raise CalibrationError(f"a calibration batch has {', '.join(batch)}, expected pixel_values among them")
-            batch = batch["pixel_values"]
-        tensor = batch[0] if isinstance(batch, (tuple, list)) else batch
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape[1:]) != host.input_size:
-            found = list(tensor.shape[1:]) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise CalibrationError(
-                f"calibration images are {found}, expected tensors of "
-                f"[batch, {', '.join(map(str, host.input_size))}] as the model takes them"
-            )
-        if not tensor.is_floating_point():
-            raise CalibrationError(
-                f"calibration images are {str(tensor.dtype).removeprefix('torch.')}, expected floating-point numbers "
-                "normalised as in training: (images / 255 - mean) / std"
-            )
-        if not tensor.isfinite().all():
-            raise CalibrationError("calibration images hold values that are not finite; check how they are read")
-        if len(tensor):
-            prepared.append(tensor.to(parameter))
+    batches = images.split(BATCH) if isinstance(images, Tensor) else images
+    tensors = (_images_of(batch, host.input_size) for batch in batches)
+    prepared = [tensor.to(parameter) for tensor in tensors if len(tensor)]
     if not prepared:
         raise CalibrationError("there are no calibration images; give a few hundred or more")
     return prepared
+
+
+def _images_of(batch: Any, size: tuple[int, int, int]) -> Tensor:
+    """Return the images of a batch. Raises CalibrationError saying what is wrong with them."""
+    if isinstance(batch, Mapping):
+        if "pixel_values" not in batch:
+            raise CalibrationError(f"a calibration batch has {', '.join(batch)}, expected pixel_values among them")
+        batch = batch["pixel_values"]
+    tensor = batch[0] if isinstance(batch, (tuple, list)) else batch
+    found = f"{list(tensor.shape[1:])}" if isinstance(tensor, Tensor) else type(tensor).__name__
+    if not isinstance(tensor, Tensor) or tuple(tensor.shape[1:]) != size:
+        expected = f"tensors of [batch, {', '.join(map(str, size))}] as the model takes them"
+    elif not tensor.is_floating_point():
+        found = str(tensor.dtype).removeprefix("torch.")
+        expected = "floating-point numbers normalised as in training: (images / 255 - mean) / std"
+    elif not tensor.isfinite().all():
+        raise CalibrationError("calibration images hold values that are not finite; check how they are read")
+    else:
+        return tensor
+    raise CalibrationError(f"calibration images are {found}, expected {expected}")
 
 
 @contextmanager
@@ -88,38 +81,26 @@ def where_float64_is(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models in evaluation mode without gradients in the context, where float64 is; restore every flag after."""
-    flags = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
+    """Put models in evaluation mode without gradients in the context, where float64 is.
+
+    Flags are restored after, and buffers that all models have: some hosts update theirs in any forward pass.
+    """
+    shared = set.intersection(*({name for name, _ in model.named_buffers()} for model in models))
+    kept = [
+        (module._buffers, name, buffer, buffer.clone())
+        for model in models
+        for path, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and f"{path}.{name}".lstrip(".") in shared
+    ]
     try:
-        with torch.no_grad(), where_float64_is(*models):
+        with torch.no_grad(), in_mode(False, *models), where_float64_is(*models):
             yield
     finally:
-        for module, flag in flags:
-            module.training = flag
-
-
-def reached(run: Callable[[Tensor], object], x: Tensor, module: nn.Module, output: bool) -> Tensor:
-    """Return the first input or the output of a module inside what is run on x; nothing after it runs."""
-
-    def stop_before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Reached(args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor)))
-
-    def stop_after(module: nn.Module, args: Any, result: Any) -> None:
-        raise _Reached(tokens_of(result))
-
-    if output:
-        handle = module.register_forward_hook(stop_after)
-    else:
-        handle = module.register_forward_pre_hook(stop_before, with_kwargs=True)
-    try:
-        run(x)
-    except _Reached as found:
-        return found.value
-    finally:
-        handle.remove()
-    raise CalibrationError(f"the model's {type(module).__name__} was not reached; its forward pass leaves it out")
+        for buffers, name, buffer, values in kept:
+            buffers[name] = buffer
+            if not torch.equal(buffer, values):
+                buffer.copy_(values)
 
 
 def block_of(host: Host, index: int) -> Callable[[Tensor], Tensor]:
@@ -132,12 +113,6 @@ def block_of(host: Host, index: int) -> Callable[[Tensor], Tensor]:
     if isinstance(block, nn.ModuleList):
         return lambda x: functools.reduce(lambda stream, layer: layer(stream) + stream, block, x)
     return lambda x: tokens_of(call(block, x.clone()))  # some blocks add to their input in place
-
-
-def tokens_of(output: Any) -> Tensor:
-    """Return the tokens of what a module answers: the output, or the first of several."""
-    tokens: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-    return tokens
 
 
 def first_inputs(host: Host, batches: Iterable[Tensor]) -> list[Tensor]:

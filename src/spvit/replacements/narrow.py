@@ -96,8 +96,10 @@ class _Narrow:
         biased, own_norms = int(has_biases(weights)), (name for name in site.norms if name is not None)
         rest = host.norm_params(site) + sum(count_params(layer.get_submodule(name)) for name in own_norms)
         rest += 0 if weights.out_bias is None else site.dim
-        bias = site.bias
-        head = 0 if bias is None or bias.argument else layer.get_parameter(bias.table).numel() // site.heads
+        head = int(site.head_scales)
+        if site.bias is not None and not site.bias.argument:
+            table = site.bias.table
+            head += site.bias.entries if table is None else layer.get_parameter(table).numel() // site.heads
         return AttentionCost(norm + count_params(layer), 2 * (site.dim + biased), 2 * site.dim + biased, rest, head)
 
 

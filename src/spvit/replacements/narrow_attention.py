@@ -22,6 +22,7 @@ from spvit.hosts.position import (
     dimensions_of,
     entries_by_head,
     inside_layer,
+    measured_logits,
     rotated,
 )
 from spvit.hosts.sites import AttentionSite
@@ -33,7 +34,8 @@ class NarrowAttention(nn.Module):
     """Attention with fewer heads or dimensions than the layer it replaces: one packed projection, fused attention.
 
     Takes the arguments of that layer; a mask is added to the logits. The softmax keeps the original layer's scale.
-    Where the places of tokens act on queries, keys or logits, so they do here: `bias_table` [entries, H] is learned.
+    Where the places of tokens act on queries, keys or logits, so they do here: `bias_table` [entries, H] is learned,
+    and so is `head_scales` [H, 1, 1] where the layer scales the logits of each head.
 
     Attributes: `first`, how many of the tokens, the first ones, it answers for (`answer_first`); None: all of them.
     """
@@ -47,6 +49,7 @@ class NarrowAttention(nn.Module):
     sines: Tensor | None
     bias_index: Tensor | None
     bias_table: nn.Parameter | None
+    head_scales: nn.Parameter | None
 
     def __init__(self, layer: nn.Module, site: AttentionSite, kept: Attention) -> None:
         """Make room for what is kept of the dense layer at a site; its weights are loaded next."""
@@ -69,7 +72,7 @@ class NarrowAttention(nn.Module):
 
     def _place(self, layer: nn.Module, site: AttentionSite, kept_heads: Tensor | None) -> None:
         """Take over what the places of tokens do in the dense layer, for the kept heads (None: all)."""
-        self.rotary, self.bias = site.rotary, site.bias
+        self.rotary, self.bias, self.cosine = site.rotary, site.bias, site.cosine
         self.host_heads, self.head_width = site.heads, site.head_width
         self.register_buffer("kept_heads", kept_heads, persistent=False)
         pairs = torch.arange(self.query_key_rank // 2, device=self.qkv.weight.device).repeat(self.heads, 1)
@@ -80,10 +83,16 @@ class NarrowAttention(nn.Module):
             values = [inside_layer(layer, name) for name in site.rotary.tables]
             tables = cosines_and_sines(site.rotary, values, site.heads, site.head_width)
             cosines, sines = (self._of_heads(table) for table in tables)
+        scales, entries = measured_logits(layer, site)
         if site.bias is not None and not site.bias.argument:
-            entries = entries_by_head(site.bias, layer.get_parameter(site.bias.table), site.heads).detach()
+            if site.bias.table is not None:
+                entries = entries_by_head(site.bias, layer.get_parameter(site.bias.table), site.heads).detach()
+            assert entries is not None
             table = nn.Parameter((entries if kept_heads is None else entries[:, kept_heads]).clone())
             index = None if site.bias.index is None else inside_layer(layer, site.bias.index).flatten()
+        if scales is not None:
+            scales = nn.Parameter((scales if kept_heads is None else scales[kept_heads])[:, None, None].clone())
+        self.register_parameter("head_scales", scales)
         for name, buffer in (("cosines", cosines), ("sines", sines), ("bias_index", index)):
             self.register_buffer(name, buffer, persistent=False)
         self.register_parameter("bias_table", table)
@@ -130,7 +139,7 @@ class NarrowAttention(nn.Module):
 
     def _added(self, mask: Tensor | None, key: Tensor, named: Mapping[str, Any]) -> Tensor | None:
         """Return what is added to the logits: a mask or bias that is given, and the layer's own bias."""
-        if self.bias is not None and self.bias.argument:
+        if self.bias is not None and self.bias.argument and self.bias.table is not None:
             mask = named.get(self.bias.table, mask)
         if isinstance(mask, Tensor):  # and no placeholder of a program that is traced
             mask = self._of_heads(mask)[..., : self.first, :]
@@ -162,6 +171,9 @@ class NarrowAttention(nn.Module):
             for part in (queries, keys_and_values[..., :rank], keys_and_values[..., rank:])
         )  # [B, H, N, R], twice, and [B, H, N, V]
         query, key = self._rotated(self.query_norm(query), self.key_norm(key), named)
+        if self.cosine:
+            query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+        query = query if self.head_scales is None else query * self.head_scales.to(query.dtype)
         mask = self._added(attn_mask, key, named)
         # The CPU's fused attention wants equal widths; what is filled up with zeros changes nothing.
         if self.query_key_rank != self.value_rank and (isinstance(x, torch.fx.Proxy) or x.device.type == "cpu"):

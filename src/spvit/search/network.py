@@ -12,9 +12,9 @@ from torch import nn
 
 from spvit.cost import NetworkCost
 from spvit.errors import NotSearchableError
+from spvit.hosts.family import Family
 from spvit.hosts.host import Host
 from spvit.hosts.recognise import RECORD
-from spvit.hosts.sites import Family
 from spvit.replacements.costs import network_costs
 from spvit.replacements.install import put, put_attention
 from spvit.search.gated_attention import GatedAttention

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spvit.errors import UnsupportedHostError
-from spvit.hosts.behaviour.equations import CLOSE, columns_that_read, rows_that_make
-from spvit.hosts.behaviour.position import find_bias, rotations
-from spvit.hosts.behaviour.watch import Call, Core, Pass, first_tensor, silenced
-from spvit.hosts.behaviour.windows import places_of
+from spvit.hosts.behaviour.equations import CLOSE, columns_that_read, places_of, rows_that_make
+from spvit.hosts.behaviour.watch import Call, Core, Pass, answering, first_tensor
+from spvit.hosts.position import core_alone, find_bias, rotations
 from spvit.hosts.sites import PLAIN, Bias, Rotary, Rows
 
 
@@ -28,16 +28,28 @@ class FoundLayer:
 
     path: str
     block: str
+    module: nn.Module
     core: Core
     call: Call
     out: Rows
     out_norm: str | None
     token_first: bool
 
+    @property
+    def tokens(self) -> Tensor:
+        """What it takes, images first."""
+        assert self.call.tokens is not None
+        return self.call.tokens.transpose(0, 1) if self.token_first else self.call.tokens
 
-def attention_layers(twin: nn.Module, seen: Pass) -> list[FoundLayer]:
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What it was called with, by name."""
+        return _arguments(self.module, self.call)
+
+
+def attention_layers(seen: Pass) -> list[FoundLayer]:
     """Return the attention layers with a block of their own, in the order in which they ran."""
-    ran = [*_stock_cores(twin, seen), *seen.cores] if seen.declared is None else _declared_cores(twin, seen)
+    ran = [*_stock_cores(seen), *seen.cores] if seen.declared is None else _declared_cores(seen)
     cores = [core for core in ran if core.query.shape == core.key.shape]
     cores.sort(key=lambda core: seen.calls[core.running[0]][0].order)
     if not cores:
@@ -47,11 +59,8 @@ def attention_layers(twin: nn.Module, seen: Pass) -> list[FoundLayer]:
             f"values ran in its forward pass{f' ({known})' if known else ''}"
         )
     owners = [core.running[0] for core in cores]
-    layers = []
-    for core in cores:
-        block = _block_around(twin, seen, core.running[0], owners)
-        if block is not None:
-            layers.append(_layer(twin, seen, core, block))
+    blocks = [(core, _block_around(seen, core.running[0], owners)) for core in cores]
+    layers = [_layer(seen, core, block) for core, block in blocks if block is not None]
     if not layers:
         raise UnsupportedHostError(
             f"attention runs in {owners[0]}, but no module around it holds an FFN too (two linear layers that ran); "
@@ -60,24 +69,35 @@ def attention_layers(twin: nn.Module, seen: Pass) -> list[FoundLayer]:
     return layers
 
 
-def _stock_cores(twin: nn.Module, seen: Pass) -> list[Core]:
-    """Return what ran inside nn.MultiheadAttention layers, which work on their tokens alone."""
-    cores = []
-    for path, module in twin.named_modules():
-        if type(module) is not nn.MultiheadAttention or path not in seen.calls:
+def _stock_cores(seen: Pass) -> Iterator[Core]:
+    """Yield what ran inside nn.MultiheadAttention layers, which work on their tokens alone."""
+    for path, module in seen.model.named_modules():
+        if type(module) is not nn.MultiheadAttention or path not in seen.calls or module.in_proj_weight is None:
             continue
         named = _arguments(module, seen.calls[path][0])
         x = named["query"]
         extras = (named.get("attn_mask"), named.get("key_padding_mask"), module.bias_k)
         if named["key"] is not x or named["value"] is not x or x.dim() != 3 or any(item is not None for item in extras):
             continue
-        if module.in_proj_weight is None:  # keys and values of other widths
-            continue
-        x = x if module.batch_first else x.transpose(0, 1)
-        packed = F.linear(x, module.in_proj_weight, module.in_proj_bias)
+        packed = F.linear(x if module.batch_first else x.transpose(0, 1), module.in_proj_weight, module.in_proj_bias)
         query, key, value = packed.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        cores.append(_core(path, query, key, value, query.shape[-1] ** -0.5))
-    return cores
+        yield _core(path, query, key, value, query.shape[-1] ** -0.5)
+
+
+def _declared_cores(seen: Pass) -> Iterator[Core]:
+    """Yield what attention computes in the layers that a user declares, if it is as declared."""
+    declared = seen.declared
+    assert declared is not None
+    for path in declared.layers(seen.model):
+        source = path if declared.norm is None else f"{path}.{declared.norm}"
+        if source not in seen.calls:
+            raise UnsupportedHostError(f"{source} does not run in a forward pass; name the layer that does")
+        call = seen.calls[source][0]
+        x = call.tokens if declared.norm is None else call.answer
+        if x is None or x.dim() != 3:
+            raise UnsupportedHostError(f"{source} takes no tokens [batch, tokens, width]")
+        parts = declared.projected(path, seen.module(path), x.transpose(0, 1) if declared.token_first else x)
+        yield _core(path, *parts, parts[0].shape[-1] ** -0.5 if declared.scale is None else declared.scale)
 
 
 def _core(path: str, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Core:
@@ -87,27 +107,7 @@ def _core(path: str, query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     return Core((path, *ancestors), query, key, value, out, scale)
 
 
-def _declared_cores(twin: nn.Module, seen: Pass) -> list[Core]:
-    """Return what attention computes in the layers that a user declares, if it is as declared."""
-    declared, cores = seen.declared, []
-    assert declared is not None
-    for path in declared.layers(twin):
-        source = path if declared.norm is None else f"{path}.{declared.norm}"
-        if source not in seen.calls:
-            raise UnsupportedHostError(f"{source} does not run in a forward pass; name the layer that does")
-        call = seen.calls[source][0]
-        x = call.tokens if declared.norm is None else call.answer
-        if x is None or x.dim() != 3:
-            raise UnsupportedHostError(f"{source} takes no tokens [batch, tokens, width]")
-        x = x.transpose(0, 1) if declared.token_first else x
-        with torch.no_grad():
-            query, key, value = declared.projected(path, twin.get_submodule(path), x)
-            scale = query.shape[-1] ** -0.5 if declared.scale is None else declared.scale
-            cores.append(_core(path, query, key, value, scale))
-    return cores
-
-
-def _block_around(twin: nn.Module, seen: Pass, owner: str, owners: list[str]) -> str | None:
+def _block_around(seen: Pass, owner: str, owners: list[str]) -> str | None:
     """Return the smallest module around attention that holds an FFN too; None if it holds other attention."""
     path = owner
     while path:
@@ -115,37 +115,41 @@ def _block_around(twin: nn.Module, seen: Pass, owner: str, owners: list[str]) ->
         if len({other for other in owners if f"{other}.".startswith(f"{path}.")}) > 1 or not path:
             return None
         child = owner[len(path) + 1 :].split(".")[0]
-        linears = [
-            name
-            for name, module in twin.get_submodule(path).named_modules()
-            if isinstance(module, nn.Linear) and f"{path}.{name}" in seen.calls and name.split(".")[0] != child
-        ]
-        if len(linears) >= 2:
+        linears = [name for name, module, _ in seen.inside(path) if isinstance(module, nn.Linear)]
+        if sum(name.split(".")[0] != child for name in linears) >= 2:
             return path
     return None
 
 
-def _layer(twin: nn.Module, seen: Pass, core: Core, block: str) -> FoundLayer:
+def _layer(seen: Pass, core: Core, block: str) -> FoundLayer:
     """Return the layer of a core: the innermost module whose output is a projection of what all heads answer."""
+    projections = []
     for path in core.running:
         if not path.startswith(f"{block}."):
             break
-        if len(seen.calls[path]) > 1:
-            raise UnsupportedHostError(f"{path} runs {len(seen.calls[path])} times in a forward pass; expected once")
-        call, module = seen.calls[path][0], twin.get_submodule(path)
+        call, module = seen.once(path), seen.module(path)
         answer = call.answer
         if answer is None or answer.dim() < 3:
             continue
         for split, rows, token_first in _answers(seen, core, path, answer):
             flat = split.output.transpose(1, 2).flatten(0, 1)  # [T, H, E]
-            normed = [(name, given.view_as(flat)) for name, given in _normed(seen, module, path, flat.flatten(1))]
-            for name, outputs in [(None, flat), *normed]:
+            for name, part, own in seen.inside(path):
+                if isinstance(part, nn.Linear) and own.tokens is not None and _are(own.tokens, flat):
+                    projections.append(f"{path}.{name}")
+            normed = [(name, out.view_as(flat)) for name, out in _normed(seen, path, flat.flatten(1))]
+            for norm, outputs in [(None, flat), *normed]:
                 out = columns_that_read(module, outputs, rows)
                 if out is not None:
-                    return FoundLayer(path, block, split, call, out, name, token_first)
+                    return FoundLayer(path, block, module, split, call, out, norm, token_first)
+    behind = PLAIN
+    if projections:
+        behind = (
+            f"found {projections[0]} behind the heads, but the layer answers something else than it: move what acts on "
+            f"its output (a gate, LayerScale, the residual) out of the layer; if that is an adapter, {PLAIN}"
+        )
     raise UnsupportedHostError(
         f"{core.running[0]}: no module around attention answers with a linear projection of what its heads return, "
-        f"{list(core.output.shape)}; looked for output = W (heads side by side) + b; {PLAIN}"
+        f"{list(core.output.shape)}; looked for output = W (heads side by side) + b; {behind}"
     )
 
 
@@ -166,59 +170,38 @@ def _answers(seen: Pass, core: Core, path: str, answer: Tensor) -> Iterator[tupl
                 yield split, made, False
 
 
-def _normed(seen: Pass, layer: nn.Module, path: str, x: Tensor) -> list[tuple[str, Tensor]]:
+def _acting(seen: Pass, path: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield names inside a module, and what modules there take and answer, of one shape."""
+    for name, _, call in seen.inside(path):
+        if call.tokens is not None and call.answer is not None and call.answer.shape == call.tokens.shape:
+            yield name, call.tokens, call.answer
+
+
+def _are(given: Tensor, x: Tensor) -> bool:
+    """Return whether a tensor holds the numbers of another, in its order."""
+    return given.numel() == x.numel() and torch.equal(given.reshape(x.shape), x)
+
+
+def _normed(seen: Pass, path: str, x: Tensor) -> list[tuple[str, Tensor]]:
     """Return names and flat outputs of modules in a layer that take x [T, C], and answer in its shape."""
-    found = []
-    for name, _ in layer.named_modules():
-        call = seen.first(f"{path}.{name}")
-        given, answer = (None, None) if call is None else (call.tokens, call.answer)
-        if given is None or answer is None or given.numel() != x.numel() or answer.shape != given.shape:
-            continue
-        if torch.equal(given.reshape(x.shape), x):
-            found.append((name, answer.reshape(x.shape)))
-    return found
+    return [(name, answer.reshape(x.shape)) for name, given, answer in _acting(seen, path) if _are(given, x)]
 
 
-def values_of(seen: Pass, module: nn.Module, layer: FoundLayer) -> tuple[Tensor, str | None, Rows]:
+def values_of(seen: Pass, layer: FoundLayer) -> tuple[Tensor, str | None, Rows]:
     """Return what a layer's projections get, [T, D], the norm in the layer that made it, and the values' rows."""
-    given = layer.call.tokens
-    assert given is not None
-    given = (given.transpose(0, 1) if layer.token_first else given).flatten(0, -2)
+    given = layer.tokens.flatten(0, -2)
     want = layer.core.value.transpose(1, 2).flatten(0, 1)  # [T, H, E]
-    candidates: list[tuple[str | None, Tensor]] = [(None, given), *_normed(seen, module, layer.path, given)]
+    candidates: list[tuple[str | None, Tensor]] = [(None, given), *_normed(seen, layer.path, given)]
     cut = (x for x, _ in seen.made_in(layer.path) if x.shape == (len(want), given.shape[1]))
     candidates += [(None, x) for x in cut if not torch.equal(x, given) and places_of(x, given) is not None]
     for name, x in candidates:
-        found = rows_that_make(module, x, want) if len(x) == len(want) else None
+        found = rows_that_make(layer.module, x, want) if len(x) == len(want) else None
         if found is not None and abs(found[1] - 1) < 1e-3:
             return x, name, found[0]
     raise UnsupportedHostError(
         f"{layer.path}: its values are no linear map of its tokens by one of its parameters (v = x W^T + b); something "
         f"acts on them between; {PLAIN}"
     )
-
-
-def projection_of(
-    seen: Pass, module: nn.Module, layer: FoundLayer, x: Tensor, want: Tensor
-) -> tuple[Rows | None, str | None, float]:
-    """Return the rows that make queries or keys, the norm that they go through, and a factor; no rows: unexplained.
-
-    x: [T, D]; want: [B, H, N, E].
-    """
-    found = rows_that_make(module, x, want.transpose(1, 2).flatten(0, 1))
-    if found is not None:
-        return found[0], None, found[1]
-    for name, _ in module.named_modules():
-        call = seen.first(f"{layer.path}.{name}")
-        given, answer = (None, None) if call is None else (call.tokens, call.answer)
-        if given is None or answer is None or given.shape != answer.shape or answer.dim() != 4:
-            continue
-        for turned in (lambda t: t, lambda t: t.transpose(1, 2)):
-            if turned(answer).shape == want.shape and torch.allclose(turned(answer), want, CLOSE, CLOSE):
-                found = rows_that_make(module, x, turned(given).transpose(1, 2).flatten(0, 1))
-                if found is not None and abs(found[1] - 1) < 1e-3:
-                    return found[0], name, 1.0
-    return None, None, 1.0
 
 
 @dataclass(frozen=True)
@@ -232,35 +215,81 @@ class Logits:
     """Of queries times keys, beside the scale that is seen."""
     rotary: Rotary | None = None
     bias: Bias | None = None
+    cosine: bool = False
+    """Whether queries and keys are scaled to length one."""
     explained: bool = False
     """Whether this is all that makes them."""
 
 
-def logits_of(seen: Pass, module: nn.Module, own: nn.Module, layer: FoundLayer, x: Tensor, prefix: int) -> Logits:
+def logits_of(seen: Pass, own: nn.Module, layer: FoundLayer, x: Tensor, prefix: int) -> Logits:
     """Return what makes a layer's logits, x being what its projections get. own: the host's layer, not yet run."""
-    core, arguments = layer.core, _arguments(module, layer.call)
-    bias = None if core.bias is None else find_bias(module, own, core, arguments, prefix)
+    core, arguments, bias = layer.core, layer.arguments, None
+    if core.bias is not None:
+        alone = partial(core_alone, layer.module, core.query.shape[2], x.shape[1], layer.token_first)
+        bias = find_bias(layer.module, own, core.bias, core.query.shape[1], arguments, prefix, alone)
 
     def made_of(queries: Tensor, keys: Tensor, rotary: Rotary | None) -> Logits:
-        query, query_norm, query_factor = projection_of(seen, module, layer, x, queries)
-        key, key_norm, key_factor = projection_of(seen, module, layer, x, keys)
+        query, query_norm, query_factor = _projection_of(seen, layer, x, queries)
+        key, key_norm, key_factor = _projection_of(seen, layer, x, keys)
         explained = query is not None and key is not None and core.scale is not None
         explained = explained and (core.bias is None or bias is not None)
-        return Logits(query, key, (query_norm, key_norm), query_factor * key_factor, rotary, bias, explained)
+        return Logits(query, key, (query_norm, key_norm), query_factor * key_factor, rotary, bias, False, explained)
 
     plain = made_of(core.query, core.key, None)
     if plain.query is not None or plain.key is not None:
         return plain
-    turned = (made_of(queries, keys, rotary) for rotary, queries, keys in rotations(own, core, arguments, prefix))
+    query, key = (_before_scaling(seen, layer, part) for part in (core.query, core.key))
+    if query is not None and key is not None:
+        return replace(made_of(query, key, None), cosine=True)
+    found = rotations(own, core.query, core.key, arguments, prefix)
+    turned = (made_of(queries, keys, rotary) for rotary, queries, keys in found)
     return next((logits for logits in turned if logits.query is not None and logits.key is not None), plain)
 
 
+def _before_scaling(seen: Pass, layer: FoundLayer, unit: Tensor) -> Tensor | None:
+    """Return the part of a linear map's output that queries or keys of length one [B, H, N, E] are made of."""
+    batch, heads, tokens, width = unit.shape
+    lengths = unit.norm(dim=-1)
+    if not bool(((lengths - 1).abs().minimum(lengths) < CLOSE).all()):  # padding may be zeros
+        return None
+    want = unit.transpose(1, 2).flatten(0, 1)  # [T, H, E]
+    for _, made in seen.made_in(layer.path):
+        parts = made.shape[1] // (heads * width)
+        if len(made) != len(want) or made.shape[1] != parts * heads * width:
+            continue
+        for split in (
+            made.unflatten(1, (parts, heads, width)),
+            made.unflatten(1, (heads, parts, width)).transpose(1, 2),
+        ):
+            for part in split.unbind(1):
+                if torch.allclose(F.normalize(part, dim=-1), want, CLOSE, CLOSE):
+                    return part.unflatten(0, (batch, tokens)).transpose(1, 2)
+    return None
+
+
+def _projection_of(seen: Pass, layer: FoundLayer, x: Tensor, want: Tensor) -> tuple[Rows | None, str | None, float]:
+    """Return the rows that make queries or keys, the norm behind them, and a factor; no rows: unexplained.
+
+    x: [T, D]; want: [B, H, N, E].
+    """
+    found = rows_that_make(layer.module, x, want.transpose(1, 2).flatten(0, 1))
+    if found is not None:
+        return found[0], None, found[1]
+    for name, given, answer in _acting(seen, layer.path):
+        for turned in (answer, answer.transpose(1, 2)) if answer.dim() == 4 else ():
+            if turned.shape == want.shape and torch.allclose(turned, want, CLOSE, CLOSE):
+                by_token = given if turned is not answer else given.transpose(1, 2)
+                found = rows_that_make(layer.module, x, by_token.flatten(0, 1))
+                if found is not None and abs(found[1] - 1) < 1e-3:
+                    return found[0], name, 1.0
+    return None, None, 1.0
+
+
 def _arguments(module: nn.Module, call: Call) -> dict[str, Any]:
-    """Return what a layer was called with, by name."""
     return {**dict(zip(inspect.signature(module.forward).parameters, call.args)), **call.kwargs}
 
 
-def parameters_of(module: nn.Module, layer: FoundLayer, inner_norm: str | None) -> tuple[str, ...]:
+def parameters_of(layer: FoundLayer, inner_norm: str | None) -> tuple[str, ...]:
     """Return the names of what a layer's forward takes, where it is not simply called with tokens."""
     call = layer.call
     plain = len(call.args) == 1 or (len(call.args) == 2 and call.args[1] is None)
@@ -268,7 +297,7 @@ def parameters_of(module: nn.Module, layer: FoundLayer, inner_norm: str | None) 
         return ()
     named = [
         parameter.name
-        for parameter in inspect.signature(module.forward).parameters.values()
+        for parameter in inspect.signature(layer.module.forward).parameters.values()
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
     if not call.args:
@@ -277,36 +306,23 @@ def parameters_of(module: nn.Module, layer: FoundLayer, inner_norm: str | None) 
     return tuple(named) or ("x",)
 
 
-def norm_before(
-    twin: nn.Module, seen: Pass, layer: FoundLayer, call: Call | None, source: str | None = None
-) -> str | None:
+def norm_before(seen: Pass, layer: FoundLayer, call: Call | None, source: str | None) -> str | None:
     """Return the norm in the block that feeds the layer alone: with attention silent, its output must not matter.
 
-    source: the module that made the layer's tokens, where they come in windows.
+    call: of the block; source: the module that made the layer's tokens, where they come in windows.
     """
-    given = layer.call.tokens
+    given = layer.call.given
     assert given is not None
-    for name, _ in twin.get_submodule(layer.block).named_modules():
-        path = f"{layer.block}.{name}"
-        own = seen.first(path)
-        answer = None if own is None else own.answer
-        if own is None or answer is None or f"{path}.".startswith(f"{layer.path}."):
+    for name, module, own in seen.inside(layer.block):
+        path, answered = f"{layer.block}.{name}", first_tensor(own.output)
+        if answered is None or f"{path}.".startswith(f"{layer.path}.") or any(True for _ in module.children()):
             continue
-        feeds = path == source or (answer.shape == given.shape and layer.call.takes_what(own))
-        if not feeds or any(True for _ in twin.get_submodule(path).children()) or call is None:
-            continue
-        outputs = [_silent(twin, layer, path, call, factor) for factor in (1.0, 2.0)]
-        return path if torch.equal(*outputs) else None
+        feeds = answered.shape == given.shape and answered.data_ptr() == given.data_ptr()
+        if call is not None and (path == source or feeds):
+            outputs = []
+            for factor in (1.0, 2.0):
+                with answering(seen.model, {layer.path: torch.zeros_like, path: partial(torch.mul, other=factor)}):
+                    outputs.append(first_tensor(call.again(seen.module(layer.block))))
+            one, other = outputs
+            return path if one is not None and other is not None and torch.equal(one, other) else None
     return None
-
-
-def _silent(twin: nn.Module, layer: FoundLayer, norm: str, call: Call, factor: float) -> Tensor:
-    """Return a block's output with zeros from its attention, and its norm's output times a factor."""
-    handle = twin.get_submodule(norm).register_forward_hook(lambda module, args, output: factor * output)
-    try:
-        with silenced(twin, [layer.path]):
-            output = first_tensor(call.again(twin.get_submodule(layer.block)))
-    finally:
-        handle.remove()
-    assert output is not None
-    return output

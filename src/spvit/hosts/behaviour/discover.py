@@ -3,16 +3,17 @@
 The model runs on a copy with slightly noisy weights, so that what training has not moved yet (tables and scales of
 zeros) shows. Attention is where a softmax of products is multiplied with values; queries, keys, values and output are
 told apart by equations; FFN units by halving one unit's rows, which must move exactly one input of the second layer;
-tokens by changing corners of the images.
+tokens by changing corners of the images. In the end the whole model runs with half of all units.
 
-Shapes: B images, N tokens = P prefix tokens + G grid tokens (height x width, row-major), T = B N, D width, H heads, E
-head width.
+Shapes: B images, N tokens = P prefix tokens + G grid tokens (height x width, row-major), D width, H heads, E head
+width.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +28,12 @@ from spvit.hosts.behaviour.attention import (
     parameters_of,
     values_of,
 )
-from spvit.hosts.behaviour.ffn import find_ffn
-from spvit.hosts.behaviour.tokens import Tokens, find_tokens
-from spvit.hosts.behaviour.watch import Call, Pass, dropouts, first_tensor, watch
-from spvit.hosts.behaviour.windows import check_answers, is_plain, layout_of
+from spvit.hosts.behaviour.ffn import check_narrower, find_ffn
+from spvit.hosts.behaviour.tokens import Tokens, find_tokens, layout_of
+from spvit.hosts.behaviour.watch import Pass, dropouts, first_tensor, same, watch
 from spvit.hosts.declared import Sites
-from spvit.hosts.found import FoundFamily
-from spvit.hosts.gathered import Layout
+from spvit.hosts.family import Family
+from spvit.hosts.position import core_alone
 from spvit.hosts.sites import AttentionSite, BlockSites
 
 IMAGES = 3
@@ -44,7 +44,8 @@ HIDDEN = -1e4
 """A bias below it is a mask."""
 
 
-def discover(model: nn.Module, size: tuple[int, int, int], declared: Sites | None = None) -> FoundFamily:
+@torch.no_grad()
+def discover(model: nn.Module, size: tuple[int, int, int], declared: Sites | None = None) -> Family:
     """Return the family of a model for images of (channels, height, width), with every site found and verified.
 
     What a user declares of its layers is verified in place of what is seen of them.
@@ -53,8 +54,7 @@ def discover(model: nn.Module, size: tuple[int, int, int], declared: Sites | Non
         UnsupportedHostError: names the module, and what was looked for and found there.
     """
     twin = _noisy(model)
-    weight = next(twin.parameters())
-    images = torch.randn(IMAGES, *size, generator=torch.Generator().manual_seed(0)).to(weight)
+    images = torch.randn(IMAGES, *size, generator=torch.Generator().manual_seed(0)).to(next(twin.parameters()))
     try:
         seen = watch(twin, images)
     except Exception as error:  # whatever a model raises for images that it does not take
@@ -63,39 +63,40 @@ def discover(model: nn.Module, size: tuple[int, int, int], declared: Sites | Non
             f"its forward pass fails on images of {list(images.shape)} ({reason}); give images that it takes: "
             "spvit.recognise(model, images)"
         ) from error
-    _check_used_once(twin, seen)
+    _check_used_once(seen)
     seen.declared = declared
-    layers = attention_layers(twin, seen)
-    between = _chain(twin, seen, layers)
-    macs = _macs_of(twin, size, [layer.path for layer in layers])
-    tokens: list[Tokens] = []
-    for layer, (before, _) in zip(layers, between):
-        if not tokens or before is not None:
-            silent = [other.path for other in layers[: len(tokens)]]
-            tokens.append(find_tokens(twin, seen, images, layer.block, layer.token_first, silent))
-        else:
-            tokens.append(tokens[-1])
-    sites = tuple(
-        replace(_sites(model, twin, seen, layer, own, count), before=before, channels_first=channels_first)
-        for layer, own, count, (before, channels_first) in zip(layers, tokens, macs, between)
-    )
-    return FoundFamily(type(model).__name__, sites, size, tokens[0].images, _classes(model, seen))
+    layers = attention_layers(seen)
+    paths = [layer.path for layer in layers]
+    between = [(None, False), *(_between(seen, *pair) for pair in pairwise(layers))]
+    blocks: list[BlockSites] = []
+    tokens = find_tokens(seen, images, layers[0], [])
+    for index, (layer, macs, (before, channels_first)) in enumerate(zip(layers, _macs_of(twin, size, paths), between)):
+        if before is not None:
+            tokens = find_tokens(seen, images, layer, paths[:index])
+        site = _site(model, seen, layer, tokens, macs)
+        ffn = find_ffn(seen, layer.block, layer.path, site.dim)
+        blocks.append(BlockSites(layer.block, site, ffn, before, channels_first))
+    check_narrower(twin, images, [block.ffn for block in blocks])
+    return Family(type(model).__name__, tuple(blocks), size, tokens.images, _classes(model, seen))
 
 
-def _check_used_once(twin: nn.Module, seen: Pass) -> None:
+def _check_used_once(seen: Pass) -> None:
     """Raise UnsupportedHostError when two places share a part with linear layers, which ran for each."""
     names: dict[nn.Module, list[str]] = {}
-    for name, module in twin.named_modules(remove_duplicate=False):
+    for name, module in seen.model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
     for module, (first, *others) in names.items():
-        if not others:
-            continue
         runs = [len(seen.calls.get(f"{first}.{name}".removesuffix("."), [])) for name, _ in module.named_modules()]
-        if max(runs) > 1 and any(isinstance(part, nn.Linear) for part in module.modules()):
-            raise UnsupportedHostError(
-                f"{others[0]} and {first} are the same module, used twice; give each block weights of its own "
-                "(copy.deepcopy the block)"
-            )
+        if others and max(runs) > 1 and any(isinstance(part, nn.Linear) for part in module.modules()):
+            raise used_twice(others[0], first)
+
+
+def used_twice(one: str, other: str) -> UnsupportedHostError:
+    """Return what is wrong with a module at two dotted names, which cannot become two different things."""
+    return UnsupportedHostError(
+        f"{one} and {other} are the same module, used twice; give each block weights of its own (copy.deepcopy the "
+        "block)"
+    )
 
 
 def _noisy(model: nn.Module) -> nn.Module:
@@ -104,38 +105,37 @@ def _noisy(model: nn.Module) -> nn.Module:
     if next(twin.parameters()).dtype in (torch.float16, torch.bfloat16):
         twin = twin.float()
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            if parameter.is_floating_point():
-                parameter.nan_to_num_(0, 0, 0)  # what is not finite is said where images are computed
-                size = float(parameter.square().mean().sqrt())
-                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-                parameter.add_(NOISE * (size if size > SILENT else 1) * noise)
+    for parameter in twin.parameters():
+        if parameter.is_floating_point():
+            parameter.nan_to_num_(0, 0, 0)  # what is not finite is said where images are computed
+            size = float(parameter.square().mean().sqrt())
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.add_(NOISE * (size if size > SILENT else 1) * noise)
     return twin
 
 
-def _sites(model: nn.Module, twin: nn.Module, seen: Pass, layer: FoundLayer, tokens: Tokens, macs: int) -> BlockSites:
-    """Return the sites of the block around an attention layer of a twin of the model. macs: of it, for one image."""
-    module, core = twin.get_submodule(layer.path), layer.core
+def _site(model: nn.Module, seen: Pass, layer: FoundLayer, tokens: Tokens, macs: int) -> AttentionSite:
+    """Return the site of an attention layer of a twin of the model. macs: of it, for one image."""
+    core, listed = layer.core, isinstance(seen.module(layer.block), nn.ModuleList)
     batch, heads, count, width = core.value.shape
     windows = batch // IMAGES
-    block_call = _call_of_block(twin, seen, layer.block)
-    layout, source = _layout(twin, seen, layer, tokens, block_call)
-    x, inner_norm, value = values_of(seen, module, layer)
-    logits = logits_of(seen, module, model.get_submodule(layer.path), layer, x, tokens.prefix)
+    call = None if listed else seen.once(layer.block)
+    layout, source = layout_of(seen, layer, tokens, call, IMAGES)
+    x, inner_norm, value = values_of(seen, layer)
+    logits = logits_of(seen, model.get_submodule(layer.path), layer, x, tokens.prefix)
     known = logits.explained and core.query.shape == core.value.shape
     # Narrow attention takes tokens as they are, or in their windows.
     known = known and (windows == 1 if layout is None else layout.shape == (count,))
-    plain = known and logits.norms == (None, None) and logits.bias is None
-    attention_dropout, out_dropout = dropouts(module, layer.call)
+    attention_dropout, out_dropout = dropouts(layer.module, layer.path, layer.call)
     dim = x.shape[-1]
+    scale, exact = _exact((core.scale or 1.0) * logits.factor, (width, dim))
     if windows == 1 and core.bias is not None and bool(core.bias.min() < HIDDEN):
         raise UnsupportedHostError(
             f"{layer.path}: a mask hides tokens from each other (causal or local attention); a convolution would not"
         )
     site = AttentionSite(
         path=layer.path,
-        norm=norm_before(twin, seen, layer, block_call, source),
+        norm=norm_before(seen, layer, call, source),
         query=logits.query or value,
         key=logits.key or value,
         value=value,
@@ -149,55 +149,34 @@ def _sites(model: nn.Module, twin: nn.Module, seen: Pass, layer: FoundLayer, tok
         windows=windows,
         layout=layout,
         extra_macs=macs - windows * count * (4 * dim + 2 * count) * heads * width if macs else 0,
-        narrows_queries=plain,
+        narrows_queries=known and logits.norms == (None, None) and logits.bias is None and not logits.cosine,
         narrows_values=known and layer.out_norm is None,
-        scale=_exact((core.scale or 1.0) * logits.factor, (width, dim)),
+        scale=scale,
         dropout=attention_dropout,
         out_dropout=out_dropout,
         norms=(*logits.norms, layer.out_norm),
         inner_norm=inner_norm,
+        cosine=logits.cosine,
+        head_scales=core.scales is not None,
         rotary=logits.rotary,
         bias=logits.bias,
-        parameters=parameters_of(module, layer, inner_norm),
+        parameters=parameters_of(layer, inner_norm),
         tuple_items=len(layer.call.output) if isinstance(layer.call.output, (tuple, list)) else 0,
         token_first=layer.token_first,
     )
-    return BlockSites(layer.block, site, find_ffn(twin, seen, layer.block, layer.path, dim))
+    if known and not exact and abs(logits.factor - 1) < 1e-3 and core.scales is None:
+        own = core_alone(model.get_submodule(layer.path), count, dim, layer.token_first)
+        # The twin's parameters are a little random, so what differs there is a parameter.
+        learned = own is not None and abs((own.scale or 0) - scale) > 1e-4 * abs(scale)
+        site = replace(site, scale=1.0, head_scales=True) if learned else site
+    return site
 
 
-def _exact(scale: float, widths: tuple[int, ...]) -> float:
-    """Return the power of a width that a measured scale is but for rounding; the scale itself if it is none."""
+def _exact(scale: float, widths: tuple[int, ...]) -> tuple[float, bool]:
+    """Return the power of a width that a measured scale is but for rounding, and True; or the scale itself."""
     powers = [1.0, *(width**power for width in widths for power in (-0.5, -1.0, -0.25))]
-    return next((power for power in powers if abs(scale - power) <= 1e-4 * power), scale)
-
-
-def _call_of_block(twin: nn.Module, seen: Pass, block: str) -> Call | None:
-    """Return the call of a block; None for a ModuleList, which is not called."""
-    if isinstance(twin.get_submodule(block), nn.ModuleList):
-        return None
-    calls = seen.calls.get(block, [])
-    if len(calls) != 1:
-        raise UnsupportedHostError(f"{block} runs {len(calls)} times in a forward pass; expected once")
-    return calls[0]
-
-
-def _layout(
-    twin: nn.Module, seen: Pass, layer: FoundLayer, tokens: Tokens, call: Call | None
-) -> tuple[Layout | None, str | None]:
-    """Return how a layer gets the tokens of its block, where not simply as they are, and the module that made them."""
-    given, batch, count = layer.call.tokens, *layer.core.value.shape[::2][:2]
-    assert given is not None
-    found = layout_of(seen, layer.path, layer.block, IMAGES, tokens.prefix)
-    if found is not None and call is not None and not is_plain(found[0], given, IMAGES):
-        check_answers(twin, layer.path, twin.get_submodule(layer.block), call, found[0])
-        return found
-    shape = given.shape[1::-1] if layer.token_first else given.shape[:2]
-    if given.dim() != 3 or shape != (IMAGES, tokens.count) or batch * count < IMAGES * tokens.count:
-        raise UnsupportedHostError(
-            f"{layer.path} attends to {count} tokens and takes a tensor {list(given.shape)}, but {tokens.count} tokens "
-            "of an image enter its block; each must be in one window, and none merged or dropped"
-        )
-    return None, None
+    found = next((power for power in powers if abs(scale - power) <= 1e-4 * power), None)
+    return (scale, False) if found is None else (found, True)
 
 
 def _macs_of(twin: nn.Module, size: tuple[int, int, int], paths: list[str]) -> list[int]:
@@ -213,70 +192,41 @@ def _macs_of(twin: nn.Module, size: tuple[int, int, int], paths: list[str]) -> l
     return [sum(counts.get(f"{type(twin).__name__}.{path}", {}).values()) // 2 for path in paths]
 
 
-def _chain(twin: nn.Module, seen: Pass, layers: list[FoundLayer]) -> list[tuple[str | None, bool]]:
-    """Return what stands before each block: nothing, or a module that takes what the block before it answers.
+def _between(seen: Pass, before: FoundLayer, after: FoundLayer) -> tuple[str | None, bool]:
+    """Return what stands between two blocks: nothing, or a module that takes what the first of them answers.
 
     And whether that module works on maps with their channels first. Raises UnsupportedHostError where anything else
-    changes tokens between two blocks.
+    changes tokens there.
     """
-    ends = [_ends(twin, seen, layer.block) for layer in layers]
-    between: list[tuple[str | None, bool]] = [(None, False)]
-    for before, after, (_, out), (given, _) in zip(layers, layers[1:], ends, ends[1:]):
-        if _equal(out, given):
-            between.append((None, False))
-            continue
-        found = _between(seen, out, given)
-        if found is None:
-            raise UnsupportedHostError(
-                f"{after.block} takes tokens {list(given.shape)} that are not the output of {before.block}, "
-                f"{list(out.shape)}, nor what one module makes of it; something changes them between these blocks"
-            )
-        between.append(found)
-    return between
-
-
-def _between(seen: Pass, out: Tensor, given: Tensor) -> tuple[str, bool] | None:
-    """Return the module that makes what one block takes of what another answers, perhaps with its channels first."""
+    out, given = _ends(seen, before.block)[1], _ends(seen, after.block)[0]
+    if same(out, given):
+        return None, False
     turns = [(out, given, False)]
     if out.dim() == given.dim() == 4:
         turns.append((out.permute(0, 3, 1, 2), given.permute(0, 3, 1, 2), True))
     for path, calls in seen.calls.items():
         for source, target, channels_first in turns:
-            if len(calls) == 1 and _equal(calls[0].tokens, source) and _equal(calls[0].answer, target):
+            if len(calls) == 1 and same(calls[0].tokens, source) and same(calls[0].answer, target):
                 return path, channels_first
-    return None
+    raise UnsupportedHostError(
+        f"{after.block} takes tokens {list(given.shape)} that are not the output of {before.block}, "
+        f"{list(out.shape)}, nor what one module makes of it; something changes them between these blocks"
+    )
 
 
-def _equal(one: Tensor | None, other: Tensor) -> bool:
-    """Return whether two tensors are the same but for rounding."""
-    if one is None or one.shape != other.shape:
-        return False
-    near = 1e-5 * float(other.abs().max())
-    return torch.allclose(one[0], other[0], 1e-4, near) and torch.allclose(one, other, 1e-4, near)
-
-
-def _ends(twin: nn.Module, seen: Pass, path: str) -> tuple[Tensor, Tensor]:
+def _ends(seen: Pass, path: str) -> tuple[Tensor, Tensor]:
     """Return what a block takes and what it answers; a ModuleList adds each layer's output to the tokens."""
-    block = twin.get_submodule(path)
-    if not isinstance(block, nn.ModuleList):
-        call = seen.calls[path][0]
-        given, out = call.tokens, call.answer
-    else:
-        calls = [
-            seen.calls[f"{path}.{name}"][0] for name, _ in block.named_children() if f"{path}.{name}" in seen.calls
-        ]
-        given = out = calls[0].tokens
-        for own in calls:
-            if (
-                out is None
-                or own.tokens is None
-                or own.answer is None
-                or not torch.allclose(out, own.tokens, atol=1e-5)
-            ):
-                raise UnsupportedHostError(
-                    f"{path} is a ModuleList whose layers' outputs are not added to the tokens one after the other"
-                )
-            out = out + own.answer
+    block = seen.module(path)
+    listed = isinstance(block, nn.ModuleList)
+    names = [f"{path}.{name}" for name, _ in block.named_children()] if listed else [path]
+    calls = [seen.calls[name][0] for name in names if name in seen.calls]
+    given, out = calls[0].tokens, calls[0].tokens if listed else calls[0].answer
+    for own in calls if listed else ():
+        if out is None or own.answer is None or not same(own.tokens, out):
+            raise UnsupportedHostError(
+                f"{path} is a ModuleList whose layers' outputs are not added to the tokens one after the other"
+            )
+        out = out + own.answer
     if given is None or out is None:
         raise UnsupportedHostError(f"{path} does not map tokens to tokens")
     return given, out
@@ -293,7 +243,7 @@ def _classes(model: nn.Module, seen: Pass) -> int:
     said = getattr(model, "num_classes", None)
     if isinstance(said, int):
         return said if said == output.shape[-1] else 0
-    linear = [path for path, calls in seen.calls.items() if isinstance(model.get_submodule(path), nn.Linear)]
-    last = max(linear, key=lambda path: seen.calls[path][-1].order, default=None)
-    made = None if last is None else first_tensor(seen.calls[last][-1].output)
+    linear = (calls[-1] for path, calls in seen.calls.items() if isinstance(model.get_submodule(path), nn.Linear))
+    last = max(linear, key=lambda call: call.order, default=None)
+    made = None if last is None else first_tensor(last.output)
     return output.shape[-1] if made is not None and made.data_ptr() == output.data_ptr() else 0

@@ -75,6 +75,18 @@ def columns_that_read(layer: nn.Module, heads_out: Tensor, want: Tensor) -> Rows
     return None
 
 
+def places_of(rows: Tensor, source: Tensor) -> tuple[int, ...] | None:
+    """Return which row of a source [R, C] each row is, bit for bit; -1: padding, all alike. None: it cannot be said."""
+    known: dict[bytes, int] = {}
+    for index, row in enumerate(source.double().cpu().numpy()):
+        known[row.tobytes()] = -2 if row.tobytes() in known else index
+    found = [known.get(row.tobytes(), -1) for row in rows.double().cpu().numpy()]
+    padding = rows[[place == -1 for place in found]]
+    if -2 in found or len(padding) == len(rows) or not bool((padding == padding[:1]).all()):
+        return None
+    return tuple(found)
+
+
 def _unit(columns: Tensor) -> Tensor:
     return columns / columns.norm(dim=0).clamp(min=1e-12)
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from spvit.errors import UnsupportedHostError
+from spvit.hosts.calling import in_mode
 from spvit.hosts.declared import Sites
 
 PRODUCTS = ("matmul", "__matmul__", "bmm", "einsum")
@@ -31,11 +34,9 @@ class Core:
     running: tuple[str, ...]
     """Dotted names of the modules that were running, the innermost first."""
     query: Tensor
-    """[B, H, N, E]."""
+    """[B, H, N, E]; keys and values are [B, H, M, E]."""
     key: Tensor
-    """[B, H, M, E]."""
     value: Tensor
-    """[B, H, M, E]."""
     output: Tensor
     """[B, H, N, E]."""
     scale: float | None
@@ -44,6 +45,8 @@ class Core:
     """What is added to the scaled products, the same for every image: [1 or B, H, N, M]."""
     flat: bool = False
     """Whether images, windows and heads were one dimension: then B and H are a guess, of one window an image."""
+    scales: Tensor | None = None
+    """Factors of each head's products, [H], beside the scale; None: no head has one of its own."""
 
     def split(self, rows: int) -> Core:
         """Return the same for so many tokens of all images and windows: [rows / N, H, N, E]."""
@@ -69,27 +72,26 @@ class Call:
     order: int = 0
     """By when calls end."""
 
+    @property
+    def given(self) -> Tensor | None:
+        """The first tensor that was passed, itself."""
+        return first_tensor((*self.args, *self.kwargs.values()))
+
     def again(self, module: nn.Module) -> Any:
         """Call a module again in the same way."""
-        given = first_tensor((*self.args, *self.kwargs.values()))
-        fresh = None if self.tokens is None else self.tokens.clone()
+        given, fresh = self.given, None if self.tokens is None else self.tokens.clone()
 
         def anew(value: Any) -> Any:
             return fresh if value is given and given is not None else value
 
-        with torch.no_grad():
-            return module(*map(anew, self.args), **{name: anew(value) for name, value in self.kwargs.items()})
-
-    def takes_what(self, other: Call) -> bool:
-        """Return whether its first tensor is the very one that another call answered."""
-        given, answered = first_tensor((*self.args, *self.kwargs.values())), first_tensor(other.output)
-        return given is not None and answered is not None and given.data_ptr() == answered.data_ptr()
+        return module(*map(anew, self.args), **{name: anew(value) for name, value in self.kwargs.items()})
 
 
 @dataclass
 class Pass:
-    """What was seen in one forward pass."""
+    """What was seen in one forward pass of a model."""
 
+    model: nn.Module
     calls: dict[str, list[Call]] = field(default_factory=dict)
     """By dotted name, in the order of the first call."""
     cores: list[Core] = field(default_factory=list)
@@ -101,9 +103,25 @@ class Pass:
     declared: Sites | None = None
     """What a user says of the layers, which counts in place of what was seen run in them."""
 
-    def first(self, path: str) -> Call | None:
-        """Return the first call of a module; None if it did not run."""
-        return self.calls[path][0] if path in self.calls else None
+    def module(self, path: str) -> nn.Module:
+        """Return the module at a dotted name."""
+        return self.model.get_submodule(path)
+
+    def once(self, path: str) -> Call:
+        """Return the one call of a module. Raises UnsupportedHostError when there were none or more."""
+        calls = self.calls.get(path, [])
+        if len(calls) != 1:
+            raise UnsupportedHostError(
+                f"{path} runs {len(calls)} times in a forward pass (in chunks of tokens, or for several blocks?); "
+                "expected once"
+            )
+        return calls[0]
+
+    def inside(self, path: str) -> Iterator[tuple[str, nn.Module, Call]]:
+        """Yield the names inside a module, the modules, and the first calls of what ran in it."""
+        for name, module in self.module(path).named_modules():
+            if name and f"{path}.{name}" in self.calls:
+                yield name, module, self.calls[f"{path}.{name}"][0]
 
     def made_in(self, path: str) -> list[tuple[Tensor, Tensor]]:
         """Return inputs and outputs [T, ...] of the linear maps that ran inside a module."""
@@ -113,8 +131,7 @@ class Pass:
 
 def watch(model: nn.Module, images: Tensor) -> Pass:
     """Run a model once on images, in evaluation mode, and return what was seen."""
-    seen, stack, handles = Pass(), [], []  # type: Pass, list[str], list[Any]
-    ended = itertools.count()
+    seen, stack, ended = Pass(model), [], itertools.count()  # type: Pass, list[str], Iterator[int]
     copies: dict[tuple[Any, ...], Tensor] = {}
 
     def copied(x: Tensor | None) -> Tensor | None:
@@ -126,32 +143,21 @@ def watch(model: nn.Module, images: Tensor) -> Pass:
             copies[state] = x.clone()
         return copies[state]
 
-    def enter(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            stack.append(name)
-            tokens = copied(first_tensor((*args, *kwargs.values())))
-            seen.calls.setdefault(name, []).append(Call(args, kwargs, tokens))
+    def enter(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stack.append(name)
+        call = Call(args, kwargs, copied(first_tensor((*args, *kwargs.values()))))
+        seen.calls.setdefault(name, []).append(call)
 
-        return hook
+    def leave(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        call = seen.calls[stack.pop()][-1]
+        call.output, call.answer, call.order = output, copied(first_tensor(output)), next(ended)
 
-    def leave(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            stack.pop()
-            call = seen.calls[name][-1]
-            call.output, call.answer = output, copied(first_tensor(output))
-            call.order = next(ended)
-
-        return hook
-
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
-        handles.append(module.register_forward_hook(leave(name), with_kwargs=True))
-    try:
-        with torch.no_grad(), _Watching(seen, stack, len(images)):
+    with ExitStack() as undo:
+        for name, module in model.named_modules():
+            undo.enter_context(module.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
+            undo.enter_context(module.register_forward_hook(partial(leave, name), with_kwargs=True))
+        with _Watching(seen, stack, len(images)):
             seen.output = model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen
 
 
@@ -176,7 +182,9 @@ class _Watching(TorchFunctionMode):
         elif func is F.linear:
             self.seen.linears.append((self._running(), args[0], out))
         elif name in PRODUCTS and isinstance(out, Tensor):
-            self._product(name, args, out)
+            parts = _as_product(name, args, out)
+            if parts is not None:
+                self._product(*parts)
         return out
 
     def _running(self) -> tuple[str, ...]:
@@ -184,31 +192,28 @@ class _Watching(TorchFunctionMode):
 
     def _fused(self, out: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> None:
         mask = args[0] if args else kwargs.get("attn_mask")
-        causal = kwargs.get("is_causal", args[2] if len(args) > 2 else False)
-        scale = kwargs.get("scale") or query.shape[-1] ** -0.5
-        if mask is not None and mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
-        if causal:
-            mask = torch.full((query.shape[-2], key.shape[-2]), -torch.inf, device=query.device).triu(1)
         if query.dim() not in (3, 4) or query.shape[1] != key.shape[1]:
             return
-        flat, bias, known = query.dim() == 3, None, float(scale)  # type: bool, Tensor | None, float | None
+        flat, bias, known = query.dim() == 3, None, True  # type: bool, Tensor | None, bool
+        if kwargs.get("is_causal", args[2] if len(args) > 2 else False):
+            mask = torch.ones(query.shape[-2], key.shape[-2], device=query.device).tril().bool()
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
         if mask is not None:
             bias = mask.expand(*([1] * (4 - mask.dim())), *mask.shape)
             if flat and mask.shape == (*query.shape[:2], key.shape[1]):
                 by_image = mask.unflatten(0, (self.images, -1))
                 # A bias of each image, from its queries, is no bias in the sense of a core, and it is large.
-                bias, known = (by_image[:1], known) if bool((by_image == by_image[:1]).all()) else (None, None)
+                known = bool((by_image == by_image[:1]).all())
+                bias = by_image[:1] if known else None
+        scale = float(kwargs.get("scale") or query.shape[-1] ** -0.5) if known else None
         query, key, value, out = (_by_head(part, self.images) for part in (query, key, value, out))
-        self.seen.cores.append(Core(self._running(), query, key, value, out, known, bias, flat))
+        self.seen.cores.append(Core(self._running(), query, key, value, out, scale, bias, flat))
 
-    def _product(self, name: str, args: Any, out: Tensor) -> None:
-        left, right = _operands(name, args, out)
-        if left is None or right is None:
-            return
+    def _product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         weights = self.weights
         if weights is not None and left.numel() == weights.numel() and left.data_ptr() == weights.data_ptr():
-            self._eager(right, _by_head(out if name != "einsum" else _einsum_out(args[0], out), self.images))
+            self._eager(right, out)
             self.weights = None
         elif left.dim() >= 3 and left.shape[-2] == right.shape[-1]:
             self.products = [*self.products[-1:], (left, right, out)]
@@ -222,37 +227,30 @@ class _Watching(TorchFunctionMode):
         if not found:
             return
         left, right, _ = found[-1]
-        query, key = (_by_head(part, self.images) for part in (left, right.transpose(-1, -2)))
-        square = _by_head(logits, self.images)
-        scale, bias = _explained(query @ key.transpose(-1, -2), square, self.images)
-        value, flat = _by_head(value, self.images), left.dim() == 3
-        self.seen.cores.append(Core(self._running(), query, key, value, output, scale, bias, flat))
+        parts = (_by_head(part, self.images) for part in (left, right.mT, value, output, logits))
+        query, key, value, output, square = parts
+        scale, bias, scales = _explained(query @ key.mT, square, self.images)
+        self.seen.cores.append(Core(self._running(), query, key, value, output, scale, bias, left.dim() == 3, scales))
 
 
-def _operands(name: str, args: Any, out: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return the two operands of a product as [..., N, K] and [..., K, M]."""
+def _as_product(name: str, args: Any, out: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return the operands of a product and what it answers as [.., N, K], [.., K, M] and [.., N, M]."""
     if name != "einsum":
-        return (args[0], args[1]) if isinstance(args[0], Tensor) and isinstance(args[1], Tensor) else (None, None)
+        return (args[0], args[1], out) if isinstance(args[0], Tensor) and isinstance(args[1], Tensor) else None
     tensors = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
-    letters = re.fullmatch(r"(\w+),(\w+)->(\w+)", args[0].replace(" ", "")) if isinstance(args[0], str) else None
-    if letters is None or len(tensors) != 2:
-        return None, None
-    left, right, result = letters.groups()
-    summed = [letter for letter in left if letter in right and letter not in result]
+    found = re.fullmatch(r"(\w+),(\w+)->(\w+)", args[0].replace(" ", "")) if isinstance(args[0], str) else None
+    if found is None or len(tensors) != 2:
+        return None
+    left, right, result = found.groups()
     batch = [letter for letter in left if letter in right and letter in result]
-    rows = [letter for letter in left if letter not in right]
-    columns = [letter for letter in right if letter not in left]
-    if not len(summed) == len(rows) == len(columns) == 1:
-        return None, None
-    order = ("".join([*batch, *rows, *summed]), "".join([*batch, *summed, *columns]))
-    return tensors[0].permute([left.index(i) for i in order[0]]), tensors[1].permute([right.index(i) for i in order[1]])
-
-
-def _einsum_out(equation: str, out: Tensor) -> Tensor:
-    """Return the output of a product of weights [.., N, M] and values with its letters as those of the weights lie."""
-    left, right, result = re.split(",|->", equation.replace(" ", ""))
-    order = [*(letter for letter in left if letter in result), *(letter for letter in right if letter not in left)]
-    return out.permute([result.index(letter) for letter in order])
+    rows, columns = ([i for i in one if i not in other] for one, other in ((left, right), (right, left)))
+    summed = [letter for letter in left if letter in right and letter not in result]
+    orders = ([*batch, *rows, *summed], [*batch, *summed, *columns], [*batch, *rows, *columns])
+    if not len(summed) == len(rows) == len(columns) == 1 or sorted(orders[2]) != sorted(result):
+        return None
+    named = zip((*tensors, out), found.groups(), orders)
+    one, other, made = (x.permute([letters.index(i) for i in order]) for x, letters, order in named)
+    return one, other, made
 
 
 def _by_head(x: Tensor, images: int) -> Tensor:
@@ -260,62 +258,41 @@ def _by_head(x: Tensor, images: int) -> Tensor:
     return x if x.dim() == 4 else x.unflatten(0, (images, -1))
 
 
-def _explained(products: Tensor, logits: Tensor, images: int) -> tuple[float | None, Tensor | None]:
-    """Return scale and bias with which logits are scaled products and a bias that is the same for every image."""
+def _explained(products: Tensor, logits: Tensor, images: int) -> tuple[float | None, Tensor | None, Tensor | None]:
+    """Return scale, bias and scales of heads: logits are scaled products and a bias that is the same for every image.
+
+    No scale: they are more than that.
+    """
     if not logits.isfinite().all():
-        return None, torch.full((1, 1, 1, 1), -torch.inf)
-    p, z = (part.double().unflatten(0, (images, -1)) for part in (products, logits))
+        return None, torch.full((1, 1, 1, 1), -torch.inf), None
+    p, z = (part.double().unflatten(0, (images, -1)) for part in (products, logits))  # [images, windows, H, N, M]
     dp, dz = p[1:] - p[:-1], z[1:] - z[:-1]
-    scale = float((dp * dz).sum() / dp.square().sum())
-    bias = (z - scale * p).mean(0)
-    spread = (z - z.mean()).square().mean().sqrt()
-    if not bool((z - scale * p - bias).abs().max() <= 1e-3 * spread):
-        return None, None
-    return scale, bias.to(products) if bool(bias.abs().max() > 1e-3 * spread) else None
-
-
-class _Stopped(Exception):
-    """Ends a forward pass with what arrived."""
-
-    def __init__(self, arrived: Tensor) -> None:
-        super().__init__()
-        self.arrived = arrived
-
-
-def stopped_at(run: nn.Module, images: Tensor | None, module: nn.Module, call: Call | None = None) -> Tensor:
-    """Return the first tensor that a module gets when a model runs on images, or anew as in a call that was seen."""
-
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Stopped(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
-
-    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            run(images) if call is None else call.again(run)
-    except _Stopped as stopped:
-        return stopped.arrived
-    finally:
-        handle.remove()
-    raise RuntimeError("the module was not reached")
+    spread = dz.square().mean().sqrt()  # of what differs between images: masks are far larger
+    for by_head in (False, True):
+        summed = (0, 1, 3, 4) if by_head else (0, 1, 2, 3, 4)
+        scales = (dp * dz).sum(summed, keepdim=True) / dp.square().sum(summed, keepdim=True)
+        bias = (z - scales * p).mean(0)
+        if bool((z - scales * p - bias).abs().max() <= 1e-3 * spread):
+            added = bias.to(products) if bool(bias.abs().max() > 1e-3 * spread) else None
+            return (1.0, added, scales.flatten()) if by_head else (float(scales), added, None)
+    return None, None, None
 
 
 @contextmanager
-def silenced(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
-    """Have modules at some dotted names answer zeros inside the context."""
+def answering(model: nn.Module, answers: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Have modules at some dotted names answer what is made of their output inside the context."""
 
-    def zeros(module: nn.Module, args: Any, output: Any) -> Any:
-        return torch.zeros_like(output) if isinstance(output, Tensor) else (torch.zeros_like(output[0]), *output[1:])
+    def hook(change: Callable[[Tensor], Tensor], module: nn.Module, args: Any, output: Any) -> Any:
+        return change(output) if isinstance(output, Tensor) else (change(output[0]), *output[1:])
 
-    handles = [model.get_submodule(path).register_forward_hook(zeros) for path in paths]
-    try:
+    with ExitStack() as undo:
+        for path, change in answers.items():
+            undo.enter_context(model.get_submodule(path).register_forward_hook(partial(hook, change)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Dropping(TorchFunctionMode):
-    """Sees the probabilities of dropout: of attention weights, and of tokens."""
+    """Sees the probabilities of dropout, of attention weights and of tokens, and drops nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -325,29 +302,40 @@ class _Dropping(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             self.attention = max(self.attention, float(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)))
+            args, kwargs = args[:4], {"is_causal": args[5] if len(args) > 5 else False, **kwargs, "dropout_p": 0.0}
         elif func is F.dropout:
             probability = float(kwargs.get("p", args[1] if len(args) > 1 else 0.5))
             if args[0].shape[-1] == args[0].shape[-2] and args[0].dim() >= 3:
                 self.attention = max(self.attention, probability)
             else:
                 self.tokens = max(self.tokens, probability)
+            return args[0]
         return func(*args, **kwargs)
 
 
-def dropouts(layer: nn.Module, call: Call) -> tuple[float, float]:
-    """Return the dropout probabilities of a layer's attention weights and of its output, from a call that was seen."""
+def dropouts(layer: nn.Module, path: str, call: Call) -> tuple[float, float]:
+    """Return the dropout probabilities of a layer's attention weights and of its output, from a call that was seen.
+
+    Raises UnsupportedHostError for a layer that computes something else in training mode.
+    """
     if isinstance(layer, nn.MultiheadAttention):
         return float(layer.dropout), 0.0
-    flags = [(module, module.training) for module in layer.modules()]
-    seeing = _Dropping()
-    try:
-        layer.train()  # which some layers of users' own answer with nothing
-        with seeing:
-            call.again(layer)
-    finally:
-        for module, flag in flags:
-            module.training = flag
+    with in_mode(True, layer), _Dropping() as seeing:
+        answer = first_tensor(call.again(layer))
+    if answer is not None and call.answer is not None and not same(answer, call.answer):
+        raise UnsupportedHostError(
+            f"{path} computes something else in training mode than in evaluation, beside dropout; spvit prunes what it "
+            "does in evaluation: give it one forward for both"
+        )
     return seeing.attention, seeing.tokens
+
+
+def same(one: Tensor | None, other: Tensor) -> bool:
+    """Return whether two tensors are the same but for rounding."""
+    if one is None or one.shape != other.shape:
+        return False
+    near = 1e-5 * float(other.abs().max())
+    return torch.allclose(one[0], other[0], 1e-4, near) and torch.allclose(one, other, 1e-4, near)
 
 
 def first_tensor(output: Any) -> Tensor | None:

@@ -1,20 +1,23 @@
-"""A family that is data: sites that were found by behaviour, declared by a user, or read from a file."""
+"""A family: all that is known of one model, as data; found by behaviour, by its class, or read from a file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
-from spvit.hosts.gathered import GatheredGrid, Layout, OwnSize
-from spvit.hosts.grid import Grid, GridTracker
-from spvit.hosts.sites import BlockSites, Undo
+from spvit.hosts.grid import GatheredGrid, Grid, Layout, expect_size, follow
+from spvit.hosts.sites import BlockSites
+
+Undo = Callable[[], object]
+"""Takes one change of a model back."""
 
 
 @dataclass(frozen=True)
-class FoundFamily:
-    """The family of one model whose sites are known."""
+class Family:
+    """What is known of one model. Methods take that model, dense or pruned."""
 
     name: str
     """How messages call it."""
@@ -25,10 +28,7 @@ class FoundFamily:
     """Dotted name of the module that takes the images as its first argument; empty: the model itself."""
     classes_told_apart: int = 0
     temperature: float = 0.01
-
-    def blocks(self, model: nn.Module) -> tuple[BlockSites, ...]:
-        """Return the sites of every block."""
-        return self.sites
+    """Default temperature of the head mix (alpha)."""
 
     def input_size(self, model: nn.Module) -> tuple[int, int, int]:
         """Return (channels, height, width) of the images that the model takes."""
@@ -39,9 +39,10 @@ class FoundFamily:
         return self.classes_told_apart
 
     def watch_grids(self, model: nn.Module, blocks: Sequence[int]) -> tuple[dict[int, Grid], list[Undo]]:
-        """Return the grids of blocks: one for those that get their tokens plainly and alike, which follows the images.
+        """Return the grids of blocks by index, as their attention gets them, kept at the size of the images by hooks.
 
-        Windows are those of the model's own size, so that it then refuses images of others.
+        Blocks that get their tokens plainly and alike share one. Windows are those of the model's own size, so that it
+        then refuses images of others. What was changed of the model, the undos take back.
         """
         grids: dict[int, Grid] = {}
         shared: dict[tuple[int, int], Grid] = {}
@@ -54,19 +55,22 @@ class FoundFamily:
                 continue
             if site.grid not in shared:
                 shared[site.grid] = Grid(*site.grid)
-                tracker = GridTracker(shared[site.grid], self._patch(module, site.grid), pads=False)
-                undos.append(module.register_forward_pre_hook(tracker).remove)
+                hook = partial(follow, shared[site.grid], self._patch(module, site.grid))
+                undos.append(module.register_forward_pre_hook(hook).remove)
             grids[index] = shared[site.grid]
         if any(isinstance(grid, GatheredGrid) for grid in grids.values()):
-            undos.append(module.register_forward_pre_hook(OwnSize(self.size[1:])).remove)
+            undos.append(module.register_forward_pre_hook(partial(expect_size, self.size[1:])).remove)
         return grids, undos
 
-    def _patch(self, module: nn.Module, grid: tuple[int, int]) -> tuple[int, int]:
-        """Return (height, width) of the images' patches, which need not fill them."""
-        if isinstance(module, nn.Conv2d):
-            stride = (module.stride[0], module.stride[1])
-            if (self.size[1] // stride[0], self.size[2] // stride[1]) == grid:
-                return stride
-        return self.size[1] // grid[0], self.size[2] // grid[1]
+    def whole_grids(self, model: nn.Module, blocks: Sequence[int]) -> tuple[dict[int, Grid], list[Undo]]:
+        """Return the same for blocks whose attention is replaced, which may then get the grid in another way."""
+        return self.watch_grids(model, blocks)
 
-    whole_grids = watch_grids
+    def _patch(self, module: nn.Module, grid: tuple[int, int]) -> tuple[int, int]:
+        """Return (height, width) of the images' patches, which need not fill them, or may reach beyond them."""
+        if isinstance(module, nn.Conv2d):
+            down, across = module.stride[0], module.stride[1]
+            fewest = (self.size[1] // down, self.size[2] // across)
+            if grid in (fewest, (-(-self.size[1] // down), -(-self.size[2] // across))):
+                return down, across
+        return self.size[1] // grid[0], self.size[2] // grid[1]
