@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from spvit.architecture import DEFAULT_MULTIPLE, FFN, KINDS, Attention, Block, attention_from_dict
 from spvit.budget import check_multiple
 from spvit.errors import ArchitectureError, CalibrationError
+from spvit.hosts.grid import Grid
 from spvit.hosts.host import Host
 from spvit.hosts.walk import BATCH, BlockPair, advance, calibration_batches, evaluating, first_inputs, reached
 from spvit.moments import Moments, ridge_for
@@ -141,10 +142,15 @@ class _Bench:
     copy: Host
     gradients: dict[str, list[Tensor]]
 
-    def measure(self, pair: BlockPair, path: str) -> float:
-        """Return how far the outputs move by what a layer of the copy answers to what the dense block gets."""
-        answers, moved = replace(pair, host=self.copy, known={}).wanted(path), 0.0
+    def measure(self, pair: BlockPair, path: str, grid: Grid | None) -> float:
+        """Return how far the outputs move by what a layer of the copy answers to what the dense block gets.
+
+        grid: of what it answers, where that may not be the dense layer's.
+        """
+        site, answers, moved = pair.sites.attention, replace(pair, host=self.copy, known={}).wanted(path), 0.0
         for gradient, own, dense in zip(self.gradients[path], answers, pair.wanted(path)):
+            if grid is not None and not site.prefix_tokens:
+                own = site.own_grid().scatter(grid.gather(own, 0))
             error = (own - dense).reshape(gradient.shape)
             moved += float((gradient * error).sum(dim=1).double().square().sum())
         if not math.isfinite(moved):
@@ -243,9 +249,9 @@ def _score_block(
 
     def measured(known: BlockPair, path: str, kept: Block, fit: Callable[[Block], object]) -> float:
         """Install, repair and measure what a block may keep, and put the copy's block back."""
-        with installed(bench.copy, index, kept):
+        with installed(bench.copy, index, kept) as grid:
             fit(kept)
-            return bench.measure(known, path)
+            return bench.measure(known, path, grid)
 
     pair, known = pair.knowing(site.path), other.knowing(site.path)
 
