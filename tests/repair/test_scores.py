@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,13 +84,35 @@ def test_scores_are_near_the_divergence_of_outputs(name: str) -> None:
     x = images(host, 400)
     for index, found in enumerate(scored(host, count=400)):
         units = tuple(sorted(found.ranking.units[: WIDTH // 2]))
-        kept = Block(Attention(), FFN(WIDTH, units))
         blocks = list(dense([WIDTH] * 4).blocks)
-        blocks[index] = kept
+        blocks[index] = Block(Attention(), FFN(WIDTH, units))
         model = spvit.prune(host, Architecture(tuple(blocks), *REPAIRED), repair=x[::2])
         wanted, other = (F.softmax(logits(net, x[1::2]), dim=1) for net in (host, model))
         divergence = float((wanted * (wanted / other).log()).sum() / len(wanted))
         assert found.ffn[len(units)] == pytest.approx(divergence, rel=0.3)
+
+
+@pytest.mark.parametrize("name", ["swin_padded", "swin_always_partition"])
+def test_what_gets_a_map_whole_is_measured_like_windows(name: str) -> None:
+    model = make_host(name)
+    x = images(model, 24)
+    host = Host.of(model)
+    sums: list[Tensor] = []  # of the residual stream and the layer's output, on the map
+    with torch.no_grad():
+        felt = gradients(host, Objective.of("auto", host), [x[1::2]])
+    for index, found in enumerate(scored(model)):
+        blocks = list(dense([block.ffn.units for block in host.blocks]).blocks)
+        blocks[index] = replace(blocks[index], attention=Attention("conv1"))
+        site = host.blocks[index].attention
+        for net in (spvit.prune(model, Architecture(tuple(blocks), *REPAIRED), repair=x[::2]).eval(), model):
+            norm = net.get_submodule(f"{host.blocks[index].path}.norm2")
+            handle = norm.register_forward_pre_hook(lambda module, args: sums.append(args[0].flatten(1, -2)))
+            logits(net, x[1::2])
+            handle.remove()
+        error = sums[-2] - sums[-1]
+        on_map = site.own_grid().gather(felt[site.path][0].reshape(-1, site.keys, site.dim), 0)
+        expected = float((on_map * error).sum((1, 2)).square().sum())
+        assert dict(found.attention)[Attention("conv1")] == pytest.approx(expected, rel=1e-5)
 
 
 def test_scores_do_not_depend_on_flags_or_batches_and_leave_the_host_alone() -> None:
