@@ -1,4 +1,4 @@
-"""Scores of choices between the measured ones: lines through logarithms, by rank and by what is missed."""
+"""Scores of choices between the measured ones: in proportion to what is missed, and on lines by rank."""
 
 from __future__ import annotations
 
@@ -8,79 +8,46 @@ import math
 import pytest
 
 from spvit.architecture import Attention
-from spvit.repair.errors import Missed
-from spvit.repair.interpolation import (
-    FLOOR,
-    by_errors,
-    interpolated_widths,
-    measured_choices,
-    on_lines,
-    with_all_ranks,
-)
+from spvit.repair.interpolation import FLOOR, by_errors, interpolated_widths, measured_choices, with_all_ranks
 
 
-@pytest.mark.parametrize(
-    ("x", "expected"), [(1.0, 10.0), (2.0, 20.0), (4.0, 0.0), (1.5, 15.0), (3.0, 10.0), (0.0, 0.0), (5.0, -10.0)]
-)
-def test_lines_pass_through_their_points_and_go_on(x: float, expected: float) -> None:
-    assert on_lines(x, [1.0, 2.0, 4.0], [10.0, 20.0, 0.0]) == pytest.approx(expected)
-    assert on_lines(x, [7.0], [3.0]) == x - 4.0
-
-
-def test_ranks_between_areon_lines_of_the_logarithm() -> None:
+def test_ranks_between_are_on_lines_of_the_logarithm() -> None:
     known = {Attention.narrow(8): 1e-2, Attention(value_rank=8): 5e-3, Attention.narrow(24): 1e-4}
-    found = dict(with_all_ranks(known, range(8, 32, 8)))
+    found = dict(with_all_ranks(known, range(4, 32, 4)))
     assert found.pop(Attention.narrow(16)) == pytest.approx(1e-3)
-    assert found == known
+    assert found.pop(Attention.narrow(12)) == pytest.approx(10**-2.5)
+    assert Attention.narrow(4) not in found  # nothing is known of less than the lowest
+    assert {kept: found[kept] for kept in known} == known
     assert with_all_ranks({}, range(8, 32, 8)) == []
 
 
-def test_errors_of_queries_and_of_values_tell_their_own_parts() -> None:
-    errors = {
-        Attention(query_key_rank=4): Missed(2.0, 0.0),
-        Attention(value_rank=4): Missed(0.0, 2.0),
-        Attention(value_rank=8): Missed(0.0, 1.0),
-        Attention(heads=(0,), query_key_rank=4): Missed(2.0, 4.0),
-        Attention.narrow(8): Missed(0.5, 1.0),
-    }
-    measured = {Attention(query_key_rank=4): 0.8, Attention(value_rank=4): 0.04, Attention(value_rank=8): 0.01}
-    found = by_errors(measured, errors)
-    assert {kept: found[kept] for kept in measured} == pytest.approx(measured)
-    assert found[Attention(heads=(0,), query_key_rank=4)] == pytest.approx(0.8 + 0.16)
-    assert found[Attention.narrow(8)] == pytest.approx(0.2 + 0.01)
-    assert by_errors({}, {}) == {}
+def test_scores_are_in_proportion_to_errors_as_far_as_is_known() -> None:
+    errors = (16.0, 8.0, 4.0, 2.0, 1.0, 0.0)
+    assert by_errors(errors, {2: 0.4}) == pytest.approx([1.6, 0.8, 0.4, 0.2, 0.1, 0.0])
+    # Twice as much of it at 2 as at 8: half way between in logarithms, and as much beyond.
+    assert by_errors(errors, {3: 0.4, 1: 0.8}) == pytest.approx([1.6, 0.8, 0.4 * 2**0.5, 0.4, 0.2, 0.0])
+    assert by_errors((), {}) == []
 
 
-def test_what_is_measured_is_narrower_in_one_way_only() -> None:
-    ranks = (8, 16, 24, None)
-    heads = ((5,), (2, 5), (0, 2, 5), None)
-    errors = {
-        Attention("msa", kept, query, value): Missed(0.0, 0.0)
-        for kept, query, value in itertools.product(heads, ranks, ranks)
-    }
-    del errors[Attention()]
-    assert measured_choices(errors, 32) == [
-        Attention(query_key_rank=8),
-        Attention(query_key_rank=16),
-        Attention(value_rank=8),
-        Attention(value_rank=16),
-        Attention(heads=(2, 5)),
-    ]
-    assert measured_choices({}, 32) == []
+def test_what_is_measured_is_spread_over_what_choices_miss() -> None:
+    errors = {Attention(value_rank=rank): 1 / rank for rank in range(1, 9)}
+    assert [kept.value_rank for kept in measured_choices(errors)] == [6, 4, 2]
+    assert measured_choices({Attention(value_rank=1): 1.0}) == [Attention(value_rank=1)]
+    assert measured_choices({}) == []
 
 
 def test_widths_between_follow_the_error_after_repair() -> None:
     errors = (8.0, 4.0, 2.0, 1.0, 0.5, 0.0)
-    found = interpolated_widths([(1, 0.4), (3, 0.1)], errors)
+    found = interpolated_widths({1: 0.4, 3: 0.1}, errors)
     assert found[:5] == pytest.approx((0.8, 0.4, 0.2, 0.1, 0.05))
     assert found[5] == 0
-    found = interpolated_widths([(1, 0.1), (3, 0.4)], errors)  # noise says that fewer units are better
+    found = interpolated_widths({1: 0.1, 3: 0.4}, errors)  # noise says that fewer units are better
     assert all(a > b for a, b in itertools.pairwise(found))
-    assert found[:5] == pytest.approx((0.4,) * 5)
-    dead = interpolated_widths([(1, 0.1)], (1.0, 0.5, 0.0, 0.0))
+    assert found[:4] == pytest.approx((0.4,) * 4)
+    dead = interpolated_widths({1: 0.1}, (1.0, 0.5, 0.0, 0.0))
     assert dead[1] == pytest.approx(0.1)
     assert 0 < dead[2] < 2 * FLOOR
     assert math.isclose(dead[3], 0)
-    single = interpolated_widths([], (1.0, 0.0))  # a single unit: no width in between to measure
+    single = interpolated_widths({}, (1.0, 0.0))  # a single unit: no width in between to measure
     assert len(single) == 2
     assert single[0] > single[1] == 0

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import spvit
-from spvit.architecture import FFN, REPAIRED, Architecture, Attention, Block, dense
 from spvit.errors import CalibrationError, DataError
 from spvit.hosts.calling import record_calls
 from spvit.hosts.host import Host
-from spvit.repair.objective import Answer, Head, Objective, Reference, answer_of
+from spvit.repair.objective import Answer, Objective, answer_of
 from spvit.repair.scores import Scores
-from tiny import ALIKE, HOSTS, WIDTH, assert_close, images, logits, make_host, paths_of, randomise
+from tiny import assert_close, images, make_host, randomise
 
 DIM, TOKENS, BATCH = 8, 5, 3
 
@@ -107,33 +106,28 @@ CALLS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_the_head_of_blocks_however_they_are_called(name: str) -> None:
+def test_tokens_of_blocks_however_they_are_called(name: str) -> None:
     model, x = Toy(CALLS[name], normed), normal(BATCH, 1, TOKENS, DIM)
     if name == "tuple":
         for block in model.blocks:
             block.answer = lambda x: (x, None)
     host = host_of(model, x)
     with torch.no_grad():
-        head = Head(host, normal(1, 1, TOKENS, DIM, seed=1))
         found: list[Any] = []
         host.model.blocks[1].register_forward_hook(lambda module, args, output: found.append(output))
-        expected = host.model(x)
+        answer = answer_of(host, x)
         out = found[0][0] if name == "tuple" else found[0]
-        answer = head(out)
-        assert_close(answer.output, expected)
+        assert_close(answer.output, host.model(x))
         assert_close(answer.tokens, host.model.norm(out))  # not the keys or values of the pooling layer
-        assert head.agrees(host, objective("pooled"), x)
 
 
-def test_the_head_of_a_transformer_encoder_which_asks_its_layers_for_their_parts() -> None:
+def test_tokens_of_a_transformer_encoder_which_asks_its_layers_for_their_parts() -> None:
     layer = nn.TransformerEncoderLayer(DIM, 2, 16, batch_first=True, norm_first=True)
     model = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(DIM), enable_nested_tensor=False)
     net = nn.Sequential(nn.Flatten(1, 2), model)
     x = normal(BATCH, 1, TOKENS, DIM)
     host = host_of(net, x, "1.layers")
     with torch.no_grad():
-        head = Head(host, normal(1, 1, TOKENS, DIM, seed=1))
-        assert head.agrees(host, objective("features"), x)
         assert_close(answer_of(host, x).tokens, net(x))
 
 
@@ -153,11 +147,10 @@ class Pairs(nn.Module):
         return self.norm(x)
 
 
-def test_the_head_of_blocks_that_are_lists_of_layers() -> None:
+def test_tokens_of_blocks_that_are_lists_of_layers() -> None:
     x = normal(BATCH, 1, TOKENS, DIM)
     host = host_of(Pairs(), x, "layers")
     with torch.no_grad():
-        assert Head(host, normal(1, 1, TOKENS, DIM, seed=1)).agrees(host, objective("features"), x)
         assert_close(answer_of(host, x).tokens, host.model(x))
 
 
@@ -174,39 +167,6 @@ def test_tokens_of_blocks_that_take_tokens_first_have_images_first(back: bool) -
         answer = answer_of(host, x)
         assert answer.tokens.shape == (BATCH, TOKENS, DIM)
         assert_close(answer.tokens.sum(1), answer.output)
-        assert Head(host, normal(1, 1, TOKENS, DIM, seed=1)).agrees(host, objective("features"), x)
-
-
-BEHIND: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
-    "images of this batch size": lambda net, x, pixels: x.reshape(len(pixels), -1),
-    "the input": lambda net, x, pixels: x + pixels[:, 0],
-    "shapes of the input": lambda net, x, pixels: torch.cat([x, pixels[:, 0] * x.mean()], 1),
-}
-
-
-@pytest.mark.parametrize("name", BEHIND)
-def test_outputs_that_need_more_than_the_last_block_are_found_out(name: str) -> None:
-    host = host_of(Toy(CALLS["plain"], BEHIND[name]), normal(BATCH, 1, TOKENS, DIM))
-    with torch.no_grad():
-        head = Head(host, normal(1, 1, TOKENS, DIM, seed=1))
-        agrees = head.agrees(host, objective("pooled"), normal(BATCH, 1, TOKENS, DIM))
-    assert agrees == (name == "images of this batch size")
-
-
-@pytest.mark.parametrize("name", HOSTS)
-def test_the_head_is_the_host_behind_its_last_block(name: str) -> None:
-    model = make_host(name)
-    host = Host.of(model)
-    with torch.no_grad():
-        assert Head(host, images(model, 1, seed=4)).agrees(host, Objective.of("features", host), images(model, 3))
-        if name in ALIKE:
-            path, outputs = paths_of(model)[-1].block, []
-            hook = lambda module, args, out: outputs.append(out[0] if isinstance(out, tuple) else out)  # noqa: E731
-            handle = model.get_submodule(path).register_forward_hook(hook)
-            expected = logits(model, images(model, 3))
-            handle.remove()
-            answer = Head(host, images(model, 1, seed=4))(outputs[0])
-            assert_close(Objective.of("logits", host).parts(answer)[0], expected)
 
 
 @pytest.mark.parametrize("name", ["class_token", "registers", "average_pooling", "swin_padded"])
@@ -253,7 +213,6 @@ def test_towers_of_hugging_face(name: str) -> None:
     host = host_of(model, x, blocks, prefix)
     with torch.no_grad():
         answer = answer_of(host, x)
-        assert Head(host, normal(1, 3, 32, 32, seed=1)).agrees(host, objective("features", prefix), x) == exact
     if exact:
         assert torch.equal(answer.tokens, answer.output.last_hidden_state)
     maps = [[2, 24, 4, 4]] * 2
@@ -293,33 +252,26 @@ def test_what_are_no_logits_is_refused(shape: tuple[int, ...]) -> None:
         objective("logits").parts(Answer(normal(*shape), normal(BATCH, TOKENS, DIM)))
 
 
-def test_distances_are_relative_to_the_variance_over_images_and_alike_for_every_part() -> None:
-    dense = [Answer(10 + normal(size, DIM), 5 + normal(size, TOKENS, DIM, seed=size)) for size in (4, 2)]
-    found = [
-        Answer(a.output + normal(*a.output.shape, seed=7), a.tokens + normal(*a.tokens.shape, seed=8)) for a in dense
-    ]
-
-    def relative(part: Callable[[Answer], Tensor]) -> float:
-        whole, other = (torch.cat([part(answer) for answer in answers]) for answers in (dense, found))
-        return float((other - whole).square().sum() / (whole - whole.mean(0)).square().sum())
-
-    parts = [relative(lambda a: a.output), relative(lambda a: a.tokens[:, :1]), relative(lambda a: a.tokens[:, 1:])]
-    expected = {"pooled": parts[:1], "tokens": parts[1:], "features": parts}
-    for name, own in expected.items():
-        reference = Reference(objective(name), dense)
-        assert reference.distance(found) == pytest.approx(sum(own) / len(own))
-        assert reference.distance(dense) == 0
-        scaled = [Answer(100 * a.output, 100 * a.tokens) for a in dense]
-        far = [Answer(100 * a.output, 100 * a.tokens) for a in found]
-        assert Reference(objective(name), scaled).distance(far) == pytest.approx(sum(own) / len(own))
+def test_scales_are_the_variance_over_images_or_their_number() -> None:
+    dense = list((10 + normal(6, TOKENS, DIM)).split([4, 2]))
+    whole = torch.cat(dense)
+    assert objective("tokens").scale(dense) == pytest.approx(float((whole - whole.mean(0)).square().sum()))
+    assert objective("logits").scale(dense) == 6
 
 
-def test_the_distance_of_logits_is_the_divergence_of_their_probabilities() -> None:
-    dense, found = normal(4, 6), normal(4, 6, seed=1)
-    wanted, other = dense.softmax(1), found.softmax(1)
-    answers = [[Answer(half, half) for half in each.split(2)] for each in (dense, found)]
-    distance = Reference(objective("logits"), answers[0]).distance(answers[1])
-    assert distance == pytest.approx(float((wanted * (wanted / other).log()).sum() / 4))
+@pytest.mark.parametrize("name", ["logits", "features"])
+def test_directions_have_the_curvature_of_the_distance_as_their_second_moment(name: str) -> None:
+    dense = normal(1, 4)
+
+    def distance(found: Tensor) -> Tensor:
+        if name == "features":
+            return (found - dense).square().sum()
+        return (dense.softmax(1) * (dense.log_softmax(1) - found.log_softmax(1))).sum()
+
+    curvature = torch.autograd.functional.hessian(distance, dense)[0, :, 0] / 2
+    generator = torch.Generator().manual_seed(0)
+    found = objective(name).direction(dense.expand(200_000, -1), generator)
+    assert (found.T @ found / len(found) - curvature).abs().max() < 0.01 * curvature.abs().max()
 
 
 def scored(model: nn.Module, **options: Any) -> Scores:
@@ -346,36 +298,6 @@ def test_auto_is_logits_of_classes_the_output_of_one_logit_and_features_without_
     own = spvit.score(headless(), images(headless(), 12), multiple=4, objective=torch.nn.Identity())
     assert values(own) == named["pooled"]
     assert own.objective == "function Identity"
-
-
-@pytest.mark.parametrize("name", ["tokens", "features", "function"])
-def test_measured_scores_are_what_pruning_to_one_candidate_does(name: str) -> None:
-    host = headless()
-    x = images(host, 24)
-    asked: Any = (lambda output: output[:, :5].square()) if name == "function" else name
-    scores = spvit.score(host, x, objective=asked)
-    for index, kept in ((1, Attention("conv1")), (3, Attention("skip"))):
-        blocks = list(dense([WIDTH] * 4).blocks)
-        blocks[index] = Block(kept, FFN.whole(WIDTH))
-        model: Any = spvit.prune(host, Architecture(tuple(blocks), *REPAIRED), repair=x[::2]).eval()
-        with torch.no_grad():
-            wanted, found = (net.forward_features(x[1::2]) for net in (host, model))
-        parts = {"tokens": [wanted[:, :1], wanted[:, 1:]], "function": [wanted[:, 0, :5].square()]}
-        others = {"tokens": [found[:, :1], found[:, 1:]], "function": [found[:, 0, :5].square()]}
-        for own in (parts, others):
-            own["features"] = [own["tokens"][0], *own["tokens"]]  # its output is the class token
-        errors = [
-            float((other - part).square().sum() / (part - part.mean(0)).square().sum())
-            for other, part in zip(others[name], parts[name])
-        ]
-        assert dict(scores.blocks[index].attention)[kept] == pytest.approx(sum(errors) / len(errors), rel=1e-5)
-
-
-def test_whole_passes_measure_what_the_head_measures(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = scored(make_host("class_token"), objective="features")
-    monkeypatch.setattr(Head, "agrees", lambda *args: False)
-    found = scored(make_host("class_token"), objective="features")
-    assert values(found) == pytest.approx(values(expected), rel=1e-6)
 
 
 def test_decide_passes_the_objective_on() -> None:

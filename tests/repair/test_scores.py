@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,10 @@ import spvit
 from spvit.architecture import FFN, REPAIRED, Architecture, Attention, Block, dense
 from spvit.errors import CalibrationError
 from spvit.hosts.host import Host
+from spvit.hosts.walk import tokens_of
+from spvit.repair.gradients import gradients
 from spvit.repair.interpolation import FLOOR
+from spvit.repair.objective import Objective
 from spvit.repair.scores import (
     FITTING,
     MEASURED_SHARES,
@@ -34,13 +38,22 @@ def scored(host: nn.Module, multiple: int = 4, count: int = 24) -> tuple[BlockSc
     return score(host, images(host, count), multiple=multiple).blocks
 
 
-def divergence_after(host: nn.Module, index: int, kept: Block, x: Tensor) -> float:
-    """Prune a host to one candidate alone, repaired on every other image, and compare outputs on the rest."""
+def moved_by(host: nn.Module, index: int, kept: Block, x: Tensor) -> float:
+    """Prune to one candidate, repaired on every other image; return how far outputs move along their gradients."""
     blocks = list(dense([WIDTH] * 4).blocks)
     blocks[index] = kept
-    model = spvit.prune(host, Architecture(tuple(blocks), *REPAIRED), repair=x[::2])
-    wanted, found = (F.softmax(logits(net, x[1::2]), dim=1) for net in (host, model))
-    return float((wanted * (wanted / found).log()).sum() / len(wanted))
+    model = spvit.prune(host, Architecture(tuple(blocks), *REPAIRED), repair=x[::2]).eval()
+    sites = Host.of(host).blocks[index]
+    path = sites.ffn.second if kept.attention == Attention() else sites.attention.path
+    answers: list[Tensor] = []
+    for net in (model, host):
+        handle = net.get_submodule(path).register_forward_hook(lambda module, args, out: answers.append(tokens_of(out)))
+        logits(net, x[1::2])
+        handle.remove()
+    with torch.no_grad():
+        objective = Objective.of("auto", Host.of(host))
+        [gradient] = gradients(Host.of(host), objective, [x[1::2]])[path]
+    return float((gradient * (answers[0] - answers[1]).flatten(1)).sum(1).square().sum())
 
 
 @pytest.mark.parametrize("name", ["huggingface_options", "average_pooling"])
@@ -48,22 +61,58 @@ def test_measured_scores_are_what_pruning_to_one_candidate_does(name: str) -> No
     host = make_host(name)
     x = images(host, 24)
     head_width = Host.of(host).blocks[0].attention.head_width
-    ranks = (head_width // 4, head_width // 2)
-    measured = [Attention(**{name: rank}) for name in ("query_key_rank", "value_rank") for rank in ranks]
-    for index, found in enumerate(scored(host, multiple=head_width // 4)):
+    for index, found in enumerate(scored(host, multiple=head_width // 2)):
         candidates = dict(found.attention)
-        fewer_heads = [kept for kept in candidates if kept == Attention(heads=kept.heads) and kept.narrowed()]
-        assert sorted(len(kept.heads or ()) for kept in fewer_heads) == [1, 2]
-        one = min(fewer_heads, key=lambda kept: len(kept.heads or ()))
-        for kept in (*CONVOLUTIONS, *measured, one):
+        for kept in CONVOLUTIONS:
             block = Block(kept, FFN(WIDTH, tuple(range(WIDTH))))
-            assert candidates[kept] == pytest.approx(divergence_after(host, index, block, x), rel=1e-5)
-        expected = 0.0
+            assert candidates[kept] == pytest.approx(moved_by(host, index, block, x), rel=1e-5)
+        if index == 1:
+            narrow = {kept: score for kept, score in candidates.items() if kept.narrowed()}
+            moved = {kept: moved_by(host, index, Block(kept, FFN.whole(WIDTH)), x) for kept in narrow}
+            assert sum(narrow[kept] == pytest.approx(moved[kept], rel=1e-5) for kept in narrow) >= 3
+        least = 0.0
         for share in reversed(MEASURED_SHARES):
             units = tuple(sorted(found.ranking.units[: round(WIDTH * share)]))
             # Fewer units are never taken to be better, which chance may say of so few images.
-            expected = max(expected, divergence_after(host, index, Block(Attention(), FFN(WIDTH, units)), x))
-            assert found.ffn[len(units)] == pytest.approx(expected, rel=1e-5)
+            least = max(least, moved_by(host, index, Block(Attention(), FFN(WIDTH, units)), x))
+            assert found.ffn[len(units)] == pytest.approx(least, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["class_token", "average_pooling"])
+def test_scores_are_near_the_divergence_of_outputs(name: str) -> None:
+    host = make_host(name)
+    x = images(host, 400)
+    for index, found in enumerate(scored(host, count=400)):
+        units = tuple(sorted(found.ranking.units[: WIDTH // 2]))
+        blocks = list(dense([WIDTH] * 4).blocks)
+        blocks[index] = Block(Attention(), FFN(WIDTH, units))
+        model = spvit.prune(host, Architecture(tuple(blocks), *REPAIRED), repair=x[::2])
+        wanted, other = (F.softmax(logits(net, x[1::2]), dim=1) for net in (host, model))
+        divergence = float((wanted * (wanted / other).log()).sum() / len(wanted))
+        assert found.ffn[len(units)] == pytest.approx(divergence, rel=0.3)
+
+
+@pytest.mark.parametrize("name", ["swin_padded", "swin_always_partition"])
+def test_what_gets_a_map_whole_is_measured_like_windows(name: str) -> None:
+    model = make_host(name)
+    x = images(model, 24)
+    host = Host.of(model)
+    sums: list[Tensor] = []  # of the residual stream and the layer's output, on the map
+    with torch.no_grad():
+        felt = gradients(host, Objective.of("auto", host), [x[1::2]])
+    for index, found in enumerate(scored(model)):
+        blocks = list(dense([block.ffn.units for block in host.blocks]).blocks)
+        blocks[index] = replace(blocks[index], attention=Attention("conv1"))
+        site = host.blocks[index].attention
+        for net in (spvit.prune(model, Architecture(tuple(blocks), *REPAIRED), repair=x[::2]).eval(), model):
+            norm = net.get_submodule(f"{host.blocks[index].path}.norm2")
+            handle = norm.register_forward_pre_hook(lambda module, args: sums.append(args[0].flatten(1, -2)))
+            logits(net, x[1::2])
+            handle.remove()
+        error = sums[-2] - sums[-1]
+        on_map = site.own_grid().gather(felt[site.path][0].reshape(-1, site.keys, site.dim), 0)
+        expected = float((on_map * error).sum((1, 2)).square().sum())
+        assert dict(found.attention)[Attention("conv1")] == pytest.approx(expected, rel=1e-5)
 
 
 def test_scores_do_not_depend_on_flags_or_batches_and_leave_the_host_alone() -> None:
@@ -128,7 +177,7 @@ def test_scores_that_cannot_be_had_are_refused() -> None:
         score(host, images(host, 4)[..., :32])
     broken = copy.deepcopy(host)
     broken.head.weight.data[0, 0] = float("nan")
-    with pytest.raises(CalibrationError, match="the model's outputs are not finite with a candidate of block 0; check"):
+    with pytest.raises(CalibrationError, match="outputs, or their gradients, are not finite; check its weights"):
         scored(broken)
     assert host.training
 

@@ -204,8 +204,9 @@ def test_the_repair_serves_and_what_it_misses_is_known(case: Case) -> None:
     )
     answer(case.model, images[0])
     handle.remove()
+    metric = torch.eye(case.host.blocks[0].attention.dim, dtype=torch.float64)
     with torch.no_grad():
-        errors = attention_errors(BlockPair(case.model, case.host, 0, arrived, arrived), (4,))
+        errors = attention_errors(BlockPair(case.model, case.host, 0, arrived, arrived), (4,), metric)
     queries = case.host.blocks[0].attention.narrows_queries
     assert {kept.query_key_rank for kept in errors} == ({None, 4} if queries else {None})
     assert {len(kept.heads or (0, 1, 2)) for kept in errors} == {1, 2, 3}

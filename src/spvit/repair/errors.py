@@ -40,16 +40,6 @@ STEPS = 64
 """Groups at most in which FFN units leave."""
 
 
-@dataclass(frozen=True)
-class Missed:
-    """Mean squared error over tokens, summed over outputs, of a narrower layer that is repaired."""
-
-    logits: float
-    """What the same layer misses with all of its heads and values: the part of queries and keys of a lower rank."""
-    outputs: float
-    """What it misses beyond that: the part of fewer values and heads."""
-
-
 def paired_ranks(ranks: Sequence[int]) -> list[int]:
     """Return at most seven of some ascending ranks, evenly spread, the last among them."""
     if len(ranks) <= MOST_RANKS:
@@ -64,14 +54,16 @@ def narrowest(site: AttentionSite, multiple: int) -> Attention:
     return Attention("msa", (0,) if site.narrows_values and site.heads > 1 else None, queries, values)
 
 
-def attention_errors(pair: BlockPair, ranks: Sequence[int]) -> dict[Attention, Missed]:
+def attention_errors(pair: BlockPair, ranks: Sequence[int], metric: Tensor) -> dict[Attention, float]:
     """Return how much of a dense attention layer's output each narrower layer misses after its repair.
 
-    The whole layer is left out; nothing is returned for a layer that cannot be narrowed.
+    That is the mean of |R d|^2 over tokens, d being what is missed. The whole layer is left out; nothing is returned
+    for a layer that cannot be narrowed.
 
     Args:
         pair: a dense block, and the inputs that repairs are fitted to.
         ranks: that queries and keys, and values, may have beside all dimensions, ascending.
+        metric: R, [D, D].
     """
     site = pair.sites.attention
     if not (site.narrows_queries or site.narrows_values):
@@ -79,29 +71,31 @@ def attention_errors(pair: BlockPair, ranks: Sequence[int]) -> dict[Attention, M
     fewest = 1 if site.narrows_values else site.heads
     wanted, second_moment = Moments(), inputs_of_attention(pair)
     for out in pair.wanted(site.path):
-        wanted.add(out)
+        wanted.add(out @ metric.T.to(out))
     total = float(wanted.products(pair.host.weights(pair.index).out_bias is not None)[0].trace())
-    errors: dict[Attention, Missed] = {}
+    errors: dict[Attention, float] = {}
     for query_key_rank in (*(ranks if site.narrows_queries else ()), None):
         values = (None, *(ranks if site.narrows_values else ()))
-        fits = _value_fits(pair, Attention(query_key_rank=query_key_rank), values, second_moment, total)
-        logits = fits[None][0] if query_key_rank is not None else 0.0
+        fits = _value_fits(pair, Attention(query_key_rank=query_key_rank), values, second_moment, total, metric)
         for value_rank, (left, ranking) in fits.items():
-            outputs = max(left - logits, 0.0) if value_rank is not None else 0.0
             for count in range(fewest, site.heads + 1):
                 kept = tuple(sorted(ranking.units[:count])) if count < site.heads else None
-                missed = Missed(logits, outputs + ranking.errors[count])
-                errors[Attention("msa", kept, query_key_rank, value_rank)] = missed
+                errors[Attention("msa", kept, query_key_rank, value_rank)] = left + ranking.errors[count]
     del errors[Attention()]
     return errors
 
 
 def _value_fits(
-    pair: BlockPair, queries: Attention, value_ranks: Sequence[int | None], second_moment: Tensor, total: float
+    pair: BlockPair,
+    queries: Attention,
+    value_ranks: Sequence[int | None],
+    second_moment: Tensor,
+    total: float,
+    metric: Tensor,
 ) -> dict[int | None, tuple[float, Ranking]]:
     """Return by value rank what all heads miss of the dense output, and what is missed beyond that as heads leave.
 
-    total: variance of the dense layer's output, summed over its dimensions.
+    total: of the dense layer's output, by the metric.
     """
     heads = pair.sites.attention.heads
     weights, moments = rotated_queries(pair, queries, second_moment)
@@ -116,8 +110,9 @@ def _value_fits(
             rotation = torch.block_diag(*by_head)
             covariance, cross = rotation @ covariance @ rotation.T, rotation @ cross
         out = fitted_output(narrow.out_weight.flatten(1).double(), covariance, cross, moments)  # [D, H V]
-        left = total - 2 * float((out.T * cross).sum()) + float((out.T * (covariance @ out.T)).sum())
-        ranking = rank_heads(covariance, out, heads, ridge_for(moments, len(covariance)))
+        seen, crossed = metric @ out, cross @ metric.T
+        left = total - 2 * float((seen.T * crossed).sum()) + float((seen.T * (covariance @ seen.T)).sum())
+        ranking = rank_heads(covariance, seen, heads, ridge_for(moments, len(covariance)))
         fits[value_rank] = (max(left, 0.0), ranking)
     return fits
 

@@ -12,24 +12,20 @@ Shapes: B batch, N tokens = P prefix tokens + G grid tokens, D width.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spvit.errors import CalibrationError
 from spvit.hosts.calling import batch_first
 from spvit.hosts.host import Host, outputs_of
-from spvit.hosts.walk import first_inputs, through, tokens_of
-from spvit.repair.interpolation import FLOOR
+from spvit.hosts.walk import tokens_of
 
 OBJECTIVES = ("auto", "logits", "features", "pooled", "tokens")
-AGREEMENT = 1e-3
-"""Largest difference, relative to the largest magnitude, of outputs that are computed in two ways."""
 
 Asked = str | Callable[[Any], Tensor]
 """An objective as a user names it: one of OBJECTIVES, or a function of the model's output."""
@@ -121,13 +117,16 @@ class Objective:
             )
         return outputs
 
-    def distance(self, found: Tensor, dense: Tensor) -> float:
-        """Return how far a part [B, ...] is from the dense one, summed over images."""
-        found, dense = found.double(), dense.double()
+    def direction(self, dense: Tensor, generator: torch.Generator) -> Tensor:
+        """Return a random direction of a part [B, ...], whose second moment is the curvature of its distance.
+
+        Of a squared error that is the identity; of a divergence (diag(p) - p p^T) / 2, with p the probabilities.
+        """
+        noise = torch.randn(dense.shape, generator=generator).to(dense)
         if self.name != "logits":
-            return float((found - dense).square().sum())
-        pair = (F.log_softmax(found, dim=1), F.log_softmax(dense, dim=1))
-        return float(F.kl_div(*pair, reduction="sum", log_target=True))
+            return noise
+        root = dense.softmax(dim=1).sqrt()
+        return root * (noise - root * (root * noise).sum(dim=1, keepdim=True)) / math.sqrt(2)
 
     def scale(self, dense: list[Tensor]) -> float:
         """Return what to divide distances by that are summed over batches of a part: the images, or the variance."""
@@ -146,89 +145,3 @@ def name_of(asked: Asked) -> str:
         expected = ", ".join(OBJECTIVES)
         raise CalibrationError(f"objective is {asked!r}, expected {expected}, or a function of the model's output")
     return asked
-
-
-class Reference:
-    """The dense network's answers to all batches of images, and how far others are from them."""
-
-    def __init__(self, objective: Objective, answers: Iterable[Answer]) -> None:
-        self._objective = objective
-        self._dense = [objective.parts(answer) for answer in answers]
-        self._scales = [max(objective.scale(list(batches)), FLOOR) for batches in zip(*self._dense)]
-
-    def distance(self, answers: Iterable[Answer]) -> float:
-        """Return how far answers to the same batches are from the dense ones, the mean of their parts."""
-        total = 0.0
-        for answer, dense in zip(answers, self._dense):
-            for part, own, scale in zip(self._objective.parts(answer), dense, self._scales):
-                total += self._objective.distance(part, own) / scale
-        return total / len(self._scales)
-
-
-class _Passing(nn.Module):
-    """Stands where a block was, or a layer that adds to the tokens: passes them on, or what it has been given."""
-
-    def __init__(self, block: nn.Module, adds: bool) -> None:
-        super().__init__()
-        self._block = (block,)  # not a part of this module
-        self._adds = adds
-        self.training = block.training
-        self.given: Tensor | None = None
-        self.rest: tuple[Any, ...] | None = None
-        """What the block returns besides, if it returns a tuple."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_block"][0], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The first tensor is x: [B, N, D]."""
-        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        out = x if self.given is None else self.given
-        if self._adds:
-            out = out - x
-        return out if self.rest is None else (out, *self.rest)
-
-
-class Head:
-    """What a host does behind its last block, as a function of that block's output."""
-
-    def __init__(self, host: Host, images: Tensor) -> None:
-        passing: dict[int, _Passing] = {}
-        for site in host.blocks:
-            block = host.model.get_submodule(site.path)
-            adds = isinstance(block, nn.ModuleList)
-            for layer in block if isinstance(block, nn.ModuleList) else [block]:
-                passing[id(layer)] = self._last = _Passing(layer, adds)
-        self._shell = host.on(copy.deepcopy(host.model, dict(passing)))
-        self._image = images[:1]
-
-        def record(module: nn.Module, args: Any, output: Any) -> None:
-            passing[id(module)].rest = tuple(output[1:]) if isinstance(output, tuple) else None
-
-        handles = [own._block[0].register_forward_hook(record) for own in passing.values()]
-        try:
-            host.model(self._image)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def __call__(self, out: Tensor) -> Answer:
-        """Return the host's answer from the last block's output, [B, N, D], or [N, B, D] where tokens are first."""
-        self._last.given = out
-        count = len(batch_first(self._shell.blocks[-1].attention, out))
-        return answer_of(self._shell, self._image.expand(count, -1, -1, -1))
-
-    def agrees(self, host: Host, objective: Objective, images: Tensor) -> bool:
-        """Return whether that is all that the host's outputs come from; other blocks' outputs may reach them, too."""
-        wanted = objective.parts(answer_of(host, images))
-        [x] = first_inputs(host, [images])
-        for index in range(len(host.blocks)):
-            x = through(host, index, x)
-        try:
-            found = objective.parts(self(x))
-        except Exception:  # whatever it needs is not there; a fault of the objective itself has shown above
-            return False
-        return all(bool((a - b).abs().max() <= AGREEMENT * b.abs().max()) for a, b in zip(found, wanted))

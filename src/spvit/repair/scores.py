@@ -1,8 +1,9 @@
 """What each candidate of each site costs in agreement with the dense network, measured on calibration images.
 
-A candidate is installed alone in an otherwise dense network, repaired, and the divergence of the network's outputs is
-taken on images that the repair has not seen. Some widths of an FFN and some narrower attention layers are measured; the
-scores of all others follow from what they miss of their layer's output (`interpolation`), which is known for each.
+A candidate is installed alone in an otherwise dense network and repaired. What its layer misses on images that the
+repair has not seen, along the gradient of the network's outputs there (`gradients`), is how far they diverge, to second
+order. So some widths of an FFN and some narrower attention layers are measured; the scores of all others follow from
+what they miss of their layer's output (`interpolation`), which is known for each.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from torch import Tensor, nn
 from spvit.architecture import DEFAULT_MULTIPLE, FFN, KINDS, Attention, Block, attention_from_dict
 from spvit.budget import check_multiple
 from spvit.errors import ArchitectureError, CalibrationError
+from spvit.hosts.grid import Grid
 from spvit.hosts.host import Host
-from spvit.hosts.walk import BATCH, BlockPair, advance, calibration_batches, evaluating, first_inputs, reached, through
+from spvit.hosts.walk import BATCH, BlockPair, advance, calibration_batches, evaluating, first_inputs, reached
 from spvit.moments import Moments, ridge_for
 from spvit.repair.errors import Ranking, attention_errors, paired_ranks, rank_units
+from spvit.repair.gradients import gradients, metric
 from spvit.repair.interpolation import FLOOR, by_errors, interpolated_widths, measured_choices, with_all_ranks
-from spvit.repair.objective import Answer, Asked, Head, Objective, Reference, answer_of, name_of
+from spvit.repair.objective import Asked, Objective, name_of
 from spvit.repair.repair import repair_block
 from spvit.replacements import replacement
 from spvit.replacements.ffn import correct
@@ -133,30 +136,28 @@ class Scores:
 
 @dataclass(frozen=True)
 class _Bench:
-    """The dense network, a copy in which candidates take turns, and the dense outputs to compare with."""
+    """The dense network, a copy in which candidates take turns, and the gradients at the dense layers' outputs."""
 
     host: Host
     copy: Host
-    head: Head | None
-    """None where outputs depend on more than the last block; then images pass through the whole copy."""
-    images: list[Tensor]
-    reference: Reference
+    gradients: dict[str, list[Tensor]]
 
-    def measure(self, index: int, inputs: list[Tensor]) -> float:
-        """Return how far the outputs are from the dense ones when the images enter the copy at a block."""
-        distance = self.reference.distance(self._answer(index, *each) for each in zip(inputs, self.images))
-        if not math.isfinite(distance):
+    def measure(self, pair: BlockPair, path: str, grid: Grid | None) -> float:
+        """Return how far the outputs move by what a layer of the copy answers to what the dense block gets.
+
+        grid: of what it answers, where that may not be the dense layer's.
+        """
+        site, answers, moved = pair.sites.attention, replace(pair, host=self.copy, known={}).wanted(path), 0.0
+        for gradient, own, dense in zip(self.gradients[path], answers, pair.wanted(path)):
+            if grid is not None and not site.prefix_tokens:
+                own = site.own_grid().scatter(grid.gather(own, 0))
+            error = (own - dense).reshape(gradient.shape)
+            moved += float((gradient * error).sum(dim=1).double().square().sum())
+        if not math.isfinite(moved):
             raise CalibrationError(
-                f"the model's outputs are not finite with a candidate of block {index}; check its weights"
+                f"the model's outputs are not finite with a candidate of block {pair.index}; check its weights"
             )
-        return max(distance, FLOOR)
-
-    def _answer(self, index: int, x: Tensor, images: Tensor) -> Answer:
-        if self.head is None:
-            return answer_of(self.copy, images)
-        for number in range(index, len(self.copy.blocks)):
-            x = through(self.copy, number, x)
-        return self.head(x)
+        return max(moved, FLOOR)
 
 
 def score(
@@ -196,11 +197,8 @@ def score(
         tokens = site.prefix_tokens + math.prod(site.grid)
         batches = split_images(list(calibration_batches(host, images)), tokens, least)
         fitting, measuring = (first_inputs(host, part) for part in batches)
-        counted, head = Objective.of(objective, host), Head(host, batches[0][0])
-        exact = head.agrees(host, counted, batches[1][0][:2])
-        reference = Reference(counted, (answer_of(host, batch) for batch in batches[1]))
-        twin = host.on(copy.deepcopy(host.model))
-        bench = _Bench(host, twin, head if exact else None, batches[1], reference)
+        counted, twin = Objective.of(objective, host), host.on(copy.deepcopy(host.model))
+        bench = _Bench(host, twin, gradients(host, counted, batches[1]))
         blocks = []
         for index in range(len(host.blocks)):
             blocks.append(_score_block(bench, index, fitting, measuring, multiple))
@@ -245,39 +243,43 @@ def _taken(batches: list[Tensor], images: Tensor) -> list[Tensor]:
 def _score_block(
     bench: _Bench, index: int, fitting: list[Tensor], measuring: list[Tensor], multiple: int
 ) -> BlockScores:
-    site = bench.host.blocks[index].attention
-    pair = BlockPair(bench.copy.model, bench.host, index, fitting, fitting).knowing(site.path)
-    units = pair.sites.ffn.units
+    site, second = bench.host.blocks[index].attention, bench.host.blocks[index].ffn.second
+    pair, other = (BlockPair(bench.copy.model, bench.host, index, own, own) for own in (fitting, measuring))
+    units, metrics = pair.sites.ffn.units, [metric(bench.gradients[path], site.dim) for path in (site.path, second)]
 
-    def measured(kept: Block, fit: Callable[[Block], object]) -> float:
+    def measured(known: BlockPair, path: str, kept: Block, fit: Callable[[Block], object]) -> float:
         """Install, repair and measure what a block may keep, and put the copy's block back."""
-        with installed(bench.copy, index, kept):
+        with installed(bench.copy, index, kept) as grid:
             fit(kept)
-            return bench.measure(index, measuring)
+            return bench.measure(known, path, grid)
+
+    pair, known = pair.knowing(site.path), other.knowing(site.path)
 
     def score_of(candidate: Attention) -> float:
-        return measured(Block(candidate, FFN.whole(units)), lambda kept: repair_block(pair, kept))
+        block = Block(candidate, FFN.whole(units))
+        return measured(known, site.path, block, lambda kept: repair_block(pair, kept))
 
     step = multiple if site.rotary is None else math.lcm(multiple, 2)  # dimensions that rotate go in pairs
     ranks = range(step, site.head_width, step)
-    errors = attention_errors(pair.thinned(LOCAL_TOKENS), paired_ranks(ranks))
-    narrow = by_errors({kept: score_of(kept) for kept in measured_choices(errors, site.head_width)}, errors)
+    errors = attention_errors(pair.thinned(LOCAL_TOKENS), paired_ranks(ranks), metrics[0])
+    choices = list(errors)
+    own = {choices.index(kept): score_of(kept) for kept in measured_choices(errors)}
+    narrow = dict(zip(choices, by_errors(list(errors.values()), own)))
     forms = [kept for kind in KINDS for kept in replacement(kind).forms(site) if kept != Attention()]
     others = [(kept, score_of(kept)) for kept in forms]
-    second, moments = _into_second(pair)
-    ranking = rank_units(moments.covariance, second.weight, ridge_for(moments))
+    linear, moments = _into_second(pair)
+    ranking = rank_units(moments.covariance, metrics[1] @ linear.weight.double(), ridge_for(moments))
 
     def fit_ffn(kept: Block) -> None:
-        narrowed = bench.copy.model.get_submodule(pair.sites.ffn.second)
+        narrowed = bench.copy.model.get_submodule(second)
         assert isinstance(narrowed, nn.Linear)
         # Whole attention leaves the FFN the dense one's inputs, so all that its repair needs is in the moments.
-        correct(narrowed, moments.left_out(kept.ffn.units, second.weight))
+        correct(narrowed, moments.left_out(kept.ffn.units, linear.weight))
 
+    known = other.knowing(second)
     widths = sorted({max(1, round(units * share)) for share in MEASURED_SHARES} - {units})
-    points = [
-        (width, measured(Block(Attention(), FFN(units, tuple(sorted(ranking.units[:width])))), fit_ffn))
-        for width in widths
-    ]
+    kept = {width: Block(Attention(), FFN(units, tuple(sorted(ranking.units[:width])))) for width in widths}
+    points = {width: measured(known, second, block, fit_ffn) for width, block in kept.items()}
     attention = ((Attention(), 0.0), *with_all_ranks(narrow, ranks), *others)
     return BlockScores(attention, ranking, interpolated_widths(points, ranking.errors))
 

@@ -170,18 +170,20 @@ class _Bottleneck:
         site = pair.sites.attention
         prefix = site.prefix_tokens
         gathered, gathered_prefix = Gathered(pair), Gathered(pair)
-        for x, target in zip(pair.arriving(site.path), targets(pair, site.path)):
+        for x, (own, missing) in zip(pair.arriving(site.path), targets(pair, site.path)):
             tokens = module.grid.gather(x, prefix)
             if isinstance(module.conv_in, nn.Conv2d):
                 tokens = F.unfold(module.grid.as_map(tokens), 3, padding=1).transpose(1, 2)  # [B, G, 9 D]
-            on_grid = (part if part is None else site.own_grid().gather(part, prefix) for part in target)
-            gathered.add(tokens, *on_grid)
+            grid = site.own_grid()
+            lost = None if missing is None else grid.gather(missing, prefix)
+            gathered.add(tokens, grid.gather(own, prefix), lost)
             if isinstance(module.prefix, nn.Sequential):
-                gathered_prefix.add(x[:, :prefix], *(part if part is None else part[:, :prefix] for part in target))
+                gathered_prefix.add(x[:, :prefix], own[:, :prefix], None if missing is None else missing[:, :prefix])
         moments = gathered.moments(biased=True)
         rank = len(module.conv_in.weight)
-        inward, outward = low_rank_regression(moments.covariance, moments.cross, ridge_for(moments), rank)
-        variance = ((moments.covariance @ inward) * inward).sum(0)
+        covariance, cross = moments.products(centred=True)
+        inward, outward = low_rank_regression(covariance, cross, ridge_for(moments), rank)
+        variance = ((covariance @ inward) * inward).sum(0)
         module.set_linear(inward.T, inward.T @ moments.mean_x, variance, outward.T, moments.mean_y)
         if isinstance(module.prefix, nn.Sequential):
             first, second = cast(nn.Linear, module.prefix[0]), cast(nn.Linear, module.prefix[1])

@@ -158,13 +158,14 @@ def _linear(host: Host, path: str) -> nn.Linear:
 
 
 @contextmanager
-def installed(host: Host, index: int, kept: Block) -> Iterator[None]:
+def installed(host: Host, index: int, kept: Block) -> Iterator[Grid | None]:
     """Have a block of a dense model keep so much, by the rules that a repair serves best; then put the block back.
 
-    Inside the context the weights of what stands where attention was are still to be fitted.
+    Inside the context the weights of what stands where attention was are still to be fitted. Yields how that gets the
+    grid, if it is no attention.
     """
     with ExitStack() as undo:
         grids = whole_grids(host, [index] if kept.attention.kind != "msa" else [], undo)
         replace_attention(host, index, kept.attention, REPAIRED, grids, undo, fitted=True, tokens=kept.tokens)
         narrow_ffn(host, index, kept.ffn, undo)
-        yield
+        yield grids.get(index)
