@@ -89,7 +89,8 @@ def test_scores_are_near_the_divergence_of_outputs(name: str) -> None:
         model = spvit.prune(host, Architecture(tuple(blocks), *REPAIRED), repair=x[::2])
         wanted, other = (F.softmax(logits(net, x[1::2]), dim=1) for net in (host, model))
         divergence = float((wanted * (wanted / other).log()).sum() / len(wanted))
-        assert found.ffn[len(units)] == pytest.approx(divergence, rel=0.3)
+        # The repair also mends what whole FFNs behind can, which scores leave out.
+        assert 0.8 * divergence <= found.ffn[len(units)] <= 2 * divergence
 
 
 @pytest.mark.parametrize("name", ["swin_padded", "swin_always_partition"])
