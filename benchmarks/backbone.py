@@ -1,22 +1,25 @@
-"""How much of a real backbone's features is kept when nothing is trained: cosines on crops of other photographs.
+"""How much of a real backbone's features is kept when nothing is trained, by spvit and its peers at equal MACs.
 
-python benchmarks/backbone.py --images FOLDER [--model NAME] [--weights FILE] [--budgets 50% 25%] [--json FILE]
-                              [--objectives pooled tokens features]
+python benchmarks/backbone.py --images FOLDER [--model NAME] [--weights FILE] [--size 98] [--budgets 50% 25%]
+                              [--methods spvit whitened-svd vbp corp] [--json FILE] [--plot FILE.svg]
+python benchmarks/backbone.py --rows FILE.json [FILE.json ...] --plot FILE.svg
 
-Photographs, not crops, are split into calibration and test, anew by every seed. A centred cosine is that of features
-less the dense network's mean feature; it tells more, as all features of one network look alike. `neighbours` is the
-share of a test crop's ten nearest, by class token, that are the dense network's ten. Without --weights timm downloads
-the pretrained ones.
+Photographs, not crops, are split into calibration and test, anew by every seed; every method gets the same crops. MACs
+are those that torch counts on the pruned model. A centred cosine is that of features less the dense network's mean
+feature; it tells more, as all features of one network look alike. `neighbours` is the share of a test crop's ten
+nearest, by class token, that are the dense network's ten. Without --weights timm downloads the pretrained ones. Peers
+are in backbone_peers.py; torch-pruning and plots need: pip install 'spvit[bench]'.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import sys
 import time
 from collections.abc import Sequence
-from itertools import product
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any, cast
@@ -30,9 +33,10 @@ from torch import Tensor, nn
 from torchvision.transforms import functional
 
 import spvit
-from reporting import check_free, machine, write_results
+from backbone_peers import METHODS, Pruning
+from reporting import check_free, write_results
 from spvit.repair.objective import OBJECTIVES
-from spvit.replacements import targets
+from timm_vit import macs_of
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SHORTER_SIDE = 640
@@ -116,50 +120,94 @@ def timed(run: Any, device: str) -> tuple[Any, float]:
     return result, time.perf_counter() - started
 
 
+def scored(model: nn.Module, images: Tensor, objective: str) -> Pruning:
+    """Score once with spvit; decide, prune and repair at every share."""
+    scores = spvit.score(model, images, objective=objective)
+
+    def prune(share: float) -> nn.Module:
+        architecture = spvit.decide(model, macs=f"{share:.1%}", scores=scores)
+        return spvit.prune(model, architecture, repair=images)
+
+    return prune
+
+
 def measure(model: nn.Module, photographs: Sequence[Image.Image], seed: int, options: argparse.Namespace) -> list[Any]:
-    """Return a row for every objective, budget and target of one split of the photographs."""
+    """Return a row for every method and budget of one split of the photographs."""
     normal = timm.data.resolve_model_data_config(model)
     shuffled = random.Random(seed).sample(photographs, len(photographs))
     tested = max(1, round(TEST_SHARE * len(shuffled)))
     calibration = crops(shuffled[tested:], options.count, options.size, seed, normal).to(options.device)
     test = crops(shuffled[:tested], TEST_CROPS, options.size, seed + 50, normal).to(options.device)
-    dense, dense_macs = features(model, test), spvit.cost(model)["macs"]
+    dense, dense_macs = features(model, test), macs_of(model, test)
     rows = []
-    for objective in options.objectives:
-        scores, score_seconds = timed(
-            lambda asked=objective: spvit.score(model, calibration, objective=asked), options.device
-        )
-        for budget, stream in product(options.budgets, options.streams):
+    for method in options.methods:
+        ready, score_seconds = timed(partial(prepared, method, model, calibration, options), options.device)
+        for budget in options.budgets:
             try:
-                architecture = spvit.decide(model, macs=budget, scores=scores)
+                pruned, seconds = timed(partial(ready, float(budget.rstrip("%")) / 100), options.device)
             except spvit.BudgetError as error:
-                print(f"{budget}: {error}", file=sys.stderr)
+                print(f"{method} {budget}: {error}", file=sys.stderr)
                 continue
-            targets.STREAM = stream
-            pruned, seconds = timed(
-                lambda kept=architecture: spvit.prune(model, kept, repair=calibration), options.device
-            )
-            row = {"seed": seed, "budget": budget, "objective": scores.objective, "stream": stream}
-            row |= {"score_s": score_seconds, "repair_s": seconds}
-            row["share"] = spvit.cost(model, architecture)["macs"] / dense_macs
+            row = {"seed": seed, "budget": budget, "method": method, "share": macs_of(pruned, test) / dense_macs}
+            row |= {"score_s": score_seconds, "prune_s": seconds}
             rows.append(row | agreement(features(pruned.eval(), test), dense, cast(Any, model).num_prefix_tokens))
+            print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
-def table_of(rows: list[dict[str, Any]], options: argparse.Namespace) -> Table:
+def prepared(method: str, model: nn.Module, images: Tensor, options: argparse.Namespace) -> Pruning:
+    """Return a method's function from a share of the MACs to a pruned model."""
+    return scored(model, images, options.objective) if method == "spvit" else METHODS[method](model, images)
+
+
+def means_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the means over seeds, a row for every budget and method."""
+    means = []
+    for budget, method in dict.fromkeys((row["budget"], row["method"]) for row in rows):
+        same = [row for row in rows if (row["budget"], row["method"]) == (budget, method)]
+        figures = {name: mean(row[name] for row in same) for name in ("share", *FIGURES, "score_s", "prune_s")}
+        means.append({"budget": budget, "method": method, "seeds": len(same), **figures})
+    return sorted(means, key=lambda row: -float(row["budget"].rstrip("%")))
+
+
+def table_of(rows: list[dict[str, Any]], settings: dict[str, Any]) -> Table:
     """Return the means over seeds as a table."""
-    title = f"{options.model}, {options.size} px, {options.count} images, {options.seeds} seeds, nothing trained"
-    columns = ("budget", "objective", "stream", *FIGURES, "score_s", "repair_s")
-    table = Table(title=title)
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")
-    variants = dict.fromkeys(tuple(row[name] for name in columns[:3]) for row in rows)
-    for budget, objective, stream in variants:
-        same = [row for row in rows if (row["budget"], row["objective"], row["stream"]) == (budget, objective, stream)]
-        means = {name: mean(row[name] for row in same) for name in columns[3:]}
-        seconds = [f"{means[name]:.1f}" for name in columns[-2:]]
-        table.add_row(budget, objective, f"{stream:g}", *(f"{means[name]:.3f}" for name in FIGURES), *seconds)
+    model, size, count, seeds, photographs = (settings[n] for n in ("model", "size", "count", "seeds", "photographs"))
+    table = Table(
+        title=f"{model}, {size} px, {count} crops of {photographs} photographs, {seeds} splits, nothing trained"
+    )
+    for column in ("budget", "method", "macs", *FIGURES, "score_s", "prune_s"):
+        table.add_column(column.replace("_", " "), justify="left" if column == "method" else "right")
+    budget = None
+    for row in means_of(rows):
+        if budget not in (None, row["budget"]):
+            table.add_section()
+        budget = row["budget"]
+        seconds = [f"{row[name]:.1f}" for name in ("score_s", "prune_s")]
+        figures = (f"{row[name]:.3f}" for name in FIGURES)
+        table.add_row(budget, row["method"], f"{row['share']:.1%}", *figures, *seconds)
     return table
+
+
+def plot(rows: list[dict[str, Any]], title: str, path: str) -> None:
+    """Draw the centred cosines of class and patch tokens against the share of the MACs, a line a method."""
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import PercentFormatter
+
+    means = means_of(rows)
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "spvit", "font.size": 9}):
+        figure, panels = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True, layout="constrained")
+        for axes, token in zip(panels, ("class", "patch")):
+            for index, method in enumerate(dict.fromkeys(row["method"] for row in means)):
+                line = [(row["share"], row[f"{token}_centred"]) for row in means if row["method"] == method]
+                axes.plot(*zip(*line), marker="os^Dv<>"[index % 7], markersize=4, label=method)
+            axes.set(title=f"{token} token{'s' if token == 'patch' else ''}", xlabel="share of the dense MACs")
+            axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axes.grid(alpha=0.3)
+        panels[0].set_ylabel("centred cosine to the dense features")
+        panels[0].legend(fontsize=8)
+        figure.suptitle(title)
+        figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
 
 
 def parse_options() -> argparse.Namespace:
@@ -167,29 +215,38 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_small_patch14_dinov2", help="a timm ViT (default: %(default)s)")
     parser.add_argument("--weights", help="safetensors file for it (default: timm's pretrained weights)")
-    parser.add_argument("--images", required=True, help="folder of photographs")
+    parser.add_argument("--images", help="folder of photographs")
     parser.add_argument("--size", type=int, default=98, help="pixels of the sides of crops (default: %(default)s)")
     parser.add_argument("--count", type=int, default=800, help="calibration crops (default: %(default)s)")
-    parser.add_argument("--budgets", nargs="+", default=["75%", "50%", "35%", "25%"], help="of the MACs")
+    parser.add_argument("--budgets", nargs="+", default=["75%", "50%", "35%", "25%", "15%"], help="of the MACs")
+    parser.add_argument("--methods", nargs="+", default=["spvit", *METHODS], choices=["spvit", *METHODS], help="which")
     parser.add_argument("--seeds", type=int, default=3, help="splits of the photographs (default: %(default)s)")
-    parser.add_argument(
-        "--streams",
-        nargs="+",
-        type=float,
-        default=[targets.STREAM],
-        help="shares of what brings the residual stream back in a layer's target (default: that of spvit)",
-    )
-    parser.add_argument(
-        "--objectives", nargs="+", default=["auto"], choices=OBJECTIVES, help="what scores count (default: auto)"
-    )
+    parser.add_argument("--objective", default="auto", choices=OBJECTIVES, help="what the scores of spvit count")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--json", help="file to write the rows to, after every seed")
-    return parser.parse_args()
+    parser.add_argument("--plot", help="file to draw centred cosines against MACs to: .svg, .png; overwritten")
+    parser.add_argument("--rows", nargs="+", help="what --json has written: print and draw it, and measure nothing")
+    options = parser.parse_args()
+    if (options.images is None) == (options.rows is None):
+        parser.error("name a folder with --images, or a file with --rows")
+    return options
 
 
 def main() -> None:
     """Measure every split, print the means, and write the rows."""
     options = parse_options()
+    if options.rows is None:
+        rows, settings = measured(options)
+    else:
+        contents = [json.loads(Path(path).read_text(encoding="utf-8")) for path in options.rows]
+        rows, settings = [row for content in contents for row in content["rows"]], contents[0]["settings"]
+    Console(width=140).print(table_of(rows, settings))
+    if options.plot is not None:
+        plot(rows, f"{settings['model']}, {settings['size']} px, nothing trained", options.plot)
+
+
+def measured(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Measure every split, write the rows, and return them and the settings."""
     check_free(options.json)
     model, photographs = load_model(options), load_photographs(options.images)
     settings = {**vars(options), "photographs": len(photographs), "test_crops": TEST_CROPS}
@@ -197,11 +254,7 @@ def main() -> None:
     for seed in range(1, options.seeds + 1):
         rows += measure(model, photographs, seed, options)
         write_results(options.json, "backbone", rows, anew=True, settings=settings)
-    console = Console(width=120)
-    console.print(table_of(rows, options))
-    console.print(
-        f"{len(photographs)} photographs; {machine()['processor' if options.device == 'cpu' else 'accelerator']}"
-    )
+    return rows, settings
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from spvit.architecture import DEFAULT_MULTIPLE, FFN, KINDS, Architecture, Atten
 from spvit.budget import TOLERANCE
 from spvit.cost import NetworkCost
 
-BISECTIONS = 14
-TORCH_PRUNING_TOLERANCE = 0.01
+TRIES = 8
+TORCH_PRUNING_CLOSE, TORCH_PRUNING_TOLERANCE = 0.002, 0.01
 
 
 def random_architecture(cost: NetworkCost, target: int, generator: random.Random) -> Architecture:
@@ -65,7 +65,7 @@ def torch_pruned_to(
     macs_of: Callable[[nn.Module], int],
     target: int,
 ) -> nn.Module:
-    """Return what Torch-Pruning leaves when its ratio is bisected until the MACs are the target.
+    """Return what Torch-Pruning leaves when its ratio is interpolated until the MACs are the target.
 
     Args:
         dense: the model.
@@ -77,13 +77,15 @@ def torch_pruned_to(
     Raises:
         BudgetError: no ratio comes within 1 % of the target.
     """
-    low, high, models = 0.0, 1.0, []
-    for _ in range(BISECTIONS):
-        ratio = (low + high) / 2
+    low, high, most, least, models = 0.0, 1.0, macs_of(dense), 0, []
+    for _ in range(TRIES):
+        ratio = low + (high - low) * (most - target) / (most - least)
         model = torch_pruned(dense, gradients, image, ratio)
         macs = macs_of(model)
         models.append((abs(macs - target), ratio, model))
-        low, high = (ratio, high) if macs > target else (low, ratio)
+        if abs(macs - target) <= TORCH_PRUNING_CLOSE * target:
+            break
+        low, most, high, least = (ratio, macs, high, least) if macs > target else (low, most, ratio, macs)
     distance, _, model = min(models, key=lambda item: item[0])
     if distance > TORCH_PRUNING_TOLERANCE * target:
         raise spvit.BudgetError(f"the nearest that Torch-Pruning comes is {distance / target:.1%} away")
@@ -109,8 +111,8 @@ def torch_pruned(dense: nn.Module, gradients: dict[str, Tensor], image: Tensor, 
         prune_head_dims=True,
         # All that writes to the residual stream is one group with the patch embedding: ignoring that keeps its width.
         ignored_layers=[model.patch_embed.proj, model.head],
-        # Documented as a dictionary, but read as pairs of parameter and axis.
-        unwrapped_parameters=[(model.cls_token, 2), (model.pos_embed, 2)],
+        # Documented as a dictionary, but read as pairs of parameter and axis: tokens, positions, LayerScale.
+        unwrapped_parameters=[(parameter, parameter.dim() - 1) for parameter in _unwrapped(model)],
         # Their defaults are shared by all pruners of the process, which would add up the heads of every copy.
         in_channel_groups={},
         out_channel_groups={},
@@ -123,6 +125,11 @@ def torch_pruned(dense: nn.Module, gradients: dict[str, Tensor], image: Tensor, 
         attention.scale = attention.head_dim**-0.5
     model.zero_grad()
     return cast(nn.Module, model)
+
+
+def _unwrapped(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that are no layer's weight or bias."""
+    return [parameter for name, parameter in model.named_parameters() if not name.endswith(("weight", "bias"))]
 
 
 def torch_pruned_widths(model: Any) -> str:

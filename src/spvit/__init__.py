@@ -29,6 +29,7 @@ from spvit.errors import (
     CheckpointError,
     ConstraintError,
     DataError,
+    ExportError,
     GridError,
     ModelError,
     NotSearchableError,
@@ -39,6 +40,7 @@ from spvit.errors import (
     UnsupportedHostError,
     ZooError,
 )
+from spvit.export import Exported, export
 from spvit.hosts.declared import Sites
 from spvit.hosts.host import Host, recognise
 from spvit.hosts.recognise import register
@@ -62,11 +64,12 @@ _LATER = {
 
 __all__ = [
     "Architecture", "ArchitectureError", "BudgetError", "BudgetLoss", "CalibrationError", "CheckpointError",
-    "CompressConfig", "ConstraintError", "Constraints", "DataError", "Description", "GridError", "Host", "ImageConfig",
-    "Images", "ModelError", "NotSearchableError", "PhaseConfig", "Preprocessing", "Rows", "RunError", "RunFolderError",
-    "Scores", "SearchConfig", "Sites", "SpvitError", "UnitRows", "UnknownPartError", "UnsupportedHostError",
-    "ZooError", "architectures", "compress", "cost", "create_model", "decide", "describe", "fold", "gate_parameters",
-    "load", "make_searchable", "prune", "recognise", "register", "save", "score",
+    "CompressConfig", "ConstraintError", "Constraints", "DataError", "Description", "ExportError", "Exported",
+    "GridError", "Host", "ImageConfig", "Images", "ModelError", "NotSearchableError", "PhaseConfig", "Preprocessing",
+    "Rows", "RunError", "RunFolderError", "Scores", "SearchConfig", "Sites", "SpvitError", "UnitRows",
+    "UnknownPartError", "UnsupportedHostError", "ZooError", "architectures", "compress", "cost", "create_model",
+    "decide", "describe", "export", "fold", "gate_parameters", "load", "make_searchable", "prune", "recognise",
+    "register", "save", "score",
 ]  # fmt: skip
 
 

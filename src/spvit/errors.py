@@ -59,3 +59,7 @@ class UnknownPartError(UnsupportedHostError):
 
 class ZooError(SpvitError, ValueError):
     """A published model is unknown, or something was asked of it that it does not have."""
+
+
+class ExportError(SpvitError, ValueError):
+    """A model cannot be exported, a package for it is missing, or what was written answers otherwise."""

@@ -59,10 +59,12 @@ def test_blocks_of_several_kinds_and_why_not(capsys) -> None:
     assert may["narrower queries, keys"].startswith("no: queries and keys are normalised over the whole head")
     assert normed["blocks"][0]["acting on them"] == "q_norm, k_norm"
     second = found(capsys, "swinv2_tiny_window8_256", "--model-args", json.dumps(SWIN))["blocks"][0]
-    assert second["may become"]["fewer heads"].startswith("no: the attention of ")
-    assert second["acting on them"] == (
-        "something on queries and keys that no norm, table or argument explains: attention stays whole"
-    )
+    assert second["may become"]["fewer heads"] == "yes"
+    assert second["acting on them"] == "bias, cosine, learned scales"
+    sam = {"img_size": 64, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 3, "window_size": 3}
+    whole = found(capsys, "samvit_base_patch16", "--model-args", json.dumps(sam))["blocks"][0]
+    assert whole["may become"]["fewer heads"].startswith("no: the attention of ")
+    assert whole["acting on them"].endswith("that no norm, table or argument explains: attention stays whole")
 
 
 def test_folders_of_ours_and_of_hugging_face(capsys, tmp_path: Path) -> None:

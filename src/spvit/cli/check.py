@@ -153,6 +153,7 @@ def _acting(site: AttentionSite) -> str:
     norms = [name for name in (*site.norms, site.inner_norm) if name is not None]
     parts = [item.name for item in dataclasses.fields(site) if item.name not in (*PARTS.values(), "layout")]
     others = [part for part in parts if dataclasses.is_dataclass(getattr(site, part))]
+    others += [words for words, acts in (("cosine", site.cosine), ("learned scales", site.head_scales)) if acts]
     if not (site.narrows_queries or site.narrows_values):
         unknown = "queries and keys" if site.query == site.value else "logits, or the form of its windows,"
         others = [*others, f"something on {unknown} that no norm, table or argument explains: attention stays whole"]

@@ -21,12 +21,14 @@ from spvit.cli.plan import print_plan
 from spvit.cli.show import block_table, comparison_table, kinds_text, latency_text, say
 from spvit.cost import count_params
 from spvit.errors import ArchitectureError, CheckpointError, ModelError, RunFolderError
-from spvit.hosts.host import example_images, macs_of_image
+from spvit.export import SUFFIXES, export
+from spvit.hosts.host import example_images, input_size, macs_of_image
 from spvit.hosts.sources import build, can_build, source_of
 from spvit.models import ModelConfig, open_model
 from spvit.replacements.costs import network_costs
 from spvit.surgery import prune, pruned_record
 from spvit.train.compress import check_decision, deployed, run_compress, search, write_model
+from spvit.train.data import find_images, images_of, validation_loader
 from spvit.train.loop import Evaluation, Phase, Run, figures_of, run_phase
 from spvit.train.processes import by_the_first, processes
 from spvit.train.progress import PhaseProgress
@@ -36,6 +38,8 @@ from spvit.zoo import architectures, unfolded_params
 
 NOT_SETTINGS = ("resume", "dry_run")
 BATCHES = (1, 64)
+COMPARED = 64
+"""Validation images that an exported file is compared on."""
 
 
 def _open(name: str, options: cli.RunCommand, trains_head: bool, console: Console) -> tuple[nn.Module, Run]:
@@ -144,6 +148,32 @@ def profile_command(options: cli.ProfileCommand, console: Console) -> None:
     if options.latency:
         for name, latencies in _latencies({"dense": host.eval(), "pruned": pruned}).items():
             say(console, *(f"{name}: {latency_text(latency)}" for latency in latencies))
+
+
+def export_command(options: cli.ExportCommand, console: Console) -> None:
+    """Write a model for another runtime, and say how far what was written is from it."""
+    opened = open_model(options, code=True)
+    suffix = SUFFIXES.get(options.to, f".{options.to}")
+    folder = Path(options.model) if Path(options.model).is_dir() else Path()
+    found = None
+    if options.data is not None:
+        items = find_images(options.data, options.images)
+        images = images_of(items, options.images, input_size(opened.model), opened.preprocessing)
+        found = next(iter(validation_loader(images)))[0][:COMPARED]
+    done = export(
+        opened.model,
+        options.output or folder / f"model{suffix}",
+        to=options.to,
+        images=found,
+        opset=options.opset,
+        preprocessing=opened.preprocessing,
+        classes=opened.classes,
+        with_preprocessing=options.with_preprocessing,
+        overwrite=options.overwrite,
+    )
+    of = f"{done.images} validation images" if found is not None else f"{done.images} images of noise (see --data)"
+    agrees = f"outputs differ by {done.difference:.1g} of the largest, agreement {done.agreement:.2%}, on {of}"
+    say(console, f"{done.path}: {done.format}, {done.bytes / 1e6:.1f} MB, any batch size", agrees)
 
 
 def convert_command(options: cli.ConvertCommand, console: Console) -> None:

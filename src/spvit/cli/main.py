@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[Any, Callable[..., None]]] = {  # the options and the 
     "evaluate": (cli.EvaluateCommand, run.evaluate_command),
     "profile": (cli.ProfileCommand, run.profile_command),
     "check": (cli.CheckCommand, check_command),
+    "export": (cli.ExportCommand, run.export_command),
     "convert": (cli.ConvertCommand, run.convert_command),
     "demo": (cli.DemoCommand, run.compress_command),
 }

@@ -123,6 +123,26 @@ class CheckCommand:
     """Print JSON in place of tables."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportCommand(ModelConfig):
+    """Write a model for another runtime, run what was written, and compare."""
+
+    to: str = "onnx"
+    """`onnx` (ONNX Runtime, TensorRT), `pt2` (a torch.export program), `openvino`, or `safetensors` (weights alone)."""
+    output: str | None = None
+    """The file to write; when absent model.onnx (or .pt2, ...) in the model's own folder, or in the current one."""
+    opset: int = 18
+    """Of ONNX, 18 to 23."""
+    with_preprocessing: bool = False
+    """Put the normalisation into the program, which then takes values from 0 to 1."""
+    data: str | None = None
+    """Images to compare with: as for evaluate, of which the first 64 validation images are taken; noise when absent."""
+    images: ImageConfig = field(default_factory=ImageConfig)
+    """How images are read."""
+    overwrite: bool = False
+    """Replace the file if it exists."""
+
+
 @dataclass(frozen=True)
 class ConvertCommand:
     """Convert a DeiT, Swin or published SPViT checkpoint, or its FFN indicator file, to spvit's format."""

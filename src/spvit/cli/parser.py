@@ -138,7 +138,7 @@ def command_parser(name: str, options: type) -> CommandParser:
     parser.add_argument("--recipe", action="config", help="YAML file of settings; later files take precedence.")
     parser.add_class_arguments(options, None, as_group=False, as_positional=True)
     have = parser._option_string_actions
-    if name in ("profile", "check"):
+    if name in ("profile", "check", "export"):
         parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="The same as --model.")
     if "--train-epochs" in have:
         zero = {"dest": "train_epochs", "action": "store_const", "const": 0, "default": argparse.SUPPRESS}
