@@ -182,7 +182,8 @@ class Trial:
         """What scores decide on, repaired and folded."""
         costs = network_costs(self.host)["macs"]
         target = costs.smallest + round(SHARE * (costs.dense - costs.smallest))
-        widest = max(block.attention.head_width for block in self.host.blocks)
+        sites = [block.attention for block in self.host.blocks]
+        widest = max((site.head_width for site in sites if site.narrows_values or site.narrows_queries), default=1)
         multiple = 1 if widest <= 8 else widest // 2  # every rank is measured, and wide heads have many
         architecture = spvit.decide(self.host, macs=target, calibration=self.images, multiple=multiple)
         return spvit.fold(spvit.prune(self.host, architecture, repair=self.images))

@@ -155,9 +155,11 @@ def _narrow(settings: Mapping[str, Any], heads: int, head_width: int) -> dict[st
     """Return arguments that leave few heads and small ones; none where it is not known how."""
     dim, own = settings.get("embed_dim"), settings.get("num_heads")
     dims = settings.get("embed_dims")
-    if isinstance(dims, (tuple, list)) and isinstance(own, (tuple, list)) and len(dims) == len(own):
+    if isinstance(dims, (tuple, list)):
         stages = [sorted(set(dims)).index(width) + 1 for width in dims]  # alike where they are alike
-        return {"num_heads": stages, "embed_dims": [8 * stage for stage in stages]}
+        if isinstance(own, (tuple, list)) and len(dims) == len(own):
+            return {"num_heads": stages, "embed_dims": [8 * stage for stage in stages]}
+        return {"embed_dims": [64 * stage for stage in stages]}  # heads of a width of their own
     if "use_mlp_head" in settings:  # a MetaFormer, whose heads are 32 wide
         return {"dims": [32, 32, 32, 64]}
     if not isinstance(dim, int):
@@ -207,18 +209,12 @@ def _made_by_timm(name: str, options: dict[str, Any]) -> nn.Module:
         if dataclasses.is_dataclass(model_cfg):
             fields = {item.name: getattr(model_cfg, item.name) for item in dataclasses.fields(model_cfg)}
             changes = _short(fields)
-            if isinstance(fields.get("embed_dim"), (tuple, list)):
-                head_width = 32
-                if dataclasses.is_dataclass(within := fields.get("transformer_cfg")):
-                    head_width = 8
-                    changes |= {"transformer_cfg": dataclasses.replace(within, dim_head=8), "stem_width": 8}
-                # Two stages of a width: each goes with groups of channels of the one before.
-                widths = [head_width * (1 + stage // 2) for stage in range(len(fields["embed_dim"]))]
-                try:
-                    narrow = dataclasses.replace(model_cfg, **changes, embed_dim=widths)
-                    return make(*args, model_cfg=narrow, **{**arguments, **forced})
-                except (ValueError, AssertionError):  # widths that do not go with groups of channels
-                    pass
+            if dataclasses.is_dataclass(within := fields.get("transformer_cfg")):
+                widths = [8 * (1 + stage // 2) for stage in range(len(fields["embed_dim"]))]  # goes with groups before
+                changes |= {"transformer_cfg": dataclasses.replace(within, dim_head=8), "stem_width": 8}
+                changes["embed_dim"] = widths
+            elif isinstance(fields.get("embed_dim"), (tuple, list)):
+                changes["embed_dim"] = [32 * heads for heads in fields["num_heads"]]
             model_cfg = dataclasses.replace(model_cfg, **changes)
         return make(*args, model_cfg=model_cfg, **{**arguments, **forced})
 

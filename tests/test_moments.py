@@ -174,6 +174,15 @@ def test_the_ridge_grows_as_tokens_get_few_until_they_are_refused() -> None:
         ridge_for(gathered(x[:5]), inputs=21)
 
 
+def test_a_rank_above_the_outputs_is_filled_with_zeros() -> None:
+    x, y = data()
+    moments = gathered(x, y)
+    inward, outward = low_rank_regression(moments.covariance, moments.cross, RIDGE, 8)
+    assert (inward.shape, outward.shape) == ((6, 8), (8, 5))
+    whole = low_rank_regression(moments.covariance, moments.cross, RIDGE, 5)
+    assert_close(inward @ outward, whole[0] @ whole[1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
 def test_nothing_follows_from_constant_inputs(dtype: torch.dtype) -> None:
     y = data()[1].to(dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spvit.errors import CalibrationError
 
@@ -209,10 +209,12 @@ def regression(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:
 def low_rank_regression(covariance: Tensor, cross: Tensor, ridge: float, rank: int) -> tuple[Tensor, Tensor]:
     """Return the best such map of a rank as two: [X, rank] and then [rank, Y] (reduced-rank ridge regression).
 
-    The optimum is the full ridge solution projected on the leading directions of what it predicts.
+    The optimum is the full ridge solution projected on the leading directions of what it predicts; zeros fill a rank
+    above Y.
     """
     factor = cholesky(covariance, ridge)
     full = torch.cholesky_solve(cross, factor)  # [X, Y]
     predicted = factor.T @ full
     directions = torch.linalg.eigh(predicted.T @ predicted).eigenvectors.flip(1)[:, :rank]  # [Y, rank]
+    directions = nn.functional.pad(directions, (0, rank - directions.shape[1]))
     return full @ directions, directions.T
