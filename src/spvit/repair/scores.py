@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from spvit.architecture import DEFAULT_MULTIPLE, FFN, KINDS, Attention, Block, attention_from_dict
 from spvit.budget import check_multiple
 from spvit.errors import ArchitectureError, CalibrationError
-from spvit.hosts.grid import Grid
 from spvit.hosts.host import Host
 from spvit.hosts.walk import BATCH, BlockPair, advance, calibration_batches, evaluating, first_inputs, reached
 from spvit.moments import Moments, ridge_for
@@ -136,23 +135,25 @@ class Scores:
 
 @dataclass(frozen=True)
 class _Bench:
-    """The dense network, a copy in which candidates take turns, and the gradients at the dense layers' outputs."""
+    """A copy of the dense network in which candidates take turns, and the gradients at the dense layers' outputs."""
 
-    host: Host
     copy: Host
     gradients: dict[str, list[Tensor]]
 
-    def measure(self, pair: BlockPair, path: str, grid: Grid | None) -> float:
-        """Return how far the outputs move by what a layer of the copy answers to what the dense block gets.
+    def measure(self, pair: BlockPair, path: str, kept: Block, fit: Callable[[], object]) -> float:
+        """Return how far the outputs move by what a layer misses when its block keeps so much, fitted in the copy.
 
-        grid: of what it answers, where that may not be the dense layer's.
+        pair: the dense block and the inputs to measure on.
         """
-        site, answers, moved = pair.sites.attention, replace(pair, host=self.copy, known={}).wanted(path), 0.0
-        for gradient, own, dense in zip(self.gradients[path], answers, pair.wanted(path)):
-            if grid is not None and not site.prefix_tokens:
-                own = site.own_grid().scatter(grid.gather(own, 0))
-            error = (own - dense).reshape(gradient.shape)
-            moved += float((gradient * error).sum(dim=1).double().square().sum())
+        site, moved = pair.sites.attention, 0.0
+        with installed(self.copy, pair.index, kept) as grid:
+            fit()
+            answers = replace(pair, host=self.copy, known={}).wanted(path)
+            for gradient, own, dense in zip(self.gradients[path], answers, pair.wanted(path)):
+                if grid is not None and not site.prefix_tokens:  # it may get the map whole, the dense layer in windows
+                    own = site.own_grid().scatter(grid.gather(own, 0))
+                error = (own - dense).reshape(gradient.shape)
+                moved += float((gradient * error).sum(dim=1).double().square().sum())
         if not math.isfinite(moved):
             raise CalibrationError(
                 f"the model's outputs are not finite with a candidate of block {pair.index}; check its weights"
@@ -177,14 +178,15 @@ def score(
         multiple: ranks of narrow attention are multiples of it.
         objective: what counts of the outputs: `logits`, by the divergence of their probabilities; or, by the squared
             error relative to the variance, `pooled` (the model's output), `tokens` (prefix and patch tokens behind the
-            last norm), `features` (both), or a function of the model's output that returns a tensor [images, ...].
+            last norm), `features` (both), or a function of the model's output that returns a tensor [images, ...],
+            through which gradients pass.
             `auto`: logits where the model tells two classes or more apart, features where it has no head.
         report: called with (blocks scored, blocks) after each.
 
     Raises:
         BudgetError: the multiple is not 1 or more.
         CalibrationError: the images do not fit the host, are too few, or lead to values that are not finite; or the
-            objective is unknown or does not fit the outputs.
+            objective is unknown, does not fit the outputs, or has no gradient.
         UnsupportedHostError: the model's family, or a part of it, is not known.
     """
     check_multiple(multiple)
@@ -198,10 +200,12 @@ def score(
         batches = split_images(list(calibration_batches(host, images)), tokens, least)
         fitting, measuring = (first_inputs(host, part) for part in batches)
         counted, twin = Objective.of(objective, host), host.on(copy.deepcopy(host.model))
-        bench = _Bench(host, twin, gradients(host, counted, batches[1]))
+        bench = _Bench(twin, gradients(host, counted, batches[1]))
         blocks = []
         for index in range(len(host.blocks)):
-            blocks.append(_score_block(bench, index, fitting, measuring, multiple))
+            pairs = [BlockPair(twin.model, host, index, inputs, inputs) for inputs in (fitting, measuring)]
+            attention = _score_attention(bench, pairs[0], pairs[1], multiple)
+            blocks.append(BlockScores(attention, *_score_ffn(bench, pairs[0], pairs[1])))
             if report is not None:
                 report(index + 1, len(host.blocks))
             if index + 1 < len(host.blocks):
@@ -240,48 +244,47 @@ def _taken(batches: list[Tensor], images: Tensor) -> list[Tensor]:
     return list(torch.cat([batch[index.to(batch.device)] for index, batch in zip(own, batches)]).split(BATCH))
 
 
-def _score_block(
-    bench: _Bench, index: int, fitting: list[Tensor], measuring: list[Tensor], multiple: int
-) -> BlockScores:
-    site, second = bench.host.blocks[index].attention, bench.host.blocks[index].ffn.second
-    pair, other = (BlockPair(bench.copy.model, bench.host, index, own, own) for own in (fitting, measuring))
-    units, metrics = pair.sites.ffn.units, [metric(bench.gradients[path], site.dim) for path in (site.path, second)]
-
-    def measured(known: BlockPair, path: str, kept: Block, fit: Callable[[Block], object]) -> float:
-        """Install, repair and measure what a block may keep, and put the copy's block back."""
-        with installed(bench.copy, index, kept) as grid:
-            fit(kept)
-            return bench.measure(known, path, grid)
-
-    pair, known = pair.knowing(site.path), other.knowing(site.path)
+def _score_attention(
+    bench: _Bench, fitting: BlockPair, measuring: BlockPair, multiple: int
+) -> tuple[tuple[Attention, float], ...]:
+    site, units = fitting.sites.attention, fitting.sites.ffn.units
+    fitting, measuring = fitting.knowing(site.path), measuring.knowing(site.path)
 
     def score_of(candidate: Attention) -> float:
-        block = Block(candidate, FFN.whole(units))
-        return measured(known, site.path, block, lambda kept: repair_block(pair, kept))
+        kept = Block(candidate, FFN.whole(units))
+        return bench.measure(measuring, site.path, kept, lambda: repair_block(fitting, kept))
 
     step = multiple if site.rotary is None else math.lcm(multiple, 2)  # dimensions that rotate go in pairs
     ranks = range(step, site.head_width, step)
-    errors = attention_errors(pair.thinned(LOCAL_TOKENS), paired_ranks(ranks), metrics[0])
+    noticed = metric(bench.gradients[site.path], site.dim)
+    errors = attention_errors(fitting.thinned(LOCAL_TOKENS), paired_ranks(ranks), noticed)
     choices = list(errors)
-    own = {choices.index(kept): score_of(kept) for kept in measured_choices(errors)}
-    narrow = dict(zip(choices, by_errors(list(errors.values()), own)))
+    measured = {choices.index(kept): score_of(kept) for kept in measured_choices(errors)}
+    narrow = dict(zip(choices, by_errors(list(errors.values()), measured)))
     forms = [kept for kind in KINDS for kept in replacement(kind).forms(site) if kept != Attention()]
-    others = [(kept, score_of(kept)) for kept in forms]
-    linear, moments = _into_second(pair)
-    ranking = rank_units(moments.covariance, metrics[1] @ linear.weight.double(), ridge_for(moments))
+    return ((Attention(), 0.0), *with_all_ranks(narrow, ranks), *((kept, score_of(kept)) for kept in forms))
 
-    def fit_ffn(kept: Block) -> None:
-        narrowed = bench.copy.model.get_submodule(second)
-        assert isinstance(narrowed, nn.Linear)
-        # Whole attention leaves the FFN the dense one's inputs, so all that its repair needs is in the moments.
-        correct(narrowed, moments.left_out(kept.ffn.units, linear.weight))
 
-    known = other.knowing(second)
+def _score_ffn(bench: _Bench, fitting: BlockPair, measuring: BlockPair) -> tuple[Ranking, tuple[float, ...]]:
+    path, units = fitting.sites.ffn.second, fitting.sites.ffn.units
+    linear, moments = _into_second(fitting)
+    noticed = metric(bench.gradients[path], fitting.sites.attention.dim)
+    ranking = rank_units(moments.covariance, noticed @ linear.weight.double(), ridge_for(moments))
+    measuring = measuring.knowing(path)
+
+    def score_of(width: int) -> float:
+        kept = FFN(units, tuple(sorted(ranking.units[:width])))
+
+        def fit() -> None:
+            narrowed = bench.copy.model.get_submodule(path)
+            assert isinstance(narrowed, nn.Linear)
+            # Whole attention leaves the FFN the dense one's inputs, so all that its repair needs is in the moments.
+            correct(narrowed, moments.left_out(kept.units, linear.weight))
+
+        return bench.measure(measuring, path, Block(Attention(), kept), fit)
+
     widths = sorted({max(1, round(units * share)) for share in MEASURED_SHARES} - {units})
-    kept = {width: Block(Attention(), FFN(units, tuple(sorted(ranking.units[:width])))) for width in widths}
-    points = {width: measured(known, second, block, fit_ffn) for width, block in kept.items()}
-    attention = ((Attention(), 0.0), *with_all_ranks(narrow, ranks), *others)
-    return BlockScores(attention, ranking, interpolated_widths(points, ranking.errors))
+    return ranking, interpolated_widths({width: score_of(width) for width in widths}, ranking.errors)
 
 
 def _into_second(pair: BlockPair) -> tuple[nn.Linear, Moments]:
