@@ -18,6 +18,7 @@ from spvit.errors import CalibrationError, DataError
 from spvit.hosts.calling import record_calls
 from spvit.hosts.host import Host
 from spvit.repair.objective import Answer, Head, Objective, Reference, answer_of
+from spvit.repair.repair import repair_block
 from spvit.repair.scores import Scores
 from tiny import ALIKE, HOSTS, WIDTH, assert_close, images, logits, make_host, paths_of, randomise
 
@@ -349,7 +350,8 @@ def test_auto_is_logits_of_classes_the_output_of_one_logit_and_features_without_
 
 
 @pytest.mark.parametrize("name", ["tokens", "features", "function"])
-def test_measured_scores_are_what_pruning_to_one_candidate_does(name: str) -> None:
+def test_measured_scores_are_what_pruning_to_one_candidate_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spvit.repair.repair.repair_block", lambda pair, kept, mend: repair_block(pair, kept))
     host = headless()
     x = images(host, 24)
     asked: Any = (lambda output: output[:, :5].square()) if name == "function" else name

@@ -73,9 +73,7 @@ def seen(model: nn.Module, path: str, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def wanted(
-    model: nn.Module, host: nn.Module, sites: BlockSites, x: Tensor, ffn: bool = False
-) -> tuple[Tensor, Tensor]:
+def wanted(model: nn.Module, host: nn.Module, sites: BlockSites, x: Tensor, ffn: bool = False) -> tuple[Tensor, Tensor]:
     """Return what the repaired attention (or FFN) of a block was to answer, and what that misses of the stream."""
     block = host.get_submodule(sites.path)
     if not ffn:

@@ -15,6 +15,7 @@ from spvit.architecture import FFN, REPAIRED, Architecture, Attention, Block, de
 from spvit.errors import CalibrationError
 from spvit.hosts.host import Host
 from spvit.repair.interpolation import FLOOR
+from spvit.repair.repair import repair_block
 from spvit.repair.scores import (
     FITTING,
     MEASURED_SHARES,
@@ -35,10 +36,15 @@ def scored(host: nn.Module, multiple: int = 4, count: int = 24) -> tuple[BlockSc
 
 
 def divergence_after(host: nn.Module, index: int, kept: Block, x: Tensor) -> float:
-    """Prune a host to one candidate alone, repaired on every other image, and compare outputs on the rest."""
+    """Prune a host to one candidate alone, repaired on every other image, and compare outputs on the rest.
+
+    What stands behind it stays as it is.
+    """
     blocks = list(dense([WIDTH] * 4).blocks)
     blocks[index] = kept
-    model = spvit.prune(host, Architecture(tuple(blocks), *REPAIRED), repair=x[::2])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spvit.repair.repair.repair_block", lambda pair, kept, mend: repair_block(pair, kept))
+        model = spvit.prune(host, Architecture(tuple(blocks), *REPAIRED), repair=x[::2])
     wanted, found = (F.softmax(logits(net, x[1::2]), dim=1) for net in (host, model))
     return float((wanted * (wanted / found).log()).sum() / len(wanted))
 

@@ -170,14 +170,15 @@ class _Bottleneck:
         site = pair.sites.attention
         prefix = site.prefix_tokens
         gathered, gathered_prefix = Gathered(pair), Gathered(pair)
-        for x, target in zip(pair.arriving(site.path), targets(pair, site.path)):
+        for x, (own, missing) in zip(pair.arriving(site.path), targets(pair, site.path)):
             tokens = module.grid.gather(x, prefix)
             if isinstance(module.conv_in, nn.Conv2d):
                 tokens = F.unfold(module.grid.as_map(tokens), 3, padding=1).transpose(1, 2)  # [B, G, 9 D]
-            on_grid = (part if part is None else site.own_grid().gather(part, prefix) for part in target)
-            gathered.add(tokens, *on_grid)
+            left = None if missing is None else site.own_grid().gather(missing, prefix)
+            gathered.add(tokens, site.own_grid().gather(own, prefix), left)
             if isinstance(module.prefix, nn.Sequential):
-                gathered_prefix.add(x[:, :prefix], *(part if part is None else part[:, :prefix] for part in target))
+                left = None if missing is None else missing[:, :prefix]
+                gathered_prefix.add(x[:, :prefix], own[:, :prefix], left)
         moments = gathered.moments(biased=True)
         rank = len(module.conv_in.weight)
         inward, outward = low_rank_regression(moments.covariance, moments.cross, ridge_for(moments), rank)
