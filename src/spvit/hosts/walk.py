@@ -161,6 +161,9 @@ class BlockPair:
     prefix: int = 0
     """Prefix tokens that weigh more in fits than all others together, where nothing reads those; 0: all alike."""
 
+    excess: list[float] = field(default_factory=list)
+    """What fits leave behind: by which share their errors on held-out images are larger than on those fitted to."""
+
     @property
     def sites(self) -> BlockSites:
         """Where the block's layers are."""
