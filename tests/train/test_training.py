@@ -291,16 +291,18 @@ def test_compress_without_a_folder_returns_a_plain_model(monkeypatch: pytest.Mon
     assert not list(tmp_path.iterdir())
 
 
-def test_calibration_gives_each_image_a_view_before_any_has_another() -> None:
+def test_calibration_gives_all_views_of_an_image_in_one_half() -> None:
     images = digits(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), batch_size=200)  # a view is the image
-    found = torch.cat(list(calibration(images, seed=1, count=2900)))
-    assert found.shape == (2900, 1, 8, 8)
-    once, again = found[:1400].flatten(1), found[1400:2800].flatten(1)
-    assert len(once.unique(dim=0)) == 1400
-    assert not torch.equal(once, again)
-    assert len(again.unique(dim=0)) == 1400
-    assert torch.equal(torch.cat(list(calibration(images, seed=1, count=300))), found[:300])
-    assert not torch.equal(torch.cat(list(calibration(images, seed=2, count=300))), found[:300])
+    few, same, other = (torch.cat(list(calibration(images, seed, 1301))) for seed in (1, 1, 2))
+    assert few.shape == (1301, 1, 8, 8)
+    assert len(few.flatten(1).unique(dim=0)) == 1301
+    assert torch.equal(few, same)
+    assert not torch.equal(few, other)
+    many = torch.cat(list(calibration(images, seed=1, count=2999))).flatten(1)
+    assert len(many) == 2999
+    halves = many[:1500], many[1500:]
+    assert [len(half.unique(dim=0)) for half in halves] == [719, 718]
+    assert len(many.unique(dim=0)) == 1437
 
 
 def test_the_repair_sees_more_views_than_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:

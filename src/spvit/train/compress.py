@@ -8,10 +8,11 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain, repeat
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import set_seed
 from rich.console import Console
 from torch import Tensor, nn
@@ -171,15 +172,18 @@ def search_phase(host: nn.Module, limits: dict[str, Any], settings: SearchConfig
 def calibration(images: Images, seed: int, count: int) -> Iterator[Tensor]:
     """Yield `count` views of training images, drawn by the seed, as batches [B, channels, height, width].
 
-    Each image has one before any has another.
+    Where there are fewer images, they have several views each, all of one in the same half of the batches: the repair
+    judges by one half what it fits to the other.
     """
     set_seed(seed)
-    loader = training_loader(replace(images, train=images.views))
-    for batch, _ in chain.from_iterable(repeat(loader)):
+    order = torch.randperm(len(images.views)).tolist()  # type: ignore[arg-type]
+    if count > len(order):
+        half = (count + 1) // 2
+        order = [*islice(cycle(order[::2]), half), *islice(cycle(order[1::2] or order), count - half)]
+    whole = -(-count // images.config.batch_size) * images.config.batch_size
+    for batch, _ in training_loader(replace(images, train=images.views), list(islice(cycle(order), whole))):
         yield batch[:count]
         count -= len(batch)
-        if count <= 0:
-            return
 
 
 def _by_scores(host: nn.Module, limits: dict[str, Any], config: CompressConfig, run: Run) -> Architecture:
@@ -188,7 +192,8 @@ def _by_scores(host: nn.Module, limits: dict[str, Any], config: CompressConfig, 
     if config.scores is None and not run.folder.scores.is_file():
         with run.progress.bar("scores", len(dense.blocks)):
             multiple, step = config.multiple or DEFAULT_MULTIPLE, lambda *done: run.progress.step()
-            images = calibration(run.images, config.seed, config.calibration_images)
+            count = min(config.calibration_images, len(run.images.views))  # type: ignore[arg-type]
+            images = calibration(run.images, config.seed, count)
             found = score(dense, images, multiple=multiple, objective=config.objective, report=step)
         run.folder.write_scores(found)
     elif config.scores is not None:

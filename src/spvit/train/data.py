@@ -5,7 +5,7 @@ Shapes: images [B, channels, height, width], normalised; targets [B], class indi
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from timm.data import Mixup, create_transform
 from timm.data.auto_augment import posterize
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from spvit.checkpoint import Preprocessing
 from spvit.errors import DataError
@@ -206,7 +206,7 @@ def mixup_of(config: ImageConfig, classes: int, smoothing: float) -> Any:
     return Mixup(**alphas, label_smoothing=smoothing, num_classes=classes) if max(alphas.values()) > 0 else None
 
 
-def training_loader(images: Images, sampler: Sampler[int] | None = None, processes: int = 1) -> DataLoader[Any]:
+def training_loader(images: Images, sampler: Iterable[int] | None = None, processes: int = 1) -> DataLoader[Any]:
     """Return the loader of the training images in whole batches: as a sampler draws them, or shuffled, each once."""
     count: int = len(images.train)  # type: ignore[arg-type]
     size, each = images.config.batch_size, "" if processes == 1 else f" times {processes} processes"
