@@ -183,8 +183,8 @@ class BlockPair:
         return x[:, some] if self.sites.attention.token_first else x[some]
 
     def thinned(self, tokens: int) -> BlockPair:
-        """Return a pair of dense blocks with as many of its images, evenly from all, as have so many tokens."""
-        some = slice(None, None, max(1, sum(x.shape[:-1].numel() for x in self.dense_inputs) // tokens))
+        """Return a pair of dense blocks with at most as many of its images, evenly from all, as have so many tokens."""
+        some = slice(None, None, -(-sum(x.shape[:-1].numel() for x in self.dense_inputs) // tokens))
         inputs = [self.images(x, some) for x in self.dense_inputs]
         # What is known may be in windows, several an image.
         known = {
