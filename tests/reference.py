@@ -300,11 +300,16 @@ def ffn_target(block: Any, dense_stream: Tensor, stream: Tensor) -> tuple[Tensor
     return own, 0 * missing if post_norm(block) else dense - own + missing
 
 
-def mended_target(x: Tensor, own: Tensor, missing: Tensor, biased: bool = True, ridge: float = 0.1) -> Tensor:
-    """Return own + what inputs x [B, N, x] predict of what is missing, as far as that holds on the other images."""
+def mended_target(x: Tensor, own: Tensor, missing: Tensor, biased: bool = True, windows: int = 1) -> Tensor:
+    """Return own + what inputs x [B, N, x] predict of what is missing, as far as that holds on the other images.
+
+    windows: of an image, one after the other.
+    """
     if not missing.any():
         return own
-    parts = [flat(*half) for half in zip(x.tensor_split(2), missing.tensor_split(2))]
+    images = len(x) // windows
+    cut, ridge = (images + 1) // 2 * windows, 0.04 * x.shape[-1] / images
+    parts = [flat(x[:cut], missing[:cut]), flat(x[cut:], missing[cut:])]
     alike = power = x.new_zeros(missing.shape[-1], dtype=torch.float64)
     for (fitted_x, fitted_y), (held_x, held_y) in (parts, parts[::-1]):
         weight, bias = ridge_fit(fitted_x, fitted_y, ridge, biased)

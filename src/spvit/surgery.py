@@ -58,9 +58,10 @@ def prune(
         architecture: what to keep.
         weights: a searchable network made from such a host: take all weights, head mixes and batch norms from it.
             None takes the host's weights, with equal head mixes and fresh batch norms, as the method fine-tunes.
-        repair: calibration images, a few hundred or more, unlabelled, normalised as in training: a tensor [images,
-            channels, height, width] or batches of such (a data loader's labels are passed over). What pruning breaks is
-            then repaired in closed form, layer by layer. None leaves the repair to training.
+        repair: calibration images, better 1,000 than a few hundred, unlabelled, normalised as in training: a tensor
+            [images, channels, height, width] or batches of such (a data loader's labels are passed over); images that
+            are alike side by side. What pruning breaks is then repaired in closed form, layer by layer. None leaves the
+            repair to training.
         inplace: change the host itself instead of a copy. If pruning fails the host stays as it was.
 
     Raises:

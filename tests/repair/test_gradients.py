@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spvit.errors import CalibrationError
 from spvit.hosts.calling import batch_first
 from spvit.hosts.host import Host
-from spvit.repair.gradients import TOKENS_AT_ONCE, gradients, metric
+from spvit.repair.gradients import MOST_GRADIENTS, TOKENS_AT_ONCE, gradients, metric
 from spvit.repair.objective import Objective, answer_of
 from tiny import HOSTS, images, make_host
 
@@ -57,31 +57,30 @@ def shape_at(host: Host, x: Tensor, path: str) -> torch.Size:
 
 
 @pytest.mark.parametrize("name", HOSTS)
-def test_gradients_are_of_the_outputs_along_a_random_direction(name: str) -> None:
+def test_gradients_are_of_the_outputs_along_random_directions(name: str) -> None:
     host = Host.of(make_host(name))
     objective, x = Objective.of("features", host), images(host.model, 3)
     found = gradients(host, objective, [x])
-    parts = moved(host, objective, x, host.blocks[0].ffn.second, 0.0)
-    assert len(x) * host.blocks[0].attention.tokens <= TOKENS_AT_ONCE or name.startswith("swin")
-    directions, generator = [[] for _ in parts], torch.Generator().manual_seed(0)
-    first = host.blocks[0].attention
-    at_once = max(1, TOKENS_AT_ONCE // (first.prefix_tokens + math.prod(first.grid)))
-    for some in zip(*(part.split(at_once) for part in parts)):
-        for own, part in zip(directions, some):
-            own.append(objective.direction(part, generator))
     assert list(found) == list(paths_at(host))
+    count, tokens = len(found[host.blocks[0].ffn.second][0]), host.blocks[0].attention.tokens
+    assert count == min(MOST_GRADIENTS[0], MOST_GRADIENTS[1] // (3 * tokens))
+    parts = moved(host, objective, x, host.blocks[0].ffn.second, 0.0)
+    generator, directions = torch.Generator().manual_seed(0), []
+    for some in zip(*(part.split(max(1, TOKENS_AT_ONCE // tokens)) for part in parts)):
+        directions.append([[objective.direction(part, generator) for part in some] for _ in range(count)])
+    # By direction and part, of all images.
+    by_part = [[torch.cat(own) for own in zip(*same)] for same in zip(*directions)]
     for path, site in paths_at(host).items():
         shape = shape_at(host, x, path)
         error = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
         ahead, behind = (moved(host, objective, x, path, sign * STEP * error) for sign in (1, -1))
-        expected = torch.zeros(len(x), dtype=x.dtype)
-        for after, before, own, part in zip(ahead, behind, directions, parts):
-            scale = len(parts) * objective.scale([part])
-            slope = (after - before) / (2 * STEP)
-            expected += (slope * torch.cat(own)).flatten(1).sum(1) / math.sqrt(scale)
-        [own] = found[path]
         by_image = batch_first(site, error).reshape(len(x), -1)
-        assert torch.allclose((own * by_image).sum(1), expected, rtol=1e-5, atol=1e-7), path
+        for gradient, own in zip(found[path][0], by_part):
+            expected = torch.zeros(len(x), dtype=x.dtype)
+            for after, before, direction, part in zip(ahead, behind, own, parts):
+                along = (after - before) / (2 * STEP) * direction
+                expected += along.flatten(1).sum(1) / math.sqrt(len(parts) * count * objective.scale([part]))
+            assert torch.allclose((gradient * by_image).sum(1), expected, rtol=1e-5, atol=1e-7), path
 
 
 @pytest.mark.parametrize("asked", ["logits", "features"])
@@ -92,7 +91,7 @@ def test_the_mean_square_along_gradients_is_the_distance_of_outputs(asked: str) 
     path = host.blocks[1].ffn.second
     error = STEP * torch.randn(shape_at(host, x, path), generator=torch.Generator().manual_seed(1), dtype=x.dtype)
     [own] = gradients(host, objective, [many])[path]
-    found = float((own * error.flatten(1).repeat(2000, 1)).sum(1).square().sum())
+    found = float((own * error.flatten(1).repeat(2000, 1)).sum(2).square().sum())
     after, before = (moved(host, objective, x, path, by) for by in (error, 0.0))
     if asked == "logits":
         wanted, others = (part[0].log_softmax(1) for part in (before, after))
@@ -106,13 +105,13 @@ def test_the_mean_square_along_gradients_is_the_distance_of_outputs(asked: str) 
 
 def test_the_metric_gives_errors_their_distance_where_they_do_not_know_the_gradients() -> None:
     generator = torch.Generator().manual_seed(0)
-    own = [torch.randn(size, 5 * 4, generator=generator, dtype=torch.float64) for size in (3, 2)]
+    own = [torch.randn(2, size, 5 * 4, generator=generator, dtype=torch.float64) for size in (3, 2)]
     errors = torch.randn(7, 4, generator=generator, dtype=torch.float64)
     root = metric(own, 4)
     expected = 0.0  # the mean over errors of the sum over images and tokens of (g . d)^2, which is tr(G E)
     for error in errors:
         for images_of_batch in own:
-            for image in images_of_batch:
+            for image in images_of_batch.flatten(0, 1):
                 for gradient in image.unflatten(0, (5, 4)):
                     expected += float(gradient @ error) ** 2 / len(errors)
     assert float((errors @ root.T).square().sum(1).mean()) == pytest.approx(expected, rel=1e-6)

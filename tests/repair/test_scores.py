@@ -53,7 +53,7 @@ def moved_by(host: nn.Module, index: int, kept: Block, x: Tensor) -> float:
     with torch.no_grad():
         objective = Objective.of("auto", Host.of(host))
         [gradient] = gradients(Host.of(host), objective, [x[1::2]])[path]
-    return float((gradient * (answers[0] - answers[1]).flatten(1)).sum(1).square().sum())
+    return float((gradient * (answers[0] - answers[1]).flatten(1)).sum(2).square().sum())
 
 
 @pytest.mark.parametrize("name", ["huggingface_options", "average_pooling"])
@@ -111,8 +111,9 @@ def test_what_gets_a_map_whole_is_measured_like_windows(name: str) -> None:
             logits(net, x[1::2])
             handle.remove()
         error = sums[-2] - sums[-1]
-        on_map = site.own_grid().gather(felt[site.path][0].reshape(-1, site.keys, site.dim), 0)
-        expected = float((on_map * error).sum((1, 2)).square().sum())
+        found_there = felt[site.path][0]
+        on_map = site.own_grid().gather(found_there.reshape(-1, site.keys, site.dim), 0)
+        expected = float((on_map.unflatten(0, found_there.shape[:2]) * error).sum((2, 3)).square().sum())
         assert dict(found.attention)[Attention("conv1")] == pytest.approx(expected, rel=1e-5)
 
 

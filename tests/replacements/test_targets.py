@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
+import operator
+import re
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +21,7 @@ import spvit
 from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.hosts.host import Host
 from spvit.hosts.walk import BlockPair, advance, first_inputs
+from spvit.moments import Moments
 from spvit.replacements import targets
 from tiny import assert_close, assert_differ, assert_untouched, everything_of, ffn_widths, images, logits, make_host
 
@@ -207,6 +213,59 @@ def narrowed(host: nn.Module) -> Architecture:
     return Architecture(tuple(Block(kept, FFN(width, tuple(range(0, width, 2)))) for width in ffn_widths(host)))
 
 
+@pytest.mark.parametrize("windows", [1, 2])
+@pytest.mark.parametrize("biased", [True, False])
+def test_what_is_mended_is_what_holds_on_the_other_half_of_the_images(biased: bool, windows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, noise, own = (torch.randn(9 * windows, 5, d, generator=generator, dtype=torch.float64) for d in (6, 4, 4))
+    x = x + 2
+    missing = x[..., :4] * torch.tensor([0.0, 0.1, 1, 100]) + torch.tensor([1, 1, 1, 100]) * noise
+    pair = pair_of("class_token")
+    pair = replace(pair, inputs=[torch.zeros(count, 1, 1) for count in (2, 4, 3)])
+    gathered = targets.Gathered(pair)
+    for batch in zip(*(part.split([2 * windows, 4 * windows, 3 * windows]) for part in (x, own, missing))):
+        gathered.add(*batch)
+    found, expected = gathered.moments(biased), Moments()
+    expected.add(x, reference.mended_target(x, own, missing, biased, windows))
+    for moment, wanted in zip(found.products(biased), expected.products(biased)):
+        assert_close(moment, wanted)
+    assert_close(found.mean_y, expected.mean_y)
+    assert_differ(found.cross, targets_of(x, own).cross)
+    [excess] = pair.excess
+    assert excess > 0
+
+
+def targets_of(x: Tensor, y: Tensor) -> Moments:
+    moments = Moments()
+    moments.add(x, y)
+    return moments
+
+
+def test_one_image_mends_no_more_than_means() -> None:
+    pair = replace(pair_of("class_token"), inputs=[torch.zeros(1, 1, 1)])
+    generator = torch.Generator().manual_seed(0)
+    x, own, missing = (torch.randn(1, 50, 3, generator=generator, dtype=torch.float64) for _ in range(3))
+    gathered = targets.Gathered(pair)
+    gathered.add(x, own, missing)
+    found, expected = gathered.moments(True), targets_of(x, own + missing.mean(1, keepdim=True))
+    assert_close(found.cross, expected.cross)
+    assert_close(found.mean_y, expected.mean_y)
+
+
+def half_of_it(self: Any, biased: bool) -> Moments:
+    """Return the moments of own and half of what is missing, whatever the images say."""
+    both = functools.reduce(operator.add, self._halves)
+    if self._squares is None:
+        return both
+    width = len(self._squares)
+    half = Moments(both)
+    half.count, half._squares, half.tokens = both.count, both._squares, both.tokens
+    half._origin_y = both._origin_y[:width] + both._origin_y[width:] / 2
+    sum_x, sum_y, second, cross = both._sums
+    half._sums = [sum_x, sum_y[:width] + sum_y[width:] / 2, second, cross[:, :width] + cross[:, width:] / 2]
+    return half
+
+
 @pytest.mark.parametrize("name", ["class_token", "options", "huggingface", "swin_padded"])
 def test_the_repaired_network_is_nearer_to_the_dense_one_on_new_images(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -219,7 +278,19 @@ def test_the_repaired_network_is_nearer_to_the_dense_one_on_new_images(
         return float((found - logits(host, new)).square().sum())
 
     own = error()
+    with monkeypatch.context() as patch:
+        patch.setattr(targets.Gathered, "moments", half_of_it)
+        assert own < 1.02 * error()
     for kind in ("ffn", "narrow"):
         module = importlib.import_module(f"spvit.replacements.{kind}")
         monkeypatch.setattr(module, "targets", lambda pair, path: ((answer, None) for answer in pair.wanted(path)))
     assert own < 0.93 * error()
+
+
+def test_more_images_are_asked_for_where_they_would_help(caplog: pytest.LogCaptureFixture) -> None:
+    host = make_host("class_token")
+    spvit.prune(host, narrowed(host), repair=images(host, 16))
+    assert re.search(r"misses \d+ % more on held-out images .* more than 16 calibration images would help", caplog.text)
+    caplog.clear()
+    spvit.prune(host, narrowed(host), repair=images(host, 256))
+    assert not caplog.text

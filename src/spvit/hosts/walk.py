@@ -161,6 +161,9 @@ class BlockPair:
     prefix: int = 0
     """Prefix tokens that weigh more in fits than all others together, where nothing reads those; 0: all alike."""
 
+    excess: list[float] = field(default_factory=list)
+    """What fits leave behind: by which share their errors on held-out images are larger than on those fitted to."""
+
     @property
     def sites(self) -> BlockSites:
         """Where the block's layers are."""
@@ -180,8 +183,8 @@ class BlockPair:
         return x[:, some] if self.sites.attention.token_first else x[some]
 
     def thinned(self, tokens: int) -> BlockPair:
-        """Return a pair of dense blocks with as many of its images, evenly from all, as have so many tokens."""
-        some = slice(None, None, max(1, sum(x.shape[:-1].numel() for x in self.dense_inputs) // tokens))
+        """Return a pair of dense blocks with at most as many of its images, evenly from all, as have so many tokens."""
+        some = slice(None, None, -(-sum(x.shape[:-1].numel() for x in self.dense_inputs) // tokens))
         inputs = [self.images(x, some) for x in self.dense_inputs]
         # What is known may be in windows, several an image.
         known = {

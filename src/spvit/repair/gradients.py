@@ -3,9 +3,9 @@
 Let a layer's output change by d, let J be the derivative of the outputs that count by it, and F the curvature of their
 distance (`Objective.direction`). To second order the distance is d^T J^T F J d. With u random of second moment F and
 g = J^T u, the gradient of u's product with the outputs, it is the mean of (g . d)^2 over u. Every image has a u of its
-own, since images are averaged too.
+own, or several where there are few images, since images are averaged too.
 
-Shapes: B images, N tokens, D width.
+Shapes: B images, N tokens, D width, U directions an image.
 """
 
 from __future__ import annotations
@@ -28,15 +28,18 @@ from spvit.repair.objective import Objective, answer_of
 
 TOKENS_AT_ONCE = 1024
 """Tokens of the first block, or one image, whose forward pass is kept for the backward pass."""
+MOST_GRADIENTS = (8, 20_000)
+"""Directions of an image at most, and tokens of the first block of all images in all directions; one direction at
+least. Gradients stay in memory for every layer."""
 DAMPING = 1e-7
 """Of the gradients' second moment, which may be singular."""
 
 
 def gradients(host: Host, objective: Objective, batches: list[Tensor]) -> dict[str, list[Tensor]]:
-    """Return a random gradient of the outputs by each layer's output, [B, N D], by path and batch of images.
+    """Return random gradients of the outputs by each layer's output, [U, B, N D], by path and batch of images.
 
-    Layers are attention and the second linear layer of every FFN. The sum over images of (g . d)^2 is the distance, as
-    the objective counts it for all of these images.
+    Layers are attention and the second linear layer of every FFN. The sum of (g . d)^2 is the distance, as the
+    objective counts it for all of these images.
 
     Raises:
         CalibrationError: the objective has no gradient, or it is not finite.
@@ -44,21 +47,24 @@ def gradients(host: Host, objective: Objective, batches: list[Tensor]) -> dict[s
     dense = [objective.parts(answer_of(host, batch)) for batch in batches]
     scales = [max(objective.scale(list(parts)), FLOOR) for parts in zip(*dense)]
     first, generator = host.blocks[0].attention, torch.Generator().manual_seed(0)
-    at_once = max(1, TOKENS_AT_ONCE // (first.prefix_tokens + math.prod(first.grid)))
+    at_once = max(1, TOKENS_AT_ONCE // first.tokens)
+    most, limit = MOST_GRADIENTS
+    count = max(1, min(most, limit // (first.tokens * sum(map(len, batches)))))
+    scales = [len(scales) * count * scale for scale in scales]
     found: dict[str, list[Tensor]] = {}
     for batch in batches:
-        passes = [_backward(host, objective, scales, some, generator) for some in batch.split(at_once)]
+        passes = [_backward(host, objective, scales, some, count, generator) for some in batch.split(at_once)]
         for path in passes[0]:
-            found.setdefault(path, []).append(torch.cat([each[path] for each in passes]))
+            found.setdefault(path, []).append(torch.cat([each[path] for each in passes], dim=1))
     if not all(bool(each.isfinite().all()) for own in found.values() for each in own):
         raise CalibrationError("the model's outputs, or their gradients, are not finite; check its weights")
     return found
 
 
 def _backward(
-    host: Host, objective: Objective, scales: list[float], images: Tensor, generator: torch.Generator
+    host: Host, objective: Objective, scales: list[float], images: Tensor, count: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Return the gradients of one forward pass."""
+    """Return the gradients of one forward pass along several directions, [U, B, N D]."""
     sites = {path: block.attention for block in host.blocks for path in (block.attention.path, block.ffn.second)}
     answers: dict[str, Tensor] = {}
 
@@ -72,23 +78,29 @@ def _backward(
             hook = functools.partial(keep, path)
             stack.callback(host.model.get_submodule(path).register_forward_hook(hook).remove)
         parts = objective.parts(answer_of(host, images.clone().requires_grad_()))
-        along = torch.zeros((), device=images.device)
-        for part, scale in zip(parts, scales):
-            direction = objective.direction(part.detach(), generator)
-            along = along + (part * direction).sum() / math.sqrt(len(parts) * scale)
-        if not along.requires_grad:
+        if not any(part.requires_grad for part in parts):
             raise CalibrationError(
                 f"the objective, {objective.name}, has no gradient by what layers answer; return a tensor that was "
                 "computed from the model's output with gradients"
             )
-        own = torch.autograd.grad(along, [answers[path] for path in sites], allow_unused=True, materialize_grads=True)
-    return {path: batch_first(sites[path], each).reshape(len(images), -1) for path, each in zip(sites, own)}
+        own: dict[str, list[Tensor]] = {path: [] for path in sites}
+        for _ in range(count):
+            along = torch.zeros((), device=images.device)
+            for part, scale in zip(parts, scales):
+                along = along + (part * objective.direction(part.detach(), generator)).sum() / math.sqrt(scale)
+            layers = [answers[path] for path in sites]
+            for path, each in zip(
+                sites,
+                torch.autograd.grad(along, layers, retain_graph=True, allow_unused=True, materialize_grads=True),
+            ):
+                own[path].append(batch_first(sites[path], each).reshape(len(images), -1))
+    return {path: torch.stack(each) for path, each in own.items()}
 
 
 def metric(own: list[Tensor], width: int) -> Tensor:
     """Return R [D, D] for which the mean of |R d|^2 over tokens is the distance, if errors d do not know the gradients.
 
-    R^T R is the second moment of a layer's gradients, summed over tokens; own: [B, N D] for every batch.
+    R^T R is the second moment of a layer's gradients, summed over tokens; own: [U, B, N D] for every batch.
     """
     products = [tokens.T @ tokens for tokens in (each.reshape(-1, width).double() for each in own)]
     return cholesky(torch.stack(products).sum(0), DAMPING).T

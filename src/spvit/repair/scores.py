@@ -152,8 +152,8 @@ class _Bench:
             for gradient, own, dense in zip(self.gradients[path], answers, pair.wanted(path)):
                 if grid is not None and not site.prefix_tokens:  # it may get the map whole, the dense layer in windows
                     own = site.own_grid().scatter(grid.gather(own, 0))
-                error = (own - dense).reshape(gradient.shape)
-                moved += float((gradient * error).sum(dim=1).double().square().sum())
+                error = (own - dense).reshape(gradient.shape[1:])
+                moved += float((gradient * error).sum(dim=2).double().square().sum())
         if not math.isfinite(moved):
             raise CalibrationError(
                 f"the model's outputs are not finite with a candidate of block {pair.index}; check its weights"

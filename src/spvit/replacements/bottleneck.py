@@ -174,11 +174,11 @@ class _Bottleneck:
             tokens = module.grid.gather(x, prefix)
             if isinstance(module.conv_in, nn.Conv2d):
                 tokens = F.unfold(module.grid.as_map(tokens), 3, padding=1).transpose(1, 2)  # [B, G, 9 D]
-            grid = site.own_grid()
-            lost = None if missing is None else grid.gather(missing, prefix)
-            gathered.add(tokens, grid.gather(own, prefix), lost)
+            left = None if missing is None else site.own_grid().gather(missing, prefix)
+            gathered.add(tokens, site.own_grid().gather(own, prefix), left)
             if isinstance(module.prefix, nn.Sequential):
-                gathered_prefix.add(x[:, :prefix], own[:, :prefix], None if missing is None else missing[:, :prefix])
+                left = None if missing is None else missing[:, :prefix]
+                gathered_prefix.add(x[:, :prefix], own[:, :prefix], left)
         moments = gathered.moments(biased=True)
         rank = len(module.conv_in.weight)
         covariance, cross = moments.products(centred=True)

@@ -1,4 +1,4 @@
-"""What a changed layer is fitted to: what it would answer unpruned, and what brings the residual stream back.
+"""What a changed layer is fitted to: what it would answer unpruned, and what holds of what brings the stream back.
 
 By the time that images reach a block, the pruned network's residual stream s differs from the dense one, s*. Three
 outputs could be wanted of a layer f of that block, whose output is added to the stream times a scale g (LayerScale, or
@@ -9,7 +9,9 @@ one):
     stream  f(s*) + (s* - s) / g    what would bring the stream back to the dense one
 
 `own` is exact where the layer can be, but lets errors stand; `stream` mends them, and overfits when images are few or
-alike. Half of each is best or nearly so, whatever the budget and the images (docs/experiments/repair_target.md).
+alike. So the target is `own`, and of what it misses of `stream` the part that the layer's inputs predict. That is a
+ridge regression of its own, whose ridge follows from inputs by image, and a share of it: the one that is best where
+each half of the images is predicted from the other (docs/experiments/repair_target.md).
 
 Shapes: B batch, N tokens, D width.
 """
@@ -29,8 +31,9 @@ from spvit.hosts.calling import batch_first
 from spvit.hosts.walk import BlockPair, reached, tokens_of
 from spvit.moments import Moments, regression
 
-RIDGE = 0.1
-"""For what is missing: images say little of how that follows from directions in which inputs hardly vary."""
+RIDGE = 0.04
+"""Ridge for what is missing, times inputs by image: few images say little of how that follows from directions in which
+inputs hardly vary."""
 SMALLEST = 1e-4
 """Scales are not divided by below this share of the mean squared scale: such outputs hardly reach the stream."""
 
@@ -42,10 +45,11 @@ class Gathered:
     """Moments of what arrives at a layer and of its target, of the first and of the second half of the images."""
 
     def __init__(self, pair: BlockPair) -> None:
-        self._left = list(pair.counts)
-        self._first = (sum(self._left) + 1) // 2
+        self._left, self._images = list(pair.counts), sum(pair.counts)
+        self._first = (self._images + 1) // 2
         self._halves: list[Moments] = []
         self._squares: Tensor | None = None
+        self._excess = pair.excess
 
     def add(self, x: Tensor, own: Tensor, missing: Tensor | None, prefix: int = 0) -> None:
         """Take in the next batch: inputs x [B, N, X], maybe windows, and a target; prefix as in `Moments.add`."""
@@ -73,9 +77,12 @@ class Gathered:
             return both
         width = len(self._squares)
         covariance, cross = both.products(biased)
-        weight = self._share(biased) * regression(covariance, cross[:, width:], RIDGE)
+        weight = self._share(biased) * regression(covariance, cross[:, width:], self._ridge(both))
         constant = both.mean_y[width:] - both.mean_x @ weight if biased else weight.new_zeros(width)
         return both.plus(weight, constant)
+
+    def _ridge(self, moments: Moments) -> float:
+        return RIDGE * moments.inputs / self._images
 
     def _share(self, biased: bool) -> float:
         """Return how much of what is predicted of the missing part to take: what is best on held-out images.
@@ -86,15 +93,21 @@ class Gathered:
         if len(self._halves) < 2 or self._squares is None:
             return 0.0
         # Outputs count by what they miss relative to their own size, whatever the scales are that they go through.
-        width, weight = len(self._squares), 1 / self._squares.clamp(min=1e-30)
-        alike = power = 0.0
+        weight = 1 / self._squares.clamp(min=1e-30)
+        alike, power = torch.zeros(
+            2, 2, dtype=torch.float64
+        )  # with and of what is predicted, on held-out and on fitted images
         for fitted, held in (self._halves, self._halves[::-1]):
             covariance, cross = fitted.products(biased)
-            predicts = regression(covariance, cross[:, width:], RIDGE)
-            covariance, cross = held.products(biased, about=fitted)
-            alike += held.count * float(((predicts * cross[:, width:]).sum(0) * weight).sum())
-            power += held.count * float(((predicts * (covariance @ predicts)).sum(0) * weight).sum())
-        share = min(1.0, max(0.0, alike / power)) if power > 0 else 0.0
+            predicts = regression(covariance, cross[:, len(weight) :], self._ridge(fitted))
+            for number, half in enumerate((held, fitted)):
+                covariance, cross = half.products(biased, about=fitted)
+                scaled = half.count * weight * predicts
+                alike[number] += float((scaled * cross[:, len(weight) :]).sum())
+                power[number] += float((scaled * (covariance @ predicts)).sum())
+        held_out, at_fit = (len(weight) - 2 * alike + power).tolist()
+        self._excess.append(held_out / at_fit - 1 if at_fit > 0 else 0.0)
+        share = min(1.0, max(0.0, float(alike[0] / power[0]))) if power[0] > 0 else 0.0
         return 2 * share / (1 + share)
 
 
