@@ -311,7 +311,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "class_token_last": (lambda: LastTokenViT(_plain), "prefix|last|first|order|behind|patch"),
     "shared_block": (lambda: SharedViT(_plain), "same|twice|shared|more than once|times"),
     "grouped_units": (lambda: _mixed(GroupedMixing), UNITS),
-    "local_units": (lambda: _mixed(DepthwiseMixing), UNITS),
     "response_norm": (lambda: _mixed(ResponseNorm), UNITS),
     "hard_width": (lambda: vit(parts.PackedAttention, HardMlp), UNITS + "|narrow"),
     "width_read": (lambda: vit(parts.PackedAttention, WidthReadingMlp), "with half its units"),
@@ -331,5 +330,6 @@ EITHER: dict[str, Callable[[], nn.Module]] = {
     "raw_parameters": lambda: vit(RawParameters),
     "no_projection": lambda: vit(NoProjection),
     "inline": lambda: ViT(InlineBlock),
+    "local_units": lambda: _mixed(DepthwiseMixing),  # one kernel a unit: it gets narrower with the units
     "norm_over_units": lambda: _mixed(lambda: nn.LayerNorm(72)),
 }

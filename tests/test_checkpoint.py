@@ -87,7 +87,7 @@ def test_narrow_attention_and_its_rules_load_as_they_were(
     assert torch.equal(logits(loaded, images(host)), logits(model, images(host)))
     assert pruned_record(loaded) == pruned_record(model)
     assert describe(tmp_path).architecture == architecture
-    assert type(loaded.get_submodule(family_of(host).blocks(host)[0].attention.path)) is NarrowAttention
+    assert type(loaded.get_submodule(family_of(host).sites[0].attention.path)) is NarrowAttention
 
 
 @pytest.mark.parametrize("name", HOSTS)
