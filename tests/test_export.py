@@ -95,7 +95,8 @@ def test_what_images_need_travels_in_the_file_and_may_be_part_of_the_program(
 @pytest.mark.parametrize("form", ["pt2", "safetensors"])
 def test_programs_and_weights_answer_alike(small: nn.Module, tmp_path: Path, form: str) -> None:
     file = tmp_path / f"model.{form}"
-    done = spvit.export(small, file, preprocessing=PREPROCESSING)
+    one = torch.randn(1, *input_size(small))
+    done = spvit.export(small, file, images=one, preprocessing=PREPROCESSING)
     assert (done.format, done.difference, done.agreement) == (form, 0, 1)
     x = torch.randn(3, *input_size(small))
     if form == "pt2":
@@ -121,6 +122,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "format": ("model.tflite", {}, r"format is '.tflite', expected onnx, pt2, openvino, safetensors"),
     "suffix": ("model.bin", {"to": "onnx"}, r"model.bin is to hold onnx, which ends in .onnx; name it so"),
     "opset": ("model.onnx", {"opset": 12}, "opset is 12, expected 18 to 23"),
+    "images": ("model.pt2", {"images": torch.zeros(2, 3, 5, 5)}, r"images are \[2, 3, 5, 5\], expected \[images, 3, "),
     "normalisation": ("model.onnx", {"with_preprocessing": True}, "needs preprocessing, .* pass preprocessing="),
 }
 

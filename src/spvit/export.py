@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from spvit.checkpoint import Preprocessing, plain_state, replace_atomically
 from spvit.errors import ExportError
-from spvit.hosts.host import Host, input_size, outputs_of
+from spvit.hosts.host import Host, outputs_of
+from spvit.hosts.recognise import family_of
 from spvit.surgery import fold, pruned_record
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml", "safetensors": ".safetensors"}
@@ -89,14 +90,16 @@ def export(
     Raises:
         ExportError: a package is missing, an operation is not supported, or what was written answers otherwise.
     """
-    path, model = Path(path), model.model if isinstance(model, Host) else model
-    form = _form(path, to, opset, overwrite)
+    form = _form(path := Path(path), to, opset, overwrite)
+    family, model = (model.family, model.model) if isinstance(model, Host) else (family_of(model), model)
     if with_preprocessing and (preprocessing is None or form == "safetensors"):
         raise ExportError("with_preprocessing needs preprocessing, and a format that runs; pass preprocessing=")
     small = _Plain(_deployed(model), preprocessing if with_preprocessing else None)
-    size = input_size(model)
+    size = family.input_size(model)
     if images is None:
         images = torch.rand(EXAMPLES, *size, generator=torch.Generator().manual_seed(0))
+    if not len(images) or images.shape[1:] != size:
+        raise ExportError(f"images are {list(images.shape)}, expected [images, {', '.join(map(str, size))}]")
     images = images.cpu().float()
     if with_preprocessing and preprocessing is not None:
         images = images * _channels(preprocessing.std) + _channels(preprocessing.mean)
@@ -105,14 +108,14 @@ def export(
     path.parent.mkdir(parents=True, exist_ok=True)
     with _quiet():
         try:
-            run = WRITERS[form](small, images[:2], path, {"opset": opset, METADATA: json.dumps(about)})
+            run = WRITERS[form](small, images[[0, 0]], path, {"opset": opset, METADATA: json.dumps(about)})
         except Exception as error:  # whatever an exporter raises; all of it means that the model cannot be written
             reason = "; ".join(_reasons(error))
             raise ExportError(f"{type(model).__name__} cannot be exported to {form}: {reason}") from error
         found = torch.cat([run(batch) for batch in images.split(BATCH)])
     with torch.no_grad():
         wanted = torch.cat([small(batch) for batch in images.split(BATCH)])
-    return _compared(path, form, found.to(wanted), wanted)
+    return _compared(path, form, found.to(wanted), wanted, family.classes(model) > 1)
 
 
 def _form(path: Path, to: str | None, opset: int, overwrite: bool) -> str:
@@ -217,7 +220,8 @@ def _write_onnx(model: nn.Module, images: Tensor, path: Path, options: dict[str,
 
 def _write_pt2(model: nn.Module, images: Tensor, path: Path, options: dict[str, Any]) -> Run:
     program = torch.export.export(model, (images,), dynamic_shapes=BATCHES)
-    torch.export.save(program, path, extra_files={METADATA: options[METADATA]})
+    extra = {METADATA: options[METADATA]}
+    replace_atomically(path, lambda temporary: torch.export.save(program, temporary, extra_files=extra))
     loaded = torch.export.load(path).module()
 
     @torch.no_grad()
@@ -257,10 +261,10 @@ WRITERS: dict[str, Callable[[nn.Module, Tensor, Path, dict[str, Any]], Run]] = {
 }
 
 
-def _compared(path: Path, form: str, found: Tensor, wanted: Tensor) -> Exported:
+def _compared(path: Path, form: str, found: Tensor, wanted: Tensor, logits: bool) -> Exported:
     """Return what was written. Raises ExportError when its outputs differ; the file stays, under another name."""
     difference = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
-    if wanted.dim() == 2:
+    if logits:
         agreement = float((found.argmax(1) == wanted.argmax(1)).float().mean())
     else:
         agreement = float(torch.cosine_similarity(found.flatten(1), wanted.flatten(1)).mean())
