@@ -87,14 +87,38 @@ class _PassingBlock(own_models.Block):
         return x + self.mlp(self.norm2(x))
 
 
+class _ScaledByHead(nn.Module):
+    """Scales each head's logits as it has learned, and does not run without what it is given beside its tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(24, 72), nn.Linear(24, 24)
+        self.factors = nn.Parameter(torch.zeros(3, 1, 1))
+
+    def forward(self, x: Tensor, one: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, 3, 8)).permute(2, 0, 3, 1, 4)
+        logits = q @ k.mT * self.factors.exp() * one
+        return self.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class _ScaledBlock(own_models.Block):
+    def __init__(self) -> None:
+        super().__init__(_ScaledByHead(), parts.Mlp())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), torch.ones((), dtype=x.dtype))
+        return x + self.mlp(self.norm2(x))
+
+
 @pytest.mark.parametrize(
     "make",
     [
         lambda: own_models.vit(_ScaledTables),
         lambda: own_models.vit(_LearnedAngles),
         lambda: own_models.ViT(_PassingBlock),
+        lambda: own_models.ViT(_ScaledBlock),
     ],
-    ids=["no rotation", "learned angles", "bias from outside"],
+    ids=["no rotation", "learned angles", "bias from outside", "scales that cannot be read"],
 )
 def test_attention_stays_whole_where_places_are_not_explained(make: Callable[[], nn.Module]) -> None:
     host = spvit.recognise(randomise(make()).eval(), torch.zeros(2, 3, 32, 32))

@@ -94,9 +94,8 @@ class Gathered:
             return 0.0
         # Outputs count by what they miss relative to their own size, whatever the scales are that they go through.
         weight = 1 / self._squares.clamp(min=1e-30)
-        alike, power = torch.zeros(
-            2, 2, dtype=torch.float64
-        )  # with and of what is predicted, on held-out and on fitted images
+        # Products of what is predicted with what is missing, and with itself; on held-out and on fitted images.
+        alike, power = torch.zeros(2, 2, dtype=torch.float64)
         for fitted, held in (self._halves, self._halves[::-1]):
             covariance, cross = fitted.products(biased)
             predicts = regression(covariance, cross[:, len(weight) :], self._ridge(fitted))

@@ -12,7 +12,6 @@ width.
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -131,11 +130,17 @@ def _site(model: nn.Module, seen: Pass, layer: FoundLayer, tokens: Tokens, macs:
     attention_dropout, out_dropout = dropouts(layer.module, layer.path, layer.call)
     dim = x.shape[-1]
     scale, exact = _exact((core.scale or 1.0) * logits.factor, (width, dim))
+    learned = core.scales is not None
+    if known and (learned or (not exact and abs(logits.factor - 1) < 1e-3)):
+        alone = core_alone(model.get_submodule(layer.path), count, dim, layer.token_first)
+        known = alone is not None  # for what a layer has learned is read from it at work
+        # The twin's parameters are a little random, so what differs there is a parameter.
+        learned = learned or (alone is not None and abs((alone.scale or 0) - scale) > 1e-4 * abs(scale))
     if windows == 1 and core.bias is not None and bool(core.bias.min() < HIDDEN):
         raise UnsupportedHostError(
             f"{layer.path}: a mask hides tokens from each other (causal or local attention); a convolution would not"
         )
-    site = AttentionSite(
+    return AttentionSite(
         path=layer.path,
         norm=norm_before(seen, layer, call, source),
         query=logits.query or value,
@@ -153,25 +158,19 @@ def _site(model: nn.Module, seen: Pass, layer: FoundLayer, tokens: Tokens, macs:
         extra_macs=macs - windows * count * (4 * dim + 2 * count) * heads * width if macs else 0,
         narrows_queries=known and logits.norms == (None, None) and logits.bias is None and not logits.cosine,
         narrows_values=known and layer.out_norm is None,
-        scale=scale,
+        scale=1.0 if learned else scale,
         dropout=attention_dropout,
         out_dropout=out_dropout,
         norms=(*logits.norms, layer.out_norm),
         inner_norm=inner_norm,
         cosine=logits.cosine,
-        head_scales=core.scales is not None,
+        head_scales=learned,
         rotary=logits.rotary,
         bias=logits.bias,
         parameters=parameters_of(layer, inner_norm),
         tuple_items=len(layer.call.output) if isinstance(layer.call.output, (tuple, list)) else 0,
         token_first=layer.token_first,
     )
-    if known and not exact and abs(logits.factor - 1) < 1e-3 and core.scales is None:
-        own = core_alone(model.get_submodule(layer.path), count, dim, layer.token_first)
-        # The twin's parameters are a little random, so what differs there is a parameter.
-        learned = own is not None and abs((own.scale or 0) - scale) > 1e-4 * abs(scale)
-        site = replace(site, scale=1.0, head_scales=True) if learned else site
-    return site
 
 
 def _exact(scale: float, widths: tuple[int, ...]) -> tuple[float, bool]:
