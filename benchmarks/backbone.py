@@ -218,7 +218,7 @@ def plot(rows: list[dict[str, Any]], title: str, path: str) -> None:
             axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             axes.grid(alpha=0.3)
         panels[0].set_ylabel("centred cosine to the dense features")
-        panels[0].legend(fontsize=8)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
         figure.suptitle(title)
         figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
 
