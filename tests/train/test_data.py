@@ -133,13 +133,13 @@ def test_mixup_makes_soft_targets() -> None:
         (lambda root: _rename(root / "val", root / "test"), "has no folder val/"),
         (
             lambda root: _empty(root / "train" / "cat"),
-            r"train: Found no valid file for the classes cat\..*; expected a folder of",
+            r"train: Found no valid file for the classes cat; expected a folder of images \(.jpg",
         ),
         (lambda root: _rename(root / "val" / "dog", root / "val" / "cow"), "class 'dog' is in .*train but not in"),
         (lambda root: (root / "val" / "emu").mkdir(), "val: Found no valid file for the classes emu"),
         (
             lambda root: (_empty(root / "val", True), (root / "val").mkdir()),
-            "val: Couldn't find any class folder in .*; expected a folder of images for each class",
+            "val: Couldn't find any class folder in .*; expected a folder of images",
         ),
     ],
 )

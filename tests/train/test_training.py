@@ -23,7 +23,7 @@ from spvit.train.compress import calibration, compress
 from spvit.train.loop import Evaluation, Loop, Phase, run_phase
 from spvit.train.optimizers import learning_rate_at, optimizer_of
 from spvit.train.run_folder import RunFolder
-from spvit.train.settings import CompressConfig, PhaseConfig
+from spvit.train.settings import CompressConfig, ImageConfig, PhaseConfig, SearchConfig
 from training import compressed, digits, micro_host, run_in, short, short_search, states_equal
 
 
@@ -444,3 +444,32 @@ def test_a_folder_of_the_user_stays_when_its_run_is_refused(tmp_path: Path) -> N
             refused()
         assert folder.is_dir() == kept
         assert not kept or not any(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: PhaseConfig(learning_rate=-1e-4), "learning_rate is -0.0001, expected 0 or more"),
+        (lambda: PhaseConfig(learning_rate=math.inf), "learning_rate is inf, expected 0 or more"),
+        (lambda: PhaseConfig(minimum_learning_rate=math.nan), "minimum_learning_rate is nan, expected 0 or more"),
+        (lambda: PhaseConfig(warmup_epochs=-1.0), "warmup_epochs is -1.0, expected 0 or more"),
+        (lambda: PhaseConfig(reference_batch=-512), "reference_batch is -512, expected 0 or more"),
+        (lambda: PhaseConfig(distillation_temperature=0.0), "distillation_temperature is 0.0, expected above 0"),
+        (lambda: PhaseConfig(distillation_kind="firm"), "distillation_kind is 'firm', expected soft or hard"),
+        (lambda: SearchConfig(gate_learning_rate=-0.1), "gate_learning_rate is -0.1, expected 0 or more"),
+        (lambda: SearchConfig(temperature=0.0), "temperature is 0.0, expected above 0"),
+        (lambda: SearchConfig(gate_logit=math.nan), "gate_logit is nan, expected a finite number"),
+        (lambda: ImageConfig(mixup=-0.1), "images.mixup is -0.1, expected 0 or more"),
+        (lambda: ImageConfig(flip=1.5), "images.flip is 1.5, expected 0 or more, at most 1"),
+        (lambda: ImageConfig(random_erasing=2.0), "images.random_erasing is 2.0, expected 0 or more, at most 1"),
+        (lambda: ImageConfig(color_jitter=-1.0), "images.color_jitter is -1.0, expected 0 or more"),
+        (lambda: ImageConfig(crop_scale=(0.5, 1.5)), r"images.crop_scale is \(0.5, 1.5\), expected above 0, at most 1"),
+        (lambda: ImageConfig(crop_scale=(0.9, 0.1)), r"images.crop_scale is \[0.9, 0.1\], expected the least first"),
+        (lambda: ImageConfig(std=(0.2, 0.0, 0.2)), r"images.std is \(0.2, 0.0, 0.2\), expected above 0, at most 1"),
+        (lambda: ImageConfig(mean=(123.0,)), r"images.mean is \(123.0,\), expected 0 or more, at most 1"),
+        (lambda: ImageConfig(background=255.0), "images.background is 255.0, expected 0 or more, at most 1"),
+    ],
+)
+def test_every_setting_has_its_range(make: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        make()

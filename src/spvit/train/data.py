@@ -20,9 +20,11 @@ from timm.data.auto_augment import posterize
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from spvit.checkpoint import Preprocessing
 from spvit.errors import DataError
+from spvit.train.pictures import read_picture
 from spvit.train.settings import ImageConfig
 
 DIGITS = "digits"
@@ -57,6 +59,7 @@ class TransformedImages(Dataset[Any]):
     transform: Callable[[Image.Image], Tensor]
     channels: int
     skip_corrupt: bool
+    background: float
 
     def __len__(self) -> int:
         return len(self.items)
@@ -64,14 +67,11 @@ class TransformedImages(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
         source, target = self.items[index]
         try:
-            image: Any = Image.open(source) if isinstance(source, (str, Path)) else source
-            image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-            image = image.convert("L" if self.channels == 1 else "RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            message = f"image {source} cannot be read ({_first_line(error)})"
+            image = read_picture(source, self.channels, self.background)
+        except DataError as error:
             if not self.skip_corrupt:
-                raise DataError(f"{message}; remove it, or pass --images.skip_corrupt true") from error
-            logger.warning("left out: %s", message)
+                raise DataError(f"{error}; remove it, or pass --images.skip_corrupt true") from error
+            logger.warning("left out: %s", error)
             return None
         return self.transform(image), int(target)
 
@@ -100,16 +100,32 @@ def _digits() -> Found:
     return train, validation, tuple(str(name) for name in digits.target_names)
 
 
+class _Folder(torchvision.datasets.ImageFolder):
+    """A folder a class; hidden ones, which other programs leave behind, are none."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """Return the classes, and their indices by name. Raises FileNotFoundError when there are none."""
+        classes = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        if not classes:
+            raise FileNotFoundError(f"Couldn't find any class folder in {directory}")
+        return classes, {name: index for index, name in enumerate(classes)}
+
+
+def _is_picture(path: str) -> bool:
+    name = Path(path).name
+    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+
+
 def _folder(folder: Path) -> Found:
     splits = {}
     for split in ("train", "val"):
         if not (folder / split).is_dir():
             raise DataError(f"{folder} has no folder {split}/; expected train/ and val/, each with a folder a class")
         try:
-            splits[split] = torchvision.datasets.ImageFolder(folder / split)
+            splits[split] = _Folder(folder / split, is_valid_file=_is_picture)
         except FileNotFoundError as error:
-            problem = f"{folder / split}: {str(error).rstrip('.')}"
-            raise DataError(f"{problem}; expected a folder of images for each class") from error
+            problem = f"{folder / split}: {str(error).rstrip('. ')}"
+            raise DataError(f"{problem}; expected a folder of images (.jpg, .png, ...) for each class") from error
     for here, there in (("train", "val"), ("val", "train")):
         missing = next((name for name in splits[here].classes if name not in splits[there].classes), None)
         if missing is not None:
@@ -157,7 +173,7 @@ def images_of(found: Found, config: ImageConfig, size: tuple[int, int, int], pre
     geometric = replace(config, color_jitter=0.0, auto_augment=None, random_erasing=0.0)
     train_items, validation_items, classes = found
     train, validation = (
-        TransformedImages(items, transform, size[0], config.skip_corrupt)
+        TransformedImages(items, transform, size[0], config.skip_corrupt, config.background)
         for items, transform in ((train_items, training), (validation_items, evaluation))
     )
     views = replace(train, transform=transforms(geometric, size, preprocessing)[0])
