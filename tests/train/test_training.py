@@ -229,9 +229,9 @@ def test_compress_writes_a_run_folder_and_continues_it(
     assert costs.of(whole.architecture) == pytest.approx(0.6 * costs.dense, rel=0.005)
     save = Loop._save
 
-    def save_and_die(loop: Loop, epoch: int, figures: Evaluation) -> None:
-        save(loop, epoch, figures)
-        if (loop.phase.name, epoch) == ("search", 1):
+    def save_and_die(loop: Loop, figures: Evaluation | None = None) -> None:
+        save(loop, figures)
+        if (loop.phase.name, loop.place) == ("search", (1, 0)):
             raise Killed
 
     with monkeypatch.context() as patched:
@@ -436,7 +436,7 @@ def test_a_folder_of_the_user_stays_when_its_run_is_refused(tmp_path: Path) -> N
         run = RunFolder.open(folder)
 
         def refused(run: RunFolder = run) -> None:
-            with run.removed_if_refused():
+            with run.held():
                 run.write_settings("compress", "macs: 1%\n")
                 raise BudgetError("out of reach")
 

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         name, options = parse(sys.argv[1:] if arguments is None else arguments)
         writes = isinstance(options, cli.RunCommand) and not getattr(options, "dry_run", False)
-        with RunFolder(options.output).removed_if_refused() if writes else nullcontext():
+        with RunFolder(options.output).held() if writes else nullcontext():
             COMMANDS[name][1](options, console)
         processes().destroy_process_group()  # or its threads may end the interpreter with an error
         return 0
@@ -73,10 +73,11 @@ def parse(arguments: Sequence[str]) -> tuple[str, Any]:
     if not (values.get("resume") and values.get("output")):
         return name, _typed(_options(name, parser, values), words)
     folder = RunFolder.open(values.output, resume=True)
-    before = parser.parse_args(["--recipe", str(folder.settings_of("compress" if name == "demo" else name))])
+    settings, kept = folder.settings_of("compress" if name == "demo" else name)
     # The run's own settings come first, so that what is given now takes precedence over them.
-    options = _options(name, parser, parser.parse_args(words, namespace=before))
-    folder.check_continued(_options(name, parser, before), options)
+    own = parser.parse_args(["--recipe", str(settings)])
+    options = _options(name, parser, parser.parse_args(words, namespace=own))
+    folder.check_continued(_options(name, parser, parser.parse_args(["--recipe", str(kept)])), options)
     return name, _typed(options, words)
 
 

@@ -87,7 +87,8 @@ def compress(
         data = load_images(data, images or ImageConfig(), input_size(host), preprocessing or Preprocessing())
     with tempfile.TemporaryDirectory() as temporary:
         folder = RunFolder(temporary) if output is None else RunFolder.open(output, resume)
-        return run_compress(host, budget, settings, Run(data, folder, settings, PhaseProgress(console))).model
+        with folder.held():
+            return run_compress(host, budget, settings, Run(data, folder, settings, PhaseProgress(console))).model
 
 
 def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: Run) -> Compressed:

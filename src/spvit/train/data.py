@@ -5,9 +5,12 @@ Shapes: images [B, channels, height, width], normalised; targets [B], class indi
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import random
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +22,20 @@ from timm.data import Mixup, create_transform
 from timm.data.auto_augment import posterize
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, Subset, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from spvit.checkpoint import Preprocessing
 from spvit.errors import DataError
 from spvit.train.pictures import read_picture
 from spvit.train.settings import ImageConfig
+from spvit.train.signals import ignored_by_workers
 
 DIGITS = "digits"
 DIGITS_HELD_OUT = 360
 UNREAD = -1  # class of a validation image that is left out
 Items = Any  # a sequence of (path, array or PIL image, class)
+Draw = tuple[int, int]  # the index of an image, and the seed of its augmentation
 Found = tuple[Items, Items, tuple[str, ...]]  # training and validation items, and the names of the classes
 
 logger = logging.getLogger("spvit")
@@ -222,7 +227,7 @@ def mixup_of(config: ImageConfig, classes: int, smoothing: float) -> Any:
     return Mixup(**alphas, label_smoothing=smoothing, num_classes=classes) if max(alphas.values()) > 0 else None
 
 
-def training_loader(images: Images, sampler: Iterable[int] | None = None, processes: int = 1) -> DataLoader[Any]:
+def training_loader(images: Images, sampler: Iterable[Any] | None = None, processes: int = 1) -> DataLoader[Any]:
     """Return the loader of the training images in whole batches: as a sampler draws them, or shuffled, each once."""
     count: int = len(images.train)  # type: ignore[arg-type]
     size, each = images.config.batch_size, "" if processes == 1 else f" times {processes} processes"
@@ -232,11 +237,63 @@ def training_loader(images: Images, sampler: Iterable[int] | None = None, proces
     return DataLoader(images.train, drop_last=True, collate_fn=_stacked, **order, **_loading(images.config))
 
 
-def repeated_loader(images: Images, processes: int, process: int) -> DataLoader[Any]:
-    """Return the loader of a process's training images where the repeats of one go to different processes in a step."""
-    repeats = images.config.repeated_augmentation
-    sampler = RepeatAugSampler(images.train, processes, process, num_repeats=repeats, selected_round=0)
-    return training_loader(images, sampler, processes)
+def epoch_loader(images: Images, processes: int, process: int) -> DataLoader[Any]:
+    """Return the loader of a process's training images, whose sampler is a `Draws`."""
+    draws = Draws(images, processes, process)
+    return training_loader(replace(images, train=DrawnImages(images.train)), draws, processes)
+
+
+class Draws(Sampler[Draw]):
+    """A process's images of an epoch in their order, each with the seed of its augmentation.
+
+    All of it follows from the seed of the epoch, so a run can go on from any place. The repeats of repeated
+    augmentation go to different processes in a step.
+    """
+
+    def __init__(self, images: Images, processes: int = 1, process: int = 0) -> None:
+        repeats, order = images.config.repeated_augmentation, (images.train, processes, process)
+        repeated = repeats > 1
+        self.sampler: Any = (
+            RepeatAugSampler(*order, num_repeats=repeats, selected_round=0)
+            if repeated
+            else DistributedSampler(*order, drop_last=True)
+        )
+        self.process = process
+        self.begin(0)
+
+    def begin(self, seed: int, start: int = 0) -> None:
+        """Let the next pass be of the epoch of a seed, from a place in it."""
+        self.seed, self.start = seed, start
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Draw]:
+        self.sampler.set_epoch(self.seed)
+        for place, index in islice(enumerate(self.sampler), self.start, None):
+            yield index, seed_of(self.seed, self.process, place)
+
+
+@dataclass(frozen=True)
+class DrawnImages(Dataset[Any]):
+    """Images by index and seed: what augmentation draws follows from the seed alone, in whatever process."""
+
+    images: Dataset[Any]
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, int] | None:
+        index, seed = draw
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        return self.images[index]  # type: ignore[no-any-return]
+
+
+def seed_of(*parts: object) -> int:
+    """Return a seed for whatever has these parts, such as an epoch or an image of it; of 32 bits, as numpy takes."""
+    return zlib.crc32(repr(parts).encode())
 
 
 def validation_loader(images: Images) -> DataLoader[Any]:
@@ -246,7 +303,8 @@ def validation_loader(images: Images) -> DataLoader[Any]:
 
 def _loading(config: ImageConfig) -> dict[str, Any]:
     pinned = torch.cuda.is_available()
-    return {"batch_size": config.batch_size, "num_workers": config.workers, "pin_memory": pinned}
+    own = {"batch_size": config.batch_size, "num_workers": config.workers, "pin_memory": pinned}
+    return {**own, "worker_init_fn": ignored_by_workers}
 
 
 def _stacked(items: Sequence[tuple[Tensor, int] | None], keeping_places: bool = False) -> list[Tensor]:

@@ -101,6 +101,8 @@ class LoopConfig:
     """`fp32`, or `bf16` for mixed precision."""
     log_every: int = within(20, 1)
     """Steps between two lines of metrics.jsonl."""
+    save_minutes: float = within(10.0, 0)
+    """Minutes between states within an epoch, which a killed run continues from; 0 saves at the ends of epochs only."""
 
     def __post_init__(self) -> None:
         check_settings(self)
