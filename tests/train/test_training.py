@@ -345,7 +345,7 @@ def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
 def test_a_phase_that_only_harms_ends_with_the_weights_from_before(tmp_path: Path) -> None:
     images = digits()
     model = micro_host()
-    run_phase(Phase("dense", model, short(4)), run_in(tmp_path, images))
+    run_phase(Phase("dense", model, short(4, learning_rate=5e-3)), run_in(tmp_path, images))
     start = copy.deepcopy(model)
     settings = {"learning_rate": 0.5, "clip_gradient": 0.0}
     harmed = copy.deepcopy(model)
@@ -361,7 +361,7 @@ def test_compress_ends_with_the_repaired_network_where_fine_tuning_only_harms(tm
     defaults = CompressConfig().finetune
     assert defaults.keep_best
     harmful = replace(defaults, learning_rate=0.5, clip_gradient=0.0, keep_best=keep_best)
-    config = CompressConfig(dense=short(4), train_epochs=1, finetune=harmful, calibration_images=128)
+    config = CompressConfig(dense=short(4, learning_rate=5e-3), train_epochs=1, finetune=harmful, calibration_images=128)
     found = compressed(micro_host(), "80%", config, tmp_path, digits())
     assert (found.pruned == found.after_pruning) == keep_best
     assert (found.pruned.accuracy < found.after_pruning.accuracy) != keep_best
