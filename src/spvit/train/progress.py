@@ -4,12 +4,15 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 5.0
+SECONDS_BETWEEN_STEPS = 30.0
+"""Between lines within an epoch, where there is no bar."""
 
 
 class PhaseProgress:
@@ -18,12 +21,14 @@ class PhaseProgress:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console
         self._name = self._standing = ""
-        self._reported = -math.inf
+        self._reported = self._shown = -math.inf
 
     @contextmanager
     def bar(self, name: str, steps: int, done: int = 0) -> Iterator[None]:
         """Show a phase of so many steps, of which some are done already, while it runs."""
         self._name, self._standing = name, ""
+        self._shown = self._started = time.monotonic()
+        self._first = done
         columns = ("[bold]{task.description}", BarColumn(bar_width=24), MofNCompleteColumn(), "{task.fields[rate]}")
         more = (TimeRemainingColumn(), "{task.fields[text]}")
         hidden = self.console is None or not self.console.is_terminal
@@ -36,7 +41,14 @@ class PhaseProgress:
         losses, speed = losses or {}, self._bar.tasks[0].speed
         shown = [f"{name.replace('_', ' ')} {losses[name]:.3g}" for name in ("loss", "budget_loss") if name in losses]
         rate = f"{speed:.1f} steps/s" if speed and losses else ""
-        self._bar.update(self._task, advance=1, text="  ".join([*shown, self._standing]), rate=rate)
+        text = "  ".join([*shown, self._standing])
+        self._bar.update(self._task, advance=1, text=text, rate=rate)
+        now, task = time.monotonic(), self._bar.tasks[0]
+        if self._bar.disable and now - self._shown >= SECONDS_BETWEEN_STEPS:
+            self._shown = now
+            done, total = int(task.completed), int(task.total or 0)
+            left = timedelta(seconds=round((now - self._started) / (done - self._first) * (total - done)))
+            self.note(f"{self._name} {done}/{total}: {left} left  {text}".rstrip())
 
     def stand(self, standing: dict[str, Any]) -> None:
         """Say how a search stands now: the expected cost against the target, and the layers at each kind."""
