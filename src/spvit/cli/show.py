@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -19,7 +21,7 @@ def say(console: Console, *lines: str) -> None:
 
 def block_table(architecture: Architecture, costs: dict[str, NetworkCost], title: str) -> Table:
     """Return a table by block: attention, FFN units, and params and MACs beside the dense ones, with totals."""
-    numbers = _right("FFN units", "params", "dense params", "macs", "dense macs")
+    numbers = right("FFN units", "params", "dense params", "macs", "dense macs")
     table = Table("block", "attention", *numbers, title=title, title_justify="left")
     by_metric = [costs["params"], costs["macs"]]
     for index, block in enumerate(architecture.blocks):
@@ -40,26 +42,40 @@ def kinds_text(architecture: Architecture) -> str:
     return ", ".join(f"{found.count(kind)} {kind}" for kind in ("msa", "narrow msa", *list(KINDS)[1:]) if kind in found)
 
 
-def latency_text(latency: Latency) -> str:
-    """Return a latency with all that it was measured with."""
-    return (
-        f"{latency.latency_ms:.2f} ms (spread {latency.spread_ms:.2f}) at batch {latency.batch}, "
-        f"{latency.images_per_s:.0f} images/s, {latency.device}, {latency.dtype}, {latency.threads} threads, "
-        f"{latency.repeats} repeats"
-    )
-
-
-def comparison_table(result: Compressed, costs: dict[str, NetworkCost], latencies: dict[str, list[Latency]]) -> Table:
-    """Return dense and pruned side by side: accuracy, params, MACs, and latency by batch size."""
-    batches = (f"latency, batch {latency.batch}" for latency in latencies["dense"])
-    table = Table("", *_right("accuracy", "params", "macs", *batches))
-    for name, figures in (("dense", result.dense), ("pruned", result.pruned)):
-        by_metric = [costs["params"], costs["macs"]]
-        counts = [cost.dense if name == "dense" else cost.of(result.architecture) for cost in by_metric]
-        measured = [f"{latency.latency_ms:.2f} ms" for latency in latencies[name]]
-        table.add_row(name, f"{figures.accuracy:.2%}", *map(human, counts), *measured)
+def latency_table(latencies: Mapping[str, Sequence[Latency]]) -> Table:
+    """Return latency and throughput by batch size and model, each against the first model, with all settings below."""
+    first, every = next(iter(latencies)), [latency for own in latencies.values() for latency in own]
+    threads, rounds = every[0].threads, min(latency.repeats for latency in every)
+    settings = f"{threads} thread{'s'[: threads != 1]}, {rounds} rounds in turns or more; ± is the interquartile range"
+    noise = "noise: within what a repeated run may differ by (95 % of the median), or below 1 %"
+    table = Table("batch", "model", "runs on", *right("latency", "images/s"), f"speed against {first}")
+    table.caption, table.caption_justify = f"{settings}; {noise}", "left"
+    for same_batch in zip(*(zip([name] * len(own), own) for name, own in latencies.items())):
+        for name, latency in same_batch:
+            ms, rate = f"{latency.latency_ms:.2f} ± {latency.spread_ms:.2f} ms", f"{latency.images_per_s:.0f}"
+            where = f"{latency.device}, {latency.dtype}, {latency.backend}"
+            table.add_row(str(latency.batch), name, where, ms, rate, "" if name == first else speed_text(latency))
+        table.add_section()
     return table
 
 
-def _right(*names: str) -> list[Column]:
+def speed_text(latency: Latency) -> str:
+    """Return how fast a model is against the first of its run, in words where that is noise."""
+    low, high = latency.speed_up_range
+    found = f"{latency.speed_up:.2f}x ({low:.2f} to {high:.2f})"
+    return f"{found}: noise" if latency.within_noise else found
+
+
+def comparison_table(result: Compressed, costs: dict[str, NetworkCost]) -> Table:
+    """Return dense and pruned side by side: accuracy, params and MACs."""
+    table = Table("", *right("accuracy", "params", "macs"))
+    for name, figures in (("dense", result.dense), ("pruned", result.pruned)):
+        by_metric = [costs["params"], costs["macs"]]
+        counts = [cost.dense if name == "dense" else cost.of(result.architecture) for cost in by_metric]
+        table.add_row(name, f"{figures.accuracy:.2%}", *map(human, counts))
+    return table
+
+
+def right(*names: str) -> list[Column]:
+    """Return columns of numbers."""
     return [Column(name, justify="right") for name in names]

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field, replace
 
+from spvit.benchmark import BATCHES
 from spvit.errors import DataError
 from spvit.repair.constraints import Constraints
 from spvit.repair.objective import OBJECTIVES
@@ -166,7 +167,39 @@ class SearchConfig(PhaseConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressConfig(Constraints, LoopConfig):
+class ScoresConfig(Constraints, LoopConfig):
+    """Settings of scores, decisions by them and repairs, and what the decisions leave alone."""
+
+    calibration_images: int = CALIBRATION_IMAGES
+    """Training images for scores, cropped and mirrored at random; their labels are not used."""
+    repair_views: int = REPAIR_VIEWS
+    """Times that number of images for the repair: further training images, and all of them again, cropped anew, where
+    there are no more."""
+    scores: str | None = None
+    """A run folder whose scores to decide by, for another budget; when absent the model is scored."""
+    objective: str = "auto"
+    """What counts of the model's outputs in scores: `logits`, `pooled` (its output), `tokens` (behind the last norm) or
+    `features` (both); `auto` is logits where it has classes, or what given scores were made with."""
+    multiple: int | None = None
+    """FFN widths and ranks of attention are multiples of it; when absent 8, or less for very small models."""
+
+    def __post_init__(self) -> None:
+        Constraints.__post_init__(self)
+        LoopConfig.__post_init__(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontierConfig(ScoresConfig):
+    """Settings of a frontier."""
+
+    repair_views: int = 1
+    """Times the calibration images for the repair of each budget: less than `compress` takes, for one time each."""
+    batches: tuple[int, ...] = BATCHES
+    """Batch sizes at which latency is measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig(ScoresConfig):
     """Settings of a whole compression, and what its decision leaves alone."""
 
     dense: PhaseConfig = field(default_factory=lambda: PhaseConfig(epochs=0))
@@ -185,25 +218,12 @@ class CompressConfig(Constraints, LoopConfig):
     """Epochs of fine-tuning, in place of those of `finetune`; 0 trains nothing, and so allows no search."""
     repair: bool = True
     """Whether what pruning broke is repaired in closed form, from calibration images."""
-    calibration_images: int = CALIBRATION_IMAGES
-    """Training images for scores, cropped and mirrored at random; their labels are not used."""
-    repair_views: int = REPAIR_VIEWS
-    """Times that number of images for the repair: further training images, and all of them again, cropped anew, where
-    there are no more."""
-    scores: str | None = None
-    """A run folder whose scores to decide by, for another budget; when absent the model is scored."""
-    objective: str = "auto"
-    """What counts of the model's outputs in scores: `logits`, `pooled` (its output), `tokens` (behind the last norm) or
-    `features` (both); `auto` is logits where it has classes, or what given scores were made with."""
     initialise: str = "host"
     """Weights of the pruned model after a search: those of the `host`, as published (and then repaired), or of the
     `search`."""
-    multiple: int | None = None
-    """FFN widths and ranks of attention are multiples of it; when absent 8, or less for very small models."""
 
     def __post_init__(self) -> None:
-        Constraints.__post_init__(self)
-        LoopConfig.__post_init__(self)
+        super().__post_init__()
         if self.given() and self.search.epochs > 0:
             found = "; ".join(self.given().values())
             raise DataError(f"{found}: these bind decisions by scores; leave them out, or search.epochs")
