@@ -1,4 +1,4 @@
-"""Without labels: which images validate, what agreement is, and distillation from the dense model, which never harms."""
+"""Without labels: which images validate, what agreement is, and distillation that cannot harm."""
 
 from __future__ import annotations
 
