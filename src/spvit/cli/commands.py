@@ -254,4 +254,4 @@ def latencies_of(models: dict[str, nn.Module], batches: Sequence[int], console: 
     programs = [Program.of(name, model) for name, model in models.items()]
     with Console(stderr=True, quiet=console.quiet).status("measuring latency"):
         measured = [measure_latencies(programs, batch) for batch in batches]
-    return latency_table({name: own for name, *own in zip(models, *measured)})
+    return latency_table(list(models), list(zip(*measured)))
