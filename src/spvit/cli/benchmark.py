@@ -34,12 +34,12 @@ def benchmark_command(options: BenchmarkCommand, console: Console) -> None:
 
 def _sizes(found: list[Benchmark], batch: int) -> Table:
     """Return what is measured of models once; peak memory is of a pass at this batch size."""
-    table = Table("model", "runs on", *right("params", "macs", "file", f"memory, batch {batch}"))
+    table = Table("model", "runs on", *right("params", "macs", "file", "memory"))
     for row in found:
         cells = ["" if count is None else human(count) for count in (row.params, row.macs)]
         cells += [_megabytes(count) for count in (row.file_bytes, row.peak_memory)]
         table.add_row(row.model, f"{row.backend}, {row.dtype}", *cells)
-    table.caption, table.caption_justify = "memory: what a pass takes beside the loaded model", "left"
+    table.caption, table.caption_justify = f"memory: what a pass of {batch} images takes beside the model", "left"
     return table
 
 
