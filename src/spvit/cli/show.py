@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -42,15 +42,16 @@ def kinds_text(architecture: Architecture) -> str:
     return ", ".join(f"{found.count(kind)} {kind}" for kind in ("msa", "narrow msa", *list(KINDS)[1:]) if kind in found)
 
 
-def latency_table(names: Sequence[str], measured: Sequence[Sequence[Latency]]) -> Table:
+def latency_table(latencies: Mapping[str, Sequence[Latency]]) -> Table:
     """Return latency and throughput by batch size and model, each against the first model, with the settings below."""
     table = Table("batch", "model", *right("ms", "images/s", "speed-up (95 %)"))
-    for same_batch in zip(*measured):
+    names = list(latencies)
+    for same_batch in zip(*latencies.values()):
         for index, (name, own) in enumerate(zip(names, same_batch)):
             figures = f"{own.latency_ms:.2f} ± {own.spread_ms:.2f}", f"{own.images_per_s:.0f}"
             table.add_row(str(own.batch), name, *figures, speed_text(own) if index else "")
         table.add_section()
-    every = [latency for own in measured for latency in own]
+    every = [latency for own in latencies.values() for latency in own]
     where = {f"{latency.device}, {latency.dtype}, {latency.backend}": None for latency in every}
     threads, rounds = every[0].threads, min(latency.repeats for latency in every)
     settings = f"{threads} thread{'s'[: threads != 1]}; {rounds} rounds or more, in turns; ± interquartile range"
