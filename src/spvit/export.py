@@ -108,7 +108,7 @@ def export(
     about |= {"preprocessing": preprocessing and asdict(preprocessing)}
     about |= {"macs": macs_of_image(model), "params": count_params(model)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _quiet():
+    with quiet():
         try:
             run = WRITERS[form](small, images[[0, 0]], path, {"opset": opset, METADATA: json.dumps(about)})
         except Exception as error:  # whatever an exporter raises; all of it means that the model cannot be written
@@ -177,7 +177,7 @@ def _channels(values: Sequence[float]) -> Tensor:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the exporters' advice to their own programmers off the terminal."""
     names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
     levels = {name: logging.getLogger(name).level for name in names}

@@ -9,11 +9,10 @@ from pathlib import Path
 import yaml
 from accelerate.utils import set_seed
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from spvit.architecture import Architecture, dense
-from spvit.benchmark import BATCHES, Program, measure_latencies
+from spvit.benchmark import BATCHES, Latency, Program, measure_latencies
 from spvit.budget import human
 from spvit.checkpoint import describe, save
 from spvit.cli import convert
@@ -113,8 +112,8 @@ def compress_command(options: cli.CompressCommand, console: Console) -> None:
         return
     costs = network_costs(result.host)
     latencies = latencies_of({"dense": result.host, "pruned": result.model}, options.batches, console)
-    table = block_table(result.architecture, costs, "architecture")
-    console.print(table, comparison_table(result, costs), latencies)
+    console.print(block_table(result.architecture, costs, "architecture"), comparison_table(result, costs))
+    console.print(latency_table(latencies))
     after = f"right after pruning {result.after_pruning.words}"
     _say_where(console, run.folder.path, f"attention: {kinds_text(result.architecture)}; {after}")
 
@@ -156,7 +155,7 @@ def profile_command(options: cli.ProfileCommand, console: Console) -> None:
         models = (
             {"dense": host} if record is None and options.architecture is None else {"dense": host, "pruned": pruned}
         )
-        console.print(latencies_of(models, BATCHES, console))
+        console.print(latency_table(latencies_of(models, BATCHES, console)))
 
 
 def export_command(options: cli.ExportCommand, console: Console) -> None:
@@ -252,9 +251,9 @@ def _named_architecture(name: str) -> Architecture:
     return Architecture.load(name)
 
 
-def latencies_of(models: dict[str, nn.Module], batches: Sequence[int], console: Console) -> Table:
-    """Return a table of the latencies of models, the dense one first, measured side by side where they are."""
+def latencies_of(models: dict[str, nn.Module], batches: Sequence[int], console: Console) -> dict[str, list[Latency]]:
+    """Return the latencies of models by name, one a batch size, measured side by side on their device."""
     programs = [Program.of(name, model) for name, model in models.items()]
     with Console(stderr=True, quiet=console.quiet).status("measuring latency"):
         measured = [measure_latencies(programs, batch) for batch in batches]
-    return latency_table({name: own for name, *own in zip(models, *measured)})
+    return {name: list(own) for name, *own in zip(models, *measured)}

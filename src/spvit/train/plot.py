@@ -36,7 +36,7 @@ def plot_frontier(found: Frontier, folder: Path) -> None:
         _draw(first, found, [point.macs for point in found.points], None)
         for index, axes in enumerate(others):
             own = [point.latency[index] for point in found.points]
-            axes.set(xlabel=f"ms at batch {own[0].batch} ({own[0].device}, {own[0].dtype}, {own[0].threads} threads)")
+            axes.set(xlabel=f"ms at batch {own[0].batch} ({own[0].device}, {own[0].dtype}, threads {own[0].threads})")
             _draw(axes, found, [one.latency_ms for one in own], [one.spread_ms / 2 for one in own])
         figure.suptitle(f"{found.model}, budgets of {found.metric}, {found.images:,} validation images")
         for suffix in SUFFIXES:
@@ -51,8 +51,7 @@ def _draw(axes: Any, found: Frontier, costs: Sequence[float], spreads: Sequence[
     axes.errorbar(spent, [point.quality for point in points], xerr=half, marker="o", markersize=4, linewidth=1)
     axes.errorbar(whole, dense.quality, xerr=None if spreads is None else spreads[0], marker="*", color="black")
     for point, cost in zip(found.points, costs):
-        axes.annotate(
-            point.budget, (cost, point.quality), (0, -11), textcoords="offset points", ha="center", fontsize=8
-        )
+        place = {"xytext": (0, 5 if point is dense else -12), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(point.budget, (cost, point.quality), fontsize=8, **place)
     axes.margins(0.1, 0.15)
     axes.set_xlim(left=0)
