@@ -57,7 +57,7 @@ __version__ = "0.1.0"
 # These bring Accelerate or timm, which load model libraries; importing spvit must load none.
 _LATER = {
     "spvit.train.compress": ("compress",),
-    "spvit.train.data": ("Images",),
+    "spvit.train.data": ("Images", "transform"),
     "spvit.train.settings": ("CompressConfig", "ImageConfig", "PhaseConfig", "SearchConfig"),
     "spvit.zoo": ("architectures", "create_model"),
 }
@@ -69,7 +69,7 @@ __all__ = [
     "Rows", "RunError", "RunFolderError", "Scores", "SearchConfig", "Sites", "SpvitError", "UnitRows",
     "UnknownPartError", "UnsupportedHostError", "ZooError", "architectures", "compress", "cost", "create_model",
     "decide", "describe", "export", "fold", "gate_parameters", "load", "make_searchable", "prune", "recognise",
-    "register", "save", "score",
+    "register", "save", "score", "transform",
 ]  # fmt: skip
 
 

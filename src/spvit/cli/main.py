@@ -21,6 +21,7 @@ from spvit.cli import commands as run
 from spvit.cli import options as cli
 from spvit.cli.check import check_command
 from spvit.cli.parser import CommandParser, Help, command_parser
+from spvit.cli.predict import predict_command
 from spvit.errors import RunError, SpvitError
 from spvit.models import names_code
 from spvit.train.processes import processes
@@ -32,6 +33,7 @@ COMMANDS: dict[str, tuple[Any, Callable[..., None]]] = {  # the options and the 
     "search": (cli.SearchCommand, run.search_command),
     "finetune": (cli.FinetuneCommand, run.finetune_command),
     "evaluate": (cli.EvaluateCommand, run.evaluate_command),
+    "predict": (cli.PredictCommand, predict_command),
     "profile": (cli.ProfileCommand, run.profile_command),
     "check": (cli.CheckCommand, check_command),
     "export": (cli.ExportCommand, run.export_command),

@@ -98,6 +98,18 @@ class EvaluateCommand(DataOptions, ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PredictCommand(ModelConfig):
+    """Print the most probable classes of images."""
+
+    files: list[str]
+    """Image files, or folders of them."""
+    top: int = 5
+    """How many classes to print of each image."""
+    json: bool = False
+    """Print JSON in place of lines."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProfileCommand(ModelConfig):
     """Print what a model costs, block by block, dense against pruned."""
 
