@@ -33,6 +33,7 @@ from spvit.errors import (
     GridError,
     ModelError,
     NotSearchableError,
+    ReportError,
     RunError,
     RunFolderError,
     SpvitError,
@@ -47,6 +48,7 @@ from spvit.hosts.recognise import register
 from spvit.hosts.sites import Rows, UnitRows
 from spvit.repair.constraints import Constraints
 from spvit.repair.scores import Scores, score
+from spvit.report import report
 from spvit.replacements.costs import cost
 from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import gate_parameters, make_searchable
@@ -66,10 +68,10 @@ __all__ = [
     "Architecture", "ArchitectureError", "BudgetError", "BudgetLoss", "CalibrationError", "CheckpointError",
     "CompressConfig", "ConstraintError", "Constraints", "DataError", "Description", "ExportError", "Exported",
     "GridError", "Host", "ImageConfig", "Images", "ModelError", "NotSearchableError", "PhaseConfig", "Preprocessing",
-    "Rows", "RunError", "RunFolderError", "Scores", "SearchConfig", "Sites", "SpvitError", "UnitRows",
+    "ReportError", "Rows", "RunError", "RunFolderError", "Scores", "SearchConfig", "Sites", "SpvitError", "UnitRows",
     "UnknownPartError", "UnsupportedHostError", "ZooError", "architectures", "compress", "cost", "create_model",
     "decide", "describe", "export", "fold", "gate_parameters", "load", "make_searchable", "prune", "recognise",
-    "register", "save", "score", "transform",
+    "register", "report", "save", "score", "transform",
 ]  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from spvit.cli import options as cli
 from spvit.cli.check import check_command
 from spvit.cli.parser import CommandParser, Help, command_parser
 from spvit.cli.predict import predict_command
+from spvit.cli.report import report_command
 from spvit.errors import RunError, SpvitError
 from spvit.models import names_code
 from spvit.train.processes import processes
@@ -36,6 +37,7 @@ COMMANDS: dict[str, tuple[Any, Callable[..., None]]] = {  # the options and the 
     "predict": (cli.PredictCommand, predict_command),
     "profile": (cli.ProfileCommand, run.profile_command),
     "check": (cli.CheckCommand, check_command),
+    "report": (cli.ReportCommand, report_command),
     "export": (cli.ExportCommand, run.export_command),
     "convert": (cli.ConvertCommand, run.convert_command),
     "demo": (cli.DemoCommand, run.compress_command),

@@ -135,6 +135,22 @@ class CheckCommand:
     """Print JSON in place of tables."""
 
 
+@dataclass(frozen=True)
+class ReportCommand:
+    """Write a page about a run: one HTML file."""
+
+    run: str
+    """A run folder, of a run that has ended or not, or a folder with a saved model."""
+    output: str | None = None
+    """The file to write; when absent report.html in the run folder. A page that was there is replaced."""
+    images: int = 256
+    """Validation images to compare the dense and the pruned model on; some are shown. 0: the page shows none."""
+    svg: bool = False
+    """Write each picture as SVG too, beside the page."""
+    png: bool = False
+    """Write each picture as PNG too, beside the page."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportCommand(ModelConfig):
     """Write a model for another runtime, run what was written, and compare."""

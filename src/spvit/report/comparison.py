@@ -1,0 +1,225 @@
+"""The dense and the pruned network on some validation images: whose answer changed, and where they look.
+
+Shapes: B images, H heads, N tokens, M tokens attended to, G grid tokens.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from spvit.checkpoint import DESCRIPTION, WEIGHTS, Preprocessing, load
+from spvit.errors import RunFolderError
+from spvit.hosts.behaviour.watch import Core, watch
+from spvit.hosts.grid import GatheredGrid
+from spvit.hosts.host import Host, input_size, outputs_of
+from spvit.hosts.recognise import family_of
+from spvit.hosts.sites import AttentionSite
+from spvit.models import open_model
+from spvit.report.picture import Mark, Picture, word
+from spvit.report.reading import Reading, model_config
+from spvit.surgery import pruned_record
+from spvit.train.data import Images, find_images, images_of
+from spvit.train.settings import ImageConfig
+
+BATCH = 32
+SHOWN, LOOKED_AT = 8, 4
+"""Images whose answer changed, and images with attention, that the page shows."""
+TILE, SPACE, LINE, ACROSS = 112, 8, 17, 4
+LETTERS = 15
+"""Letters of a class name that a tile is wide."""
+GLOW = ((22, 16, 60), (122, 28, 109), (224, 92, 65), (252, 220, 120))
+"""Colours of attention, from none to most; their brightness rises evenly."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What two networks answered on the same images."""
+
+    count: int
+    agreement: float
+    """Share of images with the same first guess; of features, the mean cosine."""
+    says: str
+    """The same in words."""
+    pictures: tuple[Picture, ...]
+
+
+def compared(reading: Reading, host: nn.Module | Host | None, most: int) -> Compared:
+    """Return the comparison on at most so many validation images, spread evenly.
+
+    Raises RunFolderError when a model or the images are not to be found, and what opening them raises.
+    """
+    if not (reading.folder.path / WEIGHTS).is_file():
+        raise RunFolderError("the run has written no model yet")
+    dense = _dense(reading, host)
+    small = load(reading.folder.path, host=None if host is None else dense).to(next(dense.parameters()).device)
+    if pruned_record(small) is None:
+        raise RunFolderError("the model of this run is not pruned")
+    images = _images(reading, dense)
+    shown, labels = _taken(images, most)
+    answers = [_answers(model, shown) for model in (dense, small)]
+    some = slice(None, None, -(-len(shown) // LOOKED_AT))
+    looks = _attention(dense, small, shown[some], images.preprocessing)
+    if family_of(dense).classes(dense) < 2:
+        cosines = torch.cosine_similarity(answers[0].flatten(1), answers[1].flatten(1))
+        moved = {index: (f"cosine {cosines[index]:.3f}", "") for index in cosines.argsort().tolist()}
+        title, says = "Images whose features moved most", "The cosine between what both networks answer."
+        gallery = _gallery("changed", title, says, shown, moved, images.preprocessing)
+        mean = float(cosines.mean())
+        said = f"On {len(shown):,} images the features' mean cosine is {mean:.3f}, and {cosines.min():.3f} at worst."
+        return Compared(len(shown), mean, said, (*gallery, *looks))
+    guesses = torch.stack([answer.argmax(1) for answer in answers], 1).tolist()
+    names = {index: [_cut(images.classes[guess]) for guess in (labels[index], *own)] for index, own in enumerate(guesses)}
+    moved = {index: (f"is {a}", f"{b} → {c}") for index, (a, b, c) in names.items() if guesses[index][0] != guesses[index][1]}
+    title, says = "Images whose prediction changed", "Below each: its class; the dense and the pruned network's guess."
+    gallery = _gallery("changed", title, says, shown, moved, images.preprocessing)
+    first, second = (sum(guesses[index][which] == labels[index] for index in moved) for which in (0, 1))
+    said = f"{len(moved):,} of {len(shown):,} validation images get another prediction than from the dense network"
+    said += f": {second:,} of them turn right, {first:,} turn wrong." if moved else "."
+    return Compared(len(shown), 1 - len(moved) / len(shown), said, (*gallery, *looks))
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= LETTERS // 2 + 3 else f"{name[: LETTERS // 2 + 2]}…"
+
+
+def _dense(reading: Reading, host: nn.Module | Host | None) -> nn.Module:
+    """Return the dense network with the weights that the run started from, or trained."""
+    if host is not None:
+        return (host.model if isinstance(host, Host) else host).eval()
+    if (reading.folder.dense / DESCRIPTION).is_file():
+        return load(reading.folder.dense)
+    classes = reading.description.classes if reading.description is not None else None
+    opened = open_model(model_config(reading.settings), None if classes is None else len(classes))
+    if not opened.trained or pruned_record(opened.model) is not None:
+        raise RunFolderError(f"the run's model {reading.settings['model']} is no trained dense one")
+    return opened.model.eval()
+
+
+def _images(reading: Reading, model: nn.Module) -> Images:
+    """Return the run's images, as its validation saw them. Nothing is downloaded."""
+    source, given = reading.settings.get("data"), reading.settings.get("images") or {}
+    if not source:
+        raise RunFolderError("its settings name no images")
+    known = {item.name for item in fields(ImageConfig)}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items() if key in known}
+    config = replace(ImageConfig(**values), download=False)
+    preprocessing = reading.description.preprocessing if reading.description is not None else None
+    return images_of(find_images(str(source), config), config, input_size(model), preprocessing or Preprocessing())
+
+
+def _taken(images: Images, most: int) -> tuple[Tensor, list[int]]:
+    """Return some validation images [B, channels, height, width], evenly from all, and their classes."""
+    count: int = len(images.validation)  # type: ignore[arg-type]
+    indices = torch.linspace(0, count - 1, min(most, count)).long().unique().tolist()
+    found = [item for index in indices if (item := images.validation[index]) is not None]
+    return torch.stack([image for image, _ in found]), [target for _, target in found]
+
+
+@torch.no_grad()
+def _answers(model: nn.Module, images: Tensor) -> Tensor:
+    weight = next(model.parameters())
+    batches = images.to(weight.device, weight.dtype).split(BATCH)
+    return torch.cat([outputs_of(model(batch))[0].float().cpu() for batch in batches])
+
+
+def _attention(dense: nn.Module, small: nn.Module, images: Tensor, preprocessing: Preprocessing) -> Iterator[Picture]:
+    """Yield where both networks look, in a middle and in the last block whose attention the pruned one keeps."""
+    record, names = pruned_record(small), ("dense", "pruned")
+    assert record is not None
+    kept = [index for index, kind in enumerate(record.architecture.kinds()) if kind == "msa"]
+    sites = {index: record.family.sites[index].attention for index in sorted({*kept[len(kept) // 2 :][:1], *kept[-1:]})}
+    maps = [_maps(model, sites, images) for model in (dense, small)]
+    shown = [(index, which) for index in sites for which in (0, 1) if index in maps[0] and index in maps[1]]
+    if not shown:
+        return
+    marks = [word(f"block {index}", _left(1 + 2 * column) + TILE + SPACE / 2, 13, "ink") for column, index in enumerate(sites)]
+    marks += [word(name, _left(column) + TILE / 2, 30) for column, name in enumerate(("image", *[names[which] for _, which in shown]))]
+    for row, image in enumerate(images):
+        photo = _photo(image, preprocessing)
+        tiles = [photo, *(_lit(photo, maps[which][index][row]) for index, which in shown)]
+        marks += [_tile(tile, _left(column), 38 + row * (TILE + SPACE)) for column, tile in enumerate(tiles)]
+    size = (_left(1 + len(shown)) - SPACE, 38 + len(images) * (TILE + SPACE) - SPACE)
+    says = "How much each patch is looked at, over all heads: by the prefix tokens, or else by all. Bright is much."
+    yield Picture("attention", "Where attention looks", says, *size, tuple(marks))
+
+
+def _maps(model: nn.Module, sites: dict[int, AttentionSite], images: Tensor) -> dict[int, Tensor]:
+    """Return how much each patch is looked at, [B, height, width], by block; not where attention cannot be read."""
+    weight = next(model.parameters())
+    cores = watch(model, images.to(weight.device, weight.dtype)).cores
+    found = {}
+    for index, site in sites.items():
+        core = next((core for core in cores if site.path in core.running and core.scale is not None), None)
+        if core is not None:
+            found[index] = looked_at(core, site).float().cpu()
+    return found
+
+
+@torch.no_grad()
+def looked_at(core: Core, site: AttentionSite) -> Tensor:
+    """Return how much each grid token is looked at, [B, height, width]: by the prefix tokens, or else by all."""
+    logits = core.query @ core.key.mT * (core.scale or 1.0)
+    if core.scales is not None:
+        logits = logits * core.scales[:, None, None]
+    if core.bias is not None:  # the same for every image, of each window
+        logits = (logits.unflatten(0, (-1, len(core.bias))) + core.bias).flatten(0, 1)
+    weights = logits.softmax(-1)[:, :, : site.prefix_tokens or None].mean((1, 2))[..., None]  # [B x windows, M, 1]
+    grid = site.own_grid()
+    if isinstance(grid, GatheredGrid):
+        weights = weights.unflatten(1, grid.shape)
+    return grid.gather(weights, site.prefix_tokens)[..., 0].unflatten(1, site.grid)
+
+
+def _gallery(
+    name: str, title: str, says: str, images: Tensor, captions: dict[int, tuple[str, str]], preprocessing: Preprocessing
+) -> Iterator[Picture]:
+    """Yield the first of some images by their index, with two lines below each; nothing where there are none."""
+    marks: list[Mark] = []
+    shown: Sequence[int] = list(captions)[:SHOWN]
+    for place, index in enumerate(shown):
+        left, top = _left(place % ACROSS), place // ACROSS * (TILE + 3 * LINE)
+        marks.append(_tile(_photo(images[index], preprocessing), left, top))
+        marks += [word(line, left, top + TILE + LINE * (1 + row), "ink", "start") for row, line in enumerate(captions[index])]
+    if shown:
+        yield Picture(name, title, says, _left(ACROSS) - SPACE, -(-len(shown) // ACROSS) * (TILE + 3 * LINE), tuple(marks))
+
+
+def _left(column: int) -> int:
+    return column * (TILE + SPACE)
+
+
+def _photo(image: Tensor, preprocessing: Preprocessing) -> Image.Image:
+    """Return what a network sees of an image, twice as large as it is shown."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+    values = (image.cpu() * std + mean).clamp(0, 1)
+    return _resized((255 * values.expand(3, -1, -1)).byte())
+
+
+def _resized(values: Tensor) -> Image.Image:
+    """Return bytes [3, height, width] as an image of a tile: few pixels as squares."""
+    smooth = min(values.shape[1:]) > 2 * TILE / 8
+    method = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
+    return Image.fromarray(values.permute(1, 2, 0).contiguous().numpy()).resize((2 * TILE, 2 * TILE), method)
+
+
+def _lit(photo: Image.Image, shares: Tensor) -> Image.Image:
+    """Return an image in grey under the colours of how much its patches [height, width] are looked at."""
+    level = (shares - shares.min()) / (shares.max() - shares.min()).clamp(min=1e-12) * (len(GLOW) - 1)
+    low = level.floor().clamp(max=len(GLOW) - 2)
+    table, part = torch.tensor(GLOW), (level - low)[..., None]
+    colours = table[low.long()] * (1 - part) + table[low.long() + 1] * part
+    return Image.blend(photo.convert("L").convert("RGB"), _resized(colours.permute(2, 0, 1).byte()), 0.65)
+
+
+def _tile(image: Image.Image, left: float, top: float) -> Mark:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=85)
+    uri = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return Mark("image", "paper", ((left, top), (TILE, TILE)), uri)
