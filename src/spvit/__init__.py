@@ -48,8 +48,8 @@ from spvit.hosts.recognise import register
 from spvit.hosts.sites import Rows, UnitRows
 from spvit.repair.constraints import Constraints
 from spvit.repair.scores import Scores, score
-from spvit.report import report
 from spvit.replacements.costs import cost
+from spvit.report import report
 from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import gate_parameters, make_searchable
 from spvit.surgery import fold, prune

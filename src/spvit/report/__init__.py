@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from spvit.hosts.host import Host
 
@@ -14,7 +14,7 @@ def report(
     output: str | Path | None = None,
     *,
     host: nn.Module | Host | None = None,
-    images: int = 256,
+    images: int | Tensor = 256,
     svg: bool = False,
     png: bool = False,
 ) -> Path:
@@ -24,8 +24,9 @@ def report(
         run: a run folder, or what `spvit.save` wrote.
         output: the file; None: `report.html` in the run folder. A page that was there is replaced.
         host: the dense model, for one that neither timm nor transformers makes; it stays as it is.
-        images: validation images, at most, on which dense and pruned are compared; some are shown on the page, with
-            where attention looks. 0: none are read or shown.
+        images: validation images of the run, at most, on which dense and pruned are compared; some are shown on the
+            page, with where attention looks. 0: none are read or shown. A tensor, normalised as for the model, stands
+            for them: [images, channels, height, width].
         svg: write each picture as SVG beside the page too, as `report-NAME.svg`.
         png: the same as PNG.
 

@@ -9,6 +9,7 @@ import base64
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from PIL import Image
@@ -42,16 +43,13 @@ GLOW = ((22, 16, 60), (122, 28, 109), (224, 92, 65), (252, 220, 120))
 class Compared:
     """What two networks answered on the same images."""
 
-    count: int
-    agreement: float
-    """Share of images with the same first guess; of features, the mean cosine."""
     says: str
-    """The same in words."""
-    pictures: tuple[Picture, ...]
+    """How alike the answers are, in words."""
+    pictures: tuple[Picture, ...] = ()
 
 
-def compared(reading: Reading, host: nn.Module | Host | None, most: int) -> Compared:
-    """Return the comparison on at most so many validation images, spread evenly.
+def compared(reading: Reading, host: nn.Module | Host | None, images: int | Tensor) -> Compared:
+    """Return the comparison on so many of the run's validation images at most, or on images that are given.
 
     Raises RunFolderError when a model or the images are not to be found, and what opening them raises.
     """
@@ -61,28 +59,44 @@ def compared(reading: Reading, host: nn.Module | Host | None, most: int) -> Comp
     small = load(reading.folder.path, host=None if host is None else dense).to(next(dense.parameters()).device)
     if pruned_record(small) is None:
         raise RunFolderError("the model of this run is not pruned")
-    images = _images(reading, dense)
-    shown, labels = _taken(images, most)
+    shown, labels = (images, []) if isinstance(images, Tensor) else _taken(_images(reading, dense), images)
+    about = reading.description
+    preprocessing = (about.preprocessing if about is not None else None) or Preprocessing()
     answers = [_answers(model, shown) for model in (dense, small)]
-    some = slice(None, None, -(-len(shown) // LOOKED_AT))
-    looks = _attention(dense, small, shown[some], images.preprocessing)
+    looks = _attention(dense, small, shown[:: -(-len(shown) // LOOKED_AT)], preprocessing)
     if family_of(dense).classes(dense) < 2:
-        cosines = torch.cosine_similarity(answers[0].flatten(1), answers[1].flatten(1))
-        moved = {index: (f"cosine {cosines[index]:.3f}", "") for index in cosines.argsort().tolist()}
-        title, says = "Images whose features moved most", "The cosine between what both networks answer."
-        gallery = _gallery("changed", title, says, shown, moved, images.preprocessing)
-        mean = float(cosines.mean())
-        said = f"On {len(shown):,} images the features' mean cosine is {mean:.3f}, and {cosines.min():.3f} at worst."
-        return Compared(len(shown), mean, said, (*gallery, *looks))
-    guesses = torch.stack([answer.argmax(1) for answer in answers], 1).tolist()
-    names = {index: [_cut(images.classes[guess]) for guess in (labels[index], *own)] for index, own in enumerate(guesses)}
-    moved = {index: (f"is {a}", f"{b} → {c}") for index, (a, b, c) in names.items() if guesses[index][0] != guesses[index][1]}
-    title, says = "Images whose prediction changed", "Below each: its class; the dense and the pruned network's guess."
-    gallery = _gallery("changed", title, says, shown, moved, images.preprocessing)
-    first, second = (sum(guesses[index][which] == labels[index] for index in moved) for which in (0, 1))
-    said = f"{len(moved):,} of {len(shown):,} validation images get another prediction than from the dense network"
-    said += f": {second:,} of them turn right, {first:,} turn wrong." if moved else "."
-    return Compared(len(shown), 1 - len(moved) / len(shown), said, (*gallery, *looks))
+        found, captions, name = _of_features(answers)
+    else:
+        count = answers[0].shape[1]
+        found, captions, name = _of_classes(answers, labels, (about and about.classes) or tuple(map(str, range(count))))
+    return replace(found, pictures=(*_gallery(name, shown, captions, preprocessing), *looks))
+
+
+def _of_features(answers: Sequence[Tensor]) -> tuple[Compared, dict[int, tuple[str, str]], tuple[str, str]]:
+    """Return how far features moved, and captions by image, those that moved most first."""
+    cosines = torch.cosine_similarity(answers[0].flatten(1), answers[1].flatten(1))
+    captions = {index: (f"cosine {cosines[index]:.3f}", "") for index in cosines.argsort().tolist()}
+    worst = f"{cosines.mean():.3f}, at worst {cosines.min():.3f}"
+    says = f"On {len(cosines):,} images the mean cosine of dense and pruned features is {worst}."
+    return Compared(says), captions, ("Images whose features moved most", "The cosine between dense and pruned.")
+
+
+def _of_classes(
+    answers: Sequence[Tensor], labels: Sequence[int], classes: Sequence[str]
+) -> tuple[Compared, dict[int, tuple[str, str]], tuple[str, str]]:
+    """Return how many first guesses changed, and captions of these by image."""
+    first, second = (answer.argmax(1).tolist() for answer in answers)
+    changed = [index for index, (before, now) in enumerate(zip(first, second)) if before != now]
+    says = f"{len(changed):,} of {len(first):,} images get another prediction than from the dense network"
+    if labels and changed:
+        wrong, right = (sum(guesses[index] == labels[index] for index in changed) for guesses in (first, second))
+        says += f": {right:,} of them turn right, {wrong:,} turn wrong"
+    captions = {}
+    for index in changed:
+        truth = f"is {_cut(classes[labels[index]])}" if labels else ""
+        captions[index] = (truth, f"{_cut(classes[first[index]])} → {_cut(classes[second[index]])}")
+    about = "Below each its class, if it is known, and the dense → the pruned network's guess."
+    return Compared(f"{says}."), captions, ("Images whose prediction changed", about)
 
 
 def _cut(name: str) -> str:
@@ -108,8 +122,9 @@ def _images(reading: Reading, model: nn.Module) -> Images:
     if not source:
         raise RunFolderError("its settings name no images")
     known = {item.name for item in fields(ImageConfig)}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items() if key in known}
-    config = replace(ImageConfig(**values), download=False)
+    values: dict[str, Any] = {key: value for key, value in given.items() if key in known}
+    lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+    config = ImageConfig(**{**values, **lists, "download": False})
     preprocessing = reading.description.preprocessing if reading.description is not None else None
     return images_of(find_images(str(source), config), config, input_size(model), preprocessing or Preprocessing())
 
@@ -139,8 +154,14 @@ def _attention(dense: nn.Module, small: nn.Module, images: Tensor, preprocessing
     shown = [(index, which) for index in sites for which in (0, 1) if index in maps[0] and index in maps[1]]
     if not shown:
         return
-    marks = [word(f"block {index}", _left(1 + 2 * column) + TILE + SPACE / 2, 13, "ink") for column, index in enumerate(sites)]
-    marks += [word(name, _left(column) + TILE / 2, 30) for column, name in enumerate(("image", *[names[which] for _, which in shown]))]
+    marks = [
+        word(f"block {index}", _left(1 + 2 * column) + TILE + SPACE / 2, 13, "ink")
+        for column, index in enumerate(sites)
+    ]
+    marks += [
+        word(name, _left(column) + TILE / 2, 30)
+        for column, name in enumerate(("image", *[names[which] for _, which in shown]))
+    ]
     for row, image in enumerate(images):
         photo = _photo(image, preprocessing)
         tiles = [photo, *(_lit(photo, maps[which][index][row]) for index, which in shown)]
@@ -178,17 +199,21 @@ def looked_at(core: Core, site: AttentionSite) -> Tensor:
 
 
 def _gallery(
-    name: str, title: str, says: str, images: Tensor, captions: dict[int, tuple[str, str]], preprocessing: Preprocessing
+    words: tuple[str, str], images: Tensor, captions: dict[int, tuple[str, str]], preprocessing: Preprocessing
 ) -> Iterator[Picture]:
     """Yield the first of some images by their index, with two lines below each; nothing where there are none."""
     marks: list[Mark] = []
     shown: Sequence[int] = list(captions)[:SHOWN]
+    high = TILE + LINE * (2 + any(second for _, second in captions.values()))
     for place, index in enumerate(shown):
-        left, top = _left(place % ACROSS), place // ACROSS * (TILE + 3 * LINE)
+        left, top = _left(place % ACROSS), place // ACROSS * high
         marks.append(_tile(_photo(images[index], preprocessing), left, top))
-        marks += [word(line, left, top + TILE + LINE * (1 + row), "ink", "start") for row, line in enumerate(captions[index])]
+        marks += [
+            word(line, left, top + TILE + LINE * (1 + row), "ink", "start") for row, line in enumerate(captions[index])
+        ]
     if shown:
-        yield Picture(name, title, says, _left(ACROSS) - SPACE, -(-len(shown) // ACROSS) * (TILE + 3 * LINE), tuple(marks))
+        size = (_left(ACROSS) - SPACE, -(-len(shown) // ACROSS) * high)
+        yield Picture("changed", *words, *size, tuple(marks))
 
 
 def _left(column: int) -> int:

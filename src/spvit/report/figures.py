@@ -8,16 +8,16 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-from spvit.architecture import FFN, KINDS, Architecture, Attention, Block
+from spvit.architecture import KINDS, Architecture, Attention, Block
 from spvit.budget import human
-from spvit.cost import BlockCost, NetworkCost
-from spvit.report.picture import Mark, Picture, Series, box, chart, word
+from spvit.cost import BlockCost
+from spvit.report.picture import Mark, Picture, Series, box, chart, short, word
 from spvit.report.reading import Reading
 
 NAMES = {
     "msa": "attention",
-    "conv3": "3 × 3 convolution",
-    "conv1": "1 × 1 convolution",
+    "conv3": "3 x 3 convolution",
+    "conv1": "1 x 1 convolution",
     "skip": "no attention",
     "ffn": "FFN units",
 }
@@ -30,8 +30,9 @@ MOST_POINTS = 240
 def pictures(reading: Reading) -> dict[str, list[Picture]]:
     """Return the pictures that a run has, by section."""
     return {
-        "network": list(_network(reading)),
+        "network": list(_network(reading)) or list(_budgets(reading)),
         "scores": list(_scores(reading)),
+        "frontier": list(_frontier(reading)),
         "curves": list(_curves(reading)),
         "gates": list(_gates(reading)),
     }
@@ -91,7 +92,7 @@ def _network(reading: Reading) -> Iterator[Picture]:
         title="The network, block by block",
         says="A column is a block. Its attention is above: the colour is its kind, the width what is kept of its heads "
         "and dimensions (upper half queries and keys, lower half values). Below are its FFN's hidden units, by height. "
-        "Outlines are the dense network" + (f"; blocks {_faint(architecture)}." if _faint(architecture) else "."),
+        f"Outlines are the dense network.{_also(architecture, len(stages))}",
         width=WIDTH,
         height=bottom + 30,
         marks=tuple(marks),
@@ -99,9 +100,25 @@ def _network(reading: Reading) -> Iterator[Picture]:
     )
 
 
-def _faint(architecture: Architecture) -> str:
-    last = len(architecture.blocks) - 1
-    return f"that are pale ({last}) run for the prefix tokens alone" if architecture.blocks[-1].tokens != "all" else ""
+def _budgets(reading: Reading) -> Iterator[Picture]:
+    """Yield the network at each budget of a frontier, the first with what it shows in words."""
+    told = False
+    for point in reading.frontier.get("points", []):
+        path = reading.folder.path / str(point["folder"]) / reading.folder.architecture.name
+        if path.is_file():
+            for picture in _network(replace(reading, architecture=Architecture.load(path))):
+                picture = replace(picture, name=f"network-{point['folder']}", title=point["budget"])
+                yield picture if not told else replace(picture, says="", legend=())
+                told = True
+
+
+def _also(architecture: Architecture, stages: int) -> str:
+    """Return what some networks' pictures show besides."""
+    says = " Numbers above are stages." if stages > 1 else ""
+    if architecture.blocks[-1].tokens != "all":
+        last = len(architecture.blocks) - 1
+        says += f" Block {last}, pale, runs for the prefix tokens alone: nothing reads the others."
+    return says
 
 
 def _attention_marks(
@@ -123,13 +140,18 @@ def _attention_marks(
 
 def _hovers(index: int, block: Block, cost: BlockCost | None, architecture: Architecture) -> tuple[str, str]:
     """Return what hovering over a block's attention and its FFN says."""
-    kept = f"block {index}: {block_name(block, cost)}", f"block {index}: {len(block.ffn.units)} of {block.ffn.width} FFN units"
+    kept = (
+        f"block {index}: {block_name(block, cost)}",
+        f"block {index}: {len(block.ffn.units)} of {block.ffn.width} FFN units",
+    )
     if cost is None:
         return kept
     own = cost.prefix_only if block.tokens != "all" and cost.prefix_only is not None else cost
     pairs = (own.attention(block.attention, architecture.rules), cost.attention(Attention()))
     units = (own.unit * len(block.ffn.units), cost.unit * cost.units)
-    attention, ffn = (f"{words}; {human(now)} of {human(before)} MACs" for words, (now, before) in zip(kept, (pairs, units)))
+    attention, ffn = (
+        f"{words}; {human(now)} of {human(before)} MACs" for words, (now, before) in zip(kept, (pairs, units))
+    )
     return attention, ffn
 
 
@@ -140,9 +162,7 @@ def _scores(reading: Reading) -> Iterator[Picture]:
     bars: list[Series] = []
     for index, (block, scores) in enumerate(zip(reading.architecture.blocks, reading.scores.blocks)):
         known = {kept: score for kept, score in scores.attention}
-        others = ", ".join(
-            f"{NAMES[kept.kind]} {score:.2g}" for kept, score in scores.attention if kept.kind != "msa"
-        )
+        others = ", ".join(f"{NAMES[kept.kind]} {score:.2g}" for kept, score in scores.attention if kept.kind != "msa")
         attention, units = known.get(block.attention, 0.0), scores.ffn[len(block.ffn.units)]
         half = scores.ffn[block.ffn.width // 2]
         texts = (
@@ -151,7 +171,12 @@ def _scores(reading: Reading) -> Iterator[Picture]:
         )
         low = 0.0
         for role, score, text in zip((block.attention.kind, "ffn"), (attention, units), texts):
-            corners = [(index - 0.36, low), (index - 0.36, low + score), (index + 0.36, low + score), (index + 0.36, low)]
+            corners = [
+                (index - 0.36, low),
+                (index - 0.36, low + score),
+                (index + 0.36, low + score),
+                (index + 0.36, low),
+            ]
             bars.append(Series(role, corners, NAMES[role], "area", [text]))
             low += score
     most = max(series.points[1][1] for series in bars) or 1.0
@@ -177,6 +202,33 @@ def _objective(name: str) -> str:
     return "divergence of the class probabilities" if name in ("", "logits") else f"relative squared error of {name}"
 
 
+def _frontier(reading: Reading) -> Iterator[Picture]:
+    """Yield accuracy, or agreement of a backbone, against MACs, and against latency at each batch size."""
+    points = reading.frontier.get("points", [])
+    if not points:
+        return
+    quality = "agreement" if points[0].get("accuracy") is None else "accuracy"
+    batches = [one["batch"] for one in points[0].get("latency", ())]
+    costs = {"MACs": [point["macs"] for point in points]}
+    for index, batch in enumerate(batches):
+        costs[f"ms at batch {batch}"] = [point["latency"][index]["latency_ms"] for point in points]
+    heights = [point[quality] for point in points]
+    for axis, values in costs.items():
+        found = list(zip(values, heights))
+        names = [
+            f"{point['budget']}: {quality} {point[quality]:.2%}, {short(value)} {axis}"
+            for point, value in zip(points, values)
+        ]
+        series = [
+            Series("soft", [(min(values), heights[0]), (max(values), heights[0])], "the dense model", style="dashed"),
+            Series("msa", found[1:], "budgets", hover=names[1:], labels=[point["budget"] for point in points[1:]]),
+            Series("soft", found[:1], form="dot", hover=names[:1]),
+        ]
+        name = f"frontier-{'macs' if axis == 'MACs' else axis.split()[-1]}"
+        title = f"{quality.capitalize()} against {'MACs of an image' if axis == 'MACs' else 'latency'}"
+        yield chart(name, title, "", series, (axis, ""), percent=True, whole=False)
+
+
 def _curves(reading: Reading) -> Iterator[Picture]:
     """Yield the loss and the accuracy of each phase over its epochs."""
     accuracy = reading.summary.get("dense", {}).get("accuracy")
@@ -186,7 +238,7 @@ def _curves(reading: Reading) -> Iterator[Picture]:
         if steps:
             each = steps[-1]["step"] / steps[-1]["epoch"]
             points = [(line["step"] / each, line["loss"]) for line in _thinned(steps)]
-            yield chart(f"loss-{phase}", f"{name}: loss", "", [Series("msa", points)], ("epoch", "loss"))
+            yield chart(f"loss-{phase}", f"{name}: loss", "", [Series("msa", points)], ("epoch", ""))
         if ends:
             found = [(line["epoch"], line["accuracy"]) for line in ends]
             hover = [f"epoch {line['epoch']}: {line['accuracy']:.2%}, loss {line['loss']:.4f}" for line in ends]
@@ -194,7 +246,7 @@ def _curves(reading: Reading) -> Iterator[Picture]:
             if accuracy is not None and phase != "dense" and len(ends) > 1:
                 line = [(found[0][0], accuracy), (found[-1][0], accuracy)]
                 series.append(Series("soft", line, "the dense model", style="dashed"))
-            yield chart(f"accuracy-{phase}", f"{name}: accuracy", "", series, ("epoch", "accuracy"), percent=True)
+            yield chart(f"accuracy-{phase}", f"{name}: accuracy", "", series, ("epoch", ""), percent=True)
 
 
 def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -203,7 +255,9 @@ def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _gates(reading: Reading) -> Iterator[Picture]:
     """Yield what the gates of a search left open, and what that cost, over its steps."""
-    lines = _thinned([line for line in reading.lines if line.get("phase") == "search" and "step" in line and "kinds" in line])
+    lines = _thinned(
+        [line for line in reading.lines if line.get("phase") == "search" and "step" in line and "kinds" in line]
+    )
     if len(lines) < 2:
         return
     steps, low = [line["step"] for line in lines], [0.0] * len(lines)
@@ -215,9 +269,11 @@ def _gates(reading: Reading) -> Iterator[Picture]:
         low = high
     ends = {"x": (steps[0], steps[-1])}
     says = "How many blocks the gates leave at each kind."
-    yield chart("kinds", "Kinds of layers over the search", says, areas, ("step", "blocks"), y=(0.0, max(low)), **ends)
+    yield chart("kinds", "Kinds of layers over the search", says, areas, ("step", ""), y=(0.0, max(low)), **ends)
     lines_of = [
         Series("msa", [(line["step"], line["cost"]) for line in lines], "expected cost"),
         Series("ink", [(line["step"], line["target"]) for line in lines], "budget", style="dashed"),
     ]
-    yield chart("cost", "Cost over the search", "As a share of the dense network.", lines_of, ("step", "cost"), percent=True, **ends)
+    yield chart(
+        "cost", "Cost over the search", "As a share of the dense network.", lines_of, ("step", ""), percent=True, **ends
+    )

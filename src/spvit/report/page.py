@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from spvit.budget import human
 from spvit.checkpoint import first_line, write_text
@@ -27,10 +27,12 @@ MARK = '<meta name="generator" content="spvit">'
 """What tells a page of spvit from other files, which stay."""
 
 
+BLOCKS = ("block", "attention", "FFN units", "MACs")
+METRICS = {"macs": "MACs", "params": "parameters"}
 SECTIONS = {
+    "frontier": ("Every budget", "What is left of the network at each budget, and how good and how fast that is."),
     "network": ("The network, block by block", ""),
     "scores": ("What each choice cost", ""),
-    "frontier": ("Every budget", "Accuracy against cost: the dense network, and what is left of it at each budget."),
     "gates": ("The search", "Gates on the replacements learn with the weights; the decision follows them."),
     "curves": ("Training", ""),
     "images": ("Dense against pruned", ""),
@@ -49,7 +51,12 @@ class Card:
 
 
 def write_report(
-    run: str | Path, output: str | Path | None, host: nn.Module | Host | None, images: int, svg: bool, png: bool
+    run: str | Path,
+    output: str | Path | None,
+    host: nn.Module | Host | None,
+    images: int | Tensor,
+    svg: bool,
+    png: bool,
 ) -> Path:
     """Write the page about a run, as `spvit.report` says."""
     needed = ["jinja2", *(["matplotlib"] if png else [])]
@@ -61,11 +68,11 @@ def write_report(
     if path.is_dir() or (path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:500]):
         raise ReportError(f"{path} is no page of spvit's, so it stays as it is; name another file (--output)")
     parts, found = pictures(reading), None
-    if images > 0:
+    if (isinstance(images, Tensor) or images > 0) and not reading.frontier:
         try:
             found = compared(reading, host, images)
         except Exception as error:  # whatever opening models and images of any library leads to; the page says it
-            reading.problems["comparison"] = first_line(error)
+            reading.problems["dense against pruned"] = first_line(error)
     if found is not None:
         parts["images"] = list(found.pictures)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +106,7 @@ def _content(reading: Reading, parts: dict[str, list[Picture]], found: Compared 
         "state": _state(reading),
         "cards": [*_accuracy(reading), *_costs(reading), *_latencies(reading)],
         "sections": [(*titles[name], parts[name]) for name in titles if parts.get(name)],
-        "blocks": _blocks(reading),
+        "tables": {titles["network"][0]: (BLOCKS, _blocks(reading)), titles["frontier"][0]: _budgets(reading)},
         "commands": _commands(reading),
         "settings": reading.settings_text,
         "missing": [*_missing(reading, parts)],
@@ -131,8 +138,14 @@ def _state(reading: Reading) -> str:
 
 def _sentence(reading: Reading) -> str:
     """Return what came out, in plain words."""
-    if reading.frontier:
-        return "One scoring of the model, and what is left of it at every budget."
+    if points := reading.frontier.get("points"):
+        quality = "agreement" if points[0].get("accuracy") is None else "accuracy"
+        dense, *_, last = points
+        return (
+            f"One scoring and {len(points) - 1} budgets: at {last['budget']} of the {METRICS[reading.frontier['metric']]} the "
+            f"{quality} is {last[quality]:.1%}, of the dense network {dense[quality]:.1%}, on "
+            f"{reading.frontier['images']:,} validation images."
+        )
     costs, summary = reading.both("macs"), reading.summary
     if costs is None or not reading.finished:
         return "What is known of this run so far." if not reading.finished else "What is known of this model."
@@ -140,7 +153,8 @@ def _sentence(reading: Reading) -> str:
         return f"A dense network of {human(costs[0])} MACs an image."
     says = f"The pruned network takes {costs[1] / costs[0]:.0%} of the dense one's MACs"
     if "pruned" not in summary or "dense" not in summary:
-        return f"{says}."
+        params = reading.both("params")
+        return says + (f" and {params[1] / params[0]:.0%} of its parameters." if params is not None else ".")
     before, now, count = summary["dense"]["accuracy"], summary["pruned"]["accuracy"], summary["pruned"]["images"]
     right = f"and is right on {now:.1%} of {count:,} validation images, the dense one on {before:.1%}"
     change, chance = 100 * (now - before), 100 * _chance(before, now, count)
@@ -158,8 +172,8 @@ def _accuracy(reading: Reading) -> Iterator[Card]:
     """Yield the accuracy, or what else a saved model says of itself."""
     summary = reading.summary
     if "pruned" in summary and "dense" in summary:
-        now, before, between = (summary[name] for name in ("pruned", "dense", "after_pruning"))
-        notes = (f"dense {before['accuracy']:.2%}", f"right after pruning {between['accuracy']:.2%}")
+        now, names = summary["pruned"], {"dense": "dense", "after_pruning": "right after pruning"}
+        notes = [f"{words} {summary[name]['accuracy']:.2%}" for name, words in names.items() if name in summary]
         yield Card("accuracy", f"{now['accuracy']:.2%}", (*notes, f"{now['images']:,} validation images"))
         return
     for name, value in (reading.description.metrics if reading.description is not None else {}).items():
@@ -167,8 +181,9 @@ def _accuracy(reading: Reading) -> Iterator[Card]:
 
 
 def _costs(reading: Reading) -> Iterator[Card]:
-    for metric, name in (("macs", "MACs an image"), ("params", "parameters")):
+    for metric, name in METRICS.items():
         costs = reading.both(metric)
+        name = f"{name} an image" if metric == "macs" else name
         if costs is not None and costs[0] == costs[1]:
             yield Card(name, human(costs[0]))
         elif costs is not None:
@@ -180,11 +195,11 @@ def _latencies(reading: Reading) -> Iterator[Card]:
     """Yield the latency at each batch size, with what it was measured on."""
     for before, now in zip(reading.latency.get("dense", []), reading.latency.get("pruned", [])):
         share = now["latency_ms"] / before["latency_ms"]
-        times = [f"{one['latency_ms']:.2f} ms ± {one['spread_ms'] / 2:.2f}" for one in (before, now)]
         noise = ", within the noise" if now.get("within_noise") else ""
-        of = f"{share:.0%} of {times[0]}{noise}"
-        where = f"{now['device']}, {now['dtype']}, {now['threads']} thread{'s'[: now['threads'] != 1]}, {now['repeats']} rounds"
-        yield Card(f"latency, batch {now['batch']}", times[1], (of, where), share)
+        of = f"{share:.0%} of {before['latency_ms']:.2f} ms{noise}"
+        threads = f"{now['threads']} thread{'s'[: now['threads'] != 1]}"
+        where = f"spread {now['spread_ms']:.2f}; {now['device']}, {now['dtype']}, {threads}, {now['repeats']} rounds"
+        yield Card(f"latency, batch {now['batch']}", f"{now['latency_ms']:.2f} ms", (of, where), share)
 
 
 def _blocks(reading: Reading) -> list[tuple[str, ...]]:
@@ -192,7 +207,7 @@ def _blocks(reading: Reading) -> list[tuple[str, ...]]:
     if reading.architecture is None:
         return []
     costs, rules = reading.costs["macs"].blocks if reading.costs else (), reading.architecture.rules
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for index, block in enumerate(reading.architecture.blocks):
         cost = costs[index] if costs else None
         macs = "" if cost is None else f"{human(cost.of(block, rules))} of {human(cost.dense)}"
@@ -201,12 +216,25 @@ def _blocks(reading: Reading) -> list[tuple[str, ...]]:
     return rows
 
 
+def _budgets(reading: Reading) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the head and the rows of the table of a frontier."""
+    points, rows = reading.frontier.get("points", []), []  # type: list[dict[str, Any]], list[tuple[str, ...]]
+    times = [f"ms, batch {one['batch']}" for one in (points or [{}])[0].get("latency", ())]
+    for point in points:
+        quality = point.get("accuracy") if point.get("accuracy") is not None else point.get("agreement")
+        counts = [f"{human(point[metric])} ({point[metric] / points[0][metric]:.0%})" for metric in ("macs", "params")]
+        measured = [f"{one['latency_ms']:.2f}" for one in point.get("latency", ())]
+        rows.append((point["budget"], f"{quality:.2%}", *counts, *measured))
+    named = "agreement" if points and points[0].get("accuracy") is None else "accuracy"
+    return ("budget", named, "MACs", "parameters", *times), rows
+
+
 def _commands(reading: Reading) -> list[str]:
     """Return the commands that make the run again, or go on from it."""
-    folder, data = shlex.quote(str(reading.folder.path)), reading.settings.get("data")
-    found = []
+    folder, whole = (shlex.quote(str(path)) for path in (reading.folder.path, reading.config.parent))
+    found, data = [], reading.settings.get("data")
     if reading.command:
-        found.append(f"spvit {reading.command} --recipe {folder}/config.yaml --output {folder}-again")
+        found.append(f"spvit {reading.command} --recipe {whole}/config.yaml --output {whole}-again")
         if not reading.finished:
             found.append(f"spvit {reading.command} --output {folder} --resume")
     if reading.description is not None:
@@ -218,9 +246,15 @@ def _commands(reading: Reading) -> list[str]:
 def _missing(reading: Reading, parts: dict[str, list[Picture]]) -> Iterator[tuple[str, str]]:
     """Yield what a reader may look for and not find, and why."""
     yield from reading.problems.items()
+    if reading.frontier:
+        yield (
+            "dense against pruned",
+            f"each budget's folder has a page of its own: spvit report {reading.folder.path}/50pct",
+        )
+        return
     if not reading.lines:
-        yield "curves", "the run trained nothing yet, or left no metrics.jsonl"
-    if reading.architecture is None:
-        yield "the network", "nothing is decided yet, or the folder holds several budgets"
+        yield "curves", "the run has trained nothing, or left no metrics.jsonl"
+    if not parts["network"]:
+        yield "the network", "nothing is decided yet"
     if not reading.latency:
         yield "latency", "the folder holds none; spvit compress measures it at its end"

@@ -9,7 +9,7 @@ import base64
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,8 @@ class Series:
     name: str = ""
     form: str = "line"
     hover: Sequence[str] = ()
+    labels: Sequence[str] = ()
+    """Words beside the points."""
     style: str = ""
 
 
@@ -102,7 +104,9 @@ class Frame:
     right: float = 16
     bottom: float = 46
     percent: bool = False
-    marks: list[Mark] = field(default_factory=list)
+    """Whether heights are shares."""
+    whole: bool = True
+    """Whether whole numbers alone are marked across."""
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Return where a value stands."""
@@ -117,44 +121,54 @@ def chart(
 ) -> Picture:
     """Return lines, areas or dots over labelled axes. options: of the Frame; `x` and `y` are ranges of the axes."""
     points = [point for one in series for point in one.points]
-    ranges = {axis: options.pop(axis, None) or _range([point[i] for point in points]) for i, axis in enumerate("xy")}
+    least = (0.0, 0.01 if options.get("percent") else 0.0)
+    ranges = {
+        axis: options.pop(axis, None) or _range([point[index] for point in points], least[index])
+        for index, axis in enumerate("xy")
+    }
     frame = Frame(ranges["x"], ranges["y"], **options)
     marks: list[Mark] = []
     for value in ticks(*frame.y):
         x, y = frame.at(frame.x[0], value)
         label = f"{100 * value:.3g} %" if frame.percent else short(value)
-        marks += [Mark("line", "rule", ((x, y), (frame.width - frame.right, y))), word(label, x - 8, y + 4, anchor="end")]
-    for value in ticks(*frame.x):
+        marks += [
+            Mark("line", "rule", ((x, y), (frame.width - frame.right, y))),
+            word(label, x - 8, y + 4, anchor="end"),
+        ]
+    for value in ticks(*frame.x, whole=frame.whole):
         x, y = frame.at(value, frame.y[0])
         marks.append(word(short(value), x, y + 18))
     marks.append(word(labels[0], (frame.left + frame.width - frame.right) / 2, frame.height - 8))
     for one in series:
         places = tuple(frame.at(*point) for point in one.points)
         if one.form in ("line", "area"):
-            marks.append(Mark(one.form, one.role, places, style=one.style))
-        if one.form == "dot" or one.hover:
+            text = one.hover[0] if one.form == "area" and one.hover else ""
+            marks.append(Mark(one.form, one.role, places, text, style=one.style))
+        if one.form == "dot" or (one.form == "line" and one.hover):
             form = "dot" if one.form == "dot" or len(places) <= FEW else "spot"  # a spot shows under the pointer
             hover = one.hover or [""] * len(places)
             marks += [Mark(form, one.role, (place,), text) for place, text in zip(places, hover)]
+        marks += [word(label, x, y - 11) for label, (x, y) in zip(one.labels, places)]
     legend = tuple(dict.fromkeys((one.role, one.name) for one in series if one.name))
-    return Picture(name, title, f"{says} Upwards: {labels[1]}.".strip(), frame.width, frame.height, tuple(marks), legend)
+    says += f" Upwards: {labels[1]}." if labels[1] else ""
+    return Picture(name, title, says, frame.width, frame.height, tuple(marks), legend)
 
 
-def _range(values: Sequence[float]) -> tuple[float, float]:
+def _range(values: Sequence[float], least: float) -> tuple[float, float]:
+    """Return what an axis spans: the values with a margin of at least so much."""
     low, high = min(values), max(values)
-    margin = (high - low) * 0.06 or abs(high) * 0.06 or 1
+    margin = max(least, (high - low) * 0.06) or abs(high) * 0.06 or 1
     return low - margin, high + margin
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
+def ticks(low: float, high: float, most: int = 5, whole: bool = False) -> list[float]:
     """Return round values between two others, about so many."""
-    rough = (high - low) / most or 1
-    step = next(
-        factor * 10 ** math.floor(math.log10(rough)) for factor in (1, 2, 2.5, 5, 10)
-        if factor * 10 ** math.floor(math.log10(rough)) >= rough * 0.999
-    )
-    first = math.ceil(low / step - 1e-9)
-    return [round(index * step, 10) for index in range(first, math.floor(high / step + 1e-9) + 1)]
+    rough = (high - low) / most or 1.0
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
+    step = max(1.0, round(step)) if whole else step
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(index * step, 10) for index in range(first, last + 1)]
 
 
 def short(value: float) -> str:

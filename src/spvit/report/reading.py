@@ -34,6 +34,8 @@ class Reading:
     folder: RunFolder
     command: str
     """The command whose settings it holds, such as `compress`."""
+    config: Path
+    """Its config.yaml; of a budget of a frontier that of the whole."""
     settings: dict[str, Any]
     settings_text: str
     description: Description | None
@@ -58,7 +60,8 @@ class Reading:
     @property
     def finished(self) -> bool:
         """Whether the run has written its result."""
-        return self.description is not None or bool(self.frontier)
+        points = self.frontier.get("points") or [{}]
+        return self.description is not None or bool(points[-1].get("latency"))
 
     def both(self, metric: str) -> tuple[int, int] | None:
         """Return what the dense network costs, and what is left of it; None where that is not known."""
@@ -98,29 +101,38 @@ def read(folder: str | Path, host: nn.Module | Host | None = None) -> Reading:
             problems[part] = next(iter(str(error).splitlines()), type(error).__name__)
             return empty
 
-    text = attempt("settings", run.settings, lambda: run.settings.read_text(encoding="utf-8"), "")
-    settings = attempt("settings", run.settings, lambda: _mapping(yaml.safe_load(text)), {})
+    whole = RunFolder(run.path.parent)  # of which a budget's folder is a part
+    own = whole if whole.frontier.is_file() and not run.settings.is_file() else run
+    nothing: dict[str, Any] = {}
+    text = attempt("settings", own.settings, lambda: own.settings.read_text(encoding="utf-8"), "")
+    settings = attempt("settings", own.settings, lambda: _mapping(yaml.safe_load(text)), nothing)
     description = attempt("model", model, lambda: describe(run.path), None)
     architecture = attempt("architecture", run.architecture, lambda: Architecture.load(run.architecture), None)
     trained = attempt("dense model", run.dense / DESCRIPTION, lambda: describe(run.dense), None)
-    costs = attempt("costs", None, lambda: network_costs(_dense(host, description or trained, settings)), {})
+    unknown: dict[str, NetworkCost] = {}
+    costs = attempt("costs", None, lambda: network_costs(_dense(host, description or trained, settings)), unknown)
     if architecture is None and description is not None:
         architecture = description.architecture
     if architecture is None and costs and not run.frontier.is_file():
         architecture = dense([block.units for block in costs["macs"].blocks])
+    summary = attempt("figures", run.summary, lambda: _mapping(_json(run.summary)), nothing)
+    latency = attempt("latency", run.latency, lambda: _mapping(_json(run.latency)), nothing)
+    if own is whole:
+        summary, latency = attempt("figures", None, lambda: _of_budget(_json(whole.frontier), run), (nothing, nothing))
     return Reading(
         folder=run,
         command=text.partition("\n")[0].removeprefix("# spvit ").strip() if text.startswith("# spvit ") else "",
+        config=own.settings,
         settings=settings,
         settings_text=text,
         description=description,
         architecture=architecture,
         costs=costs,
         scores=attempt("scores", run.scores, lambda: Scores.load(run.path), None),
-        summary=attempt("figures", run.summary, lambda: _mapping(_json(run.summary)), {}),
-        latency=attempt("latency", run.latency, lambda: _mapping(_json(run.latency)), {}),
+        summary=summary,
+        latency=latency,
         lines=attempt("curves", run.metrics, lambda: _lines(run.metrics), []),
-        frontier=attempt("frontier", run.frontier, lambda: _mapping(_json(run.frontier)), {}),
+        frontier=attempt("frontier", run.frontier, lambda: _mapping(_json(run.frontier)), nothing),
         problems=problems,
     )
 
@@ -145,6 +157,16 @@ def _dense(host: nn.Module | Host | None, description: Description | None, setti
     model = open_model(model_config(settings), weights=False).model
     record = pruned_record(model)
     return Host.of(model) if record is None else described_host(describe(settings["model"]))
+
+
+def _of_budget(frontier: dict[str, Any], run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the figures and the latency of a budget and of the dense model, as a run's own files hold them."""
+    points, images = frontier["points"], frontier["images"]
+    point = next(one for one in points if one["folder"] == run.path.resolve().name)
+    both = {"dense": points[0], "pruned": point}
+    figures = {name: {"accuracy": one["accuracy"], "images": images} for name, one in both.items()}
+    latency = {name: one["latency"] for name, one in both.items()}
+    return ({} if point["accuracy"] is None else figures), latency
 
 
 def _json(path: Path) -> Any:

@@ -81,7 +81,7 @@ def _read(source: Any, channels: int) -> Image.Image:
         if getattr(image, "mode", "").startswith("I;16"):  # which Pillow would clip to the darkest of 256 shades
             image = (np.asarray(image) >> 8).astype(np.uint8)
         image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-        return image.convert("L" if channels == 1 else "RGB")  # type: ignore[no-any-return]
+        return image.convert("L" if channels == 1 else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"image {source} cannot be read ({_first_line(error)})") from error
 
