@@ -10,6 +10,7 @@ from typing import Any
 
 from spvit.architecture import KINDS, Architecture, Attention, Block
 from spvit.budget import human
+from spvit.checkpoint import first_line
 from spvit.cost import BlockCost
 from spvit.report.picture import Mark, Picture, Series, box, chart, short, word
 from spvit.report.reading import Reading
@@ -28,14 +29,20 @@ MOST_POINTS = 240
 
 
 def pictures(reading: Reading) -> dict[str, list[Picture]]:
-    """Return the pictures that a run has, by section."""
-    return {
-        "network": list(_network(reading)) or list(_budgets(reading)),
-        "scores": list(_scores(reading)),
-        "frontier": list(_frontier(reading)),
-        "curves": list(_curves(reading)),
-        "gates": list(_gates(reading)),
-    }
+    """Return the pictures that a run has, by section; what cannot be drawn of old or damaged files is noted."""
+    drawn: dict[str, list[Picture]] = {}
+    for name, draw in {
+        "network": _network,
+        "scores": _scores,
+        "frontier": _frontier,
+        "gates": _gates,
+        "curves": _curves,
+    }.items():
+        try:
+            drawn[name] = list(draw(reading))
+        except Exception as error:  # a line or a field is missing, or holds something else
+            drawn[name], reading.problems[name] = [], f"{type(error).__name__}: {first_line(error)}"
+    return drawn
 
 
 def block_name(block: Block, cost: BlockCost | None) -> str:
@@ -58,6 +65,7 @@ def _network(reading: Reading) -> Iterator[Picture]:
     """Yield a column a block: what stands for its attention above, its FFN below, each in its dense outline."""
     architecture = reading.architecture
     if architecture is None:
+        yield from _budgets(reading)
         return
     blocks, widest = architecture.blocks, max(block.ffn.width for block in architecture.blocks)
     costs = reading.costs["macs"].blocks if reading.costs else (None,) * len(blocks)
@@ -235,6 +243,7 @@ def _curves(reading: Reading) -> Iterator[Picture]:
     for phase, name in PHASES.items():
         own = [line for line in reading.lines if line.get("phase") == phase]
         steps, ends = ([line for line in own if line["event"] == event] for event in ("step", "evaluation"))
+        steps = [line for line in steps if math.isfinite(line["loss"])]
         if steps:
             each = steps[-1]["step"] / steps[-1]["epoch"]
             points = [(line["step"] / each, line["loss"]) for line in _thinned(steps)]

@@ -131,24 +131,26 @@ def _state(reading: Reading) -> str:
         return f"The run failed: {reading.failure}.{at}"
     if reading.finished:
         return ""
-    minutes = round(reading.age_s / 60)
-    ago = f"{minutes} minutes" if minutes != 1 else "a minute"
-    return f"The run is under way, or was stopped: it last wrote {ago} before this page.{at}"
+    ago = "less than a minute" if reading.age_s < 60 else f"{reading.age_s / 60:.0f} min"
+    decided = (
+        "" if reading.folder.architecture.is_file() else " Nothing is decided yet: the network below is the dense one."
+    )
+    return f"The run is under way, or was stopped: it last wrote {ago} before this page.{at}{decided}"
 
 
 def _sentence(reading: Reading) -> str:
     """Return what came out, in plain words."""
     if points := reading.frontier.get("points"):
         quality = "agreement" if points[0].get("accuracy") is None else "accuracy"
-        dense, *_, last = points
+        (dense, *_, last), metric = points, METRICS.get(reading.frontier.get("metric", ""), "cost")
         return (
-            f"One scoring and {len(points) - 1} budgets: at {last['budget']} of the {METRICS[reading.frontier['metric']]} the "
-            f"{quality} is {last[quality]:.1%}, of the dense network {dense[quality]:.1%}, on "
-            f"{reading.frontier['images']:,} validation images."
+            f"One scoring and {len(points) - 1} budgets: at {last['budget']} of the {metric} the {quality} is "
+            f"{last[quality]:.1%}, of the dense network {dense[quality]:.1%}, on "
+            f"{reading.frontier.get('images', 0):,} validation images."
         )
     costs, summary = reading.both("macs"), reading.summary
     if costs is None or not reading.finished:
-        return "What is known of this run so far." if not reading.finished else "What is known of this model."
+        return "What is known of this model." if reading.finished else "What is known of this run so far."
     if reading.architecture is not None and costs[0] == costs[1]:
         return f"A dense network of {human(costs[0])} MACs an image."
     says = f"The pruned network takes {costs[1] / costs[0]:.0%} of the dense one's MACs"
@@ -252,9 +254,9 @@ def _missing(reading: Reading, parts: dict[str, list[Picture]]) -> Iterator[tupl
             f"each budget's folder has a page of its own: spvit report {reading.folder.path}/50pct",
         )
         return
-    if not reading.lines:
+    if not reading.lines and "curves" not in reading.problems:
         yield "curves", "the run has trained nothing, or left no metrics.jsonl"
     if not parts["network"]:
         yield "the network", "nothing is decided yet"
-    if not reading.latency:
+    if not reading.latency and "latency" not in reading.problems:
         yield "latency", "the folder holds none; spvit compress measures it at its end"

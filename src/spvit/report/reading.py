@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -74,7 +74,7 @@ class Reading:
     @property
     def age_s(self) -> float:
         """Seconds since the run wrote anything."""
-        files = [path for path in self.folder.path.rglob("*") if path.is_file() and path != self.folder.report]
+        files = [path for path in self.folder.path.rglob("*") if path.is_file() and not path.name.startswith("report")]
         return time.time() - max(path.stat().st_mtime for path in files)
 
 
@@ -131,7 +131,7 @@ def read(folder: str | Path, host: nn.Module | Host | None = None) -> Reading:
         scores=attempt("scores", run.scores, lambda: Scores.load(run.path), None),
         summary=summary,
         latency=latency,
-        lines=attempt("curves", run.metrics, lambda: _lines(run.metrics), []),
+        lines=attempt("curves", run.metrics, lambda: [*_lines(run.metrics)], []),
         frontier=attempt("frontier", run.frontier, lambda: _mapping(_json(run.frontier)), nothing),
         problems=problems,
     )
@@ -179,11 +179,10 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl; the last one may be cut short."""
-    *whole, last = path.read_text(encoding="utf-8").split("\n")
-    lines = [_mapping(json.loads(line)) for line in whole if line]
-    try:
-        return [*lines, _mapping(json.loads(last))] if last else lines
-    except json.JSONDecodeError:
-        return lines
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of metrics.jsonl that can be read: a kill may have cut one short."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield _mapping(json.loads(line))
+        except (json.JSONDecodeError, RunFolderError):
+            continue
