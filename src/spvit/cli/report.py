@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from importlib.util import find_spec
 
 from rich.console import Console
 from torch import nn
@@ -25,7 +25,7 @@ def report_command(options: ReportCommand, console: Console) -> None:
 
 def report_at_the_end(folder: RunFolder, host: nn.Module, console: Console) -> None:
     """Write the page about a run that has just ended, where the extra is installed; nothing of it fails the run."""
-    if importlib.util.find_spec("jinja2") is None:
+    if find_spec("jinja2") is None:
         say(console, f"for a page about this run: pip install 'spvit[report]', then spvit report {folder.path}")
         return
     try:

@@ -171,6 +171,7 @@ def _attention(dense: nn.Module, small: nn.Module, images: Tensor, preprocessing
     yield Picture("attention", "Where attention looks", says, *size, tuple(marks))
 
 
+@torch.no_grad()
 def _maps(model: nn.Module, sites: dict[int, AttentionSite], images: Tensor) -> dict[int, Tensor]:
     """Return how much each patch is looked at, [B, height, width], by block; not where attention cannot be read."""
     weight = next(model.parameters())
@@ -183,7 +184,6 @@ def _maps(model: nn.Module, sites: dict[int, AttentionSite], images: Tensor) -> 
     return found
 
 
-@torch.no_grad()
 def looked_at(core: Core, site: AttentionSite) -> Tensor:
     """Return how much each grid token is looked at, [B, height, width]: by the prefix tokens, or else by all."""
     logits = core.query @ core.key.mT * (core.scale or 1.0)

@@ -10,10 +10,9 @@ from typing import Any
 
 from spvit.architecture import KINDS, Architecture, Attention, Block
 from spvit.budget import human
-from spvit.checkpoint import first_line
 from spvit.cost import BlockCost
 from spvit.report.picture import Mark, Picture, Series, box, chart, short, word
-from spvit.report.reading import Reading
+from spvit.report.reading import Reading, attempted
 
 NAMES = {
     "msa": "attention",
@@ -30,19 +29,12 @@ MOST_POINTS = 240
 
 def pictures(reading: Reading) -> dict[str, list[Picture]]:
     """Return the pictures that a run has, by section; what cannot be drawn of old or damaged files is noted."""
-    drawn: dict[str, list[Picture]] = {}
-    for name, draw in {
-        "network": _network,
-        "scores": _scores,
-        "frontier": _frontier,
-        "gates": _gates,
-        "curves": _curves,
-    }.items():
-        try:
-            drawn[name] = list(draw(reading))
-        except Exception as error:  # a line or a field is missing, or holds something else
-            drawn[name], reading.problems[name] = [], f"{type(error).__name__}: {first_line(error)}"
-    return drawn
+    draws = {"network": _network, "scores": _scores, "frontier": _frontier, "gates": _gates, "curves": _curves}
+    nothing: list[Picture] = []
+    return {
+        name: attempted(reading.problems, name, lambda draw=draw: list(draw(reading)), nothing)  # type: ignore[misc]
+        for name, draw in draws.items()
+    }
 
 
 def block_name(block: Block, cost: BlockCost | None) -> str:

@@ -6,7 +6,7 @@ import importlib.util
 import math
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,13 +15,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from spvit.budget import human
-from spvit.checkpoint import first_line, write_text
+from spvit.checkpoint import write_text
 from spvit.errors import ReportError
 from spvit.hosts.host import Host
 from spvit.report.comparison import Compared, compared
 from spvit.report.figures import block_name, pictures
 from spvit.report.picture import COLOURS, Picture, framed, write_png
-from spvit.report.reading import Reading, read
+from spvit.report.reading import Reading, attempted, read
 
 MARK = '<meta name="generator" content="spvit">'
 """What tells a page of spvit from other files, which stay."""
@@ -69,12 +69,9 @@ def write_report(
         raise ReportError(f"{path} is no page of spvit's, so it stays as it is; name another file (--output)")
     parts, found = pictures(reading), None
     if (isinstance(images, Tensor) or images > 0) and not reading.frontier:
-        try:
-            found = compared(reading, host, images)
-        except Exception as error:  # whatever opening models and images of any library leads to; the page says it
-            reading.problems["dense against pruned"] = first_line(error)
-    if found is not None:
-        parts["images"] = list(found.pictures)
+        name = "dense against pruned"
+        found = attempted(reading.problems, name, lambda: compared(reading, host, images), None)
+    parts["images"] = [] if found is None else list(found.pictures)
     path.parent.mkdir(parents=True, exist_ok=True)
     templates = _templates()
     write_text(path, templates.get_template("page.html").render(**_content(reading, parts, found)))
@@ -96,18 +93,25 @@ def _templates() -> Any:
 
 def _content(reading: Reading, parts: dict[str, list[Picture]], found: Compared | None) -> dict[str, Any]:
     """Return all that the template fills in."""
+
+    def tried(make: Callable[[Reading], Any], empty: Any = ()) -> Any:
+        return attempted(reading.problems, "figures", lambda: make(reading), empty)
+
     titles = SECTIONS | ({"images": (SECTIONS["images"][0], found.says)} if found is not None else {})
     return {
         "name": reading.folder.path.resolve().name,
         "mark": MARK,
         "colours": COLOURS,
         "about": " · ".join(_about(reading)),
-        "sentence": _sentence(reading),
-        "state": _state(reading),
-        "cards": [*_accuracy(reading), *_costs(reading), *_latencies(reading)],
+        "sentence": tried(_sentence, "What can be read of this run."),
+        "state": tried(_state, ""),
+        "cards": [*tried(_accuracy), *tried(_costs), *tried(_latencies)],
         "sections": [(*titles[name], parts[name]) for name in titles if parts.get(name)],
-        "tables": {titles["network"][0]: (BLOCKS, _blocks(reading)), titles["frontier"][0]: _budgets(reading)},
-        "commands": _commands(reading),
+        "tables": {
+            titles["network"][0]: (BLOCKS, tried(_blocks)),
+            titles["frontier"][0]: tried(_budgets, ((), ())),
+        },
+        "commands": tried(_commands),
         "settings": reading.settings_text,
         "missing": [*_missing(reading, parts)],
         "written": f"Written by spvit {version('spvit')} on {time.strftime('%d %B %Y, %H:%M')}",
@@ -170,38 +174,42 @@ def _chance(before: float, now: float, count: int) -> float:
     return 1.96 * math.sqrt((before * (1 - before) + now * (1 - now)) / count)
 
 
-def _accuracy(reading: Reading) -> Iterator[Card]:
-    """Yield the accuracy, or what else a saved model says of itself."""
+def _accuracy(reading: Reading) -> list[Card]:
+    """Return the accuracy, or what else a saved model says of itself."""
     summary = reading.summary
     if "pruned" in summary and "dense" in summary:
         now, names = summary["pruned"], {"dense": "dense", "after_pruning": "right after pruning"}
         notes = [f"{words} {summary[name]['accuracy']:.2%}" for name, words in names.items() if name in summary]
-        yield Card("accuracy", f"{now['accuracy']:.2%}", (*notes, f"{now['images']:,} validation images"))
-        return
-    for name, value in (reading.description.metrics if reading.description is not None else {}).items():
-        yield Card(name.replace("_", " "), f"{value:.2%}" if name.startswith("accuracy") else f"{value:.4g}")
+        return [Card("accuracy", f"{now['accuracy']:.2%}", (*notes, f"{now['images']:,} validation images"))]
+    metrics = reading.description.metrics if reading.description is not None else {}
+    said = {name: f"{value:.2%}" if name.startswith("accuracy") else f"{value:.4g}" for name, value in metrics.items()}
+    return [Card(name.replace("_", " "), value) for name, value in said.items()]
 
 
-def _costs(reading: Reading) -> Iterator[Card]:
+def _costs(reading: Reading) -> list[Card]:
+    cards = []
     for metric, name in METRICS.items():
         costs = reading.both(metric)
         name = f"{name} an image" if metric == "macs" else name
         if costs is not None and costs[0] == costs[1]:
-            yield Card(name, human(costs[0]))
+            cards.append(Card(name, human(costs[0])))
         elif costs is not None:
             share = costs[1] / costs[0]
-            yield Card(name, human(costs[1]), (f"{share:.1%} of {human(costs[0])}",), share)
+            cards.append(Card(name, human(costs[1]), (f"{share:.1%} of {human(costs[0])}",), share))
+    return cards
 
 
-def _latencies(reading: Reading) -> Iterator[Card]:
-    """Yield the latency at each batch size, with what it was measured on."""
+def _latencies(reading: Reading) -> list[Card]:
+    """Return the latency at each batch size, with what it was measured on."""
+    cards = []
     for before, now in zip(reading.latency.get("dense", []), reading.latency.get("pruned", [])):
         share = now["latency_ms"] / before["latency_ms"]
         noise = ", within the noise" if now.get("within_noise") else ""
         of = f"{share:.0%} of {before['latency_ms']:.2f} ms{noise}"
         threads = f"{now['threads']} thread{'s'[: now['threads'] != 1]}"
         where = f"spread {now['spread_ms']:.2f}; {now['device']}, {now['dtype']}, {threads}, {now['repeats']} rounds"
-        yield Card(f"latency, batch {now['batch']}", f"{now['latency_ms']:.2f} ms", (of, where), share)
+        cards.append(Card(f"latency, batch {now['batch']}", f"{now['latency_ms']:.2f} ms", (of, where), share))
+    return cards
 
 
 def _blocks(reading: Reading) -> list[tuple[str, ...]]:

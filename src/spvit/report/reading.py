@@ -14,9 +14,9 @@ import yaml
 from torch import nn
 
 from spvit.architecture import Architecture, dense
-from spvit.checkpoint import DESCRIPTION, Description, describe, described_host
+from spvit.checkpoint import DESCRIPTION, Description, describe, described_host, first_line
 from spvit.cost import NetworkCost
-from spvit.errors import RunFolderError
+from spvit.errors import RunFolderError, SpvitError
 from spvit.hosts.host import Host
 from spvit.models import ModelConfig, names_code, open_model
 from spvit.repair.scores import Scores
@@ -92,14 +92,7 @@ def read(folder: str | Path, host: nn.Module | Host | None = None) -> Reading:
         raise RunFolderError(f"{run.path} is no run folder: it holds none of {', '.join(path.name for path in known)}")
 
     def attempt(part: str, path: Path | None, make: Callable[[], T], empty: T) -> T:
-        """Return a part of the run; where it is not there or damaged, nothing, and note why."""
-        if path is not None and not path.is_file():
-            return empty
-        try:
-            return make()
-        except Exception as error:  # whatever old or damaged files, and libraries that rebuild models, lead to
-            problems[part] = next(iter(str(error).splitlines()), type(error).__name__)
-            return empty
+        return empty if path is not None and not path.is_file() else attempted(problems, part, make, empty)
 
     whole = RunFolder(run.path.parent)  # of which a budget's folder is a part
     own = whole if whole.frontier.is_file() and not run.settings.is_file() else run
@@ -118,7 +111,9 @@ def read(folder: str | Path, host: nn.Module | Host | None = None) -> Reading:
     summary = attempt("figures", run.summary, lambda: _mapping(_json(run.summary)), nothing)
     latency = attempt("latency", run.latency, lambda: _mapping(_json(run.latency)), nothing)
     if own is whole:
-        summary, latency = attempt("figures", None, lambda: _of_budget(_json(whole.frontier), run), (nothing, nothing))
+        summary, latency = attempt(
+            "figures", None, lambda: _of_budget(_frontier(whole.frontier), run), (nothing, nothing)
+        )
     return Reading(
         folder=run,
         command=text.partition("\n")[0].removeprefix("# spvit ").strip() if text.startswith("# spvit ") else "",
@@ -132,9 +127,19 @@ def read(folder: str | Path, host: nn.Module | Host | None = None) -> Reading:
         summary=summary,
         latency=latency,
         lines=attempt("curves", run.metrics, lambda: [*_lines(run.metrics)], []),
-        frontier=attempt("frontier", run.frontier, lambda: _mapping(_json(run.frontier)), nothing),
+        frontier=attempt("frontier", run.frontier, lambda: _frontier(run.frontier), nothing),
         problems=problems,
     )
+
+
+def attempted(problems: dict[str, str], part: str, make: Callable[[], T], empty: T) -> T:
+    """Return what is made of a part of a run; where that fails, what is empty, and note why among the problems."""
+    try:
+        return make()
+    except Exception as error:  # whatever old or damaged files, and libraries that rebuild models, lead to
+        kind = "" if isinstance(error, SpvitError) else f"{type(error).__name__}: "
+        problems[part] = kind + first_line(error)
+        return empty
 
 
 def model_config(settings: dict[str, Any]) -> ModelConfig:
@@ -157,6 +162,13 @@ def _dense(host: nn.Module | Host | None, description: Description | None, setti
     model = open_model(model_config(settings), weights=False).model
     record = pruned_record(model)
     return Host.of(model) if record is None else described_host(describe(settings["model"]))
+
+
+def _frontier(path: Path) -> dict[str, Any]:
+    """Return what frontier.json holds: the dense model and one budget at least."""
+    found = _mapping(_json(path))
+    dense, *budgets = (_mapping(point) for point in found["points"])
+    return {**found, "points": [dense, *budgets]} if budgets else {}
 
 
 def _of_budget(frontier: dict[str, Any], run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
