@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,12 +39,12 @@ def predict_command(options: PredictCommand, console: Console) -> None:
     classes, prepare = opened.classes or tuple(map(str, range(count))), transform(model, opened.preprocessing)
     paths = [path for name in options.files for path in _files(Path(name))]
     found: list[dict[str, Any]] = []
-    bar = Console(stderr=True, quiet=console.quiet)
-    for path in track(paths, "predict", console=bar, transient=True, disable=len(paths) <= FEW):
+    problems = Console(stderr=True)
+    for path in track(paths, "predict", console=problems, transient=True, disable=len(paths) <= FEW):
         try:
             logits = logits_of(model(prepare(path)[None]))
         except DataError as error:
-            logging.getLogger("spvit").warning("%s", error)
+            say(problems, f"spvit: {error}")
             continue
         best = logits[0].float().softmax(0).topk(min(options.top, count))
         pairs = [(classes[index], share) for share, index in zip(best.values.tolist(), best.indices.tolist())]
