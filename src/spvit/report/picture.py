@@ -45,7 +45,7 @@ class Mark:
     """What text says, what hovering over others says, or an image as a data URI."""
     anchor: str = "start"
     style: str = ""
-    """`hollow` or `dashed` outlines, `bold` text."""
+    """`hollow` or `dashed` outlines, `faint` boxes, `bold` text."""
 
 
 @dataclass(frozen=True)
@@ -217,8 +217,13 @@ def _draw(axes: Any, mark: Mark) -> None:
     from PIL import Image
 
     colour, (x, y) = COLOURS[mark.role][0], mark.points[0]
-    style: dict[str, Any] = {"facecolor": "none" if mark.style in ("hollow", "dashed") else colour}
-    style |= {"edgecolor": colour if mark.style else "none", "linewidth": 0.6}
+    faces = ("none", colour) if mark.style in ("hollow", "dashed") else (colour, "none")
+    style = {
+        "facecolor": faces[0],
+        "edgecolor": faces[1],
+        "linewidth": 0.6,
+        "alpha": 0.45 if mark.style == "faint" else 1,
+    }
     if mark.form == "box":
         axes.add_patch(Rectangle((x, y), *mark.points[1], linestyle="--" if mark.style == "dashed" else "-", **style))
     elif mark.form == "area":
