@@ -64,7 +64,7 @@ def test_pictures_as_files_and_a_page_elsewhere(capsys, searched: Path, tmp_path
     output = tmp_path / "page.html"
     code, text, problems = run(capsys, "report", str(searched), "--output", str(output), "--svg", "--png")
     assert (code, problems) == (0, "")
-    assert text == f"page in {output}; pictures beside it: page-*.svg, *.png\n"
+    assert text == f"page in {output}; pictures beside it: page-*.svg, page-*.png\n"
     for name in pictures_of(output):
         root = ElementTree.parse(tmp_path / f"page-{name}.svg").getroot()
         assert root.tag == "{http://www.w3.org/2000/svg}svg"

@@ -143,6 +143,8 @@ class ReportCommand:
     """A run folder, of a run that has ended or not, or a folder with a saved model."""
     output: str | None = None
     """The file to write; when absent report.html in the run folder. A page that was there is replaced."""
+    model: str | None = None
+    """The dense model, where the folder does not say it or it is your own: MODULE:FUNCTION, or as for compress."""
     images: int = 256
     """Validation images to compare the dense and the pruned model on; some are shown. 0: the page shows none."""
     svg: bool = False

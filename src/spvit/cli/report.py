@@ -7,20 +7,26 @@ from importlib.util import find_spec
 from rich.console import Console
 from torch import nn
 
+from spvit.checkpoint import WEIGHTS, load
 from spvit.cli.options import ReportCommand
 from spvit.cli.show import say
 from spvit.errors import SpvitError
+from spvit.models import ModelConfig, open_model
 from spvit.report import report
 from spvit.train.run_folder import RunFolder
 
 
 def report_command(options: ReportCommand, console: Console) -> None:
     """Write the page and say where it is."""
+    pictures = {"svg": options.svg, "png": options.png}
     with Console(stderr=True, quiet=console.quiet).status(f"reading {options.run}"):
-        path = report(options.run, options.output, images=options.images, svg=options.svg, png=options.png)
-    pictures = [kind for kind, asked in (("svg", options.svg), ("png", options.png)) if asked]
-    beside = f"; pictures beside it: {path.stem}-*.{', *.'.join(pictures)}" if pictures else ""
-    say(console, f"page in {path}{beside}")
+        host, dense = None, RunFolder(options.run).dense
+        if options.model is not None:
+            host = open_model(ModelConfig(model=options.model), code=True).model
+            host = load(dense, host=host) if (dense / WEIGHTS).is_file() else host
+        path = report(options.run, options.output, host=host, images=options.images, **pictures)
+    kinds = ", ".join(f"{path.stem}-*.{kind}" for kind, asked in pictures.items() if asked)
+    say(console, f"page in {path}{f'; pictures beside it: {kinds}' if kinds else ''}")
 
 
 def report_at_the_end(folder: RunFolder, host: nn.Module, console: Console) -> None:

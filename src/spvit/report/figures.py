@@ -140,19 +140,15 @@ def _attention_marks(
 
 def _hovers(index: int, block: Block, cost: BlockCost | None, architecture: Architecture) -> tuple[str, str]:
     """Return what hovering over a block's attention and its FFN says."""
-    kept = (
-        f"block {index}: {block_name(block, cost)}",
-        f"block {index}: {len(block.ffn.units)} of {block.ffn.width} FFN units",
-    )
+    attention = f"block {index}: {block_name(block, cost)}"
+    ffn = f"block {index}: {len(block.ffn.units)} of {block.ffn.width} FFN units"
     if cost is None:
-        return kept
+        return attention, ffn
     own = cost.prefix_only if block.tokens != "all" and cost.prefix_only is not None else cost
-    pairs = (own.attention(block.attention, architecture.rules), cost.attention(Attention()))
-    units = (own.unit * len(block.ffn.units), cost.unit * cost.units)
-    attention, ffn = (
-        f"{words}; {human(now)} of {human(before)} MACs" for words, (now, before) in zip(kept, (pairs, units))
-    )
-    return attention, ffn
+    now, before = own.attention(block.attention, architecture.rules), cost.attention(Attention())
+    units, whole = own.unit * len(block.ffn.units), cost.unit * cost.units
+    of = [f"{human(some)} of {human(every)} MACs" for some, every in ((now, before), (units, whole))]
+    return f"{attention}; {of[0]}", f"{ffn}; {of[1]}"
 
 
 def _scores(reading: Reading) -> Iterator[Picture]:
@@ -163,20 +159,16 @@ def _scores(reading: Reading) -> Iterator[Picture]:
     for index, (block, scores) in enumerate(zip(reading.architecture.blocks, reading.scores.blocks)):
         known = {kept: score for kept, score in scores.attention}
         others = ", ".join(f"{NAMES[kept.kind]} {score:.2g}" for kept, score in scores.attention if kept.kind != "msa")
-        attention, units = known.get(block.attention, 0.0), scores.ffn[len(block.ffn.units)]
-        half = scores.ffn[block.ffn.width // 2]
+        attention, units = known.get(block.attention), scores.ffn[len(block.ffn.units)]
+        costs = "was not scored" if attention is None else f"costs {attention:.2g}"
+        count, half = f"{len(block.ffn.units)} of {block.ffn.width}", scores.ffn[block.ffn.width // 2]
         texts = (
-            f"block {index}: {block_name(block, None)} costs {attention:.2g}; {others}",
-            f"block {index}: {len(block.ffn.units)} of {block.ffn.width} FFN units cost {units:.2g}; half {half:.2g}",
+            f"block {index}: {block_name(block, None)} {costs}; {others}",
+            f"block {index}: {count} FFN units cost {units:.2g}; half {half:.2g}",
         )
-        low = 0.0
-        for role, score, text in zip((block.attention.kind, "ffn"), (attention, units), texts):
-            corners = [
-                (index - 0.36, low),
-                (index - 0.36, low + score),
-                (index + 0.36, low + score),
-                (index + 0.36, low),
-            ]
+        low, sides = 0.0, (index - 0.36, index + 0.36)
+        for role, score, text in zip((block.attention.kind, "ffn"), (attention or 0.0, units), texts):
+            corners = [(sides[0], low), (sides[0], low + score), (sides[1], low + score), (sides[1], low)]
             bars.append(Series(role, corners, NAMES[role], "area", [text]))
             low += score
     most = max(series.points[1][1] for series in bars) or 1.0

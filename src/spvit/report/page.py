@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 import math
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from spvit.budget import human
 from spvit.checkpoint import write_text
 from spvit.errors import ReportError
 from spvit.hosts.host import Host
+from spvit.hosts.sources import can_build
+from spvit.models import names_code
 from spvit.report.comparison import Compared, compared
 from spvit.report.figures import block_name, pictures
 from spvit.report.picture import COLOURS, Picture, framed, write_png
@@ -25,8 +27,6 @@ from spvit.report.reading import Reading, attempted, read
 
 MARK = '<meta name="generator" content="spvit">'
 """What tells a page of spvit from other files, which stay."""
-
-
 BLOCKS = ("block", "attention", "FFN units", "MACs")
 METRICS = {"macs": "MACs", "params": "parameters"}
 SECTIONS = {
@@ -114,7 +114,7 @@ def _content(reading: Reading, parts: dict[str, list[Picture]], found: Compared 
         "commands": tried(_commands),
         "settings": reading.settings_text,
         "missing": [*_missing(reading, parts)],
-        "written": f"Written by spvit {version('spvit')} on {time.strftime('%d %B %Y, %H:%M')}",
+        "written": f"Written by spvit {sys.modules['spvit'].__version__} on {time.strftime('%d %B %Y, %H:%M')}",
     }
 
 
@@ -136,10 +136,9 @@ def _state(reading: Reading) -> str:
     if reading.finished:
         return ""
     ago = "less than a minute" if reading.age_s < 60 else f"{reading.age_s / 60:.0f} min"
-    decided = (
-        "" if reading.folder.architecture.is_file() else " Nothing is decided yet: the network below is the dense one."
-    )
-    return f"The run is under way, or was stopped: it last wrote {ago} before this page.{at}{decided}"
+    says = f"The run is under way, or was stopped: it last wrote {ago} before this page.{at}"
+    undecided = " Nothing is decided yet: the network below is the dense one."
+    return says if reading.folder.architecture.is_file() else says + undecided
 
 
 def _sentence(reading: Reading) -> str:
@@ -242,25 +241,24 @@ def _budgets(reading: Reading) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 def _commands(reading: Reading) -> list[str]:
     """Return the commands that make the run again, or go on from it."""
     folder, whole = (shlex.quote(str(path)) for path in (reading.folder.path, reading.config.parent))
-    found, data = [], reading.settings.get("data")
+    found, model, data = [], str(reading.settings.get("model")), reading.settings.get("data")
+    typed = f" --model {shlex.quote(model)}" if names_code(model) else ""  # code is never taken from a file
     if reading.command:
-        found.append(f"spvit {reading.command} --recipe {whole}/config.yaml --output {whole}-again")
+        found.append(f"spvit {reading.command} --recipe {whole}/config.yaml --output {whole}-again{typed}")
         if not reading.finished:
-            found.append(f"spvit {reading.command} --output {folder} --resume")
-    if reading.description is not None:
+            found.append(f"spvit {reading.command} --output {folder} --resume{typed}")
+    if reading.description is not None and can_build(reading.description.host):
         found += [f"spvit evaluate --model {folder} --data {shlex.quote(str(data))}"] if data else []
         found += [f"spvit profile {folder} --latency", f"spvit export {folder} --to onnx"]
-    return [*found, f"spvit report {folder}"]
+    return [*found, f"spvit report {folder}{typed}"]
 
 
 def _missing(reading: Reading, parts: dict[str, list[Picture]]) -> Iterator[tuple[str, str]]:
     """Yield what a reader may look for and not find, and why."""
     yield from reading.problems.items()
     if reading.frontier:
-        yield (
-            "dense against pruned",
-            f"each budget's folder has a page of its own: spvit report {reading.folder.path}/50pct",
-        )
+        example = f"{reading.folder.path}/{reading.frontier['points'][-1]['folder']}"
+        yield "dense against pruned", f"each budget's folder has a page of its own: spvit report {example}"
         return
     if not reading.lines and "curves" not in reading.problems:
         yield "curves", "the run has trained nothing, or left no metrics.jsonl"

@@ -218,12 +218,8 @@ def _draw(axes: Any, mark: Mark) -> None:
 
     colour, (x, y) = COLOURS[mark.role][0], mark.points[0]
     faces = ("none", colour) if mark.style in ("hollow", "dashed") else (colour, "none")
-    style = {
-        "facecolor": faces[0],
-        "edgecolor": faces[1],
-        "linewidth": 0.6,
-        "alpha": 0.45 if mark.style == "faint" else 1,
-    }
+    style: dict[str, Any] = {"facecolor": faces[0], "edgecolor": faces[1], "linewidth": 0.6}
+    style["alpha"] = 0.45 if mark.style == "faint" else 1.0
     if mark.form == "box":
         axes.add_patch(Rectangle((x, y), *mark.points[1], linestyle="--" if mark.style == "dashed" else "-", **style))
     elif mark.form == "area":
