@@ -112,10 +112,14 @@ def test_a_backbone_with_images_and_its_host(tmp_path: Path) -> None:
     x = images(host, 6).float()
     small = spvit.prune(host, with_kinds(EVERYTHING, "msa", "conv3", "skip", "msa"))
     spvit.save(small, tmp_path / "small")
-    page = spvit.report(tmp_path / "small", host=host, images=x)
+    page = spvit.report(tmp_path / "small", host=host.train(), images=x)
+    assert host.training  # it stays as it is
     text = text_of(page)
     assert re.search("On 6 images the mean cosine of dense and pruned features is 0.[0-9]{3}, at worst", text)
     assert {"changed", "attention"} <= set(pictures_of(page))
+    spvit.save(spvit.prune(host, with_kinds(EVERYTHING, *["conv1"] * 4)), tmp_path / "small", overwrite=True)
+    text = text_of(spvit.report(tmp_path / "small", host=host, images=x))
+    assert "the pruned network keeps no attention, or none that can be read" in text
     assert "pass the dense model: spvit.report(folder, host=model)" in text_of(spvit.report(tmp_path / "small"))
 
 
