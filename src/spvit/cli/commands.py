@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -12,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from spvit.architecture import Architecture, dense
-from spvit.benchmark import Latency, measure_latencies
+from spvit.benchmark import BATCHES, Latency, Program, measure_latencies
 from spvit.budget import human
 from spvit.checkpoint import describe, save, write_text
 from spvit.cli import convert
@@ -20,11 +21,11 @@ from spvit.cli import options as cli
 from spvit.cli.inputs import model_and_images
 from spvit.cli.plan import print_plan
 from spvit.cli.report import report_at_the_end
-from spvit.cli.show import block_table, comparison_table, kinds_text, latency_text, say
+from spvit.cli.show import block_table, comparison_table, kinds_text, latency_table, say
 from spvit.cost import count_params
 from spvit.errors import ArchitectureError, CheckpointError, ModelError, RunFolderError
 from spvit.export import SUFFIXES, export
-from spvit.hosts.host import example_images, input_size, macs_of_image
+from spvit.hosts.host import input_size, macs_of_image
 from spvit.hosts.sources import build, can_build, source_of
 from spvit.models import ModelConfig, open_model
 from spvit.replacements.costs import network_costs
@@ -39,16 +40,17 @@ from spvit.train.settings import LoopConfig
 from spvit.zoo import architectures, unfolded_params
 
 NOT_SETTINGS = ("resume", "dry_run")
-BATCHES = (1, 64)
 COMPARED = 64
 """Validation images that an exported file is compared on."""
 
 
-def _open(name: str, options: cli.RunCommand, trains_head: bool, console: Console) -> tuple[nn.Module, Run]:
+def open_run(
+    name: str, options: cli.RunCommand, trains_head: bool, console: Console, backbones: bool = False
+) -> tuple[nn.Module, Run]:
     """Return the model of a run, and the run with its settings written."""
     folder = RunFolder.open(options.output, options.resume)
     set_seed(options.seed)
-    opened, images = model_and_images(options, trains_head)
+    opened, images = model_and_images(options, trains_head, backbones=backbones)
     model = opened.model
     processes().wait_for_everyone()  # until all have found the folder fit to write to
     settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in NOT_SETTINGS}
@@ -71,13 +73,13 @@ def _say_where(console: Console, folder: Path, *lines: str) -> None:
 
 def train_command(options: cli.TrainCommand, console: Console) -> None:
     """Train a dense model and write it."""
-    model, run = _open("train", options, True, console)
+    model, run = open_run("train", options, True, console)
     _write(model, run_phase(Phase(DENSE, model, options.dense), run), run, console)
 
 
 def search_command(options: cli.SearchCommand, console: Console) -> None:
     """Search, and write the architecture and the pruned model as the search left it."""
-    host, run = _open("search", options, False, console)
+    host, run = open_run("search", options, False, console)
     limits = check_decision(host, options.budget(), options.multiple)
     net, architecture = search(host, limits, options.search, run, options.multiple)
     console.print(block_table(architecture, network_costs(host), "architecture"))
@@ -88,7 +90,7 @@ def search_command(options: cli.SearchCommand, console: Console) -> None:
 def finetune_command(options: cli.FinetuneCommand, console: Console) -> None:
     """Fine-tune a pruned model, or a dense one after pruning it to an architecture, and write it folded."""
     architecture = Architecture.load(options.architecture) if options.architecture is not None else None
-    model, run = _open("finetune", options, False, console)
+    model, run = open_run("finetune", options, False, console)
     teacher = None
     if architecture is not None:
         teacher = model
@@ -104,13 +106,14 @@ def compress_command(options: cli.CompressCommand, console: Console) -> None:
     if options.dry_run:
         print_plan(options, console)
         return
-    model, run = _open("compress", options, options.dense.epochs > 0, console)
+    model, run = open_run("compress", options, options.dense.epochs > 0, console)
     result = run_compress(model, options.budget(), options, run)
     if not processes().is_main_process:
         return
     costs = network_costs(result.host)
-    latencies = _latencies({"dense": result.host, "pruned": result.model})
-    console.print(block_table(result.architecture, costs, "architecture"), comparison_table(result, costs, latencies))
+    latencies = latencies_of({"dense": result.host, "pruned": result.model}, options.batches, console)
+    console.print(block_table(result.architecture, costs, "architecture"), comparison_table(result, costs))
+    console.print(latency_table(latencies))
     after = f"accuracy right after pruning {result.after_pruning.accuracy:.2%}"
     _say_where(console, run.folder.path, f"attention: {kinds_text(result.architecture)}; {after}")
     measured = {name: [dataclasses.asdict(latency) for latency in own] for name, own in latencies.items()}
@@ -151,8 +154,10 @@ def profile_command(options: cli.ProfileCommand, console: Console) -> None:
         say(console, f"deployed: {params:,} params, {macs:,} macs")
         say(console, f"as published: {unfolded:,} params ({human(unfolded)}), {counts}")
     if options.latency:
-        for name, latencies in _latencies({"dense": host.eval(), "pruned": pruned}).items():
-            say(console, *(f"{name}: {latency_text(latency)}" for latency in latencies))
+        models = (
+            {"dense": host} if record is None and options.architecture is None else {"dense": host, "pruned": pruned}
+        )
+        console.print(latency_table(latencies_of(models, BATCHES, console)))
 
 
 def export_command(options: cli.ExportCommand, console: Console) -> None:
@@ -248,7 +253,9 @@ def _named_architecture(name: str) -> Architecture:
     return Architecture.load(name)
 
 
-def _latencies(models: dict[str, nn.Module]) -> dict[str, list[Latency]]:
-    """Return the latencies of models by name, one a batch size, measured side by side."""
-    measured = [measure_latencies(list(models.values()), example_images(models["dense"], batch)) for batch in BATCHES]
-    return {name: [latencies[index] for latencies in measured] for index, name in enumerate(models)}
+def latencies_of(models: dict[str, nn.Module], batches: Sequence[int], console: Console) -> dict[str, list[Latency]]:
+    """Return the latencies of models by name, one a batch size, measured side by side on their device."""
+    programs = [Program.of(name, model) for name, model in models.items()]
+    with Console(stderr=True, quiet=console.quiet).status("measuring latency"):
+        measured = [measure_latencies(programs, batch) for batch in batches]
+    return {name: list(own) for name, *own in zip(models, *measured)}

@@ -11,6 +11,7 @@ from spvit.errors import DataError, ModelError
 from spvit.hosts.host import input_size
 from spvit.models import HUGGING_FACE, OpenedModel, number_of_classes, open_model
 from spvit.train.data import Images, find_images, images_of
+from spvit.train.frontier import judged_by_features
 from spvit.train.settings import ImageConfig
 
 
@@ -19,14 +20,19 @@ def model_and_images(
     trains_head: bool = False,
     weights: bool = True,
     find: Callable[[str, ImageConfig], Any] = find_images,
+    backbones: bool = False,
 ) -> tuple[OpenedModel, Images]:
     """Return a model whose head has as many classes as the images, and images of the size that it takes.
 
-    The head of a model that the run trains first may be new. Raises DataError when there are no images, or the model
+    The head of a model that the run trains first may be new; with `backbones` a model that has none goes with images of
+    any classes. Raises DataError when there are no images, or the model
     has other classes that cannot be changed; and what `open_model` raises.
     """
     found = find(options.data, options.images)
     classes = found[-1]
+    if backbones and _featured(options):
+        opened = open_model(options, weights=weights, code=True)
+        return opened, images_of((*found[:-1], ()), options.images, input_size(opened.model), opened.preprocessing)
     opened = open_model(options, len(classes), weights=weights, code=True)
     count = number_of_classes(opened.model)
     if count != len(classes):
@@ -39,6 +45,10 @@ def model_and_images(
         raise ModelError(f"{options.model} has no trained weights for these {count} classes; {advice}")
     size = input_size(opened.model)
     return opened, images_of(found, options.images, size, opened.preprocessing)
+
+
+def _featured(options: Any) -> bool:
+    return judged_by_features(open_model(options, weights=False, code=True).model, options.objective)
 
 
 def _compare_classes(own: tuple[str, ...], found: tuple[str, ...], options: RunCommand | EvaluateCommand) -> None:

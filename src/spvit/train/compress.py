@@ -35,7 +35,7 @@ from spvit.train.loop import Evaluation, Phase, Run, figures_of, run_phase
 from spvit.train.processes import by_the_first, processes
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import DENSE, FINETUNE, SEARCH, RunFolder
-from spvit.train.settings import CompressConfig, ImageConfig, SearchConfig
+from spvit.train.settings import CompressConfig, ImageConfig, ScoresConfig, SearchConfig
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: R
     if config.search.epochs > 0:
         net, architecture = search(dense, limits, config.search, run, config.multiple)
     else:
-        architecture = _decided(run.folder, lambda: _by_scores(dense, limits, config, run))
+        architecture = decided(run.folder, lambda: _by_scores(dense, limits, config, run))
     set_seed(config.seed)  # a continued run starts from the same weights where they are drawn
     weights = net if config.initialise == "search" else None
     views = calibration(run.images, config.seed, config.repair_views * config.calibration_images)
@@ -163,7 +163,7 @@ def search(
     set_seed(run.config.seed)
     phase = search_phase(host, limits, settings)
     run_phase(phase, run)
-    return phase.model, _decided(run.folder, lambda: decide(phase.model, multiple=multiple, **limits))
+    return phase.model, decided(run.folder, lambda: decide(phase.model, multiple=multiple, **limits))
 
 
 def search_phase(host: nn.Module, limits: dict[str, Any], settings: SearchConfig) -> Phase:
@@ -190,22 +190,27 @@ def calibration(images: Images, seed: int, count: int) -> Iterator[Tensor]:
 
 
 def _by_scores(host: nn.Module, limits: dict[str, Any], config: CompressConfig, run: Run) -> Architecture:
-    """Return the architecture that scores choose. A continued run has its scores already."""
+    """Return the architecture that scores choose."""
     dense = Host.of(host)
-    if config.scores is None and not run.folder.scores.is_file():
-        with run.progress.bar("scores", len(dense.blocks)):
-            multiple, step = config.multiple or DEFAULT_MULTIPLE, lambda *done: run.progress.step()
-            count = min(config.calibration_images, len(run.images.views))  # type: ignore[arg-type]
-            images = calibration(run.images, config.seed, count)
-            found = score(dense, images, multiple=multiple, objective=config.objective, report=step)
-        run.folder.write_scores(found)
-    elif config.scores is not None:
-        run.folder.write_scores(Scores.load(config.scores))
+    scored(dense, config, run)
     scores = Scores.load(run.folder.path)
     return decide(dense, multiple=config.multiple, scores=scores, constraints=config, **limits)
 
 
-def _decided(folder: RunFolder, make: Callable[[], Architecture]) -> Architecture:
+def scored(host: Host, config: ScoresConfig, run: Run) -> None:
+    """Write a host's scores to the run folder: those that settings name, or new ones where it has none."""
+    if config.scores is not None:
+        run.folder.write_scores(Scores.load(config.scores))
+    elif not run.folder.scores.is_file():
+        with run.progress.bar("scores", len(host.blocks)):
+            multiple, step = config.multiple or DEFAULT_MULTIPLE, lambda *done: run.progress.step()
+            count = min(config.calibration_images, len(run.images.views))  # type: ignore[arg-type]
+            images = calibration(run.images, config.seed, count)
+            found = score(host, images, multiple=multiple, objective=config.objective, report=step)
+        run.folder.write_scores(found)
+
+
+def decided(folder: RunFolder, make: Callable[[], Architecture]) -> Architecture:
     """Let one process decide and write; all read what it wrote."""
     by_the_first(lambda: folder.write_architecture(make()))
     return Architecture.load(folder.architecture)
@@ -216,8 +221,8 @@ def deployed(model: nn.Module) -> nn.Module:
     return fold(model).eval() if pruned_record(model) is not None else model.eval()
 
 
-def write_model(model: nn.Module, figures: Evaluation, images: Images, folder: Path) -> None:
-    """Write a run's model with its preprocessing, classes and figures; a continued run replaces its own."""
+def write_model(model: nn.Module, figures: Any, images: Images, folder: Path) -> None:
+    """Write a run's model with its preprocessing, classes if any, and figures; a continued run replaces its own."""
     metrics = {name: value for name, value in vars(figures).items() if name != "images"}
-    own: dict[str, Any] = {"preprocessing": images.preprocessing, "classes": images.classes, "metrics": metrics}
+    own: dict[str, Any] = {"preprocessing": images.preprocessing, "classes": images.classes or None, "metrics": metrics}
     by_the_first(lambda: save(model, folder, overwrite=True, **own))

@@ -39,7 +39,7 @@ STATE_FORMAT = 3  # those of others are not read, the first of which were pickle
 FIXED = (
     *("model", "model_args", "pretrained", "checkpoint", "data", "macs", "params", "seed", "architecture", "scores"),
     *("initialise", "repair", "calibration_images", "repair_views", "multiple", "objective"),
-    *("keep", "only", "forbid", "smallest_width", "keep_patches"),
+    *("keep", "only", "forbid", "smallest_width", "keep_patches", "metric"),
 )
 
 
