@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUTPUT ?= runs/demo
 
-.PHONY: demo test lint census clean
+.PHONY: demo test lint browser census clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/spvit demo --output $(OUTPUT)
@@ -16,6 +16,11 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A headless browser for the tests of report pages, which are skipped without one. Needs root on Debian or Ubuntu;
+# elsewhere install Chromium or Chrome by hand.
+browser:
+	command -v chromium || command -v google-chrome || (apt-get update && apt-get install --yes --no-install-recommends chromium)
 
 # Every ViT-like model of timm and the usual ones of other libraries; minutes on two cores. Writes docs/models.md.
 census: $(VENV)/dev.stamp

@@ -16,7 +16,7 @@ from spvit.train.compress import Compressed
 
 def say(console: Console, *lines: str) -> None:
     """Print lines as they are, without colours or breaks."""
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def block_table(architecture: Architecture, costs: dict[str, NetworkCost], title: str) -> Table:
