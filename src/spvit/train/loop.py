@@ -25,7 +25,7 @@ from spvit.hosts.host import logits_of
 from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import gate_parameters
 from spvit.train.data import Images, mixup_of, repeated_loader, training_loader, validation_loader
-from spvit.train.figures import Agreement, Answering, Evaluation, Figures, Reference, autocast, evaluate
+from spvit.train.figures import Answering, Figures, Reference, autocast, evaluate, figures_from
 from spvit.train.losses import agreement_loss, open_teacher, task_loss
 from spvit.train.optimizers import WEIGHTS, learning_rate_at, load_tensors, optimizer_of, tensors_of
 from spvit.train.processes import by_the_first, make_accelerator
@@ -253,8 +253,7 @@ class Loop:
             prefix = f"{name}."
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             load_tensors(part, own, f"of epoch {done} of {self.phase.name}")
-        kind = Evaluation if self.reference is None else Agreement
-        return done, kind(**figures) if figures else None
+        return done, figures_from(figures) if figures else None
 
     def _stop_diverged(self, loss: float, step: int) -> None:
         name, (weights, _, *gates) = self.phase.name, self.optimizer.param_groups
