@@ -31,6 +31,7 @@ from spvit.errors import (
     DataError,
     ExportError,
     GridError,
+    HubError,
     ModelError,
     NotSearchableError,
     RunError,
@@ -45,6 +46,7 @@ from spvit.hosts.declared import Sites
 from spvit.hosts.host import Host, recognise
 from spvit.hosts.recognise import register
 from spvit.hosts.sites import Rows, UnitRows
+from spvit.publish import push
 from spvit.repair.constraints import Constraints
 from spvit.repair.scores import Scores, score
 from spvit.replacements.costs import cost
@@ -65,10 +67,10 @@ _LATER = {
 __all__ = [
     "Architecture", "ArchitectureError", "BudgetError", "BudgetLoss", "CalibrationError", "CheckpointError",
     "CompressConfig", "ConstraintError", "Constraints", "DataError", "Description", "ExportError", "Exported",
-    "GridError", "Host", "ImageConfig", "Images", "ModelError", "NotSearchableError", "PhaseConfig", "Preprocessing",
-    "Rows", "RunError", "RunFolderError", "Scores", "SearchConfig", "Sites", "SpvitError", "UnitRows",
+    "GridError", "Host", "HubError", "ImageConfig", "Images", "ModelError", "NotSearchableError", "PhaseConfig",
+    "Preprocessing", "Rows", "RunError", "RunFolderError", "Scores", "SearchConfig", "Sites", "SpvitError", "UnitRows",
     "UnknownPartError", "UnsupportedHostError", "ZooError", "architectures", "compress", "cost", "create_model",
-    "decide", "describe", "export", "fold", "gate_parameters", "load", "make_searchable", "prune", "recognise",
+    "decide", "describe", "export", "fold", "gate_parameters", "load", "make_searchable", "prune", "push", "recognise",
     "register", "save", "score",
 ]  # fmt: skip
 

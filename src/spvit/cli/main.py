@@ -21,6 +21,7 @@ from spvit.cli import commands as run
 from spvit.cli import options as cli
 from spvit.cli.check import check_command
 from spvit.cli.parser import CommandParser, Help, command_parser
+from spvit.cli.push import push_command
 from spvit.errors import RunError, SpvitError
 from spvit.models import names_code
 from spvit.train.processes import processes
@@ -35,6 +36,7 @@ COMMANDS: dict[str, tuple[Any, Callable[..., None]]] = {  # the options and the 
     "profile": (cli.ProfileCommand, run.profile_command),
     "check": (cli.CheckCommand, check_command),
     "export": (cli.ExportCommand, run.export_command),
+    "push": (cli.PushCommand, push_command),
     "convert": (cli.ConvertCommand, run.convert_command),
     "demo": (cli.DemoCommand, run.compress_command),
 }

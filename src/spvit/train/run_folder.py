@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -102,6 +103,31 @@ class RunFolder:
         if first != f"# spvit {command}":
             raise RunFolderError(f"output {self.path} holds a run of {first[2:]!r}, not of 'spvit {command}'")
         return self.settings
+
+    def command_and_settings(self) -> tuple[str, dict[str, Any]]:
+        """Return the command that the run is of, and its settings; "" and none of a folder that no run has written.
+
+        Raises RunFolderError when config.yaml is damaged.
+        """
+        if not self.settings.is_file():
+            return "", {}
+        text = self.settings.read_text(encoding="utf-8", errors="replace")
+        try:
+            settings = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RunFolderError(f"{self.settings} is damaged: {' '.join(str(error).split())}") from error
+        command = text.partition("\n")[0].removeprefix("# spvit ")
+        return (command, settings) if isinstance(settings, dict) else ("", {})
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Return summary.json: figures by what they are of. Empty where there is none; RunFolderError if damaged."""
+        if not self.summary.is_file():
+            return {}
+        try:
+            found = json.loads(self.summary.read_text(encoding="utf-8"))
+            return {stage: {name: float(value) for name, value in own.items()} for stage, own in found.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise RunFolderError(f"{self.summary} is damaged ({error}); run its command again") from error
 
     def check_continued(self, before: Any, options: Any) -> None:
         """Raise RunFolderError when options differ from those of the run before where they must not."""
