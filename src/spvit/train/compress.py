@@ -23,6 +23,7 @@ from spvit.checkpoint import Preprocessing, save, write_text
 from spvit.decide import decide
 from spvit.errors import DataError
 from spvit.hosts.host import Host, input_size
+from spvit.hosts.walk import Report
 from spvit.models import number_of_classes
 from spvit.repair.choose import check_reachable
 from spvit.repair.scores import Scores, score
@@ -62,6 +63,7 @@ def compress(
     preprocessing: Preprocessing | None = None,
     resume: bool = False,
     console: Console | None = None,
+    report: Report | None = None,
 ) -> nn.Module:
     """Return the host compressed to a budget: decided, pruned, repaired, fine-tuned, folded.
 
@@ -76,6 +78,9 @@ def compress(
         preprocessing: normalisation of the host; ImageNet's when None.
         resume: continue the run that `output` holds.
         console: a rich console to show progress on; None is silent.
+        report: called, in the first process, with (phase, steps done, steps in all, figures) after each step of
+            `dense`, `score`, `search`, `repair` and `finetune`: figures are the losses of a step of training, and after
+            each epoch, once more, those of its evaluation. What it raises ends the run.
 
     Raises:
         BudgetError, DataError, UnsupportedHostError, RunFolderError: bad input, before anything is trained.
@@ -87,7 +92,8 @@ def compress(
         data = load_images(data, images or ImageConfig(), input_size(host), preprocessing or Preprocessing())
     with tempfile.TemporaryDirectory() as temporary:
         folder = RunFolder(temporary) if output is None else RunFolder.open(output, resume)
-        return run_compress(host, budget, settings, Run(data, folder, settings, PhaseProgress(console))).model
+        progress = PhaseProgress(console, report if processes().is_main_process else None)
+        return run_compress(host, budget, settings, Run(data, folder, settings, progress)).model
 
 
 def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: Run) -> Compressed:
@@ -109,7 +115,10 @@ def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: R
     set_seed(config.seed)  # a continued run starts from the same weights where they are drawn
     weights = net if config.initialise == "search" else None
     views = calibration(run.images, config.seed, config.repair_views * config.calibration_images)
-    pruned = prune(dense, architecture, weights=weights, repair=views if config.repair else None)
+    with run.progress.bar("repair", len(architecture.blocks) if config.repair else 0):
+        pruned = prune(
+            dense, architecture, weights=weights, repair=views if config.repair else None, report=run.progress.count
+        )
     after_pruning = figures = figures_of(pruned, run.images, config)
     run.progress.note(f"after pruning{' and repair' if config.repair else ''}: accuracy {after_pruning.accuracy:.2%}")
     if config.finetuning.epochs > 0:
@@ -190,11 +199,11 @@ def _by_scores(host: nn.Module, limits: dict[str, Any], config: CompressConfig, 
     """Return the architecture that scores choose. A continued run has its scores already."""
     dense = Host.of(host)
     if config.scores is None and not run.folder.scores.is_file():
-        with run.progress.bar("scores", len(dense.blocks)):
-            multiple, step = config.multiple or DEFAULT_MULTIPLE, lambda *done: run.progress.step()
+        with run.progress.bar("score", len(dense.blocks)):
+            multiple = config.multiple or DEFAULT_MULTIPLE
             count = min(config.calibration_images, len(run.images.views))  # type: ignore[arg-type]
             images = calibration(run.images, config.seed, count)
-            found = score(dense, images, multiple=multiple, objective=config.objective, report=step)
+            found = score(dense, images, multiple=multiple, objective=config.objective, report=run.progress.count)
         run.folder.write_scores(found)
     elif config.scores is not None:
         run.folder.write_scores(Scores.load(config.scores))

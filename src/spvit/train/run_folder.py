@@ -2,6 +2,7 @@
 
     config.yaml                         the settings, under a line that names their command
     metrics.jsonl                       figures every few steps and after every epoch
+    tracking.json                       which runs of trackers get the same figures
     scores.json, scores.safetensors     what scoring measured
     architecture.json                   what the run decided to keep
     state/PHASE/epoch-NNNN.safetensors  what a continued run starts from
@@ -49,6 +50,7 @@ class RunFolder:
         self.path = Path(path)
         self.settings = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
+        self.tracking = self.path / "tracking.json"
         self.architecture = self.path / "architecture.json"
         self.scores = self.path / "scores.json"
         self.dense = self.path / "dense"
@@ -154,6 +156,16 @@ class RunFolder:
         """Append a line of figures to metrics.jsonl."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+
+    def steps_before(self, phase: str) -> int:
+        """Return the steps that the other phases have recorded, all of which come before."""
+        if not self.metrics.exists():
+            return 0
+        last: dict[str, int] = {}
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            values = json.loads(line)
+            last[values["phase"]] = max(last.get(values["phase"], 0), values.get("step", 0))
+        return sum(steps for name, steps in last.items() if name != phase)
 
     def rewind(self, phase: str, epoch: int) -> None:
         """Drop a phase's lines of later epochs, which a kill cut short; they are run again."""
