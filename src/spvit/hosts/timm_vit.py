@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from timm.layers import HybridEmbed, PatchDropout
-from timm.models.vision_transformer import Attention, Block, ResPostBlock, VisionTransformer
+from timm.layers import Attention, HybridEmbed, PatchDropout
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
 
 from spvit.errors import UnknownPartError, UnsupportedHostError
