@@ -166,15 +166,15 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def hub_of_test(monkeypatch: pytest.MonkeyPatch, cache: str, token: str | None = TOKEN) -> Iterator[Hub]:
     """Serve an empty hub, which huggingface_hub's client asks in place of the real one, and a cache of its own."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("OfTest", (Handler,), {"hub": hub}))
     hub.address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    )
+    template = f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    for module in (constants, file_download):  # older clients have a copy of it
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", f"{cache}/token")

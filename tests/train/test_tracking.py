@@ -11,6 +11,7 @@ import torch
 
 import spvit
 from spvit.errors import DataError, RunError
+from spvit.train import tracking
 from spvit.train.loop import Phase, run_phase
 from spvit.train.run_folder import DENSE, FINETUNE, RunFolder
 from spvit.train.settings import CompressConfig, LoopConfig
@@ -114,10 +115,10 @@ def test_mlflow_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_tracker_that_fails_ends_the_run_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(tracker: object) -> None:
+    def fail(*_: object) -> None:
         raise ConnectionError("no such server\nand a long story")
 
-    monkeypatch.setattr("accelerate.tracking.MLflowTracker.start", fail)
+    monkeypatch.setitem(tracking._OPEN, "mlflow", fail)
     monkeypatch.setattr("spvit.train.settings.find_spec", lambda name: name)
     with pytest.raises(RunError, match=r"track mlflow failed \(no such server\); mend it, and continue with --resume$"):
         tracked(tmp_path / "run", "mlflow", FINETUNE)

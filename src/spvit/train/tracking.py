@@ -59,9 +59,9 @@ class Tracking:
         settings = {key: own if isinstance(own, (int, float)) else str(own) for key, own in _flat(asdict(self.config))}
         opened = []
         for name in self.config.trackers:
-            tracker = _OPEN[name](self.folder.path.resolve(), known.get(name), step)
             try:
-                tracker.start()
+                tracker = _OPEN[name](self.folder.path.resolve(), known.get(name), step)
+                getattr(tracker, "start", bool)()  # before Accelerate 1.8 making one starts it
                 if name not in known:
                     tracker.store_init_configuration(settings)
                     known[name] = _RUN[name](tracker)
