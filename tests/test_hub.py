@@ -17,6 +17,7 @@ import spvit
 from command import refused, run
 from hub_server import Hub, hub_of_test
 from spvit.architecture import FFN, Architecture, Attention, Block
+from spvit.cli.main import parse
 from spvit.errors import CheckpointError, HubError, ModelError, RunFolderError
 from spvit.models import ModelConfig, open_model
 from spvit.publish import model_card
@@ -172,14 +173,26 @@ def test_card_says_what_the_run_says(saved: Path, tmp_path: Path) -> None:
         "metrics": ["accuracy"],
     }
     rows = {line.split(" | ")[0][2:]: line for line in card.splitlines() if line.startswith("| ")}
-    assert rows["accuracy"].count("0.9 ") == 3
-    assert "1,500" in rows["images"]
+    assert rows["accuracy"].count("90.00% ") == 3
+    assert "1,500" in rows["validation images"]
+    assert "264.5k" in rows["MACs of one image"]
     assert rows["1"].startswith("| 1 | ")
     assert "`spvit compress --recipe recipe.yaml --output RUN`" in card
-    assert "data: photographs" in card
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(card.split("```yaml\n")[1].partition("```")[0])
+    assert parse(["compress", "--recipe", str(recipe), "--output", "out"])[1].data == "photographs"
     assert "someone" not in card
     assert f'spvit.load("hub:{NAME}")' in card
     assert "apache-2.0, as timm states it of the base model" in card
+
+
+def test_picture_of_the_report_goes_with_the_card(hub: Hub, saved: Path, tmp_path: Path) -> None:
+    run_folder = finished_run(tmp_path / "run", saved, pretrained=False)
+    RunFolder(run_folder).picture.write_text("<svg/>")
+    spvit.push(run_folder, NAME)
+    files = hub.repositories[NAME].files()
+    assert files["network.svg"] == b"<svg/>"
+    assert "![The network, block by block](network.svg)" in files["README.md"].decode()
 
 
 def test_licence_is_found_or_called_unknown(hub: Hub, saved: Path, tmp_path: Path) -> None:
@@ -248,6 +261,7 @@ def test_commands(hub: Hub, saved: Path, tmp_path: Path, capsys: pytest.CaptureF
     code, out, _ = run(capsys, "push", str(saved), NAME, "--dry-run")
     assert (code, hub.repositories) == (0, {})
     assert metadata(out)["library_name"] == "spvit"
+    assert "model(images)  # [batch, 1, 8, 8], resized" in out
     code, out, _ = run(capsys, "push", str(saved), NAME, "--license", "mit", "--private")
     assert code == 0
     assert out.strip().endswith(f'is on the hub; load the model with spvit.load("hub:{NAME}")')

@@ -1,7 +1,8 @@
 """Uploads a model to the Hugging Face hub, with a card that is filled from its run.
 
-A repository gets `model.json`, `model.safetensors` and `README.md` in one commit. What the card says of the base model
-and its licence is read, from timm or from the base model's own card; what is not known it calls unknown.
+A repository gets `model.json`, `model.safetensors`, `README.md` and the report's picture, if any, in one commit. What
+the card says of the base model and its licence is read, from timm or from the base model's own card; what is not known
+it calls unknown.
 """
 
 from __future__ import annotations
@@ -26,7 +27,15 @@ from spvit.models import HUGGING_FACE
 from spvit.replacements.costs import cost
 from spvit.train.run_folder import RunFolder
 
-CARD = "README.md"
+CARD, PICTURE = "README.md", "network.svg"
+_STAGES = {"dense": "dense", "after_pruning": "pruned, before training", "pruned": "this model"}
+_NAMES = {
+    "macs": "MACs of one image",
+    "params": "parameters",
+    "accuracy_top5": "top-5 accuracy",
+    "loss": "mean cross entropy",
+    "images": "validation images",
+}
 UNKNOWN = "unknown"
 _LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "gemma", UNKNOWN)
 """Names that the hub knows; any other is written as one of our own."""
@@ -118,6 +127,7 @@ def _upload(
         place = name if revision is None else f"{name}@{revision}"
         card = model_card(folder, place, license, base_model)
         files: dict[str, Any] = {path: folder / path for path in (DESCRIPTION, WEIGHTS)} | {CARD: card.encode()}
+        files |= {PICTURE: picture} if (picture := RunFolder(folder).picture).is_file() else {}
         operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in files.items()]
         api.create_commit(name, operations, commit_message=message, revision=revision)
     return f"{HUB}{place}"
@@ -138,7 +148,7 @@ def model_card(folder: str | Path, name: str, license: str | None = None, base_m
         _headline(description, base),
         _figures(run, description),
         _usage(description, name),
-        _blocks(description.architecture),
+        _blocks(run, description.architecture),
         _how(run),
         _licence_text(base),
     ]
@@ -156,67 +166,74 @@ def _headline(description: Description, base: Base) -> str:
 
 def _figures(run: RunFolder, description: Description) -> str:
     """Return a table of figures, dense against what was made of it; a run's summary says of how many images."""
-    columns: dict[str, dict[str, str]] = {}
+    columns: dict[str, dict[str, str]] = {name: {} for name in _STAGES.values()}
     if can_build(description.host):
         host = build(description.host)
-        dense = {"dense": None} if description.architecture is not None else {}
-        for column, architecture in {**dense, "this model": description.architecture}.items():
-            columns[column] = {metric: human(count) for metric, count in cost(host, architecture).items()}
+        for stage, architecture in (("dense", None), ("pruned", description.architecture)):
+            if stage == "pruned" or description.architecture is not None:
+                counts = cost(host, architecture).items()
+                columns[_STAGES[stage]] |= {_NAMES[metric]: human(count) for metric, count in counts}
     measured = run.figures() or {"pruned": description.metrics}
-    names = {"dense": "dense", "after_pruning": "pruned, before training", "pruned": "this model"}
-    for stage, figures in measured.items():
-        own = columns.setdefault(names.get(stage, stage), {})
-        own |= {
-            key.replace("_", " "): f"{value:,.0f}" if key == "images" else f"{value:.4g}"
-            for key, value in figures.items()
-        }
-    order = [column for column in dict.fromkeys([*names.values(), *columns]) if columns.get(column)]
-    rows = dict.fromkeys(row for column in order for row in columns[column])
-    if not rows:
-        return ""
-    return _table(["", *order], [[row, *(columns[column].get(row, "") for column in order)] for row in rows])
+    for stage, name in _STAGES.items():
+        columns[name] |= {_NAMES.get(key, key): _said(key, value) for key, value in measured.get(stage, {}).items()}
+    shown = [name for name, own in columns.items() if own]
+    rows = dict.fromkeys(row for name in shown for row in columns[name])
+    table = _table(["", *shown], [[row, *(columns[name].get(row, "") for name in shown)] for row in rows])
+    data = _without_places(run.command_and_settings()[1].get("data"))
+    said = f"Measured on the validation images of `{data}`, which may also have chosen the weights among epochs."
+    return f"{table}\n\n{said}" if data and any(measured.values()) else table
+
+
+def _said(name: str, value: float) -> str:
+    if name.startswith("accuracy"):
+        return f"{value:.2%}"
+    return f"{value:,.0f}" if name == "images" else f"{value:.4g}"
 
 
 def _usage(description: Description, name: str) -> str:
-    size = " x ".join(map(str, description.input_size or ()))
+    size = ", ".join(map(str, description.input_size or ()))
     host = "" if can_build(description.host) else ", host=the_dense_model"
-    kind = "logits" if description.classes else "features"
     lines = [
+        "## Use it",
+        "",
+        "```python",
         "import spvit",
         "",
         f'model = spvit.load("{HUB}{name}"{host})',
         f'about = spvit.describe("{HUB}{name}")  # input size, mean and std, crop, class names',
-        f"{kind} = model(images)  # [batch, {size.replace(' x', ',')}], resized and normalised as `about` says",
+        f"outputs = model(images)  # [batch, {size}], resized and normalised as `about` says",
+        "```",
     ]
     if description.host["library"] == "transformers":
-        said = f"`model` is a `{description.host['class']}` of transformers with its `config`; call it as you know it."
-    else:
-        said = ""
-    code = "\n".join(lines)
-    return f"## Use it\n\n```python\n{code}\n```\n\n{said}".rstrip()
+        lines += [
+            "",
+            f"It is a `{description.host['class']}` of transformers, with its `config`; call it as you do that.",
+        ]
+    return "\n".join(lines)
 
 
-def _blocks(architecture: Architecture | None) -> str:
+def _blocks(run: RunFolder, architecture: Architecture | None) -> str:
     if architecture is None:
         return ""
-    rows = [
-        [str(index), str(block.attention), f"{len(block.ffn.units)} of {block.ffn.width}"]
-        for index, block in enumerate(architecture.blocks)
-    ]
+    rows = []
+    for index, block in enumerate(architecture.blocks):
+        alone = "" if block.tokens == "all" else ", prefix tokens alone"
+        rows.append([str(index), f"{block.attention}{alone}", f"{len(block.ffn.units)} of {block.ffn.width}"])
     said = "`msa 16/24` has queries and keys of 16 dimensions a head and values of 24."
-    return f"## What each block keeps\n\n{_table(['block', 'attention', 'FFN units'], rows)}\n\n{said}"
+    picture = f"![The network, block by block]({PICTURE})\n\n" if run.picture.is_file() else ""
+    return f"## What each block keeps\n\n{picture}{_table(['block', 'attention', 'FFN units'], rows)}\n\n{said}"
 
 
 def _how(run: RunFolder) -> str:
     command, settings = run.command_and_settings()
     if not command:
         return ""
-    own = {key: value for key, value in _without_places(settings).items() if key != "output" and value is not None}
-    with_it = f"spvit {version('spvit')}, torch {version('torch')}, timm {version('timm')}"
-    text = yaml.safe_dump(own, sort_keys=False)
+    own = {key: value for key, value in settings.items() if key not in ("output", "track") and value is not None}
+    text = yaml.safe_dump(_without_places(own), sort_keys=False)
     return (
-        f"## How it was made\n\n`spvit {command} --recipe recipe.yaml --output RUN`, with {with_it}. recipe.yaml:\n\n"
-        f"```yaml\n{text}```"
+        f"## How it was made\n\n`spvit {command} --recipe recipe.yaml --output RUN`, with spvit {version('spvit')}, "
+        f"torch {version('torch')} and timm {version('timm')}.\n\n"
+        f"<details><summary>recipe.yaml</summary>\n\n```yaml\n{text}```\n\n</details>"
     )
 
 
@@ -224,7 +241,8 @@ def _without_places(value: Any) -> Any:
     """Return settings with nothing left of absolute paths but the last name: the card is public."""
     if isinstance(value, dict):
         return {key: _without_places(item) for key, item in value.items()}
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    place = isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute())
+    return Path(value).name if place else value
 
 
 def _licence_text(base: Base) -> str:

@@ -12,7 +12,8 @@ from spvit.publish import model_card, push
 def push_command(options: PushCommand, console: Console) -> None:
     """Upload a model, and say where it is; or print its card."""
     if options.dry_run:
-        say(console, model_card(options.run, options.name, options.license, options.base_model))
+        card = model_card(options.run, options.name, options.license, options.base_model)
+        console.print(card, markup=False, highlight=False, soft_wrap=True)  # it holds brackets
         return
     given = {name: value for name, value in vars(options).items() if name not in ("run", "name", "dry_run")}
     with console.status(f"uploading {options.run}"):

@@ -54,6 +54,7 @@ class RunFolder:
         self.architecture = self.path / "architecture.json"
         self.scores = self.path / "scores.json"
         self.dense = self.path / "dense"
+        self.picture = self.path / "report-network.svg"
         self.summary = self.path / "summary.json"
 
     @classmethod
@@ -164,7 +165,8 @@ class RunFolder:
         last: dict[str, int] = {}
         for line in self.metrics.read_text(encoding="utf-8").splitlines():
             values = json.loads(line)
-            last[values["phase"]] = max(last.get(values["phase"], 0), values.get("step", 0))
+            name = values.get("phase", phase)
+            last[name] = max(last.get(name, 0), values.get("step", 0))
         return sum(steps for name, steps in last.items() if name != phase)
 
     def rewind(self, phase: str, epoch: int) -> None:
