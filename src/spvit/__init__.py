@@ -20,6 +20,7 @@ import importlib
 from typing import Any
 
 from spvit.architecture import Architecture
+from spvit.benchmark import Benchmark, Latency, benchmark
 from spvit.checkpoint import Description, Preprocessing, describe, load, save
 from spvit.decide import decide
 from spvit.errors import (
@@ -59,18 +60,20 @@ __version__ = "0.1.0"
 # These bring Accelerate or timm, which load model libraries; importing spvit must load none.
 _LATER = {
     "spvit.train.compress": ("compress",),
+    "spvit.train.frontier": ("frontier",),
     "spvit.train.data": ("Images",),
-    "spvit.train.settings": ("CompressConfig", "ImageConfig", "PhaseConfig", "SearchConfig"),
+    "spvit.train.settings": ("CompressConfig", "FrontierConfig", "ImageConfig", "PhaseConfig", "SearchConfig"),
     "spvit.zoo": ("architectures", "create_model"),
 }
 
 __all__ = [
-    "Architecture", "ArchitectureError", "BudgetError", "BudgetLoss", "CalibrationError", "CheckpointError",
-    "CompressConfig", "ConstraintError", "Constraints", "DataError", "Description", "ExportError", "Exported",
-    "GridError", "Host", "HubError", "ImageConfig", "Images", "ModelError", "NotSearchableError", "PhaseConfig",
-    "Preprocessing", "Rows", "RunError", "RunFolderError", "Scores", "SearchConfig", "Sites", "SpvitError", "UnitRows",
-    "UnknownPartError", "UnsupportedHostError", "ZooError", "architectures", "compress", "cost", "create_model",
-    "decide", "describe", "export", "fold", "gate_parameters", "load", "make_searchable", "prune", "push", "recognise",
+    "Architecture", "ArchitectureError", "Benchmark", "BudgetError", "BudgetLoss", "CalibrationError",
+    "CheckpointError", "CompressConfig", "ConstraintError", "Constraints", "DataError", "Description",
+    "ExportError", "Exported", "FrontierConfig", "GridError", "Host", "HubError", "ImageConfig", "Images", "Latency",
+    "ModelError", "NotSearchableError", "PhaseConfig", "Preprocessing", "Rows", "RunError", "RunFolderError",
+    "Scores", "SearchConfig", "Sites", "SpvitError", "UnitRows", "UnknownPartError", "UnsupportedHostError",
+    "ZooError", "architectures", "benchmark", "compress", "cost", "create_model", "decide", "describe",
+    "export", "fold", "frontier", "gate_parameters", "load", "make_searchable", "prune", "push", "recognise",
     "register", "save", "score",
 ]  # fmt: skip
 

@@ -33,6 +33,7 @@ _NAMES = {
     "macs": "MACs of one image",
     "params": "parameters",
     "accuracy_top5": "top-5 accuracy",
+    "agreement": "agreement with the dense model",
     "loss": "mean cross entropy",
     "images": "validation images",
 }

@@ -19,7 +19,9 @@ from rich.logging import RichHandler
 
 from spvit.cli import commands as run
 from spvit.cli import options as cli
+from spvit.cli.benchmark import benchmark_command
 from spvit.cli.check import check_command
+from spvit.cli.frontier import frontier_command
 from spvit.cli.parser import CommandParser, Help, command_parser
 from spvit.cli.push import push_command
 from spvit.errors import RunError, SpvitError
@@ -35,6 +37,8 @@ COMMANDS: dict[str, tuple[Any, Callable[..., None]]] = {  # the options and the 
     "evaluate": (cli.EvaluateCommand, run.evaluate_command),
     "profile": (cli.ProfileCommand, run.profile_command),
     "check": (cli.CheckCommand, check_command),
+    "frontier": (cli.FrontierCommand, frontier_command),
+    "benchmark": (cli.BenchmarkCommand, benchmark_command),
     "export": (cli.ExportCommand, run.export_command),
     "push": (cli.PushCommand, push_command),
     "convert": (cli.ConvertCommand, run.convert_command),

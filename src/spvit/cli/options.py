@@ -7,9 +7,11 @@ A recipe (YAML) holds the same names. The config.yaml of a run holds its resolve
 from dataclasses import dataclass, field
 from typing import Any
 
+from spvit.benchmark import BATCHES
 from spvit.budget import Budget
 from spvit.models import ModelConfig
-from spvit.train.settings import CompressConfig, ImageConfig, LoopConfig, PhaseConfig, SearchConfig
+from spvit.train.frontier import BUDGETS
+from spvit.train.settings import CompressConfig, FrontierConfig, ImageConfig, LoopConfig, PhaseConfig, SearchConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +19,8 @@ class DataOptions:
     """The images."""
 
     data: str
-    """A folder with train/ and val/ (a folder a class in each), a torchvision data set (CIFAR10), or digits."""
+    """A folder with train/ and val/ (a folder a class in each), a torchvision data set (CIFAR10), or digits; to
+    compress without training by labels, any folder of images."""
     images: ImageConfig = field(default_factory=ImageConfig)
     """How images are read, augmented and batched."""
 
@@ -69,9 +72,44 @@ class SearchCommand(BudgetOptions, RunCommand):
 class CompressCommand(BudgetOptions, CompressConfig, RunCommand):
     """Compress a model to a budget."""
 
+    batches: tuple[int, ...] = BATCHES
+    """Batch sizes at which latency is measured at the end."""
     dry_run: bool = False
     """Print the plan of the run, with time and memory from a few steps on this machine, and write nothing. It loads no
     pre-trained weights, and takes noise for the images of a folder imagenet that does not exist."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontierCommand(FrontierConfig, RunCommand):
+    """Prune a model to several budgets from one scoring, and show what each costs and gives."""
+
+    budgets: tuple[str, ...] = BUDGETS
+    """Budgets, in the forms of macs: 75% 50% 1.0G."""
+    metric: str = "macs"
+    """What the budgets are of: macs or params."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkCommand:
+    """Measure latency, memory and size of models side by side."""
+
+    models: tuple[str, ...]
+    """timm models, hf:NAME, folders that spvit wrote, or exported files (.onnx, .pt2, .xml); the others are compared
+    with the first."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of timm.create_model, such as {"img_size": 96}, for the timm models."""
+    batches: tuple[int, ...] = BATCHES
+    """Images in one pass."""
+    device: str = "cpu"
+    """Where PyTorch models and ONNX files run: cpu, cuda."""
+    dtype: str | None = None
+    """`fp32`, `bf16` or `fp16` of PyTorch models; when absent as they are. Exported files run as they were written."""
+    threads: int | None = None
+    """Of the CPU; when absent as many as torch takes."""
+    seconds: float = 1.0
+    """At least so long for each model and batch size, if seven rounds take less."""
+    json: str | None = None
+    """File to write the figures to. It must be new."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ DEMO = Path(__file__).with_name("digits.yaml")
 _HEADINGS = {
     "model and data": ("model", "checkpoint", "data", "images.batch-size"),
     "budget, one of the two": ("macs", "params"),
+    "budgets": ("budgets", "metric"),
     "what may change": ("keep", "only", "forbid"),
     "what to do": ("architecture", "scores", "train-epochs", "no-train"),
     "phases": ("dense.epochs", "search.epochs", "finetune.epochs"),
@@ -25,7 +26,9 @@ _HEADINGS = {
 }
 _SHOWN_OF_DEMO = ("macs", "output", "seed", "resume", "help", "help-all")
 _SEVERAL = ("--keep", "--only", "--forbid", "--track")
-"""Options that take several words."""
+"""Options that take several words as one text."""
+_LISTS = ("--budgets", "--batches", "--models")
+"""Options that take a list, of which the words are the items."""
 _EXPECTED = {
     "int": "a whole number",
     "float": "a number",
@@ -77,15 +80,19 @@ class CommandParser(ArgumentParser):
 
 
 def _joined(words: Sequence[str]) -> list[str]:
-    """Return words of a command line with those after an option that takes several as one: `--keep=0 -1`."""
+    """Return words with those after an option that takes several as one: `--keep=0 -1`, `--batches=[1,64]`."""
     joined: list[str] = []
     for word in words:
         option = joined[-1].partition("=")[0] if joined else ""
-        if option in _SEVERAL and not word.startswith("--"):
+        if option in (*_SEVERAL, *_LISTS) and not word.startswith("--"):
             joined[-1] += f"{' ' if '=' in joined[-1] else '='}{word}"
         else:
             joined.append(word)
-    return joined
+    pairs = [(word, *word.partition("=")[::2]) for word in joined]
+    return [
+        f"{name}=[{','.join(items.strip('[]').replace(',', ' ').split())}]" if name in _LISTS else word
+        for word, name, items in pairs
+    ]
 
 
 class _ShortHelp(argparse.Action):
@@ -138,7 +145,9 @@ def command_parser(name: str, options: type) -> CommandParser:
     parser.add_argument("--recipe", action="config", help="YAML file of settings; later files take precedence.")
     parser.add_class_arguments(options, None, as_group=False, as_positional=True)
     have = parser._option_string_actions
-    if name in ("profile", "check", "export"):
+    if name == "benchmark":
+        parser.add_argument("models", nargs="*", default=argparse.SUPPRESS, help="The same as --models.")
+    if name in ("profile", "check", "export", "frontier"):
         parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="The same as --model.")
     if "--train-epochs" in have:
         zero = {"dest": "train_epochs", "action": "store_const", "const": 0, "default": argparse.SUPPRESS}

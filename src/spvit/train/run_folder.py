@@ -39,7 +39,7 @@ STATE_FORMAT = 3  # those of others are not read, the first of which were pickle
 FIXED = (
     *("model", "model_args", "pretrained", "checkpoint", "data", "macs", "params", "seed", "architecture", "scores"),
     *("initialise", "repair", "calibration_images", "repair_views", "multiple", "objective"),
-    *("keep", "only", "forbid", "smallest_width", "keep_patches"),
+    *("keep", "only", "forbid", "smallest_width", "keep_patches", "metric"),
 )
 
 
@@ -168,6 +168,12 @@ class RunFolder:
             name = values.get("phase", phase)
             last[name] = max(last.get(name, 0), values.get("step", 0))
         return sum(steps for name, steps in last.items() if name != phase)
+
+    def recorded(self, phase: str, event: str) -> dict[str, Any] | None:
+        """Return a phase's last line of figures of an event; None without any."""
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
+        found = [json.loads(line) for line in lines if f'"{event}"' in line and line.endswith("}")]
+        return next((line for line in found[::-1] if (line["phase"], line["event"]) == (phase, event)), None)
 
     def rewind(self, phase: str, epoch: int) -> None:
         """Drop a phase's lines of later epochs, which a kill cut short; they are run again."""

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 
+from spvit.benchmark import BATCHES
 from spvit.errors import DataError
 from spvit.repair.constraints import Constraints
 from spvit.repair.objective import OBJECTIVES
@@ -12,12 +13,13 @@ from spvit.search.budget_loss import BUDGET_WEIGHT
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 CALIBRATION_IMAGES = 1024
 REPAIR_VIEWS = 4
+LEARNING_RATE = 5e-4
 
 # The least and the greatest value of settings.
 _RANGES = (
     (0, math.inf, "epochs train_epochs averaging_epochs learning_rate weight_decay clip_gradient budget_weight"),
     (0, math.inf, "workers held_out repeated_augmentation"),
-    (1, math.inf, "log_every batch_size calibration_images repair_views"),
+    (1, math.inf, "log_every batch_size calibration_images repair_views batches"),
     (0, 1, "label_smoothing distillation budget_warmup"),
     (0, 2**32 - 1, "seed"),
 )
@@ -29,7 +31,8 @@ def _check(settings: object, prefix: str = "") -> None:
     for low, high, names in _RANGES:
         for name in names.split():
             value = getattr(settings, name, None)
-            if value is not None and not low <= value <= high:
+            least = min(value, default=-math.inf) if isinstance(value, tuple) else value
+            if least is not None and not low <= least <= high:
                 most = "" if high == math.inf else f", at most {high}"
                 raise DataError(f"{prefix}{name} is {value}, expected {low} or more{most}")
     for name, choices in _CHOICES.items():
@@ -121,8 +124,8 @@ class PhaseConfig:
 
     epochs: int = 10
     """Passes over the training images; 0 leaves the phase out."""
-    learning_rate: float = 5e-4
-    """Peak learning rate of the weights (AdamW)."""
+    learning_rate: float | None = None
+    """Peak learning rate of the weights (AdamW). When absent 5e-4; without labels, what short trials find best."""
     minimum_learning_rate: float = 1e-5
     """Learning rate at the end of the cosine schedule; equal to the peak for a constant rate."""
     warmup_epochs: float = 0.5
@@ -155,6 +158,11 @@ class PhaseConfig:
             why = f"the teacher is {self.teacher}, but distillation is 0"
             raise DataError(f"{why}; give its share of the loss, such as 0.5")
 
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate, where none was found either."""
+        return LEARNING_RATE if self.learning_rate is None else self.learning_rate
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(PhaseConfig):
@@ -181,7 +189,39 @@ class SearchConfig(PhaseConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressConfig(Constraints, LoopConfig):
+class ScoresConfig(Constraints, LoopConfig):
+    """Settings of scores, decisions by them and repairs, and what the decisions leave alone."""
+
+    calibration_images: int = CALIBRATION_IMAGES
+    """Training images for scores, cropped and mirrored at random; their labels are not used."""
+    repair_views: int = REPAIR_VIEWS
+    """Times that number of images for the repair: further training images, and all of them again, cropped anew, where
+    there are no more."""
+    scores: str | None = None
+    """A run folder whose scores to decide by, for another budget; when absent the model is scored."""
+    objective: str = "auto"
+    """What counts of the model's outputs in scores: `logits`, `pooled` (its output), `tokens` (behind the last norm) or
+    `features` (both); `auto` is logits where it has classes, or what given scores were made with."""
+    multiple: int | None = None
+    """FFN widths and ranks of attention are multiples of it; when absent 8, or less for very small models."""
+
+    def __post_init__(self) -> None:
+        Constraints.__post_init__(self)
+        LoopConfig.__post_init__(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontierConfig(ScoresConfig):
+    """Settings of a frontier."""
+
+    repair_views: int = 1
+    """Times the calibration images for the repair of each budget: less than `compress` takes, for one time each."""
+    batches: tuple[int, ...] = BATCHES
+    """Batch sizes at which latency is measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig(ScoresConfig):
     """Settings of a whole compression, and what its decision leaves alone."""
 
     dense: PhaseConfig = field(default_factory=lambda: PhaseConfig(epochs=0))
@@ -200,25 +240,12 @@ class CompressConfig(Constraints, LoopConfig):
     """Epochs of fine-tuning, in place of those of `finetune`; 0 trains nothing, and so allows no search."""
     repair: bool = True
     """Whether what pruning broke is repaired in closed form, from calibration images."""
-    calibration_images: int = CALIBRATION_IMAGES
-    """Training images for scores, cropped and mirrored at random; their labels are not used."""
-    repair_views: int = REPAIR_VIEWS
-    """Times that number of images for the repair: further training images, and all of them again, cropped anew, where
-    there are no more."""
-    scores: str | None = None
-    """A run folder whose scores to decide by, for another budget; when absent the model is scored."""
-    objective: str = "auto"
-    """What counts of the model's outputs in scores: `logits`, `pooled` (its output), `tokens` (behind the last norm) or
-    `features` (both); `auto` is logits where it has classes, or what given scores were made with."""
     initialise: str = "host"
     """Weights of the pruned model after a search: those of the `host`, as published (and then repaired), or of the
     `search`."""
-    multiple: int | None = None
-    """FFN widths and ranks of attention are multiples of it; when absent 8, or less for very small models."""
 
     def __post_init__(self) -> None:
-        Constraints.__post_init__(self)
-        LoopConfig.__post_init__(self)
+        super().__post_init__()
         if self.given() and self.search.epochs > 0:
             found = "; ".join(self.given().values())
             raise DataError(f"{found}: these bind decisions by scores; leave them out, or search.epochs")
