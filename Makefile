@@ -8,7 +8,7 @@ OLDEST := .venv-oldest
 SMOKE := tests/test_hub.py tests/test_models.py tests/test_surgery.py tests/hosts/test_recognise.py \
 	tests/hosts/test_timm_swin.py tests/repair/test_scores.py tests/train/test_tracking.py tests/train/test_teacher.py
 
-.PHONY: demo test test-oldest lint census clean
+.PHONY: demo test test-oldest lint browser census clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/spvit demo --output $(OUTPUT)
@@ -24,6 +24,11 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A headless browser for the tests of report pages, which are skipped without one. Needs root on Debian or Ubuntu;
+# elsewhere install Chromium or Chrome by hand.
+browser:
+	command -v chromium || command -v google-chrome || (apt-get update && apt-get install --yes --no-install-recommends chromium)
 
 # Every ViT-like model of timm and the usual ones of other libraries; minutes on two cores. Writes docs/models.md.
 census: $(VENV)/dev.stamp

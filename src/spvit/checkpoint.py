@@ -178,7 +178,7 @@ def describe(folder: str | Path) -> Description:
     except (TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(f"{path}: a field is missing or of the wrong kind ({error}); write it anew") from error
     if description.input_size is None:  # files of former versions do not say it
-        description = replace(description, input_size=_rebuilding(path, lambda: _host(description).input_size))
+        description = replace(description, input_size=_rebuilding(path, lambda: described_host(description).input_size))
     return description
 
 
@@ -229,7 +229,7 @@ def _built(
     """Return a model as a file describes it, with random weights; made of a dense model where one is given."""
 
     def make() -> nn.Module:
-        host = _host(description, given)
+        host = described_host(description, given)
         if given is not None:
             _check_frame(host, state or {})
         model = host.model
@@ -248,7 +248,7 @@ def _rebuilding(path: Path, make: Callable[[], Any]) -> Any:
         raise CheckpointError(f"{path}: the model cannot be rebuilt: {error}") from error
 
 
-def _host(description: Description, given: nn.Module | None = None) -> Host:
+def described_host(description: Description, given: nn.Module | None = None) -> Host:
     """Return the dense host that a file describes, with random weights, or a copy of one that is given."""
     source = description.host
     model = build(source) if given is None else copy.deepcopy(given).cpu()

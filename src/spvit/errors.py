@@ -45,6 +45,10 @@ class NotSearchableError(SpvitError, ValueError):
     """A searchable network was expected, or a plain one, and the other was found."""
 
 
+class ReportError(SpvitError, ValueError):
+    """A report cannot be written: a package is missing, or another file is in its place."""
+
+
 class RunError(SpvitError, RuntimeError):
     """A run failed; what it had produced so far is kept."""
 

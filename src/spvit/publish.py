@@ -20,11 +20,12 @@ from torch import nn
 from spvit.architecture import Architecture
 from spvit.budget import human
 from spvit.checkpoint import DESCRIPTION, WEIGHTS, Description, describe, load, save
-from spvit.errors import CheckpointError, HubError
+from spvit.errors import CheckpointError, HubError, SpvitError
 from spvit.hosts.sources import build, can_build
 from spvit.hub import HUB, hub_errors, spare_retries
 from spvit.models import HUGGING_FACE
 from spvit.replacements.costs import cost
+from spvit.report import report
 from spvit.train.run_folder import RunFolder
 
 CARD, PICTURE = "README.md", "network.svg"
@@ -126,16 +127,33 @@ def _upload(
             advice = "name another, or a new revision, or pass overwrite, which leaves it in the history"
             raise HubError(f"{name} holds a model already; {advice}")
         place = name if revision is None else f"{name}@{revision}"
-        card = model_card(folder, place, license, base_model)
+        picture = _picture(folder)
+        card = model_card(folder, place, license, base_model, drawn=picture is not None)
         files: dict[str, Any] = {path: folder / path for path in (DESCRIPTION, WEIGHTS)} | {CARD: card.encode()}
-        files |= {PICTURE: picture} if (picture := RunFolder(folder).picture).is_file() else {}
+        files |= {PICTURE: picture} if picture is not None else {}
         operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in files.items()]
         api.create_commit(name, operations, commit_message=message, revision=revision)
     return f"{HUB}{place}"
 
 
-def model_card(folder: str | Path, name: str, license: str | None = None, base_model: str | None = None) -> str:
-    """Return the card of a folder's model under a name on the hub: YAML for the hub, then Markdown for a reader."""
+def _picture(folder: Path) -> bytes | None:
+    """Return the report's picture of the network as SVG; None where its packages are missing, or it cannot be drawn."""
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            page = report(folder, Path(temporary) / "page.html", images=0, svg=True)
+        except SpvitError:
+            return None
+        drawn = page.with_name("page-network.svg")
+        return drawn.read_bytes() if drawn.is_file() else None
+
+
+def model_card(
+    folder: str | Path, name: str, license: str | None = None, base_model: str | None = None, drawn: bool = False
+) -> str:
+    """Return the card of a folder's model under a name on the hub: YAML for the hub, then Markdown for a reader.
+
+    drawn: whether the picture of the network goes beside it.
+    """
     run, description = RunFolder(folder), describe(folder)
     base = _base(run, license, base_model)
     metadata: dict[str, Any] = {**base.licence, "library_name": "spvit"}
@@ -149,7 +167,7 @@ def model_card(folder: str | Path, name: str, license: str | None = None, base_m
         _headline(description, base),
         _figures(run, description),
         _usage(description, name),
-        _blocks(run, description.architecture),
+        _blocks(description.architecture, drawn),
         _how(run),
         _licence_text(base),
     ]
@@ -213,7 +231,7 @@ def _usage(description: Description, name: str) -> str:
     return "\n".join(lines)
 
 
-def _blocks(run: RunFolder, architecture: Architecture | None) -> str:
+def _blocks(architecture: Architecture | None, drawn: bool) -> str:
     if architecture is None:
         return ""
     rows = []
@@ -221,7 +239,7 @@ def _blocks(run: RunFolder, architecture: Architecture | None) -> str:
         alone = "" if block.tokens == "all" else ", prefix tokens alone"
         rows.append([str(index), f"{block.attention}{alone}", f"{len(block.ffn.units)} of {block.ffn.width}"])
     said = "`msa 16/24` has queries and keys of 16 dimensions a head and values of 24."
-    picture = f"![The network, block by block]({PICTURE})\n\n" if run.picture.is_file() else ""
+    picture = f"![The network, block by block]({PICTURE})\n\n" if drawn else ""
     return f"## What each block keeps\n\n{picture}{_table(['block', 'attention', 'FFN units'], rows)}\n\n{said}"
 
 

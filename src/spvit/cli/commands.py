@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,11 +15,12 @@ from torch import nn
 from spvit.architecture import Architecture, dense
 from spvit.benchmark import BATCHES, Latency, Program, measure_latencies
 from spvit.budget import human
-from spvit.checkpoint import describe, save
+from spvit.checkpoint import describe, save, write_text
 from spvit.cli import convert
 from spvit.cli import options as cli
 from spvit.cli.inputs import model_and_images
 from spvit.cli.plan import print_plan
+from spvit.cli.report import report_at_the_end
 from spvit.cli.show import block_table, comparison_table, kinds_text, latency_table, say
 from spvit.cost import count_params
 from spvit.errors import ArchitectureError, CheckpointError, ModelError, RunFolderError
@@ -116,6 +118,9 @@ def compress_command(options: cli.CompressCommand, console: Console) -> None:
     console.print(latency_table(latencies))
     after = f"right after pruning {result.after_pruning.words}"
     _say_where(console, run.folder.path, f"attention: {kinds_text(result.architecture)}; {after}")
+    measured = {name: [dataclasses.asdict(latency) for latency in own] for name, own in latencies.items()}
+    write_text(run.folder.latency, json.dumps(measured, indent=2) + "\n")
+    report_at_the_end(run.folder, result.host, console)
 
 
 def evaluate_command(options: cli.EvaluateCommand, console: Console) -> None:

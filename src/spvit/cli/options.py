@@ -136,6 +136,18 @@ class EvaluateCommand(DataOptions, ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PredictCommand(ModelConfig):
+    """Print the most probable classes of images."""
+
+    files: list[str]
+    """Image files, or folders of them."""
+    top: int = 5
+    """How many classes to print of each image."""
+    json: bool = False
+    """Print JSON in place of lines."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProfileCommand(ModelConfig):
     """Print what a model costs, block by block, dense against pruned."""
 
@@ -160,6 +172,24 @@ class CheckCommand:
     """Channels of its images; when absent those of its first convolution, or 3."""
     json: bool = False
     """Print JSON in place of tables."""
+
+
+@dataclass(frozen=True)
+class ReportCommand:
+    """Write a page about a run: one HTML file."""
+
+    run: str
+    """A run folder, of a run that has ended or not, or a folder with a saved model."""
+    output: str | None = None
+    """The file to write; when absent report.html in the run folder. A page that was there is replaced."""
+    model: str | None = None
+    """The dense model, where the folder does not say it or it is your own: MODULE:FUNCTION, or as for compress."""
+    images: int = 256
+    """Validation images to compare the dense and the pruned model on; some are shown. 0: the page shows none."""
+    svg: bool = False
+    """Write each picture as SVG too, beside the page."""
+    png: bool = False
+    """Write each picture as PNG too, beside the page."""
 
 
 @dataclass(frozen=True, kw_only=True)

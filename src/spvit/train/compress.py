@@ -132,7 +132,10 @@ def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: R
         figures = run_phase(with_rate(Phase(FINETUNE, pruned, config.finetuning, teacher=dense), run), run)
     model = deployed(pruned)
     write_model(model, figures, run.images, run.folder.path)
-    summary = {"dense": vars(dense_figures), "after_pruning": vars(after_pruning), "pruned": vars(figures)}
+    costs = {
+        metric: {"dense": cost.dense, "pruned": cost.of(architecture)} for metric, cost in network_costs(dense).items()
+    }
+    summary = {"dense": vars(dense_figures), "after_pruning": vars(after_pruning), "pruned": vars(figures), **costs}
     by_the_first(lambda: write_text(run.folder.summary, json.dumps(summary, indent=2) + "\n"))
     return Compressed(model, dense.eval(), architecture, dense_figures, after_pruning, figures)
 

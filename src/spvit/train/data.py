@@ -19,11 +19,12 @@ from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.data.auto_augment import posterize
 from timm.data.distributed_sampler import RepeatAugSampler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
-from spvit.checkpoint import Preprocessing
+from spvit.checkpoint import Description, Preprocessing
 from spvit.errors import DataError
+from spvit.hosts.host import input_size
 from spvit.train.settings import ImageConfig
 
 DIGITS = "digits"
@@ -67,20 +68,47 @@ class TransformedImages(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
         source, target = self.items[index]
         try:
-            image: Any = Image.open(source) if isinstance(source, (str, Path)) else source
-            image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-            image = image.convert("L" if self.channels == 1 else "RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            message = f"image {source} cannot be read ({_first_line(error)})"
+            image = _read(source, self.channels)
+        except DataError as error:
             if not self.skip_corrupt:
-                raise DataError(f"{message}; remove it, or pass --images.skip_corrupt true") from error
-            logger.warning("left out: %s", message)
+                raise DataError(f"{error}; remove it, or pass --images.skip_corrupt true") from error
+            logger.warning("left out: %s", error)
             return None
         return self.transform(image), int(target)
 
 
+def _read(source: Any, channels: int) -> Image.Image:
+    """Return an image of a path, array or PIL image, in grey or RGB. Raises DataError when it cannot be read."""
+    try:
+        image: Any = Image.open(source) if isinstance(source, (str, Path)) else source
+        if getattr(image, "mode", "").startswith("I;16"):  # which Pillow would clip to the darkest of 256 shades
+            image = (np.asarray(image) >> 8).astype(np.uint8)
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        return image.convert("L" if channels == 1 else "RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"image {source} cannot be read ({_first_line(error)})") from error
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = getattr(error, "strerror", None) or str(error)
+    return reason.splitlines()[0] if reason else type(error).__name__
+
+
+def transform(model: Description | nn.Module, preprocessing: Preprocessing | None = None) -> Callable[[Any], Tensor]:
+    """Return a function that reads an image and prepares it for a model, as validation images are.
+
+    It takes a path, a PIL image or an array [height, width] or [height, width, 3], and returns a tensor [channels,
+    height, width]. It raises DataError for what cannot be read.
+
+    Args:
+        model: what `spvit.describe(folder)` returns, or any model that spvit takes or makes.
+        preprocessing: how to normalise, resize and crop; None: as the description says, or ImageNet's.
+    """
+    size = model.input_size if isinstance(model, Description) else input_size(model)
+    assert size is not None  # descriptions that were read say it
+    own = preprocessing or getattr(model, "preprocessing", None) or Preprocessing()
+    prepare = transforms(ImageConfig(), size, own)[1]
+    return lambda source: prepare(_read(source, size[0]))
 
 
 def find_images(source: str, config: ImageConfig) -> Found:

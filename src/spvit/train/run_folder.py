@@ -9,7 +9,9 @@
     state/PHASE/best.safetensors        the best weights of a phase, where it keeps them
     dense/                              the dense model, where the run trained it
     model.json, model.safetensors       the result
-    summary.json                        accuracy of the dense model, after pruning, and at the end
+    summary.json                        accuracy and costs of the dense model, after pruning, and at the end
+    latency.json                        latency of the dense and the pruned model, measured side by side
+    report.html                         a page about all of this
 
 Every file is data: JSON, YAML or safetensors. Files are replaced as a whole, so a kill leaves the old or the new one.
 """
@@ -54,8 +56,10 @@ class RunFolder:
         self.architecture = self.path / "architecture.json"
         self.scores = self.path / "scores.json"
         self.dense = self.path / "dense"
-        self.picture = self.path / "report-network.svg"
         self.summary = self.path / "summary.json"
+        self.latency = self.path / "latency.json"
+        self.frontier = self.path / "frontier.json"
+        self.report = self.path / "report.html"
 
     @classmethod
     def open(cls, path: str | Path, resume: bool = False) -> "RunFolder":
@@ -91,6 +95,8 @@ class RunFolder:
                     path.unlink(missing_ok=True)
                 if made:
                     shutil.rmtree(self.path, ignore_errors=True)
+            elif isinstance(error, RunError) and self.path.is_dir():
+                self.record({"event": "failure", "message": str(error)})
             raise
 
     def write_settings(self, command: str, text: str) -> None:
