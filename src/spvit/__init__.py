@@ -71,9 +71,8 @@ _LATER = {
 __all__ = [
     "Architecture", "ArchitectureError", "Benchmark", "BudgetError", "BudgetLoss", "CalibrationError",
     "CheckpointError", "CompressConfig", "ConstraintError", "Constraints", "DataError", "Description", "ExportError",
-    "Exported", "FrontierConfig", "GridError", "Host", "HubError", "ImageConfig", "Images", "Latency",
-    "ModelError", "NotSearchableError", "PhaseConfig", "Preprocessing", "ReportError", "Rows", "RunError",
-    "RunFolderError",
+    "Exported", "FrontierConfig", "GridError", "Host", "HubError", "ImageConfig", "Images", "Latency", "ModelError",
+    "NotSearchableError", "PhaseConfig", "Preprocessing", "ReportError", "Rows", "RunError", "RunFolderError",
     "Scores", "SearchConfig", "Sites", "SpvitError", "UnitRows", "UnknownPartError", "UnsupportedHostError",
     "ZooError", "architectures", "benchmark", "compress", "cost", "create_model", "decide", "describe", "export",
     "fold", "frontier", "gate_parameters", "load", "make_searchable", "prune", "push", "recognise", "register",
