@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spvit.checkpoint import Preprocessing, plain_state, replace_atomically
+from spvit.cost import count_params
 from spvit.errors import ExportError
-from spvit.hosts.host import Host, outputs_of
+from spvit.hosts.host import Host, macs_of_image, outputs_of
 from spvit.hosts.recognise import family_of
 from spvit.surgery import fold, pruned_record
 
@@ -105,8 +106,9 @@ def export(
         images = images * _channels(preprocessing.std) + _channels(preprocessing.mean)
     about = {"input_size": list(size), "normalised_inside": with_preprocessing, "classes": classes and list(classes)}
     about |= {"preprocessing": preprocessing and asdict(preprocessing)}
+    about |= {"macs": macs_of_image(model), "params": count_params(model)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _quiet():
+    with quiet():
         try:
             run = WRITERS[form](small, images[[0, 0]], path, {"opset": opset, METADATA: json.dumps(about)})
         except Exception as error:  # whatever an exporter raises; all of it means that the model cannot be written
@@ -175,7 +177,7 @@ def _channels(values: Sequence[float]) -> Tensor:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the exporters' advice to their own programmers off the terminal."""
     names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
     levels = {name: logging.getLogger(name).level for name in names}
@@ -239,7 +241,7 @@ def _write_openvino(model: nn.Module, images: Tensor, path: Path, options: dict[
     converted = openvino.convert_model(program)
     converted.set_rt_info(options[METADATA], METADATA)
     openvino.save_model(converted, path, compress_to_fp16=False)
-    compiled = openvino.compile_model(path, "CPU")
+    compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})  # bf16 where the CPU has it
     return lambda batch: torch.from_numpy(compiled(batch.numpy())[0])
 
 
@@ -251,6 +253,12 @@ def _write_safetensors(model: nn.Module, images: Tensor, path: Path, options: di
     with safe_open(path, "pt") as file:
         twin.model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     return torch.no_grad()(twin)
+
+
+def bytes_of(path: Path) -> int:
+    """Return the size of a file, with the weights beside it that ONNX and OpenVINO may keep there."""
+    files = [path, Path(f"{path}.data"), *([path.with_suffix(".bin")] if path.suffix == ".xml" else [])]
+    return sum(file.stat().st_size for file in files if file.exists())
 
 
 WRITERS: dict[str, Callable[[nn.Module, Tensor, Path, dict[str, Any]], Run]] = {
@@ -268,8 +276,6 @@ def _compared(path: Path, form: str, found: Tensor, wanted: Tensor, logits: bool
         agreement = float((found.argmax(1) == wanted.argmax(1)).float().mean())
     else:
         agreement = float(torch.cosine_similarity(found.flatten(1), wanted.flatten(1)).mean())
-    weights = [path, *(path.with_suffix(suffix) for suffix in (".onnx.data", ".bin"))]
-    size = sum(file.stat().st_size for file in weights if file.exists())
     if not (difference <= DIFFERENCE and agreement >= AGREEMENT):
         aside = path.with_name(f"{path.stem}.differs{path.suffix}")
         path.rename(aside)
@@ -277,4 +283,4 @@ def _compared(path: Path, form: str, found: Tensor, wanted: Tensor, logits: bool
             f"what was exported to {form} answers otherwise: outputs differ by {difference:.2g} of the largest "
             f"(allowed {DIFFERENCE:g}), agreement {agreement:.2%} (at least {AGREEMENT:.1%}); it is kept as {aside}"
         )
-    return Exported(path, form, size, difference, agreement, len(wanted))
+    return Exported(path, form, bytes_of(path), difference, agreement, len(wanted))

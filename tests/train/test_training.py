@@ -20,7 +20,8 @@ from spvit.errors import BudgetError, CalibrationError, DataError, RunError, Run
 from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import gated_layers, make_searchable, search_record
 from spvit.train.compress import calibration, compress
-from spvit.train.loop import Evaluation, Loop, Phase, run_phase
+from spvit.train.figures import Evaluation
+from spvit.train.loop import Loop, Phase, run_phase
 from spvit.train.optimizers import learning_rate_at, optimizer_of
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import CompressConfig, ImageConfig, PhaseConfig, SearchConfig
@@ -361,7 +362,9 @@ def test_compress_ends_with_the_repaired_network_where_fine_tuning_only_harms(tm
     defaults = CompressConfig().finetune
     assert defaults.keep_best
     harmful = replace(defaults, learning_rate=0.5, clip_gradient=0.0, keep_best=keep_best)
-    config = CompressConfig(dense=short(4, learning_rate=5e-3), train_epochs=1, finetune=harmful, calibration_images=128)
+    config = CompressConfig(
+        dense=short(4, learning_rate=5e-3), train_epochs=1, finetune=harmful, calibration_images=128
+    )
     found = compressed(micro_host(), "80%", config, tmp_path, digits())
     assert (found.pruned == found.after_pruning) == keep_best
     assert (found.pruned.accuracy < found.after_pruning.accuracy) != keep_best

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -11,25 +13,27 @@ from rich.console import Console
 from torch import nn
 
 from spvit.architecture import Architecture, dense
-from spvit.benchmark import Latency, measure_latencies
+from spvit.benchmark import BATCHES, Latency, Program, measure_latencies
 from spvit.budget import human
-from spvit.checkpoint import describe, save
+from spvit.checkpoint import describe, save, write_text
 from spvit.cli import convert
 from spvit.cli import options as cli
 from spvit.cli.inputs import model_and_images
 from spvit.cli.plan import print_plan
-from spvit.cli.show import block_table, comparison_table, kinds_text, latency_text, say
+from spvit.cli.report import report_at_the_end
+from spvit.cli.show import block_table, comparison_table, kinds_text, latency_table, say
 from spvit.cost import count_params
 from spvit.errors import ArchitectureError, CheckpointError, ModelError, RunFolderError
 from spvit.export import SUFFIXES, export
-from spvit.hosts.host import example_images, input_size, macs_of_image
+from spvit.hosts.host import input_size, macs_of_image
 from spvit.hosts.sources import build, can_build, source_of
 from spvit.models import ModelConfig, open_model
 from spvit.replacements.costs import network_costs
 from spvit.surgery import prune, pruned_record
 from spvit.train.compress import check_decision, deployed, run_compress, search, write_model
 from spvit.train.data import find_images, images_of, validation_loader
-from spvit.train.loop import Evaluation, Phase, Run, figures_of, run_phase
+from spvit.train.figures import Evaluation, Figures, figures_of
+from spvit.train.loop import Phase, Run, run_phase
 from spvit.train.processes import by_the_first, processes
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import DENSE, FINETUNE, RunFolder
@@ -37,29 +41,31 @@ from spvit.train.settings import LoopConfig
 from spvit.zoo import architectures, unfolded_params
 
 NOT_SETTINGS = ("resume", "dry_run")
-BATCHES = (1, 64)
 COMPARED = 64
 """Validation images that an exported file is compared on."""
 
 
-def _open(name: str, options: cli.RunCommand, trains_head: bool, console: Console) -> tuple[nn.Module, Run]:
+def open_run(
+    name: str, options: cli.RunCommand, trains_head: bool, console: Console, unlabelled: bool = False
+) -> tuple[nn.Module, Run]:
     """Return the model of a run, and the run with its settings written."""
     folder = RunFolder.open(options.output, options.resume)
     set_seed(options.seed)
-    opened, images = model_and_images(options, trains_head)
+    opened, images = model_and_images(options, trains_head, unlabelled=unlabelled)
     model = opened.model
     processes().wait_for_everyone()  # until all have found the folder fit to write to
     settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in NOT_SETTINGS}
     by_the_first(lambda: folder.write_settings(name, yaml.safe_dump(settings, sort_keys=False)))
     costs = f"{human(count_params(model))} params, {human(macs_of_image(model))} macs"
-    say(console, f"{options.model}: {costs}; {len(images.classes)} classes")
+    labels = f"{len(images.classes)} classes" if images.classes else "no labels: judged by agreement with it"
+    say(console, f"{options.model}: {costs}; {labels}")
     return model, Run(images, folder, options, PhaseProgress(console))
 
 
-def _write(model: nn.Module, figures: Evaluation, run: Run, console: Console, when: str = "") -> None:
+def _write(model: nn.Module, figures: Figures, run: Run, console: Console, when: str = "") -> None:
     """Write a run's model, and say how accurate it is."""
     write_model(model, figures, run.images, run.folder.path)
-    _say_where(console, run.folder.path, f"accuracy {figures.accuracy:.2%}{when}")
+    _say_where(console, run.folder.path, f"{figures.words}{when}")
 
 
 def _say_where(console: Console, folder: Path, *lines: str) -> None:
@@ -69,13 +75,13 @@ def _say_where(console: Console, folder: Path, *lines: str) -> None:
 
 def train_command(options: cli.TrainCommand, console: Console) -> None:
     """Train a dense model and write it."""
-    model, run = _open("train", options, True, console)
+    model, run = open_run("train", options, True, console)
     _write(model, run_phase(Phase(DENSE, model, options.dense), run), run, console)
 
 
 def search_command(options: cli.SearchCommand, console: Console) -> None:
     """Search, and write the architecture and the pruned model as the search left it."""
-    host, run = _open("search", options, False, console)
+    host, run = open_run("search", options, False, console)
     limits = check_decision(host, options.budget(), options.multiple)
     net, architecture = search(host, limits, options.search, run, options.multiple)
     console.print(block_table(architecture, network_costs(host), "architecture"))
@@ -86,7 +92,7 @@ def search_command(options: cli.SearchCommand, console: Console) -> None:
 def finetune_command(options: cli.FinetuneCommand, console: Console) -> None:
     """Fine-tune a pruned model, or a dense one after pruning it to an architecture, and write it folded."""
     architecture = Architecture.load(options.architecture) if options.architecture is not None else None
-    model, run = _open("finetune", options, False, console)
+    model, run = open_run("finetune", options, False, console)
     teacher = None
     if architecture is not None:
         teacher = model
@@ -102,23 +108,28 @@ def compress_command(options: cli.CompressCommand, console: Console) -> None:
     if options.dry_run:
         print_plan(options, console)
         return
-    model, run = _open("compress", options, options.dense.epochs > 0, console)
+    model, run = open_run("compress", options, options.dense.epochs > 0, console, unlabelled=True)
     result = run_compress(model, options.budget(), options, run)
     if not processes().is_main_process:
         return
     costs = network_costs(result.host)
-    latencies = _latencies({"dense": result.host, "pruned": result.model})
-    console.print(block_table(result.architecture, costs, "architecture"), comparison_table(result, costs, latencies))
-    after = f"accuracy right after pruning {result.after_pruning.accuracy:.2%}"
+    latencies = latencies_of({"dense": result.host, "pruned": result.model}, options.batches, console)
+    console.print(block_table(result.architecture, costs, "architecture"), comparison_table(result, costs))
+    console.print(latency_table(latencies))
+    after = f"right after pruning {result.after_pruning.words}"
     _say_where(console, run.folder.path, f"attention: {kinds_text(result.architecture)}; {after}")
+    measured = {name: [dataclasses.asdict(latency) for latency in own] for name, own in latencies.items()}
+    write_text(run.folder.latency, json.dumps(measured, indent=2) + "\n")
+    report_at_the_end(run.folder, result.host, console)
 
 
 def evaluate_command(options: cli.EvaluateCommand, console: Console) -> None:
     """Print a model's figures on the validation images."""
     opened, images = model_and_images(options)
     figures = figures_of(opened.model, images, LoopConfig(precision=options.precision))
-    shares = f"accuracy {figures.accuracy:.2%}, top-5 {figures.accuracy_top5:.2%}"
-    say(console, f"{shares}, loss {figures.loss:.4f}, {figures.images:,} images")
+    assert isinstance(figures, Evaluation)  # images that this command takes have labels
+    more = f"top-5 {figures.accuracy_top5:.2%}, loss {figures.loss:.4f}, {figures.images:,} images"
+    say(console, f"{figures.words}, {more}")
 
 
 def profile_command(options: cli.ProfileCommand, console: Console) -> None:
@@ -146,8 +157,10 @@ def profile_command(options: cli.ProfileCommand, console: Console) -> None:
         say(console, f"deployed: {params:,} params, {macs:,} macs")
         say(console, f"as published: {unfolded:,} params ({human(unfolded)}), {counts}")
     if options.latency:
-        for name, latencies in _latencies({"dense": host.eval(), "pruned": pruned}).items():
-            say(console, *(f"{name}: {latency_text(latency)}" for latency in latencies))
+        models = (
+            {"dense": host} if record is None and options.architecture is None else {"dense": host, "pruned": pruned}
+        )
+        console.print(latency_table(latencies_of(models, BATCHES, console)))
 
 
 def export_command(options: cli.ExportCommand, console: Console) -> None:
@@ -243,7 +256,9 @@ def _named_architecture(name: str) -> Architecture:
     return Architecture.load(name)
 
 
-def _latencies(models: dict[str, nn.Module]) -> dict[str, list[Latency]]:
-    """Return the latencies of models by name, one a batch size, measured side by side."""
-    measured = [measure_latencies(list(models.values()), example_images(models["dense"], batch)) for batch in BATCHES]
-    return {name: [latencies[index] for latencies in measured] for index, name in enumerate(models)}
+def latencies_of(models: dict[str, nn.Module], batches: Sequence[int], console: Console) -> dict[str, list[Latency]]:
+    """Return the latencies of models by name, one a batch size, measured side by side on their device."""
+    programs = [Program.of(name, model) for name, model in models.items()]
+    with Console(stderr=True, quiet=console.quiet).status("measuring latency"):
+        measured = [measure_latencies(programs, batch) for batch in batches]
+    return {name: list(own) for name, *own in zip(models, *measured)}

@@ -7,9 +7,11 @@ A recipe (YAML) holds the same names. The config.yaml of a run holds its resolve
 from dataclasses import dataclass, field
 from typing import Any
 
+from spvit.benchmark import BATCHES
 from spvit.budget import Budget
 from spvit.models import ModelConfig
-from spvit.train.settings import CompressConfig, ImageConfig, LoopConfig, PhaseConfig, SearchConfig
+from spvit.train.frontier import BUDGETS
+from spvit.train.settings import CompressConfig, FrontierConfig, ImageConfig, LoopConfig, PhaseConfig, SearchConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +19,8 @@ class DataOptions:
     """The images."""
 
     data: str
-    """A folder with train/ and val/ (a folder a class in each), a torchvision data set (CIFAR10), or digits."""
+    """A folder with train/ and val/ (a folder a class in each), a torchvision data set (CIFAR10), or digits; to
+    compress without training by labels, any folder of images."""
     images: ImageConfig = field(default_factory=ImageConfig)
     """How images are read, augmented and batched."""
 
@@ -69,9 +72,44 @@ class SearchCommand(BudgetOptions, RunCommand):
 class CompressCommand(BudgetOptions, CompressConfig, RunCommand):
     """Compress a model to a budget."""
 
+    batches: tuple[int, ...] = BATCHES
+    """Batch sizes at which latency is measured at the end."""
     dry_run: bool = False
     """Print the plan of the run, with time and memory from a few steps on this machine, and write nothing. It loads no
     pre-trained weights, and takes noise for the images of a folder imagenet that does not exist."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontierCommand(FrontierConfig, RunCommand):
+    """Prune a model to several budgets from one scoring, and show what each costs and gives."""
+
+    budgets: tuple[str, ...] = BUDGETS
+    """Budgets, in the forms of macs: 75% 50% 1.0G."""
+    metric: str = "macs"
+    """What the budgets are of: macs or params."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkCommand:
+    """Measure latency, memory and size of models side by side."""
+
+    models: tuple[str, ...]
+    """timm models, hf:NAME, folders that spvit wrote, or exported files (.onnx, .pt2, .xml); the others are compared
+    with the first."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of timm.create_model, such as {"img_size": 96}, for the timm models."""
+    batches: tuple[int, ...] = BATCHES
+    """Images in one pass."""
+    device: str = "cpu"
+    """Where PyTorch models and ONNX files run: cpu, cuda."""
+    dtype: str | None = None
+    """`fp32`, `bf16` or `fp16` of PyTorch models; when absent as they are. Exported files run as they were written."""
+    threads: int | None = None
+    """Of the CPU; when absent as many as torch takes."""
+    seconds: float = 1.0
+    """At least so long for each model and batch size, if seven rounds take less."""
+    json: str | None = None
+    """File to write the figures to. It must be new."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +136,18 @@ class EvaluateCommand(DataOptions, ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PredictCommand(ModelConfig):
+    """Print the most probable classes of images."""
+
+    files: list[str]
+    """Image files, or folders of them."""
+    top: int = 5
+    """How many classes to print of each image."""
+    json: bool = False
+    """Print JSON in place of lines."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProfileCommand(ModelConfig):
     """Print what a model costs, block by block, dense against pruned."""
 
@@ -112,7 +162,8 @@ class CheckCommand:
     """Show what spvit finds in a model and verifies, and what each part of it may become."""
 
     model: str
-    """A timm model, hf:NAME or hf:FOLDER, a folder that spvit wrote, or MODULE:FUNCTION, which returns yours."""
+    """A timm model, hf:NAME or hf:FOLDER, a folder that spvit wrote, hub:NAME, or MODULE:FUNCTION, which returns
+    yours."""
     model_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of timm.create_model, such as {"img_size": 96}, or of the function."""
     image_size: str | None = None
@@ -121,6 +172,24 @@ class CheckCommand:
     """Channels of its images; when absent those of its first convolution, or 3."""
     json: bool = False
     """Print JSON in place of tables."""
+
+
+@dataclass(frozen=True)
+class ReportCommand:
+    """Write a page about a run: one HTML file."""
+
+    run: str
+    """A run folder, of a run that has ended or not, or a folder with a saved model."""
+    output: str | None = None
+    """The file to write; when absent report.html in the run folder. A page that was there is replaced."""
+    model: str | None = None
+    """The dense model, where the folder does not say it or it is your own: MODULE:FUNCTION, or as for compress."""
+    images: int = 256
+    """Validation images to compare the dense and the pruned model on; some are shown. 0: the page shows none."""
+    svg: bool = False
+    """Write each picture as SVG too, beside the page."""
+    png: bool = False
+    """Write each picture as PNG too, beside the page."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +210,30 @@ class ExportCommand(ModelConfig):
     """How images are read."""
     overwrite: bool = False
     """Replace the file if it exists."""
+
+
+@dataclass(frozen=True)
+class PushCommand:
+    """Upload a model to the Hugging Face hub, with a card of its figures; spvit.load("hub:NAME") loads it."""
+
+    run: str
+    """The run folder, or another that spvit wrote."""
+    name: str
+    """USER/MODEL on the hub, or MODEL under your own name; it is made if it does not exist."""
+    private: bool = False
+    """Nobody else may read it."""
+    revision: str | None = None
+    """The branch to upload to, made if it does not exist; when absent the main one."""
+    message: str = "Upload a model of spvit"
+    """Message of the commit."""
+    license: str | None = None
+    """Licence of the model; when absent that of the base model, where it is known."""
+    base_model: str | None = None
+    """The model on the hub that it was made of; when absent what the run's settings name."""
+    overwrite: bool = False
+    """Replace a model that the branch holds; its history keeps the former one."""
+    dry_run: bool = False
+    """Print the card, and upload nothing."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import difflib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,14 +20,17 @@ DEMO = Path(__file__).with_name("digits.yaml")
 _HEADINGS = {
     "model and data": ("model", "checkpoint", "data", "images.batch-size"),
     "budget, one of the two": ("macs", "params"),
+    "budgets": ("budgets", "metric"),
     "what may change": ("keep", "only", "forbid"),
     "what to do": ("architecture", "scores", "train-epochs", "no-train"),
     "phases": ("dense.epochs", "search.epochs", "finetune.epochs"),
     "run": ("recipe", "output", "seed", "resume", "dry-run", "help", "help-all"),
 }
 _SHOWN_OF_DEMO = ("macs", "output", "seed", "resume", "help", "help-all")
-_SEVERAL = ("--keep", "--only", "--forbid")
-"""Options that take several words."""
+_SEVERAL = ("--keep", "--only", "--forbid", "--track")
+"""Options that take several words as one text."""
+_LISTS = ("--budgets", "--batches", "--models")
+"""Options that take a list, of which the words are the items."""
 _EXPECTED = {
     "int": "a whole number",
     "float": "a number",
@@ -91,7 +95,7 @@ class CommandParser(ArgumentParser):
 
 def _values(words: Sequence[str], option: str) -> list[str]:
     """Return what is given for an option, each time."""
-    after = [value for word, value in zip(words, words[1:]) if word == option]
+    after = [value for word, value in itertools.pairwise(words) if word == option]
     return [*after, *(word.partition("=")[2] for word in words if word.startswith(f"{option}="))]
 
 
@@ -104,15 +108,19 @@ def _check_contradictions(words: Sequence[str]) -> None:
 
 
 def _joined(words: Sequence[str]) -> list[str]:
-    """Return words of a command line with those after an option that takes several as one: `--keep=0 -1`."""
+    """Return words with those after an option that takes several as one: `--keep=0 -1`, `--batches=[1,64]`."""
     joined: list[str] = []
     for word in words:
         option = joined[-1].partition("=")[0] if joined else ""
-        if option in _SEVERAL and not word.startswith("--"):
+        if option in (*_SEVERAL, *_LISTS) and not word.startswith("--"):
             joined[-1] += f"{' ' if '=' in joined[-1] else '='}{word}"
         else:
             joined.append(word)
-    return joined
+    pairs = [(word, *word.partition("=")[::2]) for word in joined]
+    return [
+        f"{name}=[{','.join(items.strip('[]').replace(',', ' ').split())}]" if name in _LISTS else word
+        for word, name, items in pairs
+    ]
 
 
 class _ShortHelp(argparse.Action):
@@ -163,10 +171,16 @@ def command_parser(name: str, options: type) -> CommandParser:
         print_config=None,
     )
     parser.add_argument("--recipe", action="config", help="YAML file of settings; later files take precedence.")
-    parser.add_class_arguments(options, None, as_group=False, as_positional=True)
+    in_order = {"model", "files"} if name == "predict" else set()
+    parser.add_class_arguments(options, None, as_group=False, as_positional=True, skip=in_order)
     have = parser._option_string_actions
-    if name in ("profile", "check", "export"):
+    if name == "benchmark":
+        parser.add_argument("models", nargs="*", default=argparse.SUPPRESS, help="The same as --models.")
+    if name in ("profile", "check", "export", "frontier"):
         parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="The same as --model.")
+    elif name == "predict":
+        parser.add_argument("model", help="A folder that spvit wrote, or another model as for compress.")
+        parser.add_argument("files", nargs="+", help="Image files, or folders of them.")
     if "--train-epochs" in have:
         zero = {"dest": "train_epochs", "action": "store_const", "const": 0, "default": argparse.SUPPRESS}
         parser.add_argument("--no-train", "--no_train", **zero, help="Train nothing: --train-epochs 0.")

@@ -22,7 +22,9 @@ def lines_of(recipe: str | Path) -> dict[str, int]:
         for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
             name, line = f"{prefix}{key.value}".replace("-", "_"), key.start_mark.line + 1
             if name in lines:
-                raise SpvitError(f"{recipe}, line {line}: {name} is set on line {lines[name]} already; keep one of them")
+                raise SpvitError(
+                    f"{recipe}, line {line}: {name} is set on line {lines[name]} already; keep one of them"
+                )
             lines[name] = line
             read(value, f"{name}.")
 

@@ -1,10 +1,11 @@
-"""Images: a folder, a torchvision data set by name, or the embedded digits; augmented by timm, and in batches.
+"""Images: a folder, labelled or not, a torchvision data set, or the embedded digits; augmented by timm, in batches.
 
 Shapes: images [B, channels, height, width], normalised; targets [B], class indices.
 """
 
 import inspect
 import logging
+import math
 import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,12 +22,13 @@ from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.data.auto_augment import posterize
 from timm.data.distributed_sampler import RepeatAugSampler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, Subset, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from spvit.checkpoint import Preprocessing
+from spvit.checkpoint import Description, Preprocessing
 from spvit.errors import DataError
+from spvit.hosts.host import input_size
 from spvit.train.pictures import read_picture
 from spvit.train.settings import ImageConfig
 from spvit.train.signals import ignored_by_workers
@@ -34,6 +36,8 @@ from spvit.train.signals import ignored_by_workers
 DIGITS = "digits"
 DIGITS_HELD_OUT = 360
 UNREAD = -1  # class of a validation image that is left out
+VALIDATED, MOST_VALIDATED = 0.1, 5000
+"""Share and number of the images of a folder without labels that validate."""
 Items = Any  # a sequence of (path, array or PIL image, class)
 Draw = tuple[int, int]  # the index of an image, and the seed of its augmentation
 Found = tuple[Items, Items, tuple[str, ...]]  # training and validation items, and the names of the classes
@@ -82,11 +86,33 @@ class TransformedImages(Dataset[Any]):
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = getattr(error, "strerror", None) or str(error)
+    return reason.splitlines()[0] if reason else type(error).__name__
+
+
+def transform(model: Description | nn.Module, preprocessing: Preprocessing | None = None) -> Callable[[Any], Tensor]:
+    """Return a function that reads an image and prepares it for a model, as validation images are.
+
+    It takes a path, a PIL image or an array [height, width] or [height, width, 3], and returns a tensor [channels,
+    height, width]. It raises DataError for what cannot be read.
+
+    Args:
+        model: what `spvit.describe(folder)` returns, or any model that spvit takes or makes.
+        preprocessing: how to normalise, resize and crop; None: as the description says, or ImageNet's.
+    """
+    size = model.input_size if isinstance(model, Description) else input_size(model)
+    assert size is not None  # descriptions that were read say it
+    own = preprocessing or getattr(model, "preprocessing", None) or Preprocessing()
+    prepare = transforms(ImageConfig(), size, own)[1]
+    return lambda source: prepare(read_picture(source, size[0]))
 
 
 def find_images(source: str, config: ImageConfig) -> Found:
-    """Return the images of a folder with `train/` and `val/`, a torchvision data set by name, or `digits`."""
+    """Return the images of a folder, a torchvision data set by name, or `digits`; of images without labels no classes.
+
+    A folder has `train/` and `val/`, with a folder a class in each; or images without labels, in these or anywhere in
+    it: then a tenth of them validates.
+    """
     if source == DIGITS:
         return _digits()
     return _folder(Path(source)) if Path(source).is_dir() else _torchvision(source, config)
@@ -122,20 +148,46 @@ def _is_picture(path: str) -> bool:
 
 
 def _folder(folder: Path) -> Found:
+    """Return the images of `train/` and `val/`, with a folder a class in each; without such folders, without labels."""
+    parts = [folder / split for split in ("train", "val")]
+    if not all(part.is_dir() for part in parts):
+        images = _images_under(folder)
+        if len(images) < 2:
+            problem = f"{folder} has no folders train/ and val/, and {len(images)} images"
+            raise DataError(f"{problem}; expected both, with a folder a class in each, or images without labels")
+        return (*_split(images, min(MOST_VALIDATED, math.ceil(VALIDATED * len(images)))), ())
+    if not any(entry.is_dir() for part in parts for entry in part.iterdir()):
+        train, validation = (_images_under(part) for part in parts)
+        if not (train and validation):
+            found = f"{len(train)} images in train/ and {len(validation)} in val/"
+            raise DataError(f"{folder} has {found}, expected some in both, or a folder of them for each class")
+        return train, validation, ()
     splits = {}
-    for split in ("train", "val"):
-        if not (folder / split).is_dir():
-            raise DataError(f"{folder} has no folder {split}/; expected train/ and val/, each with a folder a class")
+    for part in parts:
         try:
-            splits[split] = _Folder(folder / split, is_valid_file=_is_picture)
+            splits[part.name] = _Folder(part, is_valid_file=_is_picture)
         except FileNotFoundError as error:
-            problem = f"{folder / split}: {str(error).rstrip('. ')}"
-            raise DataError(f"{problem}; expected a folder of images (.jpg, .png, ...) for each class") from error
+            raise DataError(
+                f"{part}: {str(error).rstrip('. ')}; expected a folder of images (.jpg, .png, ...) for each class, or "
+                "images alone"
+            ) from error
     for here, there in (("train", "val"), ("val", "train")):
         missing = next((name for name in splits[here].classes if name not in splits[there].classes), None)
         if missing is not None:
             raise DataError(f"class {missing!r} is in {folder / here} but not in {folder / there}; they must match")
     return splits["train"].samples, splits["val"].samples, tuple(splits["train"].classes)
+
+
+def _images_under(folder: Path) -> list[tuple[Path, int]]:
+    """Return the image files of a folder and its folders, in order of their names, without a class."""
+    paths = [path for path in sorted(folder.rglob("*")) if _is_picture(str(path)) and path.is_file()]
+    return [(path, 0) for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def _split(items: list[Any], held_out: int) -> tuple[list[Any], list[Any]]:
+    """Return the items to train on and those held out, by a fixed permutation: the same in every run."""
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()
+    return [items[index] for index in order[held_out:]], [items[index] for index in order[:held_out]]
 
 
 def _torchvision(name: str, config: ImageConfig) -> Found:
@@ -229,10 +281,10 @@ def mixup_of(config: ImageConfig, classes: int, smoothing: float) -> Any:
 
 def training_loader(images: Images, sampler: Iterable[Any] | None = None, processes: int = 1) -> DataLoader[Any]:
     """Return the loader of the training images in whole batches: as a sampler draws them, or shuffled, each once."""
-    count: int = len(images.train)  # type: ignore[arg-type]
+    count: int = len(sampler if isinstance(sampler, list) else images.train)  # type: ignore[arg-type]
     size, each = images.config.batch_size, "" if processes == 1 else f" times {processes} processes"
     if count < size * processes:
-        raise DataError(f"there are {count} training images, fewer than images.batch_size {size}{each}")
+        raise DataError(f"there are {count} training images, fewer than images.batch_size {size}{each}; lower it")
     order: dict[str, Any] = {"shuffle": True} if sampler is None else {"sampler": sampler}
     return DataLoader(images.train, drop_last=True, collate_fn=_stacked, **order, **_loading(images.config))
 
@@ -288,7 +340,7 @@ class DrawnImages(Dataset[Any]):
         random.seed(seed)
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)
-        return self.images[index]  # type: ignore[no-any-return]
+        return self.images[index]
 
 
 def seed_of(*parts: object) -> int:

@@ -35,7 +35,7 @@ def read_picture(source: Any, channels: int, background: float = 1.0) -> Image.I
             image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
             behind = (round(255 * background),) * 3
             image = Image.alpha_composite(Image.new("RGBA", image.size, (*behind, 255)), image)
-        return image.convert("L" if channels == 1 else "RGB")  # type: ignore[no-any-return]
+        return image.convert("L" if channels == 1 else "RGB")
     except Exception as error:  # whatever damaged bytes lead to; all of it means the same to the user
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         shown = str(source) if str(source).isprintable() else repr(str(source))

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -10,16 +10,22 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from spvit.hosts.walk import Report
+
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BETWEEN_STEPS = 30.0
 """Between lines within an epoch, where there is no bar."""
 
 
 class PhaseProgress:
-    """Shows one phase after another on a console, or nothing on None; a terminal gets a live bar too."""
+    """Shows one phase after another on a console, or nothing on None; a terminal gets a live bar too.
 
-    def __init__(self, console: Console | None = None) -> None:
+    A function to report to gets every step with its losses, and every epoch with the figures of its evaluation.
+    """
+
+    def __init__(self, console: Console | None = None, report: Report | None = None) -> None:
         self.console = console
+        self.report = report
         self._name = self._standing = ""
         self._reported = self._shown = -math.inf
 
@@ -49,6 +55,16 @@ class PhaseProgress:
             done, total = int(task.completed), int(task.total or 0)
             left = timedelta(seconds=round((now - self._started) / (done - self._first) * (total - done)))
             self.note(f"{self._name} {done}/{total}: {left} left  {text}".rstrip())
+        self._report(losses)
+
+    def count(self, *_: object) -> None:
+        """Count one step of work that reports its own."""
+        self.step()
+
+    def _report(self, figures: Mapping[str, float]) -> None:
+        task = self._bar.tasks[0]
+        if self.report is not None:
+            self.report(self._name, int(task.completed), int(task.total or 0), dict(figures))
 
     def stand(self, standing: dict[str, Any]) -> None:
         """Say how a search stands now: the expected cost against the target, and the layers at each kind."""
@@ -56,12 +72,13 @@ class PhaseProgress:
             kinds = " ".join(f"{kind} {count}" for kind, count in standing["kinds"].items())
             self._standing = f"cost {standing['cost']:.1%} (target {standing['target']:.1%})  {kinds}"
 
-    def epoch(self, epoch: int, epochs: int, accuracy: float) -> None:
-        """Report the end of an epoch, at most every few seconds, and of the last one always."""
+    def epoch(self, epoch: int, epochs: int, quality: str, figures: Mapping[str, float]) -> None:
+        """Report the end of an epoch; print a line of it at most every few seconds, and of the last one always."""
+        self._report(figures)
         now = time.monotonic()
         if epoch == epochs or now - self._reported >= SECONDS_BETWEEN_LINES:
             self._reported = now
-            self.note(f"{self._name} epoch {epoch}/{epochs}: accuracy {accuracy:.2%}  {self._standing}".rstrip())
+            self.note(f"{self._name} epoch {epoch}/{epochs}: {quality}  {self._standing}".rstrip())
 
     def note(self, text: str) -> None:
         """Print one line."""

@@ -2,6 +2,7 @@
 
     config.yaml                         the settings, under a line that names their command
     metrics.jsonl                       figures every few steps and after every epoch
+    tracking.json                       which runs of trackers get the same figures
     scores.json, scores.safetensors     what scoring measured
     architecture.json                   what the run decided to keep
     state/config.yaml                   the settings as the run last used them, which edits are compared with
@@ -9,7 +10,9 @@
     state/PHASE/best.safetensors        the best weights of a phase, where it keeps them
     dense/                              the dense model, where the run trained it
     model.json, model.safetensors       the result
-    summary.json                        accuracy of the dense model, after pruning, and at the end
+    summary.json                        accuracy and costs of the dense model, after pruning, and at the end
+    latency.json                        latency of the dense and the pruned model, measured side by side
+    report.html                         a page about all of this
 
 Every file is data: JSON, YAML or safetensors. Files are replaced as a whole, so a kill leaves the old or the new one.
 While a run writes here, `.lock` says which process does.
@@ -24,11 +27,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import Tensor, nn
 
 from spvit.architecture import Architecture
 from spvit.checkpoint import UNFINISHED, make_folder, plain_state, write_text
-from spvit.errors import CheckpointError, RunError, RunFolderError, SpvitError
+from spvit.errors import CheckpointError, RunError, RunFolderError, RunStoppedError, SpvitError
 from spvit.repair.scores import Scores
 from spvit.train.lock import locked
 from spvit.train.processes import by_the_first
@@ -41,7 +45,7 @@ KEPT_STATES = 2
 FIXED = (
     *("model", "model_args", "pretrained", "checkpoint", "data", "macs", "params", "seed", "architecture", "scores"),
     *("initialise", "repair", "calibration_images", "repair_views", "multiple", "objective"),
-    *("keep", "only", "forbid", "smallest_width", "keep_patches"),
+    *("keep", "only", "forbid", "smallest_width", "keep_patches", "metric"),
 )
 
 logger = logging.getLogger("spvit")
@@ -55,10 +59,14 @@ class RunFolder:
         self.settings = self.path / "config.yaml"
         self.settings_kept = self.path / "state" / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
+        self.tracking = self.path / "tracking.json"
         self.architecture = self.path / "architecture.json"
         self.scores = self.path / "scores.json"
         self.dense = self.path / "dense"
         self.summary = self.path / "summary.json"
+        self.latency = self.path / "latency.json"
+        self.frontier = self.path / "frontier.json"
+        self.report = self.path / "report.html"
 
     @classmethod
     def open(cls, path: str | Path, resume: bool = False) -> "RunFolder":
@@ -87,7 +95,9 @@ class RunFolder:
         made, fresh = not self.path.exists(), not self.used
         first = (self.settings, self.settings_kept, self.scores, self.scores.with_suffix(".safetensors"))
         with ExitStack() as lock:
-            by_the_first(lambda: (lock.enter_context(locked(self.path)), self._tidy()))
+            by_the_first(lambda: lock.enter_context(locked(self.path)))
+            for path in self.path.rglob(f".*{UNFINISHED}"):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
             try:
                 yield
             except SpvitError as error:
@@ -97,15 +107,14 @@ class RunFolder:
                         path.unlink(missing_ok=True)
                     for folder in (self.settings_kept.parent, *([self.path] if made else [])):
                         shutil.rmtree(folder, ignore_errors=True)
+                elif isinstance(error, RunError) and not isinstance(error, RunStoppedError):
+                    with suppress(OSError):
+                        self.record({"event": "failure", "message": str(error)})
                 raise
             finally:
                 lock.close()
-                with suppress(OSError):
-                    _ = made and self.path.rmdir()  # where nothing was written
-
-    def _tidy(self) -> None:
-        for path in self.path.rglob(f".*{UNFINISHED}"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+                if made and self.path.is_dir() and not any(self.path.iterdir()):
+                    self.path.rmdir()
 
     def write_settings(self, command: str, text: str) -> None:
         """Write a command's settings, given as YAML; makes the folder."""
@@ -125,6 +134,31 @@ class RunFolder:
         if first != f"# spvit {command}":
             raise RunFolderError(f"output {self.path} holds a run of {first[2:]!r}, not of 'spvit {command}'")
         return self.settings, kept
+
+    def command_and_settings(self) -> tuple[str, dict[str, Any]]:
+        """Return the command that the run is of, and its settings; "" and none of a folder that no run has written.
+
+        Raises RunFolderError when config.yaml is damaged.
+        """
+        if not self.settings.is_file():
+            return "", {}
+        text = self.settings.read_text(encoding="utf-8", errors="replace")
+        try:
+            settings = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RunFolderError(f"{self.settings} is damaged: {' '.join(str(error).split())}") from error
+        command = text.partition("\n")[0].removeprefix("# spvit ")
+        return (command, settings) if isinstance(settings, dict) else ("", {})
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Return summary.json: figures by what they are of. Empty where there is none; RunFolderError if damaged."""
+        if not self.summary.is_file():
+            return {}
+        try:
+            found = json.loads(self.summary.read_text(encoding="utf-8"))
+            return {stage: {name: float(value) for name, value in own.items()} for stage, own in found.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise RunFolderError(f"{self.summary} is damaged ({error}); run its command again") from error
 
     def check_continued(self, before: Any, options: Any) -> None:
         """Raise RunFolderError when options differ from those of the run before where they must not."""
@@ -151,6 +185,23 @@ class RunFolder:
         """Append a line of figures to metrics.jsonl."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+
+    def steps_before(self, phase: str) -> int:
+        """Return the steps that the other phases have recorded, all of which come before."""
+        if not self.metrics.exists():
+            return 0
+        last: dict[str, int] = {}
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            values = json.loads(line)
+            name = values.get("phase", phase)
+            last[name] = max(last.get(name, 0), values.get("step", 0))
+        return sum(steps for name, steps in last.items() if name != phase)
+
+    def recorded(self, phase: str, event: str) -> dict[str, Any] | None:
+        """Return a phase's last line of figures of an event; None without any."""
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
+        found = [json.loads(line) for line in lines if f'"{event}"' in line and line.endswith("}")]
+        return next((line for line in found[::-1] if (line["phase"], line["event"]) == (phase, event)), None)
 
     def rewind(self, phase: str, epoch: int, step: int, steps: int) -> None:
         """Drop a phase's states and lines from after so many epochs and steps of the next, in all so many steps.

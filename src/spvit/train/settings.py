@@ -2,15 +2,19 @@
 
 import math
 from dataclasses import dataclass, field, fields, replace
+from importlib.util import find_spec
 from typing import Any
 
+from spvit.benchmark import BATCHES
 from spvit.errors import DataError
 from spvit.repair.constraints import Constraints
 from spvit.repair.objective import OBJECTIVES
 from spvit.search.budget_loss import BUDGET_WEIGHT
 
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 CALIBRATION_IMAGES = 1024
 REPAIR_VIEWS = 4
+LEARNING_RATE = 5e-4
 
 
 def within(default: Any, low: float, high: float = math.inf, *, above: bool = False) -> Any:
@@ -33,7 +37,9 @@ def check_settings(settings: Any, prefix: str = "") -> None:
             continue
         low, high, above = own.metadata["range"]
         each = value if isinstance(value, (tuple, list)) else (value,)
-        if not all(math.isfinite(one) and low <= one <= high and not (above and one == low) for one in each):
+        if not each or not all(
+            math.isfinite(one) and low <= one <= high and not (above and one == low) for one in each
+        ):
             least = "a finite number" if low == -math.inf else f"above {low}" if above else f"{low} or more"
             raise DataError(f"{name} is {value}, expected {least}{f', at most {high}' if high < math.inf else ''}")
 
@@ -103,9 +109,22 @@ class LoopConfig:
     """Steps between two lines of metrics.jsonl."""
     save_minutes: float = within(10.0, 0)
     """Minutes between states within an epoch, which a killed run continues from; 0 saves at the ends of epochs only."""
+    track: str | tuple[str, ...] | None = None
+    """Trackers that get the same figures: tensorboard, wandb, mlflow; several with spaces or commas."""
 
     def __post_init__(self) -> None:
         check_settings(self)
+        for tracker in self.trackers:
+            if tracker not in TRACKERS:
+                raise DataError(f"track is {tracker!r}, expected {', '.join(TRACKERS)}, or several of them")
+            if find_spec(tracker) is None:
+                raise DataError(f"track {tracker} needs a package; install it with: pip install {tracker}")
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names of the trackers, each once."""
+        listed = self.track.replace(",", " ").split() if isinstance(self.track, str) else self.track or ()
+        return tuple(dict.fromkeys(listed))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +133,8 @@ class PhaseConfig:
 
     epochs: int = within(10, 0)
     """Passes over the training images; 0 leaves the phase out."""
-    learning_rate: float = within(5e-4, 0)
-    """Peak learning rate of the weights (AdamW)."""
+    learning_rate: float | None = within(None, 0)
+    """Peak learning rate of the weights (AdamW). When absent 5e-4; without labels, what short trials find best."""
     minimum_learning_rate: float = within(1e-5, 0)
     """Learning rate at the end of the cosine schedule; equal to the peak for a constant rate."""
     warmup_epochs: float = within(0.5, 0)
@@ -148,6 +167,11 @@ class PhaseConfig:
             why = f"the teacher is {self.teacher}, but distillation is 0"
             raise DataError(f"{why}; give its share of the loss, such as 0.5")
 
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate, where none was found either."""
+        return LEARNING_RATE if self.learning_rate is None else self.learning_rate
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(PhaseConfig):
@@ -174,7 +198,39 @@ class SearchConfig(PhaseConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressConfig(Constraints, LoopConfig):
+class ScoresConfig(Constraints, LoopConfig):
+    """Settings of scores, decisions by them and repairs, and what the decisions leave alone."""
+
+    calibration_images: int = within(CALIBRATION_IMAGES, 1)
+    """Training images for scores, cropped and mirrored at random; their labels are not used."""
+    repair_views: int = within(REPAIR_VIEWS, 1)
+    """Times that number of images for the repair: further training images, and all of them again, cropped anew, where
+    there are no more."""
+    scores: str | None = None
+    """A run folder whose scores to decide by, for another budget; when absent the model is scored."""
+    objective: str = one_of("auto", *OBJECTIVES)
+    """What counts of the model's outputs in scores: `logits`, `pooled` (its output), `tokens` (behind the last norm) or
+    `features` (both); `auto` is logits where it has classes, or what given scores were made with."""
+    multiple: int | None = None
+    """FFN widths and ranks of attention are multiples of it; when absent 8, or less for very small models."""
+
+    def __post_init__(self) -> None:
+        Constraints.__post_init__(self)
+        LoopConfig.__post_init__(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontierConfig(ScoresConfig):
+    """Settings of a frontier."""
+
+    repair_views: int = within(1, 1)
+    """Times the calibration images for the repair of each budget: less than `compress` takes, for one time each."""
+    batches: tuple[int, ...] = within(BATCHES, 1)
+    """Batch sizes at which latency is measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig(ScoresConfig):
     """Settings of a whole compression, and what its decision leaves alone."""
 
     dense: PhaseConfig = field(default_factory=lambda: PhaseConfig(epochs=0))
@@ -193,25 +249,12 @@ class CompressConfig(Constraints, LoopConfig):
     """Epochs of fine-tuning, in place of those of `finetune`; 0 trains nothing, and so allows no search."""
     repair: bool = True
     """Whether what pruning broke is repaired in closed form, from calibration images."""
-    calibration_images: int = within(CALIBRATION_IMAGES, 1)
-    """Training images for scores, cropped and mirrored at random; their labels are not used."""
-    repair_views: int = within(REPAIR_VIEWS, 1)
-    """Times that number of images for the repair: further training images, and all of them again, cropped anew, where
-    there are no more."""
-    scores: str | None = None
-    """A run folder whose scores to decide by, for another budget; when absent the model is scored."""
-    objective: str = one_of("auto", *OBJECTIVES)
-    """What counts of the model's outputs in scores: `logits`, `pooled` (its output), `tokens` (behind the last norm) or
-    `features` (both); `auto` is logits where it has classes, or what given scores were made with."""
     initialise: str = "host"
     """Weights of the pruned model after a search: those of the `host`, as published (and then repaired), or of the
     `search`."""
-    multiple: int | None = None
-    """FFN widths and ranks of attention are multiples of it; when absent 8, or less for very small models."""
 
     def __post_init__(self) -> None:
-        Constraints.__post_init__(self)
-        LoopConfig.__post_init__(self)
+        super().__post_init__()
         if self.given() and self.search.epochs > 0:
             found = "; ".join(self.given().values())
             raise DataError(f"{found}: these bind decisions by scores; leave them out, or search.epochs")

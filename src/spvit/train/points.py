@@ -1,0 +1,104 @@
+"""A frontier as data: the dense model and one for each budget, what each costs, how good and how fast it is.
+
+A frontier's folder holds, beside config.yaml and the scores (`--scores` takes the folder):
+
+    frontier.json               what was found; frontier.csv holds the same as a table
+    frontier.svg, frontier.png  the plot, where matplotlib is installed
+    50pct/, 1.5G/, ...          a model for each budget, with its architecture.json
+
+frontier.json: {"format": "spvit-frontier", "version": 1, "model", "metric": "macs" or "params", "images": how many
+validation images, "seconds": {"scores", "latency"}, "unreached": {budget: why}, "points": [...]}. Points are the dense
+model and then the budgets, the largest first, each {"budget": "dense" or "50%", "folder": its name in here (null of the
+dense model), "macs", "params", "accuracy" (0 to 1; null of a backbone), "agreement" (null of a classifier), "seconds":
+to decide, repair and evaluate, "latency": [...]}. A latency is a `spvit.benchmark.Latency`, one a batch size; the list
+is empty until all budgets are done.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from spvit.benchmark import Latency
+from spvit.checkpoint import write_text
+from spvit.errors import RunFolderError
+
+FORMAT, VERSION = "spvit-frontier", 1
+FILE = "frontier.json"
+DENSE = "dense"
+"""What stands for the budget of the dense model."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model of a frontier, or the dense one."""
+
+    budget: str
+    folder: str | None
+    macs: int
+    params: int
+    accuracy: float | None = None
+    """Share of the validation images whose class is the first guess, where the model has classes."""
+    agreement: float | None = None
+    """Mean cosine to the dense outputs, of both less the mean of the dense ones, where it has none."""
+    seconds: float = 0.0
+    """To decide, repair and evaluate."""
+    latency: Sequence[Latency] = ()
+
+    @property
+    def quality(self) -> float:
+        """Accuracy, or agreement of a model without classes."""
+        return (self.agreement or 0.0) if self.accuracy is None else self.accuracy
+
+    @property
+    def words(self) -> str:
+        """Accuracy or agreement, in words."""
+        return f"agreement {self.quality:.4f}" if self.accuracy is None else f"accuracy {self.quality:.2%}"
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The dense model and one for each budget, largest first; and which budgets cannot be reached, and why."""
+
+    model: str
+    metric: str
+    images: int = 0
+    points: tuple[Point, ...] = ()
+    unreached: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @staticmethod
+    def load(folder: str | Path) -> Frontier:
+        """Read a frontier's folder. Raises RunFolderError when it holds none that can be read."""
+        path = Path(folder) / FILE
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if (data.pop("format"), data.pop("version")) != (FORMAT, VERSION):
+                raise ValueError(f'expected "format": "{FORMAT}", "version": {VERSION}')
+            for point in data["points"]:
+                rows = [{**row, "speed_up_range": tuple(row["speed_up_range"])} for row in point["latency"]]
+                point["latency"] = [Latency(**row) for row in rows]
+            return Frontier(**{**data, "points": tuple(Point(**point) for point in data["points"])})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunFolderError(f"{folder} holds no frontier that can be read ({path.name}: {error})") from error
+
+    def save(self, folder: Path) -> None:
+        """Write frontier.json and frontier.csv, each as a whole."""
+        write_text(folder / FILE, json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=2) + "\n")
+        with (folder / "frontier.csv").open("w", encoding="utf-8", newline="") as file:
+            rows = [{**asdict(replace(point, latency=())), **_flat(point)} for point in self.points]
+            writer = csv.DictWriter(file, [name for name in rows[0] if name != "latency"], extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def _flat(point: Point) -> dict[str, float]:
+    """Return a point's latencies as columns."""
+    return {
+        f"{name}_batch_{latency.batch}": getattr(latency, name)
+        for latency in point.latency
+        for name in ("latency_ms", "spread_ms", "speed_up")
+    }
