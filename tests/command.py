@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -67,5 +66,5 @@ def trained_weights(folder: Path) -> str:
 
 def measure_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure latencies in passing only; no test looks at them."""
-    monkeypatch.setattr("spvit.cli.commands.measure_latencies", partial(measure_latencies, seconds=0.0))
-    monkeypatch.setattr("spvit.cli.commands.BATCHES", (1,))
+    for module in ("spvit.cli.commands", "spvit.train.frontier"):
+        monkeypatch.setattr(f"{module}.measure_latencies", lambda programs, batch: measure_latencies(programs, 1, 0.0))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from spvit.checkpoint import DESCRIPTION, WEIGHTS, first_line
 from spvit.cost import count_params
 from spvit.errors import ModelError, RunError
-from spvit.export import METADATA, bytes_of
+from spvit.export import METADATA, bytes_of, quiet
 from spvit.hosts.host import input_size, macs_of_image
 from spvit.models import ModelConfig, open_model
 
@@ -297,7 +297,8 @@ def _exported(path: Path, device: str) -> Program:
     if device != "cpu" and path.suffix != ".onnx":
         raise ModelError(f"{path} runs on the CPU here, not on {device!r}; leave out the device, or export to onnx")
     try:
-        run, size, dtype, computes_in, metadata = open_with(runtime, path, device)
+        with quiet():
+            run, size, dtype, computes_in, metadata = open_with(runtime, path, device)
         about = json.loads(metadata or "{}")
     except ModelError:
         raise

@@ -133,9 +133,9 @@ def export(
     size = family.input_size(model)
     images = torch.rand(EXAMPLES, *size, generator=torch.Generator().manual_seed(0)) if images is None else images
     normalised = preprocessing if with_preprocessing else None
-    images = _fitting(images, "images", size, normalised)
+    images = fitting_images(images, "images", size, normalised)
     if labels is not None and labels.shape != (len(images),):
-        raise ExportError(f"labels are {list(labels.shape)}, expected one a image, [{len(images)}]")
+        raise ExportError(f"labels are {list(labels.shape)}, expected one for each image, [{len(images)}]")
     about = {"input_size": list(size), "normalised_inside": with_preprocessing, "classes": classes and list(classes)}
     about |= {"preprocessing": preprocessing and asdict(preprocessing), "precision": precision}
     about |= {"macs": macs_of_image(model), "params": count_params(model)}
@@ -162,7 +162,7 @@ def export(
         if precision != "fp32":
             program, way = read_program(written), None
             if precision == "int8" and calibration is not None:
-                way = quantised(program, _fitting(calibration, "calibration", size, normalised), report)
+                way = quantised(program, fitting_images(calibration, "calibration", size, normalised), report)
             run = write_program(halved(program) if way is None else way.program, written)
             lowered = compared(_answers(run, images), outputs[0], labels=labels)
             lowered = replace(lowered, precision=precision, fusion=fusion_of(written), single=done, quantised=way)
@@ -172,7 +172,7 @@ def export(
     return done
 
 
-def _fitting(images: Tensor, name: str, size: tuple[int, ...], normalised: Preprocessing | None) -> Tensor:
+def fitting_images(images: Tensor, name: str, size: tuple[int, ...], normalised: Preprocessing | None) -> Tensor:
     """Return images as the program takes them. Raises ExportError when they are of another size, or none."""
     if not len(images) or images.shape[1:] != size:
         raise ExportError(f"{name} are {list(images.shape)}, expected [images, {', '.join(map(str, size))}]")

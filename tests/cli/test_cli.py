@@ -43,7 +43,7 @@ def test_compress_then_evaluate_profile_and_load(capsys, recipe, tmp_path: Path)
     settings = recipe(dense=SHORT, search=SHORT, finetune=SHORT, log_every=4)
     code, text, problems = run(capsys, "compress", "--recipe", settings, "--output", str(out), "--macs", "60%")
     assert (code, problems) == (0, "")
-    for words in ("dense epoch 1/1", "search epoch 1/1", "finetune epoch 1/1", "latency, batch 1", f'load("{out}")'):
+    for words in ("dense epoch 1/1", "search epoch 1/1", "finetune epoch 1/1", "speed-up (95 %)", f'load("{out}")'):
         assert words in text
     assert {path.name for path in out.iterdir()} == {
         "architecture.json", "config.yaml", "dense", "metrics.jsonl", "model.json", "model.safetensors", "state",
@@ -400,7 +400,9 @@ def help_of(capsys, *words: str) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
-COMMANDS = ("compress", "train", "search", "finetune", "evaluate", "profile", "convert", "demo")
+COMMANDS = (
+    *("compress", "train", "search", "finetune", "evaluate", "profile", "frontier", "benchmark", "convert", "demo"),
+)
 
 
 def test_help_lists_the_commands(capsys) -> None:
@@ -414,7 +416,7 @@ def test_help_is_short_and_says_how_to_list_the_rest(capsys, name: str) -> None:
     assert f"usage: spvit {name}" in text
     assert text.count(" --") < 24
     assert "--recipe" in text or name == "demo"
-    assert "--help-all" in text or name in ("profile", "convert")
+    assert "--help-all" in text or name in ("profile", "convert", "benchmark")
 
 
 def test_help_of_compress_has_groups_units_and_defaults(capsys) -> None:

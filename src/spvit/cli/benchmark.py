@@ -25,17 +25,21 @@ def benchmark_command(options: BenchmarkCommand, console: Console) -> None:
     names, file = settings.pop("models"), settings.pop("json")
     with Console(stderr=True, quiet=console.quiet).status("measuring"):
         found = benchmark(*names, **settings)
-    console.print(_sizes(found, max(options.batches)), latency_table({row.model: row.latency for row in found}))
+    console.print(
+        _sizes(found, max(options.batches)), latency_table([row.model for row in found], [row.latency for row in found])
+    )
     if file is not None:
         write_text(file, json.dumps([dataclasses.asdict(row) for row in found], indent=2) + "\n")
 
 
 def _sizes(found: list[Benchmark], batch: int) -> Table:
     """Return what is measured of models once; peak memory is of a pass at this batch size."""
-    table = Table("model", *right("params", "macs", "file", f"memory of a pass, batch {batch}"))
+    table = Table("model", "runs on", *right("params", "macs", "file", "memory"))
     for row in found:
         cells = ["" if count is None else human(count) for count in (row.params, row.macs)]
-        table.add_row(row.model, *cells, *(_megabytes(count) for count in (row.file_bytes, row.peak_memory)))
+        cells += [_megabytes(count) for count in (row.file_bytes, row.peak_memory)]
+        table.add_row(row.model, f"{row.backend}, {row.dtype}", *cells)
+    table.caption, table.caption_justify = f"memory: what a pass of {batch} images takes beside the model", "left"
     return table
 
 

@@ -21,7 +21,10 @@ def frontier_command(options: FrontierCommand, console: Console) -> None:
     found = run_frontier(host, options.budgets, options.metric, options, run)
     if not processes().is_main_process:
         return
-    console.print(_table(found), latency_table({point.budget: point.latency for point in found.points}))
+    console.print(
+        _table(found),
+        latency_table([point.budget for point in found.points], [point.latency for point in found.points]),
+    )
     folder, dense = run.folder.path, found.points[0]
     drawn = [f"frontier{suffix}" for suffix in SUFFIXES if (folder / f"frontier{suffix}").is_file()]
     say(

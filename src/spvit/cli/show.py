@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -42,28 +42,26 @@ def kinds_text(architecture: Architecture) -> str:
     return ", ".join(f"{found.count(kind)} {kind}" for kind in ("msa", "narrow msa", *list(KINDS)[1:]) if kind in found)
 
 
-def latency_table(latencies: Mapping[str, Sequence[Latency]]) -> Table:
-    """Return latency and throughput by batch size and model, each against the first model, with all settings below."""
-    first, every = next(iter(latencies)), [latency for own in latencies.values() for latency in own]
-    threads, rounds = every[0].threads, min(latency.repeats for latency in every)
-    settings = f"{threads} thread{'s'[: threads != 1]}, {rounds} rounds in turns or more; ± is the interquartile range"
-    noise = "noise: within what a repeated run may differ by (95 % of the median), or below 1 %"
-    table = Table("batch", "model", "runs on", *right("latency", "images/s"), f"speed against {first}")
-    table.caption, table.caption_justify = f"{settings}; {noise}", "left"
-    for same_batch in zip(*(zip([name] * len(own), own) for name, own in latencies.items())):
-        for name, latency in same_batch:
-            ms, rate = f"{latency.latency_ms:.2f} ± {latency.spread_ms:.2f} ms", f"{latency.images_per_s:.0f}"
-            where = f"{latency.device}, {latency.dtype}, {latency.backend}"
-            table.add_row(str(latency.batch), name, where, ms, rate, "" if name == first else speed_text(latency))
+def latency_table(names: Sequence[str], measured: Sequence[Sequence[Latency]]) -> Table:
+    """Return latency and throughput by batch size and model, each against the first model, with the settings below."""
+    table = Table("batch", "model", *right("ms", "images/s", "speed-up (95 %)"))
+    for same_batch in zip(*measured):
+        for index, (name, own) in enumerate(zip(names, same_batch)):
+            figures = f"{own.latency_ms:.2f} ± {own.spread_ms:.2f}", f"{own.images_per_s:.0f}"
+            table.add_row(str(own.batch), name, *figures, speed_text(own) if index else "")
         table.add_section()
+    every = [latency for own in measured for latency in own]
+    where = {f"{latency.device}, {latency.dtype}, {latency.backend}": None for latency in every}
+    threads, rounds = every[0].threads, min(latency.repeats for latency in every)
+    settings = f"{threads} thread{'s'[: threads != 1]}; {rounds} rounds or more, in turns; ± interquartile range"
+    table.caption, table.caption_justify = f"{' or '.join(where)}; {settings}; speed-up over {names[0]}", "left"
     return table
 
 
 def speed_text(latency: Latency) -> str:
-    """Return how fast a model is against the first of its run, in words where that is noise."""
+    """Return how many times as fast as the first of its run a model is, and whether that is noise."""
     low, high = latency.speed_up_range
-    found = f"{latency.speed_up:.2f}x ({low:.2f} to {high:.2f})"
-    return f"{found}: noise" if latency.within_noise else found
+    return f"{latency.speed_up:.2f}x ({low:.2f}-{high:.2f}){' noise' if latency.within_noise else ''}"
 
 
 def comparison_table(result: Compressed, costs: dict[str, NetworkCost]) -> Table:

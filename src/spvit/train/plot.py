@@ -51,8 +51,7 @@ def _draw(axes: Any, found: Frontier, costs: Sequence[float], spreads: Sequence[
     axes.errorbar(spent, [point.quality for point in points], xerr=half, marker="o", markersize=4, linewidth=1)
     axes.errorbar(whole, dense.quality, xerr=None if spreads is None else spreads[0], marker="*", color="black")
     for point, cost in zip(found.points, costs):
-        axes.annotate(
-            point.budget, (cost, point.quality), (0, -11), textcoords="offset points", ha="center", fontsize=8
-        )
+        place = {"xytext": (0, 5 if point is dense else -12), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(point.budget, (cost, point.quality), fontsize=8, **place)
     axes.margins(0.1, 0.15)
     axes.set_xlim(left=0)

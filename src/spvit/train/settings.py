@@ -16,7 +16,7 @@ REPAIR_VIEWS = 4
 _RANGES = (
     (0, math.inf, "epochs train_epochs averaging_epochs learning_rate weight_decay clip_gradient budget_weight"),
     (0, math.inf, "workers held_out repeated_augmentation"),
-    (1, math.inf, "log_every batch_size calibration_images repair_views"),
+    (1, math.inf, "log_every batch_size calibration_images repair_views batches"),
     (0, 1, "label_smoothing distillation budget_warmup"),
     (0, 2**32 - 1, "seed"),
 )
@@ -28,7 +28,8 @@ def _check(settings: object, prefix: str = "") -> None:
     for low, high, names in _RANGES:
         for name in names.split():
             value = getattr(settings, name, None)
-            if value is not None and not low <= value <= high:
+            least = min(value, default=-math.inf) if isinstance(value, tuple) else value
+            if least is not None and not low <= least <= high:
                 most = "" if high == math.inf else f", at most {high}"
                 raise DataError(f"{prefix}{name} is {value}, expected {low} or more{most}")
     for name, choices in _CHOICES.items():
