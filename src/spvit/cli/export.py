@@ -41,7 +41,8 @@ def export_command(options: ExportCommand, console: Console) -> None:
     opened = open_model(options, code=True)
     folder = Path(options.model) if Path(options.model).is_dir() else Path()
     name = f"model{'' if precision == 'fp32' else f'.{precision}'}{SUFFIXES.get(options.to, f'.{options.to}')}"
-    images, compared = None, {}
+    images: Images | None = None
+    compared: dict[str, Any] = {}
     if options.data is not None:
         found = find_images(options.data, options.images)
         images = images_of(found, options.images, input_size(opened.model), opened.preprocessing)
@@ -74,7 +75,7 @@ def export_command(options: ExportCommand, console: Console) -> None:
     say(console, f"{done.path}: {about}", agrees, *_details(done))
 
 
-def _validation(images: Images, opened: OpenedModel, count: int) -> dict[str, Tensor]:
+def _validation(images: Images, opened: OpenedModel, count: int) -> dict[str, Any]:
     """Return the first validation images that can be read, and their labels where they are the model's classes."""
     found: list[tuple[Tensor, Tensor]] = []
     for batch, labels in validation_loader(images):
@@ -91,7 +92,7 @@ def _compare(
     done: Exported,
     options: ExportCommand,
     opened: OpenedModel,
-    compared: dict[str, Tensor],
+    compared: dict[str, Any],
     settings: dict[str, Any],
     console: Console,
 ) -> None:
