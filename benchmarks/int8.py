@@ -43,7 +43,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     for budget in options.budgets:
         models[budget] = spvit.prune(dense, spvit.decide(dense, macs=budget, scores=scores), repair=calibration)
     rows: list[dict[str, Any]] = []
-    for budget, model in track(list(models.items()), "export", Console(stderr=True)):
+    for budget, model in track(list(models.items()), "export", console=Console(stderr=True)):
         for precision in ("fp32", "int8"):
             path, more = folder / f"{budget} {precision}.onnx", {"precision": precision, "calibration": calibration}
             done = spvit.export(model, path, images=test, most_drop=1.0, opset=options.opset, **more)
