@@ -12,12 +12,14 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +140,9 @@ def export(
         raise ExportError(f"labels are {list(labels.shape)}, expected one for each image, [{len(images)}]")
     about = {"input_size": list(size), "normalised_inside": with_preprocessing, "classes": classes and list(classes)}
     about |= {"preprocessing": preprocessing and asdict(preprocessing), "precision": precision}
-    about |= {"macs": macs_of_image(model), "params": count_params(model)}
+    about |= {"params": count_params(model)}
+    with suppress(Exception):  # a model of a library may refuse to be counted
+        about |= {"macs": macs_of_image(model)}
     options = {"opset": opset, "shapes": BATCHES, METADATA: json.dumps(about)}
     traced, others = images[[0, 0]], images[:0]
     if dynamic_size:
@@ -151,7 +155,8 @@ def export(
             try:
                 run = WRITERS[form](small, traced, written, options)
             except Exception as error:  # whatever an exporter raises; all of it means that the model cannot be written
-                reason = "; ".join(_reasons(error))
+                where = _places(error, small, traced, options["shapes"])
+                reason = "; ".join([*_reasons(error), *where])
                 raise ExportError(f"{type(model).__name__} cannot be exported to {form}: {reason}") from error
             outputs, elsewhere = ((_answers(run, batch), _answers(small, batch)) for batch in (images, others))
         compared = partial(_figures, written, form, logits=family.classes(model) > 1)
@@ -237,6 +242,17 @@ def _reasons(error: BaseException) -> list[str]:
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
     return [next(iter(str(part).splitlines()), type(part).__name__) for part in chain[:0:-1] or chain][:2]
+
+
+def _places(error: BaseException, model: nn.Module, images: Tensor, shapes: Any) -> list[str]:
+    """Return the part of a model that holds the operation which an error of torch.onnx names; nothing if it names none."""
+    with suppress(Exception):  # the program may be what cannot be made, of which the error says all
+        program = torch.export.export(model, (images,), dynamic_shapes=shapes).run_decompositions()
+        named = re.findall(r"node %(\w+)", str(error.__cause__))
+        stacks = [node.meta.get("nn_module_stack", {}) for node in program.graph.nodes if node.name in named]
+        paths = [list(stack.values())[-1][0].removeprefix("model.") for stack in stacks if stack]
+        return [f"in {path or 'the model itself'}" for path in paths[:1]]
+    return []
 
 
 def _deployed(model: nn.Module) -> nn.Module:

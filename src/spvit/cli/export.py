@@ -125,7 +125,9 @@ def _compare(
         time = f"{latency.latency_ms:.2f} ± {latency.spread_ms:.2f} ms"
         table.add_row(name, f"{row.bytes / 1e6:.1f} MB", cell, time, speed)
     threads = latencies[0].threads
-    table.caption = f"{done.images} validation images; onnxruntime on the CPU, {threads} threads, in turns"
+    table.caption = (
+        f"{done.images} validation images; onnxruntime on the CPU, {threads} thread{'s'[: threads != 1]}, in turns"
+    )
     console.print(table)
 
 
@@ -161,6 +163,6 @@ def _details(done: Exported) -> list[str]:
         counts = [f"{fused} of {total} {name}" for name, (fused, total) in parts if total]
         apart = ", ".join(done.fusion.apart)
         hint = f"; as several: {apart}" if apart and done.fusion.attention[0] else ""
-        hint = "; --opset 23 writes attention as one" if apart and not done.fusion.attention[0] else hint
+        hint = "; --opset 23 writes each as one" if apart and not done.fusion.attention[0] else hint
         lines += [f"ONNX Runtime runs as one operation: {', '.join(counts)}{hint}"] if counts else []
     return lines
