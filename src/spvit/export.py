@@ -245,7 +245,7 @@ def _reasons(error: BaseException) -> list[str]:
 
 
 def _places(error: BaseException, model: nn.Module, images: Tensor, shapes: Any) -> list[str]:
-    """Return the part of a model that holds the operation which an error of torch.onnx names; nothing if it names none."""
+    """Return the part of a model that holds the operation which an error of torch.onnx names, if it names one."""
     with suppress(Exception):  # the program may be what cannot be made, of which the error says all
         program = torch.export.export(model, (images,), dynamic_shapes=shapes).run_decompositions()
         named = re.findall(r"node %(\w+)", str(error.__cause__))

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from spvit.errors import CalibrationError
-from spvit.writers import INPUT, Program, read_program, session
+from spvit.writers import INPUT, SCOPES, Program, read_program, session
 
 SMOOTHING = (None, 0.15, 0.5, 0.95)
 CALIBRATION = ("minmax", "entropy", "percentile")
@@ -147,7 +147,7 @@ def fusion_of(path: Path) -> Fusion:
 
 def _place(node: Any) -> str:
     """Return the module that an operation is from, as the exporter notes it."""
-    scopes = next((item.value for item in node.metadata_props if item.key == "pkg.torch.onnx.name_scopes"), "")
+    scopes = next((item.value for item in node.metadata_props if item.key == SCOPES), "")
     names = [name for name in scopes.strip("[]").replace("'", "").split(", ") if name.startswith("model.")]
     return names[-1].removeprefix("model.") if names else ""
 

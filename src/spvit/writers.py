@@ -26,6 +26,8 @@ PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvin
 """What a format needs to be written and run, beside torch and safetensors."""
 METADATA = "spvit"
 INPUT, OUTPUT = "images", "output"
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Where an operation of an ONNX file notes the modules that it is from."""
 
 Program = Any  # onnx.ModelProto, of a package that need not be installed
 Run = Callable[[Tensor], Tensor]
@@ -68,6 +70,10 @@ def _write_onnx(model: nn.Module, images: Tensor, path: Path, options: dict[str,
     )
     assert program is not None
     proto = onnx.shape_inference.infer_shapes(program.model_proto)
+    for node in proto.graph.node:  # which part it is from stays; not the code, with the folders of this machine
+        kept = [item for item in node.metadata_props if item.key == SCOPES]
+        del node.metadata_props[:]
+        node.metadata_props.extend(kept)
     onnx.helper.set_model_props(proto, {METADATA: options[METADATA]})
     return write_program(proto, path)
 
