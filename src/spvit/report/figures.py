@@ -222,8 +222,8 @@ def _frontier(reading: Reading) -> Iterator[Picture]:
 
 
 def _curves(reading: Reading) -> Iterator[Picture]:
-    """Yield the loss and the accuracy of each phase over its epochs."""
-    accuracy = reading.summary.get("dense", {}).get("accuracy")
+    """Yield the loss and the accuracy, or agreement, of each phase over its epochs."""
+    dense = reading.summary.get("dense", {}).get("accuracy")
     for phase, name in PHASES.items():
         own = [line for line in reading.lines if line.get("phase") == phase]
         steps, ends = ([line for line in own if line["event"] == event] for event in ("step", "evaluation"))
@@ -233,13 +233,14 @@ def _curves(reading: Reading) -> Iterator[Picture]:
             points = [(line["step"] / each, line["loss"]) for line in _thinned(steps)]
             yield chart(f"loss-{phase}", f"{name}: loss", "", [Series("msa", points)], ("epoch", ""))
         if ends:
-            found = [(line["epoch"], line["accuracy"]) for line in ends]
-            hover = [f"epoch {line['epoch']}: {line['accuracy']:.2%}, loss {line['loss']:.4f}" for line in ends]
+            quality = "agreement" if "agreement" in ends[0] else "accuracy"
+            found = [(line["epoch"], line[quality]) for line in ends]
+            hover = [f"epoch {epoch}: {value:.2%}" for epoch, value in found]
             series = [Series("msa", found, "on validation images", hover=hover)]
-            if accuracy is not None and phase != "dense" and len(ends) > 1:
-                line = [(found[0][0], accuracy), (found[-1][0], accuracy)]
+            if dense is not None and phase != "dense" and len(ends) > 1:
+                line = [(found[0][0], dense), (found[-1][0], dense)]
                 series.append(Series("soft", line, "the dense model", style="dashed"))
-            yield chart(f"accuracy-{phase}", f"{name}: accuracy", "", series, ("epoch", ""), percent=True)
+            yield chart(f"{quality}-{phase}", f"{name}: {quality}", "", series, ("epoch", ""), percent=True)
 
 
 def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from spvit.report.comparison import Compared, compared
 from spvit.report.figures import block_name, pictures
 from spvit.report.picture import COLOURS, Picture, framed, write_png
 from spvit.report.reading import Reading, attempted, read
+from spvit.train.figures import figures_from
 
 MARK = '<meta name="generator" content="spvit">'
 """What tells a page of spvit from other files, which stay."""
@@ -105,7 +106,7 @@ def _content(reading: Reading, parts: dict[str, list[Picture]], found: Compared 
         "about": " · ".join(_about(reading)),
         "sentence": tried(_sentence, "What can be read of this run."),
         "state": tried(_state, ""),
-        "cards": [*tried(_accuracy), *tried(_costs), *tried(_latencies)],
+        "cards": [*tried(_quality), *tried(_costs), *tried(_latencies)],
         "sections": [(*titles[name], parts[name]) for name in titles if parts.get(name)],
         "tables": {
             titles["network"][0]: (BLOCKS, tried(_blocks)),
@@ -160,7 +161,10 @@ def _sentence(reading: Reading) -> str:
     if "pruned" not in summary or "dense" not in summary:
         params = reading.both("params")
         return says + (f" and {params[1] / params[0]:.0%} of its parameters." if params is not None else ".")
-    before, now, count = summary["dense"]["accuracy"], summary["pruned"]["accuracy"], summary["pruned"]["images"]
+    count = summary["pruned"]["images"]
+    if (alike := summary["pruned"].get("agreement")) is not None:
+        return f"{says}; its agreement with the dense one is {alike:.4f}, on {count:,} held-out images without labels."
+    before, now = summary["dense"]["accuracy"], summary["pruned"]["accuracy"]
     right = f"and is right on {now:.1%} of {count:,} validation images, the dense one on {before:.1%}"
     change, chance = 100 * (now - before), 100 * _chance(before, now, count)
     if abs(change) <= chance:
@@ -173,16 +177,18 @@ def _chance(before: float, now: float, count: int) -> float:
     return 1.96 * math.sqrt((before * (1 - before) + now * (1 - now)) / count)
 
 
-def _accuracy(reading: Reading) -> list[Card]:
-    """Return the accuracy, or what else a saved model says of itself."""
+def _quality(reading: Reading) -> list[Card]:
+    """Return the accuracy or agreement, or what else a saved model says of itself."""
     summary = reading.summary
     if "pruned" in summary and "dense" in summary:
-        now, names = summary["pruned"], {"dense": "dense", "after_pruning": "right after pruning"}
-        notes = [f"{words} {summary[name]['accuracy']:.2%}" for name, words in names.items() if name in summary]
-        return [Card("accuracy", f"{now['accuracy']:.2%}", (*notes, f"{now['images']:,} validation images"))]
+        names = {"dense": "dense", "after_pruning": "right after pruning"}
+        said = {name: figures_from(values).words.split() for name, values in summary.items() if "images" in values}
+        notes = [f"{words} {said[name][1]}" for name, words in names.items() if name in said]
+        what, now = said["pruned"]
+        return [Card(what, now, (*notes, f"{summary['pruned']['images']:,} validation images"))]
     metrics = reading.description.metrics if reading.description is not None else {}
-    said = {name: f"{value:.2%}" if name.startswith("accuracy") else f"{value:.4g}" for name, value in metrics.items()}
-    return [Card(name.replace("_", " "), value) for name, value in said.items()]
+    own = {name: f"{value:.2%}" if name.startswith("accuracy") else f"{value:.4g}" for name, value in metrics.items()}
+    return [Card(name.replace("_", " "), value) for name, value in own.items()]
 
 
 def _costs(reading: Reading) -> list[Card]:
@@ -248,7 +254,8 @@ def _commands(reading: Reading) -> list[str]:
         if not reading.finished:
             found.append(f"spvit {reading.command} --output {folder} --resume{typed}")
     if reading.description is not None and can_build(reading.description.host):
-        found += [f"spvit evaluate --model {folder} --data {shlex.quote(str(data))}"] if data else []
+        labelled = data and "agreement" not in reading.summary.get("pruned", {})
+        found += [f"spvit evaluate --model {folder} --data {shlex.quote(str(data))}"] if labelled else []
         found += [f"spvit profile {folder} --latency", f"spvit export {folder} --to onnx"]
     return [*found, f"spvit report {folder}{typed}"]
 
