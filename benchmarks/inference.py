@@ -25,7 +25,7 @@ from torch import nn
 import spvit
 from reporting import check_free, machine, write_results
 from spvit.architecture import Architecture
-from spvit.benchmark import Latency, measure_latencies
+from spvit.benchmark import Latency, Program, measure_latencies
 from spvit.hosts.host import input_size
 from spvit.zoo import host_name
 
@@ -97,7 +97,9 @@ def measure(
                 torch._dynamo.reset()
                 mode = "reduce-overhead" if images.is_cuda else "default"
                 timed = [torch.compile(side, mode=mode) for side in sides]
-            row = _row(name, dense_macs, pruned_macs, measure_latencies(timed, images, seconds))
+            size, where = input_size(dense), (images.device.type, images.dtype)
+            programs = [Program(name, side, size, *where) for side in timed]
+            row = _row(name, dense_macs, pruned_macs, measure_latencies(programs, batch, seconds))
             row["compiled"] = compiled
             rows.append({**row, **(profiled(sides, images, row["promise"]) if profile else {})})
     return rows

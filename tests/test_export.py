@@ -17,8 +17,8 @@ import spvit
 from spvit import quantize
 from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.errors import CalibrationError, ExportError, RunError
-from spvit.export import METADATA, WRITERS
 from spvit.quantize import CALIBRATION, SMOOTHING, Fusion
+from spvit.writers import METADATA, WRITERS
 
 pytest.importorskip("transformers")
 from command import refused, run

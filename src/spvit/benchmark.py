@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from spvit.checkpoint import DESCRIPTION, WEIGHTS, first_line
 from spvit.cost import count_params
 from spvit.errors import ModelError, RunError
-from spvit.export import METADATA, bytes_of, quiet
+from spvit.export import bytes_of
 from spvit.hosts.host import input_size, macs_of_image
 from spvit.models import ModelConfig, open_model
+from spvit.writers import METADATA, quiet
 
 BATCHES = (1, 64)
-ROUNDS, TURN_S = 7, 0.05
+ROUNDS, TURN_S = 7, 0.025
 """Fewest rounds; seconds that a fast model runs in each of its turns."""
 SMALLEST = 0.01
 """Differences below this share are noise: two copies of one model differ as much, by where they lie in memory."""
@@ -308,6 +309,8 @@ def _exported(path: Path, device: str) -> Program:
     if not all(isinstance(side, int) for side in size) or len(size) != 3:
         raise ModelError(f"{path} takes {list(size)} after the batch, expected channels, height and width as numbers")
     costs = {name: about[name] for name in ("macs", "params") if name in about}
+    if about.get("precision", "fp32") != "fp32":
+        computes_in = about["precision"]
     return Program(str(path), run, tuple(size), device, dtype, package, computes_in, costs, bytes_of(path))
 
 
@@ -327,10 +330,9 @@ def _open_onnx(onnxruntime: Any, path: Path, device: str) -> Opened:
     session = onnxruntime.InferenceSession(path, options, providers=[provider])
     [images] = session.get_inputs()
     dtype = torch.float16 if images.type == "tensor(float16)" else torch.float32
-    quantised = b"DequantizeLinear" in path.read_bytes()
     metadata = session.get_modelmeta().custom_metadata_map.get(METADATA)
     run = lambda batch: session.run(None, {images.name: batch.numpy(force=True)})  # noqa: E731
-    return run, images.shape[1:], dtype, "int8" if quantised else None, metadata
+    return run, images.shape[1:], dtype, None, metadata
 
 
 def _open_pt2(_: Any, path: Path, device: str) -> Opened:

@@ -16,7 +16,7 @@ from spvit.errors import BudgetError, DataError, RunFolderError
 from spvit.train.points import Frontier
 from training import digits, micro_host, photographs, states_equal
 
-SHORT = spvit.FrontierConfig(calibration_images=200, batches=(1,))
+SHORT = spvit.FrontierConfig(calibration_images=128, batches=(1,))
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def _dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(dense: Path, out: Path, *more: str) -> list[str]:
-    settings = ["--calibration-images", "200", "--images.batch-size", "100", "--batches", "1"]
+    settings = ["--calibration-images", "120", "--images.batch-size", "60", "--batches", "1"]
     return ["frontier", str(dense), "--data", "digits", "--output", str(out), *settings, *more]
 
 
@@ -48,7 +48,7 @@ def test_every_budget_has_a_model_and_the_frontier_is_written_in_four_forms(
         assert " ".join(said.split()) in " ".join(text.split())
     assert {path.name for path in out.iterdir()} == {
         "config.yaml", "scores.json", "scores.safetensors", "frontier.json", "frontier.csv", "frontier.svg",
-        "frontier.png", "70pct", "40pct",
+        "frontier.png", "70pct", "40pct", "report.html",
     }  # fmt: skip
     data = json.loads((out / "frontier.json").read_text())
     assert (data["format"], data["metric"], data["images"], list(data["unreached"])) == (
@@ -82,7 +82,7 @@ def test_every_budget_has_a_model_and_the_frontier_is_written_in_four_forms(
     assert f"accuracy {data['points'][2]['accuracy']:.2%}" in text
     words = ["compress", str(dense), "--macs", "50%", "--scores", str(out), "--output", str(tmp_path / "small")]
     words[1:2] = ["--model", str(dense)]
-    more = ["--data", "digits", "--no-train", "--calibration-images", "200", "--images.batch-size", "100"]
+    more = ["--data", "digits", "--no-train", "--calibration-images", "120", "--repair-views", "1"]
     assert run(capsys, *words, *more)[0] == 0
     assert (tmp_path / "small" / "scores.json").read_bytes() == (out / "scores.json").read_bytes()
 
@@ -112,7 +112,7 @@ def test_a_killed_frontier_does_not_repeat_what_is_done(monkeypatch, tmp_path: P
     calls.clear()
     with pytest.raises(RunFolderError, match="is in use; name another folder, or continue"):
         spvit.frontier(host, images, ("70%", "40%"), output=out, config=SHORT)
-    found = spvit.frontier(host, images, ("70%", "40%"), output=out, config=SHORT, resume=True)
+    found = spvit.frontier(host, images, ("40%",), output=out, config=SHORT, resume=True)
     assert calls == ["prune"]
     assert [point.budget for point in found.points] == ["dense", "70%", "40%"]
     assert found.points[1].seconds == first.seconds
@@ -122,14 +122,14 @@ def test_a_killed_frontier_does_not_repeat_what_is_done(monkeypatch, tmp_path: P
 
 
 def test_backbones_are_judged_by_agreement_with_the_dense_outputs(capsys, tmp_path: Path) -> None:
-    size = {"img_size": 16, "patch_size": 8, "in_chans": 3, "num_classes": 0}
+    size = {"img_size": 32, "patch_size": 8, "in_chans": 3, "num_classes": 0}
     host = spvit.save(micro_host(**size), tmp_path / "host")
-    data = str(photographs(tmp_path / "data", count=12, side=16))
+    data = str(photographs(tmp_path / "data", count=12, side=32))
     settings = ["--batches", "1", "--images.batch-size", "8", "--calibration-images", "64"]
     out = tmp_path / "run"
     words = ["frontier", str(host), "--data", data, "--budgets=90%,60%", "--output", str(out), *settings]
     code, text, problems = run(capsys, *words)
-    assert (code, problems.count("calibration images would help")) == (0, problems.count("\n") and 1)
+    assert code == 0, problems
     assert "agreement on 24 validation images" in text
     dense, near, far = Frontier.load(out).points
     assert (dense.agreement, dense.accuracy) == (pytest.approx(1, abs=1e-5), None)
@@ -140,8 +140,7 @@ def test_backbones_are_judged_by_agreement_with_the_dense_outputs(capsys, tmp_pa
 
 def test_no_plot_without_matplotlib_and_the_rest_is_there(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    config = spvit.FrontierConfig(calibration_images=100, batches=(1,))
-    spvit.frontier(micro_host(), digits(), ("50%",), metric="params", output=tmp_path, config=config)
+    spvit.frontier(micro_host(), digits(), ("50%",), metric="params", output=tmp_path, config=SHORT)
     assert not list(tmp_path.glob("*.svg"))
     [dense, half] = Frontier.load(tmp_path).points
     assert half.params == pytest.approx(0.5 * dense.params, rel=0.01)

@@ -25,9 +25,12 @@ def benchmark_command(options: BenchmarkCommand, console: Console) -> None:
     names, file = settings.pop("models"), settings.pop("json")
     with Console(stderr=True, quiet=console.quiet).status("measuring"):
         found = benchmark(*names, **settings)
-    console.print(
-        _sizes(found, max(options.batches)), latency_table([row.model for row in found], [row.latency for row in found])
-    )
+    # Names that come twice, which shows the noise, are told apart by their places.
+    names = [
+        row.model if names.count(row.model) < 2 else f"{row.model} ({place})" for place, row in enumerate(found, 1)
+    ]
+    latencies = {name: row.latency for name, row in zip(names, found)}
+    console.print(_sizes(found, max(options.batches)), latency_table(latencies))
     if file is not None:
         write_text(file, json.dumps([dataclasses.asdict(row) for row in found], indent=2) + "\n")
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 from accelerate.utils import set_seed
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from spvit.architecture import Architecture, dense
-from spvit.benchmark import BATCHES, Program, measure_latencies
+from spvit.benchmark import BATCHES, Latency, Program, measure_latencies
 from spvit.budget import human
-from spvit.checkpoint import describe, save
+from spvit.checkpoint import describe, save, write_text
 from spvit.cli import convert
 from spvit.cli import options as cli
 from spvit.cli.inputs import model_and_images
 from spvit.cli.plan import print_plan
+from spvit.cli.report import report_at_the_end
 from spvit.cli.show import block_table, comparison_table, kinds_text, latency_table, say
 from spvit.cost import count_params
 from spvit.errors import ArchitectureError, CheckpointError, ModelError, RunFolderError
@@ -29,7 +30,8 @@ from spvit.models import ModelConfig, open_model
 from spvit.replacements.costs import network_costs
 from spvit.surgery import prune, pruned_record
 from spvit.train.compress import check_decision, deployed, run_compress, search, write_model
-from spvit.train.loop import Evaluation, Phase, Run, figures_of, run_phase
+from spvit.train.figures import Evaluation, Figures, figures_of
+from spvit.train.loop import Phase, Run, run_phase
 from spvit.train.processes import by_the_first, processes
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import DENSE, FINETUNE, RunFolder
@@ -40,25 +42,26 @@ NOT_SETTINGS = ("resume", "dry_run")
 
 
 def open_run(
-    name: str, options: cli.RunCommand, trains_head: bool, console: Console, backbones: bool = False
+    name: str, options: cli.RunCommand, trains_head: bool, console: Console, unlabelled: bool = False
 ) -> tuple[nn.Module, Run]:
     """Return the model of a run, and the run with its settings written."""
     folder = RunFolder.open(options.output, options.resume)
     set_seed(options.seed)
-    opened, images = model_and_images(options, trains_head, backbones=backbones)
+    opened, images = model_and_images(options, trains_head, unlabelled=unlabelled)
     model = opened.model
     processes().wait_for_everyone()  # until all have found the folder fit to write to
     settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in NOT_SETTINGS}
     by_the_first(lambda: folder.write_settings(name, yaml.safe_dump(settings, sort_keys=False)))
     costs = f"{human(count_params(model))} params, {human(macs_of_image(model))} macs"
-    say(console, f"{options.model}: {costs}; {len(images.classes)} classes")
+    labels = f"{len(images.classes)} classes" if images.classes else "no labels: judged by agreement with it"
+    say(console, f"{options.model}: {costs}; {labels}")
     return model, Run(images, folder, options, PhaseProgress(console))
 
 
-def _write(model: nn.Module, figures: Evaluation, run: Run, console: Console, when: str = "") -> None:
+def _write(model: nn.Module, figures: Figures, run: Run, console: Console, when: str = "") -> None:
     """Write a run's model, and say how accurate it is."""
     write_model(model, figures, run.images, run.folder.path)
-    _say_where(console, run.folder.path, f"accuracy {figures.accuracy:.2%}{when}")
+    _say_where(console, run.folder.path, f"{figures.words}{when}")
 
 
 def _say_where(console: Console, folder: Path, *lines: str) -> None:
@@ -101,24 +104,28 @@ def compress_command(options: cli.CompressCommand, console: Console) -> None:
     if options.dry_run:
         print_plan(options, console)
         return
-    model, run = open_run("compress", options, options.dense.epochs > 0, console)
+    model, run = open_run("compress", options, options.dense.epochs > 0, console, unlabelled=True)
     result = run_compress(model, options.budget(), options, run)
     if not processes().is_main_process:
         return
     costs = network_costs(result.host)
     latencies = latencies_of({"dense": result.host, "pruned": result.model}, options.batches, console)
-    table = block_table(result.architecture, costs, "architecture")
-    console.print(table, comparison_table(result, costs), latencies)
-    after = f"accuracy right after pruning {result.after_pruning.accuracy:.2%}"
+    console.print(block_table(result.architecture, costs, "architecture"), comparison_table(result, costs))
+    console.print(latency_table(latencies))
+    after = f"right after pruning {result.after_pruning.words}"
     _say_where(console, run.folder.path, f"attention: {kinds_text(result.architecture)}; {after}")
+    measured = {name: [dataclasses.asdict(latency) for latency in own] for name, own in latencies.items()}
+    write_text(run.folder.latency, json.dumps(measured, indent=2) + "\n")
+    report_at_the_end(run.folder, result.host, console)
 
 
 def evaluate_command(options: cli.EvaluateCommand, console: Console) -> None:
     """Print a model's figures on the validation images."""
     opened, images = model_and_images(options)
     figures = figures_of(opened.model, images, LoopConfig(precision=options.precision))
-    shares = f"accuracy {figures.accuracy:.2%}, top-5 {figures.accuracy_top5:.2%}"
-    say(console, f"{shares}, loss {figures.loss:.4f}, {figures.images:,} images")
+    assert isinstance(figures, Evaluation)  # images that this command takes have labels
+    more = f"top-5 {figures.accuracy_top5:.2%}, loss {figures.loss:.4f}, {figures.images:,} images"
+    say(console, f"{figures.words}, {more}")
 
 
 def profile_command(options: cli.ProfileCommand, console: Console) -> None:
@@ -149,7 +156,7 @@ def profile_command(options: cli.ProfileCommand, console: Console) -> None:
         models = (
             {"dense": host} if record is None and options.architecture is None else {"dense": host, "pruned": pruned}
         )
-        console.print(latencies_of(models, BATCHES, console))
+        console.print(latency_table(latencies_of(models, BATCHES, console)))
 
 
 def convert_command(options: cli.ConvertCommand, console: Console) -> None:
@@ -219,9 +226,9 @@ def _named_architecture(name: str) -> Architecture:
     return Architecture.load(name)
 
 
-def latencies_of(models: dict[str, nn.Module], batches: Sequence[int], console: Console) -> Table:
-    """Return a table of the latencies of models, the dense one first, measured side by side where they are."""
+def latencies_of(models: dict[str, nn.Module], batches: Sequence[int], console: Console) -> dict[str, list[Latency]]:
+    """Return the latencies of models by name, one a batch size, measured side by side on their device."""
     programs = [Program.of(name, model) for name, model in models.items()]
     with Console(stderr=True, quiet=console.quiet).status("measuring latency"):
         measured = [measure_latencies(programs, batch) for batch in batches]
-    return latency_table(list(models), list(zip(*measured)))
+    return {name: list(own) for name, *own in zip(models, *measured)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -16,7 +16,7 @@ from spvit.train.compress import Compressed
 
 def say(console: Console, *lines: str) -> None:
     """Print lines as they are, without colours or breaks."""
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def block_table(architecture: Architecture, costs: dict[str, NetworkCost], title: str) -> Table:
@@ -42,19 +42,20 @@ def kinds_text(architecture: Architecture) -> str:
     return ", ".join(f"{found.count(kind)} {kind}" for kind in ("msa", "narrow msa", *list(KINDS)[1:]) if kind in found)
 
 
-def latency_table(names: Sequence[str], measured: Sequence[Sequence[Latency]]) -> Table:
+def latency_table(latencies: Mapping[str, Sequence[Latency]]) -> Table:
     """Return latency and throughput by batch size and model, each against the first model, with the settings below."""
     table = Table("batch", "model", *right("ms", "images/s", "speed-up (95 %)"))
-    for same_batch in zip(*measured):
+    names = list(latencies)
+    for same_batch in zip(*latencies.values()):
         for index, (name, own) in enumerate(zip(names, same_batch)):
             figures = f"{own.latency_ms:.2f} ± {own.spread_ms:.2f}", f"{own.images_per_s:.0f}"
             table.add_row(str(own.batch), name, *figures, speed_text(own) if index else "")
         table.add_section()
-    every = [latency for own in measured for latency in own]
-    where = {f"{latency.device}, {latency.dtype}, {latency.backend}": None for latency in every}
+    every = [latency for own in latencies.values() for latency in own]
+    where = {f"{latency.device} {latency.dtype} {latency.backend}": None for latency in every}
     threads, rounds = every[0].threads, min(latency.repeats for latency in every)
     settings = f"{threads} thread{'s'[: threads != 1]}; {rounds} rounds or more, in turns; ± interquartile range"
-    table.caption, table.caption_justify = f"{' or '.join(where)}; {settings}; speed-up over {names[0]}", "left"
+    table.caption, table.caption_justify = f"{', '.join(where)}; {settings}; speed-up over {names[0]}", "left"
     return table
 
 
@@ -65,12 +66,12 @@ def speed_text(latency: Latency) -> str:
 
 
 def comparison_table(result: Compressed, costs: dict[str, NetworkCost]) -> Table:
-    """Return dense and pruned side by side: accuracy, params and MACs."""
-    table = Table("", *right("accuracy", "params", "macs"))
+    """Return dense and pruned side by side: accuracy or agreement, params and MACs."""
+    table = Table("", *right(result.dense.words.split()[0], "params", "macs"))
     for name, figures in (("dense", result.dense), ("pruned", result.pruned)):
         by_metric = [costs["params"], costs["macs"]]
         counts = [cost.dense if name == "dense" else cost.of(result.architecture) for cost in by_metric]
-        table.add_row(name, f"{figures.accuracy:.2%}", *map(human, counts))
+        table.add_row(name, figures.words.split()[1], *map(human, counts))
     return table
 
 
