@@ -154,7 +154,8 @@ def test_a_frontier_and_a_budget_of_it(searched: Path, tmp_path: Path) -> None:
     (tmp_path / "50pct" / "config.yaml").rename(tmp_path / "config.yaml")
     figures = {"latency_ms": 2.0, "spread_ms": 0.1, "batch": 8, "device": "cpu", "dtype": "float32", "threads": 1}
     dense = {"budget": "dense", "folder": None, "macs": 200, "params": 90, "accuracy": 0.9, "agreement": None}
-    dense["latency"] = [{**figures, "repeats": 9, "within_noise": False}]
+    figures |= {"repeats": 9, "within_noise": True, "speed_up": 1.0, "speed_up_range": [0.9, 1.1]}
+    dense["latency"] = [figures]
     half = {**dense, "budget": "50%", "folder": "50pct", "macs": 100, "accuracy": 0.8}
     found = {"metric": "macs", "images": 1000, "points": [dense, half]}
     (tmp_path / "frontier.json").write_text(json.dumps(found))
@@ -163,6 +164,7 @@ def test_a_frontier_and_a_budget_of_it(searched: Path, tmp_path: Path) -> None:
     assert pictures_of(page)[:3] == ["frontier-macs", "frontier-8", "network-50pct"]
     text = text_of(spvit.report(tmp_path / "50pct", images=0))
     assert "is right on 80.0% of 1,000 validation images, the dense one on 90.0%: 10.0 points less." in text
+    assert "2.00 ms dense 2.00 ms 1.00x as fast (0.90 to 1.10; noise)" in text
     assert f"spvit compress --recipe {tmp_path}/config.yaml" in text
 
 

@@ -64,7 +64,7 @@ def _network(reading: Reading) -> Iterator[Picture]:
     stages = [len(list(group)) for _, group in groupby(block.ffn.width for block in blocks)]
     gap = 14.0 if len(stages) > 1 else 0.0
     pitch = (WIDTH - gap * (len(stages) - 1)) / (len(blocks) - 0.2)  # the last one ends the picture
-    inner, top = min(0.8 * pitch, 96.0), 56.0 if len(stages) > 1 else 26.0
+    inner, top = min(0.8 * pitch, 140.0), 56.0 if len(stages) > 1 else 26.0
     bottom = top + ATTENTION + 38 + FFN_HEIGHT
     marks = [word("Attention", 0, top - 9, anchor="start"), word("FFN", 0, bottom - FFN_HEIGHT - 9, anchor="start")]
     starts = [gap * stage + pitch * sum(stages[:stage]) for stage in range(len(stages))]

@@ -202,12 +202,14 @@ def _latencies(reading: Reading) -> list[Card]:
     """Return the latency at each batch size, with what it was measured on."""
     cards = []
     for before, now in zip(reading.latency.get("dense", []), reading.latency.get("pruned", [])):
-        share = now["latency_ms"] / before["latency_ms"]
-        noise = ", within the noise" if now.get("within_noise") else ""
-        of = f"{share:.0%} of {before['latency_ms']:.2f} ms{noise}"
+        times, noise = now["speed_up"], "; noise" if now["within_noise"] else ""
+        dense, (low, high) = f"dense {before['latency_ms']:.2f} ms", now["speed_up_range"]
+        of = f"{times:.2f}x as fast ({low:.2f} to {high:.2f}{noise})"
         threads = f"{now['threads']} thread{'s'[: now['threads'] != 1]}"
         where = f"spread {now['spread_ms']:.2f}; {now['device']}, {now['dtype']}, {threads}, {now['repeats']} rounds"
-        cards.append(Card(f"latency, batch {now['batch']}", f"{now['latency_ms']:.2f} ms", (of, where), share))
+        cards.append(
+            Card(f"latency, batch {now['batch']}", f"{now['latency_ms']:.2f} ms", (dense, of, where), 1 / times)
+        )
     return cards
 
 
