@@ -78,7 +78,7 @@ def open_model(
         return opened
     read, head = checkpoint.read_weights(config.checkpoint), _head_keys(opened.model)
     found = next((len(read[key]) for key in head if key in read), None)
-    trained = found in (None, number_of_classes(opened.model))
+    trained = found is None or found == number_of_classes(opened.model)
     if not trained and classes is None:
         opened, trained = _open(config, found, weights), True
     state = checkpoint.timm_state(opened.model, read, config.checkpoint)

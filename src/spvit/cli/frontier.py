@@ -18,7 +18,7 @@ from spvit.train.processes import processes
 
 def frontier_command(options: FrontierCommand, console: Console) -> None:
     """Prune a model to every budget, and print the frontier."""
-    host, run = open_run("frontier", options, False, console, backbones=True)
+    host, run = open_run("frontier", options, False, console, unlabelled=True)
     found = run_frontier(host, options.budgets, options.metric, options, run)
     if not processes().is_main_process:
         return

@@ -44,12 +44,12 @@ class PhaseProgress:
             kinds = " ".join(f"{kind} {count}" for kind, count in standing["kinds"].items())
             self._standing = f"cost {standing['cost']:.1%} (target {standing['target']:.1%})  {kinds}"
 
-    def epoch(self, epoch: int, epochs: int, accuracy: float) -> None:
+    def epoch(self, epoch: int, epochs: int, quality: str) -> None:
         """Report the end of an epoch, at most every few seconds, and of the last one always."""
         now = time.monotonic()
         if epoch == epochs or now - self._reported >= SECONDS_BETWEEN_LINES:
             self._reported = now
-            self.note(f"{self._name} epoch {epoch}/{epochs}: accuracy {accuracy:.2%}  {self._standing}".rstrip())
+            self.note(f"{self._name} epoch {epoch}/{epochs}: {quality}  {self._standing}".rstrip())
 
     def note(self, text: str) -> None:
         """Print one line."""

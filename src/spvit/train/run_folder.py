@@ -136,6 +136,12 @@ class RunFolder:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
+    def recorded(self, phase: str, event: str) -> dict[str, Any] | None:
+        """Return a phase's last line of figures of an event; None without any."""
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
+        found = [json.loads(line) for line in lines if f'"{event}"' in line and line.endswith("}")]
+        return next((line for line in found[::-1] if (line["phase"], line["event"]) == (phase, event)), None)
+
     def rewind(self, phase: str, epoch: int) -> None:
         """Drop a phase's lines of later epochs, which a kill cut short; they are run again."""
         if not self.metrics.exists():

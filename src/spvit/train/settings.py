@@ -11,6 +11,7 @@ from spvit.search.budget_loss import BUDGET_WEIGHT
 
 CALIBRATION_IMAGES = 1024
 REPAIR_VIEWS = 4
+LEARNING_RATE = 5e-4
 
 # The least and the greatest value of settings.
 _RANGES = (
@@ -108,8 +109,8 @@ class PhaseConfig:
 
     epochs: int = 10
     """Passes over the training images; 0 leaves the phase out."""
-    learning_rate: float = 5e-4
-    """Peak learning rate of the weights (AdamW)."""
+    learning_rate: float | None = None
+    """Peak learning rate of the weights (AdamW). When absent 5e-4; without labels, what short trials find best."""
     minimum_learning_rate: float = 1e-5
     """Learning rate at the end of the cosine schedule; equal to the peak for a constant rate."""
     warmup_epochs: float = 0.5
@@ -141,6 +142,11 @@ class PhaseConfig:
         if self.teacher is not None and self.distillation == 0:
             why = f"the teacher is {self.teacher}, but distillation is 0"
             raise DataError(f"{why}; give its share of the loss, such as 0.5")
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate, where none was found either."""
+        return LEARNING_RATE if self.learning_rate is None else self.learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)
