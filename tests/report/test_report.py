@@ -90,6 +90,19 @@ def test_a_run_that_has_not_ended(copied: Path) -> None:
     assert "network" in pictures_of(page)  # the dense one
 
 
+def test_a_run_without_labels(copied: Path) -> None:
+    figures = {name: {"agreement": value, "images": 30} for name, value in (("dense", 1.0), ("pruned", 0.875))}
+    (copied / "summary.json").write_text(json.dumps(figures))
+    line = {"phase": "finetune", "event": "evaluation", "epoch": 1, "agreement": 0.875, "images": 30}
+    (copied / "metrics.jsonl").write_text(json.dumps(line))
+    page = spvit.report(copied)
+    text = text_of(page)
+    assert "agrees with it by 0.8750 on 30 validation images" in text
+    assert "agreement 87.50% dense 100.00% 30 validation images" in text
+    assert "accuracy-finetune" in pictures_of(page)
+    assert "Not on this page" not in text
+
+
 @pytest.mark.parametrize("damage", ["", "[1", "{}", "[]", '{"points": 3}', '{"phase": "search", "event": "step"}'])
 def test_missing_and_damaged_files_are_named_and_fail_nothing(copied: Path, damage: str) -> None:
     names = ["architecture.json", "summary.json", "latency.json", "metrics.jsonl", "config.yaml", "scores.json"]
@@ -172,6 +185,7 @@ def test_what_is_no_run_is_refused(capsys, searched: Path, tmp_path: Path, monke
     with pytest.raises(spvit.RunFolderError, match="is no run folder: it holds none of config.yaml"):
         spvit.report(tmp_path)
     refused(capsys, "is not a folder", "report", str(tmp_path / "nowhere"))
+    refused(capsys, "images is 1001, expected 0 to 1,000", "report", str(searched), "--images", "1001")
     other = tmp_path / "notes.html"
     other.write_text("mine")
     with pytest.raises(spvit.ReportError, match="is no page of spvit's, so it stays as it is; name another"):

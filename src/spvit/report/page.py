@@ -23,10 +23,11 @@ from spvit.models import names_code
 from spvit.report.comparison import Compared, compared
 from spvit.report.figures import block_name, pictures
 from spvit.report.picture import COLOURS, Picture, framed, write_png
-from spvit.report.reading import Reading, attempted, read
+from spvit.report.reading import Reading, attempted, quality, read
 
 MARK = '<meta name="generator" content="spvit">'
 """What tells a page of spvit from other files, which stay."""
+MOST_IMAGES = 1000
 BLOCKS = ("block", "attention", "FFN units", "MACs")
 METRICS = {"macs": "MACs", "params": "parameters"}
 SECTIONS = {
@@ -63,6 +64,8 @@ def write_report(
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ReportError(f"a report needs {' and '.join(missing)}; install with: pip install 'spvit[report]'")
+    if not isinstance(images, Tensor) and not 0 <= images <= MOST_IMAGES:
+        raise ReportError(f"images is {images}, expected 0 to {MOST_IMAGES:,}: they are kept in memory")
     reading = read(run, host)
     path = Path(output) if output is not None else reading.folder.report
     if path.is_dir() or (path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:500]):
@@ -144,11 +147,11 @@ def _state(reading: Reading) -> str:
 def _sentence(reading: Reading) -> str:
     """Return what came out, in plain words."""
     if points := reading.frontier.get("points"):
-        quality = "agreement" if points[0].get("accuracy") is None else "accuracy"
         (dense, *_, last), metric = points, METRICS.get(reading.frontier.get("metric", ""), "cost")
+        name, whole = quality(dense)
         return (
-            f"One scoring and {len(points) - 1} budgets: at {last['budget']} of the {metric} the {quality} is "
-            f"{last[quality]:.1%}, of the dense network {dense[quality]:.1%}, on "
+            f"One scoring and {len(points) - 1} budgets: at {last['budget']} of the {metric} the {name} is "
+            f"{quality(last)[1]:.1%}, of the dense network {whole:.1%}, on "
             f"{reading.frontier.get('images', 0):,} validation images."
         )
     costs, summary = reading.both("macs"), reading.summary
@@ -160,7 +163,9 @@ def _sentence(reading: Reading) -> str:
     if "pruned" not in summary or "dense" not in summary:
         params = reading.both("params")
         return says + (f" and {params[1] / params[0]:.0%} of its parameters." if params is not None else ".")
-    before, now, count = summary["dense"]["accuracy"], summary["pruned"]["accuracy"], summary["pruned"]["images"]
+    (name, now), (_, before), count = quality(summary["pruned"]), quality(summary["dense"]), summary["pruned"]["images"]
+    if name == "agreement":
+        return f"{says} and agrees with it by {now:.4f} on {count:,} validation images (1: the same answers)."
     right = f"and is right on {now:.1%} of {count:,} validation images, the dense one on {before:.1%}"
     change, chance = 100 * (now - before), 100 * _chance(before, now, count)
     if abs(change) <= chance:
@@ -177,9 +182,10 @@ def _accuracy(reading: Reading) -> list[Card]:
     """Return the accuracy, or what else a saved model says of itself."""
     summary = reading.summary
     if "pruned" in summary and "dense" in summary:
-        now, names = summary["pruned"], {"dense": "dense", "after_pruning": "right after pruning"}
-        notes = [f"{words} {summary[name]['accuracy']:.2%}" for name, words in names.items() if name in summary]
-        return [Card("accuracy", f"{now['accuracy']:.2%}", (*notes, f"{now['images']:,} validation images"))]
+        name, now = quality(summary["pruned"])
+        before = {"dense": "dense", "after_pruning": "right after pruning"}
+        notes = [f"{words} {quality(summary[key])[1]:.2%}" for key, words in before.items() if key in summary]
+        return [Card(name, f"{now:.2%}", (*notes, f"{summary['pruned']['images']:,} validation images"))]
     metrics = reading.description.metrics if reading.description is not None else {}
     said = {name: f"{value:.2%}" if name.startswith("accuracy") else f"{value:.4g}" for name, value in metrics.items()}
     return [Card(name.replace("_", " "), value) for name, value in said.items()]
@@ -232,12 +238,10 @@ def _budgets(reading: Reading) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     points, rows = reading.frontier.get("points", []), []  # type: list[dict[str, Any]], list[tuple[str, ...]]
     times = [f"ms, batch {one['batch']}" for one in (points or [{}])[0].get("latency", ())]
     for point in points:
-        quality = point.get("accuracy") if point.get("accuracy") is not None else point.get("agreement")
         counts = [f"{human(point[metric])} ({point[metric] / points[0][metric]:.0%})" for metric in ("macs", "params")]
         measured = [f"{one['latency_ms']:.2f}" for one in point.get("latency", ())]
-        rows.append((point["budget"], f"{quality:.2%}", *counts, *measured))
-    named = "agreement" if points and points[0].get("accuracy") is None else "accuracy"
-    return ("budget", named, "MACs", "parameters", *times), rows
+        rows.append((point["budget"], f"{quality(point)[1]:.2%}", *counts, *measured))
+    return ("budget", quality(points[0])[0] if points else "", "MACs", "parameters", *times), rows
 
 
 def _commands(reading: Reading) -> list[str]:
@@ -250,7 +254,8 @@ def _commands(reading: Reading) -> list[str]:
         if not reading.finished:
             found.append(f"spvit {reading.command} --output {folder} --resume{typed}")
     if reading.description is not None and can_build(reading.description.host):
-        found += [f"spvit evaluate --model {folder} --data {shlex.quote(str(data))}"] if data else []
+        labelled = data and "accuracy" in reading.description.metrics
+        found += [f"spvit evaluate --model {folder} --data {shlex.quote(str(data))}"] if labelled else []
         found += [f"spvit profile {folder} --latency", f"spvit export {folder} --to onnx"]
     return [*found, f"spvit report {folder}{typed}"]
 
