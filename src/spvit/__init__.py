@@ -32,6 +32,7 @@ from spvit.errors import (
     DataError,
     ExportError,
     GridError,
+    HubError,
     ModelError,
     NotSearchableError,
     ReportError,
@@ -47,6 +48,7 @@ from spvit.hosts.declared import Sites
 from spvit.hosts.host import Host, recognise
 from spvit.hosts.recognise import register
 from spvit.hosts.sites import Rows, UnitRows
+from spvit.publish import push
 from spvit.repair.constraints import Constraints
 from spvit.repair.scores import Scores, score
 from spvit.replacements.costs import cost
@@ -69,12 +71,12 @@ _LATER = {
 __all__ = [
     "Architecture", "ArchitectureError", "Benchmark", "BudgetError", "BudgetLoss", "CalibrationError",
     "CheckpointError", "CompressConfig", "ConstraintError", "Constraints", "DataError", "Description", "ExportError",
-    "Exported", "FrontierConfig", "GridError", "Host", "ImageConfig", "Images", "Latency", "ModelError",
+    "Exported", "FrontierConfig", "GridError", "Host", "HubError", "ImageConfig", "Images", "Latency", "ModelError",
     "NotSearchableError", "PhaseConfig", "Preprocessing", "ReportError", "Rows", "RunError", "RunFolderError",
     "Scores", "SearchConfig", "Sites", "SpvitError", "UnitRows", "UnknownPartError", "UnsupportedHostError",
     "ZooError", "architectures", "benchmark", "compress", "cost", "create_model", "decide", "describe", "export",
-    "fold", "frontier", "gate_parameters", "load", "make_searchable", "prune", "recognise", "register", "report",
-    "save", "score", "transform",
+    "fold", "frontier", "gate_parameters", "load", "make_searchable", "prune", "push", "recognise", "register",
+    "report", "save", "score", "transform",
 ]  # fmt: skip
 
 

@@ -33,6 +33,10 @@ class GridError(SpvitError, ValueError):
     """Tokens do not fit the patch grid of the layer that got them: a model's part was called, or patches dropped."""
 
 
+class HubError(SpvitError, RuntimeError):
+    """The Hugging Face hub cannot be reached, or has not, or does not allow, what was asked for."""
+
+
 class ModelError(SpvitError, ValueError):
     """A model cannot be found, downloaded or built."""
 

@@ -97,9 +97,9 @@ def test_a_run_without_labels(copied: Path) -> None:
     (copied / "metrics.jsonl").write_text(json.dumps(line))
     page = spvit.report(copied)
     text = text_of(page)
-    assert "agrees with it by 0.8750 on 30 validation images" in text
+    assert "its agreement with the dense one is 0.8750, on 30 held-out images without labels" in text
     assert "agreement 87.50% dense 100.00% 30 validation images" in text
-    assert "accuracy-finetune" in pictures_of(page)
+    assert "agreement-finetune" in pictures_of(page)
     assert "Not on this page" not in text
 
 

@@ -210,6 +210,10 @@ def test_the_command_compresses_a_backbone_by_a_folder_of_pictures(tmp_path: Pat
     said = capsys.readouterr().out
     assert "no labels: judged by agreement with it" in said
     assert "right after pruning agreement 0." in said
+    page = (Path(output) / "report.html").read_text()
+    assert "agreement with the dense one is " in page
+    assert 'id="agreement-finetune"' in page
+    assert "Not on this page" not in page
     assert main(["compress", *common, *small, "--dry-run", "--output", str(tmp_path / "plan")]) == 0
     assert main(["evaluate", *common]) == 2
     assert "has no labels, which this command needs" in capsys.readouterr().err

@@ -24,6 +24,7 @@ from spvit.cli.check import check_command
 from spvit.cli.frontier import frontier_command
 from spvit.cli.parser import CommandParser, Help, command_parser
 from spvit.cli.predict import predict_command
+from spvit.cli.push import push_command
 from spvit.cli.report import report_command
 from spvit.errors import RunError, SpvitError
 from spvit.models import names_code
@@ -43,6 +44,7 @@ COMMANDS: dict[str, tuple[Any, Callable[..., None]]] = {  # the options and the 
     "benchmark": (cli.BenchmarkCommand, benchmark_command),
     "report": (cli.ReportCommand, report_command),
     "export": (cli.ExportCommand, run.export_command),
+    "push": (cli.PushCommand, push_command),
     "convert": (cli.ConvertCommand, run.convert_command),
     "demo": (cli.DemoCommand, run.compress_command),
 }

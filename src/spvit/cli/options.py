@@ -162,7 +162,8 @@ class CheckCommand:
     """Show what spvit finds in a model and verifies, and what each part of it may become."""
 
     model: str
-    """A timm model, hf:NAME or hf:FOLDER, a folder that spvit wrote, or MODULE:FUNCTION, which returns yours."""
+    """A timm model, hf:NAME or hf:FOLDER, a folder that spvit wrote, hub:NAME, or MODULE:FUNCTION, which returns
+    yours."""
     model_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of timm.create_model, such as {"img_size": 96}, or of the function."""
     image_size: str | None = None
@@ -209,6 +210,30 @@ class ExportCommand(ModelConfig):
     """How images are read."""
     overwrite: bool = False
     """Replace the file if it exists."""
+
+
+@dataclass(frozen=True)
+class PushCommand:
+    """Upload a model to the Hugging Face hub, with a card of its figures; spvit.load("hub:NAME") loads it."""
+
+    run: str
+    """The run folder, or another that spvit wrote."""
+    name: str
+    """USER/MODEL on the hub, or MODEL under your own name; it is made if it does not exist."""
+    private: bool = False
+    """Nobody else may read it."""
+    revision: str | None = None
+    """The branch to upload to, made if it does not exist; when absent the main one."""
+    message: str = "Upload a model of spvit"
+    """Message of the commit."""
+    license: str | None = None
+    """Licence of the model; when absent that of the base model, where it is known."""
+    base_model: str | None = None
+    """The model on the hub that it was made of; when absent what the run's settings name."""
+    overwrite: bool = False
+    """Replace a model that the branch holds; its history keeps the former one."""
+    dry_run: bool = False
+    """Print the card, and upload nothing."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ _HEADINGS = {
     "run": ("recipe", "output", "seed", "resume", "dry-run", "help", "help-all"),
 }
 _SHOWN_OF_DEMO = ("macs", "output", "seed", "resume", "help", "help-all")
-_SEVERAL = ("--keep", "--only", "--forbid")
+_SEVERAL = ("--keep", "--only", "--forbid", "--track")
 """Options that take several words as one text."""
 _LISTS = ("--budgets", "--batches", "--models")
 """Options that take a list, of which the words are the items."""

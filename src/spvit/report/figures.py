@@ -219,7 +219,7 @@ def _frontier(reading: Reading) -> Iterator[Picture]:
 
 
 def _curves(reading: Reading) -> Iterator[Picture]:
-    """Yield the loss and the accuracy of each phase over its epochs."""
+    """Yield the loss and the accuracy, or agreement, of each phase over its epochs."""
     for phase, title in PHASES.items():
         own = [line for line in reading.lines if line.get("phase") == phase]
         steps, ends = ([line for line in own if line["event"] == event] for event in ("step", "evaluation"))
@@ -237,7 +237,7 @@ def _curves(reading: Reading) -> Iterator[Picture]:
             if dense is not None and phase != "dense" and len(ends) > 1:
                 level = [(found[0][0], dense), (found[-1][0], dense)]
                 series.append(Series("soft", level, "the dense model", style="dashed"))
-            yield chart(f"accuracy-{phase}", f"{title}: {name}", "", series, ("epoch", ""), percent=True)
+            yield chart(f"{name}-{phase}", f"{title}: {name}", "", series, ("epoch", ""), percent=True)
 
 
 def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -108,7 +108,7 @@ def _content(reading: Reading, parts: dict[str, list[Picture]], found: Compared 
         "about": " · ".join(_about(reading)),
         "sentence": tried(_sentence, "What can be read of this run."),
         "state": tried(_state, ""),
-        "cards": [*tried(_accuracy), *tried(_costs), *tried(_latencies)],
+        "cards": [*tried(_quality), *tried(_costs), *tried(_latencies)],
         "sections": [(*titles[name], parts[name]) for name in titles if parts.get(name)],
         "tables": {
             titles["network"][0]: (BLOCKS, tried(_blocks)),
@@ -165,7 +165,7 @@ def _sentence(reading: Reading) -> str:
         return says + (f" and {params[1] / params[0]:.0%} of its parameters." if params is not None else ".")
     (name, now), (_, before), count = quality(summary["pruned"]), quality(summary["dense"]), summary["pruned"]["images"]
     if name == "agreement":
-        return f"{says} and agrees with it by {now:.4f} on {count:,} validation images (1: the same answers)."
+        return f"{says}; its agreement with the dense one is {now:.4f}, on {count:,} held-out images without labels."
     right = f"and is right on {now:.1%} of {count:,} validation images, the dense one on {before:.1%}"
     change, chance = 100 * (now - before), 100 * _chance(before, now, count)
     if abs(change) <= chance:
@@ -178,8 +178,8 @@ def _chance(before: float, now: float, count: int) -> float:
     return 1.96 * math.sqrt((before * (1 - before) + now * (1 - now)) / count)
 
 
-def _accuracy(reading: Reading) -> list[Card]:
-    """Return the accuracy, or what else a saved model says of itself."""
+def _quality(reading: Reading) -> list[Card]:
+    """Return the accuracy or agreement, or what else a saved model says of itself."""
     summary = reading.summary
     if "pruned" in summary and "dense" in summary:
         name, now = quality(summary["pruned"])
@@ -187,8 +187,8 @@ def _accuracy(reading: Reading) -> list[Card]:
         notes = [f"{words} {quality(summary[key])[1]:.2%}" for key, words in before.items() if key in summary]
         return [Card(name, f"{now:.2%}", (*notes, f"{summary['pruned']['images']:,} validation images"))]
     metrics = reading.description.metrics if reading.description is not None else {}
-    said = {name: f"{value:.2%}" if name.startswith("accuracy") else f"{value:.4g}" for name, value in metrics.items()}
-    return [Card(name.replace("_", " "), value) for name, value in said.items()]
+    own = {name: f"{value:.2%}" if name.startswith("accuracy") else f"{value:.4g}" for name, value in metrics.items()}
+    return [Card(name.replace("_", " "), value) for name, value in own.items()]
 
 
 def _costs(reading: Reading) -> list[Card]:

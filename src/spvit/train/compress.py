@@ -24,6 +24,7 @@ from spvit.decide import decide
 from spvit.errors import DataError
 from spvit.hosts.host import Host, input_size
 from spvit.hosts.recognise import family_of
+from spvit.hosts.walk import Report
 from spvit.models import number_of_classes
 from spvit.repair.choose import check_reachable
 from spvit.repair.scores import Scores, score
@@ -65,6 +66,7 @@ def compress(
     preprocessing: Preprocessing | None = None,
     resume: bool = False,
     console: Console | None = None,
+    report: Report | None = None,
 ) -> nn.Module:
     """Return the host compressed to a budget: decided, pruned, repaired, fine-tuned, folded.
 
@@ -80,6 +82,9 @@ def compress(
         preprocessing: normalisation of the host; ImageNet's when None.
         resume: continue the run that `output` holds.
         console: a rich console to show progress on; None is silent.
+        report: called, in the first process, with (phase, steps done, steps in all, figures) after each step of
+            `dense`, `score`, `search`, `repair` and `finetune`: figures are the losses of a step of training, and after
+            each epoch, once more, those of its evaluation. What it raises ends the run.
 
     Raises:
         BudgetError, DataError, UnsupportedHostError, RunFolderError: bad input, before anything is trained.
@@ -91,7 +96,8 @@ def compress(
         data = load_images(data, images or ImageConfig(), input_size(host), preprocessing or Preprocessing())
     with tempfile.TemporaryDirectory() as temporary:
         folder = RunFolder(temporary) if output is None else RunFolder.open(output, resume)
-        return run_compress(host, budget, settings, Run(data, folder, settings, PhaseProgress(console))).model
+        progress = PhaseProgress(console, report if processes().is_main_process else None)
+        return run_compress(host, budget, settings, Run(data, folder, settings, progress)).model
 
 
 def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: Run) -> Compressed:
@@ -116,7 +122,10 @@ def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: R
     set_seed(config.seed)  # a continued run starts from the same weights where they are drawn
     weights = net if config.initialise == "search" else None
     views = calibration(run.images, config.seed, config.repair_views * config.calibration_images)
-    pruned = prune(dense, architecture, weights=weights, repair=views if config.repair else None)
+    with run.progress.bar("repair", len(architecture.blocks) if config.repair else 0):
+        pruned = prune(
+            dense, architecture, weights=weights, repair=views if config.repair else None, report=run.progress.count
+        )
     after_pruning = figures = figures_of(pruned, run.images, config, run.reference)
     run.progress.note(f"after pruning{' and repair' if config.repair else ''}: {after_pruning.words}")
     if config.finetuning.epochs > 0:
@@ -227,12 +236,12 @@ def scored(host: Host, config: ScoresConfig, run: Run) -> None:
     if config.scores is not None:
         run.folder.write_scores(Scores.load(config.scores))
     elif not run.folder.scores.is_file():
-        with run.progress.bar("scores", len(host.blocks)):
-            multiple, step = config.multiple or DEFAULT_MULTIPLE, lambda *done: run.progress.step()
+        with run.progress.bar("score", len(host.blocks)):
+            multiple = config.multiple or DEFAULT_MULTIPLE
             most = config.repair_views * len(run.images.views)  # type: ignore[arg-type]
             count = min(config.calibration_images, most)
             images = calibration(run.images, config.seed, count)
-            found = score(host, images, multiple=multiple, objective=config.objective, report=step)
+            found = score(host, images, multiple=multiple, objective=config.objective, report=run.progress.count)
         run.folder.write_scores(found)
 
 

@@ -64,6 +64,11 @@ class Agreement:
 Figures = Evaluation | Agreement
 
 
+def figures_from(values: dict[str, Any]) -> Figures:
+    """Return the figures that a file of a run holds."""
+    return Agreement(**values) if "agreement" in values else Evaluation(**values)
+
+
 @dataclass(frozen=True)
 class Reference:
     """The dense model that others are to agree with, and what counts of its answers."""

@@ -25,13 +25,14 @@ from spvit.hosts.host import logits_of
 from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import gate_parameters
 from spvit.train.data import Images, mixup_of, repeated_loader, training_loader, validation_loader
-from spvit.train.figures import Agreement, Answering, Evaluation, Figures, Reference, autocast, evaluate
+from spvit.train.figures import Answering, Figures, Reference, autocast, evaluate, figures_from
 from spvit.train.losses import agreement_loss, open_teacher, task_loss
 from spvit.train.optimizers import WEIGHTS, learning_rate_at, load_tensors, optimizer_of, tensors_of
 from spvit.train.processes import by_the_first, make_accelerator
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig
+from spvit.train.tracking import Tracking
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,11 @@ class Phase:
 
 def run_phase(phase: Phase, run: Run) -> Figures:
     """Train a phase's model in place, from the last saved state if the folder has one; return its final figures."""
-    return Loop(phase, run).run()
+    loop = Loop(phase, run)
+    try:
+        return loop.run()
+    finally:
+        loop.tracking.close()
 
 
 class Loop:
@@ -77,6 +82,7 @@ class Loop:
         self.settings = settings = phase.config
         self.folder, self.config, self.progress = run.folder, run.config, run.progress
         self.accelerator = make_accelerator()
+        self.tracking = Tracking(run.config, run.folder, phase.name)
         self.reference = run.reference
         self.mixup = mixup_of(run.images.config, max(1, len(run.images.classes)), settings.label_smoothing)
         self.train = _prepared_loader(run.images, self.accelerator)
@@ -126,7 +132,7 @@ class Loop:
                 figures = self._evaluate(epoch + 1)
                 self._record("evaluation", epoch, vars(figures))
                 self._save(epoch + 1, figures)
-                self.progress.epoch(epoch + 1, epochs, figures.words)
+                self.progress.epoch(epoch + 1, epochs, figures.words, vars(figures))
         figures = self._evaluate() if figures is None else figures
         if self.kept is not self.phase.model:
             self.phase.model.load_state_dict(self.kept.state_dict())
@@ -234,7 +240,9 @@ class Loop:
         standing = self._standing()
         self.progress.stand(standing)
         if self.accelerator.is_main_process:
-            self.folder.record({"phase": self.phase.name, "event": event, "epoch": epoch + 1, **values, **standing})
+            figures = {**values, **standing}
+            self.folder.record({"phase": self.phase.name, "event": event, "epoch": epoch + 1, **figures})
+            self.tracking.log(event, values.get("step", (epoch + 1) * len(self.train)), figures)
 
     def _save(self, epoch: int, figures: Figures) -> None:
         def save() -> None:
@@ -253,8 +261,7 @@ class Loop:
             prefix = f"{name}."
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             load_tensors(part, own, f"of epoch {done} of {self.phase.name}")
-        kind = Evaluation if self.reference is None else Agreement
-        return done, kind(**figures) if figures else None
+        return done, figures_from(figures) if figures else None
 
     def _stop_diverged(self, loss: float, step: int) -> None:
         name, (weights, _, *gates) = self.phase.name, self.optimizer.param_groups

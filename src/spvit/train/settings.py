@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 
 from spvit.benchmark import BATCHES
 from spvit.errors import DataError
@@ -9,6 +10,7 @@ from spvit.repair.constraints import Constraints
 from spvit.repair.objective import OBJECTIVES
 from spvit.search.budget_loss import BUDGET_WEIGHT
 
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 CALIBRATION_IMAGES = 1024
 REPAIR_VIEWS = 4
 LEARNING_RATE = 5e-4
@@ -98,9 +100,22 @@ class LoopConfig:
     """`fp32`, or `bf16` for mixed precision."""
     log_every: int = 20
     """Steps between two lines of metrics.jsonl."""
+    track: str | tuple[str, ...] | None = None
+    """Trackers that get the same figures: tensorboard, wandb, mlflow; several with spaces or commas."""
 
     def __post_init__(self) -> None:
         _check(self)
+        for tracker in self.trackers:
+            if tracker not in TRACKERS:
+                raise DataError(f"track is {tracker!r}, expected {', '.join(TRACKERS)}, or several of them")
+            if find_spec(tracker) is None:
+                raise DataError(f"track {tracker} needs a package; install it with: pip install {tracker}")
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names of the trackers, each once."""
+        listed = self.track.replace(",", " ").split() if isinstance(self.track, str) else self.track or ()
+        return tuple(dict.fromkeys(listed))
 
 
 @dataclass(frozen=True, kw_only=True)
