@@ -98,7 +98,7 @@ def test_a_run_without_labels(copied: Path) -> None:
     page = spvit.report(copied)
     text = text_of(page)
     assert "its agreement with the dense one is 0.8750, on 30 held-out images without labels" in text
-    assert "agreement 87.50% dense 100.00% 30 validation images" in text
+    assert "agreement 0.8750 dense 1.0000 30 validation images" in text
     assert "agreement-finetune" in pictures_of(page)
     assert "Not on this page" not in text
 
@@ -173,7 +173,9 @@ def test_a_frontier_and_a_budget_of_it(searched: Path, tmp_path: Path) -> None:
     found = {"metric": "macs", "images": 1000, "points": [dense, half]}
     (tmp_path / "frontier.json").write_text(json.dumps(found))
     page = spvit.report(tmp_path)
-    assert "at 50% of the MACs the accuracy is 80.0%, of the dense network 90.0%, on 1,000 validation" in text_of(page)
+    assert "at 50% of the MACs the accuracy is 80.00%, of the dense network 90.00%, on 1,000 validation" in text_of(
+        page
+    )
     assert pictures_of(page)[:3] == ["frontier-macs", "frontier-8", "network-50pct"]
     text = text_of(spvit.report(tmp_path / "50pct", images=0))
     assert "is right on 80.0% of 1,000 validation images, the dense one on 90.0%: 10.0 points less." in text

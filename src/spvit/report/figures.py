@@ -12,7 +12,7 @@ from spvit.architecture import KINDS, Architecture, Attention, Block
 from spvit.budget import human
 from spvit.cost import BlockCost
 from spvit.report.picture import Mark, Picture, Series, box, chart, short, word
-from spvit.report.reading import Reading, attempted, quality
+from spvit.report.reading import Reading, attempted, quality, said
 
 NAMES = {
     "msa": "attention",
@@ -206,7 +206,7 @@ def _frontier(reading: Reading) -> Iterator[Picture]:
         costs[f"ms at batch {batch}"] = [point["latency"][index]["latency_ms"] for point in points]
     for axis, values in costs.items():
         found = list(zip(values, [whole, *heights]))
-        told = [f"{point['budget']}: {name} {high:.2%}" for point, (_, high) in zip(points, found)]
+        told = [f"{point['budget']}: {name} {said(point)}" for point in points]
         hover = [f"{words}, {short(value)} {axis}" for words, value in zip(told, values)]
         series = [
             Series("soft", [(min(values), whole), (max(values), whole)], "the dense model", style="dashed"),
@@ -231,7 +231,7 @@ def _curves(reading: Reading) -> Iterator[Picture]:
         if ends:
             name = quality(ends[0])[0]
             found = [(line["epoch"], line[name]) for line in ends]
-            hover = [f"epoch {epoch}: {name} {value:.2%}" for epoch, value in found]
+            hover = [f"epoch {line['epoch']}: {name} {said(line)}" for line in ends]
             series = [Series("msa", found, "on validation images", hover=hover)]
             dense = reading.summary.get("dense", {}).get(name)
             if dense is not None and phase != "dense" and len(ends) > 1:

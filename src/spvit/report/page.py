@@ -23,7 +23,7 @@ from spvit.models import names_code
 from spvit.report.comparison import Compared, compared
 from spvit.report.figures import block_name, pictures
 from spvit.report.picture import COLOURS, Picture, framed, write_png
-from spvit.report.reading import Reading, attempted, quality, read
+from spvit.report.reading import Reading, attempted, quality, read, said
 
 MARK = '<meta name="generator" content="spvit">'
 """What tells a page of spvit from other files, which stay."""
@@ -148,10 +148,10 @@ def _sentence(reading: Reading) -> str:
     """Return what came out, in plain words."""
     if points := reading.frontier.get("points"):
         (dense, *_, last), metric = points, METRICS.get(reading.frontier.get("metric", ""), "cost")
-        name, whole = quality(dense)
+        name, _ = quality(dense)
         return (
             f"One scoring and {len(points) - 1} budgets: at {last['budget']} of the {metric} the {name} is "
-            f"{quality(last)[1]:.1%}, of the dense network {whole:.1%}, on "
+            f"{said(last)}, of the dense network {said(dense)}, on "
             f"{reading.frontier.get('images', 0):,} validation images."
         )
     costs, summary = reading.both("macs"), reading.summary
@@ -182,10 +182,10 @@ def _quality(reading: Reading) -> list[Card]:
     """Return the accuracy or agreement, or what else a saved model says of itself."""
     summary = reading.summary
     if "pruned" in summary and "dense" in summary:
-        name, now = quality(summary["pruned"])
+        pruned = summary["pruned"]
         before = {"dense": "dense", "after_pruning": "right after pruning"}
-        notes = [f"{words} {quality(summary[key])[1]:.2%}" for key, words in before.items() if key in summary]
-        return [Card(name, f"{now:.2%}", (*notes, f"{summary['pruned']['images']:,} validation images"))]
+        notes = [f"{words} {said(summary[key])}" for key, words in before.items() if key in summary]
+        return [Card(quality(pruned)[0], said(pruned), (*notes, f"{pruned['images']:,} validation images"))]
     metrics = reading.description.metrics if reading.description is not None else {}
     own = {name: f"{value:.2%}" if name.startswith("accuracy") else f"{value:.4g}" for name, value in metrics.items()}
     return [Card(name.replace("_", " "), value) for name, value in own.items()]
@@ -240,7 +240,7 @@ def _budgets(reading: Reading) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     for point in points:
         counts = [f"{human(point[metric])} ({point[metric] / points[0][metric]:.0%})" for metric in ("macs", "params")]
         measured = [f"{one['latency_ms']:.2f}" for one in point.get("latency", ())]
-        rows.append((point["budget"], f"{quality(point)[1]:.2%}", *counts, *measured))
+        rows.append((point["budget"], said(point), *counts, *measured))
     return ("budget", quality(points[0])[0] if points else "", "MACs", "parameters", *times), rows
 
 

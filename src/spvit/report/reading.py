@@ -138,6 +138,12 @@ def quality(figures: Mapping[str, Any]) -> tuple[str, float]:
     return name, figures[name]
 
 
+def said(figures: Mapping[str, Any]) -> str:
+    """Return how good a model is, as it is written."""
+    name, value = quality(figures)
+    return f"{value:.2%}" if name == "accuracy" else f"{value:.4f}"
+
+
 def attempted(problems: dict[str, str], part: str, make: Callable[[], T], empty: T) -> T:
     """Return what is made of a part of a run; where that fails, what is empty, and note why among the problems."""
     try:
