@@ -185,7 +185,7 @@ class ReportCommand:
     model: str | None = None
     """The dense model, where the folder does not say it or it is your own: MODULE:FUNCTION, or as for compress."""
     images: int = 256
-    """Validation images to compare the dense and the pruned model on; some are shown. 0: the page shows none."""
+    """Validation images, at most 1,000, to compare the dense and the pruned model on; some are shown. 0: none are."""
     svg: bool = False
     """Write each picture as SVG too, beside the page."""
     png: bool = False
