@@ -361,7 +361,7 @@ def test_the_command_sets_int8_beside_the_dense_model(
         preprocessing=spvit.Preprocessing((0.5,), (0.5,), crop=1.0),
         classes=list("0123456789"),
     )
-    words = ("export", str(folder), "--int8", "--data", "digits", "--most_drop", "0.5")
+    words = ("export", str(folder), "--int8", "--data", "digits", "--most-drop", "0.5")
     code, out, _ = run(capsys, *words)
     assert code == 0
     assert "run does not say what it was made from; name it with --dense" in out
@@ -377,10 +377,10 @@ def test_the_command_sets_int8_beside_the_dense_model(
         "checkpoint": str(tmp_path / "dense.pth"),
     }
     (folder / "config.yaml").write_text(json.dumps(settings))
-    code, out, err = run(capsys, *words, "--overwrite", "--most_drop", "-1")
+    code, out, err = run(capsys, *words, "--overwrite", "--most-drop", "-1")
     assert code == 1
     assert "int8 loses too much" in err
-    code, out, _ = run(capsys, "export", str(folder), "--fp16", "--data", "digits", "--most_drop", "0.5")
+    code, out, _ = run(capsys, "export", str(folder), "--fp16", "--data", "digits", "--most-drop", "0.5")
     assert code == 0
     assert "dense fp32" in out
     refused(capsys, "give --int8 or --fp16", "export", str(folder), "--int8", "--fp16")
