@@ -75,9 +75,9 @@ __all__ = [
     "Exported", "FrontierConfig", "GridError", "Host", "HubError", "ImageConfig", "Images", "Latency", "ModelError",
     "NotSearchableError", "PhaseConfig", "Preprocessing", "ReportError", "Rows", "RunError", "RunFolderError",
     "RunStoppedError", "Scores", "SearchConfig", "Sites", "SpvitError", "UnitRows", "UnknownPartError",
-    "UnsupportedHostError", "ZooError", "architectures", "benchmark", "compress", "cost", "create_model", "decide", "describe", "export",
-    "fold", "frontier", "gate_parameters", "load", "make_searchable", "prune", "push", "recognise", "register",
-    "report", "save", "score", "transform",
+    "UnsupportedHostError", "ZooError", "architectures", "benchmark", "compress", "cost", "create_model", "decide",
+    "describe", "export", "fold", "frontier", "gate_parameters", "load", "make_searchable", "prune", "push",
+    "recognise", "register", "report", "save", "score", "transform",
 ]  # fmt: skip
 
 

@@ -90,6 +90,19 @@ def test_a_run_that_has_not_ended(copied: Path) -> None:
     assert "network" in pictures_of(page)  # the dense one
 
 
+def test_a_run_without_labels(copied: Path) -> None:
+    figures = {name: {"agreement": value, "images": 30} for name, value in (("dense", 1.0), ("pruned", 0.875))}
+    (copied / "summary.json").write_text(json.dumps(figures))
+    line = {"phase": "finetune", "event": "evaluation", "epoch": 1, "agreement": 0.875, "images": 30}
+    (copied / "metrics.jsonl").write_text(json.dumps(line))
+    page = spvit.report(copied)
+    text = text_of(page)
+    assert "its agreement with the dense one is 0.8750, on 30 held-out images without labels" in text
+    assert "agreement 0.8750 dense 1.0000 30 validation images" in text
+    assert "agreement-finetune" in pictures_of(page)
+    assert "Not on this page" not in text
+
+
 @pytest.mark.parametrize("damage", ["", "[1", "{}", "[]", '{"points": 3}', '{"phase": "search", "event": "step"}'])
 def test_missing_and_damaged_files_are_named_and_fail_nothing(copied: Path, damage: str) -> None:
     names = ["architecture.json", "summary.json", "latency.json", "metrics.jsonl", "config.yaml", "scores.json"]
@@ -154,15 +167,19 @@ def test_a_frontier_and_a_budget_of_it(searched: Path, tmp_path: Path) -> None:
     (tmp_path / "50pct" / "config.yaml").rename(tmp_path / "config.yaml")
     figures = {"latency_ms": 2.0, "spread_ms": 0.1, "batch": 8, "device": "cpu", "dtype": "float32", "threads": 1}
     dense = {"budget": "dense", "folder": None, "macs": 200, "params": 90, "accuracy": 0.9, "agreement": None}
-    dense["latency"] = [{**figures, "repeats": 9, "within_noise": False}]
+    figures |= {"repeats": 9, "within_noise": True, "speed_up": 1.0, "speed_up_range": [0.9, 1.1]}
+    dense["latency"] = [figures]
     half = {**dense, "budget": "50%", "folder": "50pct", "macs": 100, "accuracy": 0.8}
     found = {"metric": "macs", "images": 1000, "points": [dense, half]}
     (tmp_path / "frontier.json").write_text(json.dumps(found))
     page = spvit.report(tmp_path)
-    assert "at 50% of the MACs the accuracy is 80.0%, of the dense network 90.0%, on 1,000 validation" in text_of(page)
+    assert "at 50% of the MACs the accuracy is 80.00%, of the dense network 90.00%, on 1,000 validation" in text_of(
+        page
+    )
     assert pictures_of(page)[:3] == ["frontier-macs", "frontier-8", "network-50pct"]
     text = text_of(spvit.report(tmp_path / "50pct", images=0))
     assert "is right on 80.0% of 1,000 validation images, the dense one on 90.0%: 10.0 points less." in text
+    assert "2.00 ms dense 2.00 ms 1.00x as fast (0.90 to 1.10; noise)" in text
     assert f"spvit compress --recipe {tmp_path}/config.yaml" in text
 
 
@@ -170,6 +187,7 @@ def test_what_is_no_run_is_refused(capsys, searched: Path, tmp_path: Path, monke
     with pytest.raises(spvit.RunFolderError, match="is no run folder: it holds none of config.yaml"):
         spvit.report(tmp_path)
     refused(capsys, "is not a folder", "report", str(tmp_path / "nowhere"))
+    refused(capsys, "images is 1001, expected 0 to 1,000", "report", str(searched), "--images", "1001")
     other = tmp_path / "notes.html"
     other.write_text("mine")
     with pytest.raises(spvit.ReportError, match="is no page of spvit's, so it stays as it is; name another"):

@@ -24,14 +24,12 @@ from spvit.cli.report import report_at_the_end
 from spvit.cli.show import block_table, comparison_table, kinds_text, latency_table, say
 from spvit.cost import count_params
 from spvit.errors import ArchitectureError, CheckpointError, ModelError, RunFolderError
-from spvit.export import SUFFIXES, export
-from spvit.hosts.host import input_size, macs_of_image
+from spvit.hosts.host import macs_of_image
 from spvit.hosts.sources import build, can_build, source_of
 from spvit.models import ModelConfig, open_model
 from spvit.replacements.costs import network_costs
 from spvit.surgery import prune, pruned_record
 from spvit.train.compress import check_decision, deployed, run_compress, search, write_model
-from spvit.train.data import find_images, images_of, validation_loader
 from spvit.train.figures import Evaluation, Figures, figures_of
 from spvit.train.loop import Phase, Run, run_phase
 from spvit.train.processes import by_the_first, processes
@@ -41,8 +39,6 @@ from spvit.train.settings import LoopConfig
 from spvit.zoo import architectures, unfolded_params
 
 NOT_SETTINGS = ("resume", "dry_run")
-COMPARED = 64
-"""Validation images that an exported file is compared on."""
 
 
 def open_run(
@@ -161,32 +157,6 @@ def profile_command(options: cli.ProfileCommand, console: Console) -> None:
             {"dense": host} if record is None and options.architecture is None else {"dense": host, "pruned": pruned}
         )
         console.print(latency_table(latencies_of(models, BATCHES, console)))
-
-
-def export_command(options: cli.ExportCommand, console: Console) -> None:
-    """Write a model for another runtime, and say how far what was written is from it."""
-    opened = open_model(options, code=True)
-    suffix = SUFFIXES.get(options.to, f".{options.to}")
-    folder = Path(options.model) if Path(options.model).is_dir() else Path()
-    found = None
-    if options.data is not None:
-        items = find_images(options.data, options.images)
-        images = images_of(items, options.images, input_size(opened.model), opened.preprocessing)
-        found = next(iter(validation_loader(images)))[0][:COMPARED]
-    done = export(
-        opened.model,
-        options.output or folder / f"model{suffix}",
-        to=options.to,
-        images=found,
-        opset=options.opset,
-        preprocessing=opened.preprocessing,
-        classes=opened.classes,
-        with_preprocessing=options.with_preprocessing,
-        overwrite=options.overwrite,
-    )
-    of = f"{done.images} validation images" if found is not None else f"{done.images} images of noise (see --data)"
-    agrees = f"outputs differ by {done.difference:.1g} of the largest, agreement {done.agreement:.2%}, on {of}"
-    say(console, f"{done.path}: {done.format}, {done.bytes / 1e6:.1f} MB, any batch size", agrees)
 
 
 def convert_command(options: cli.ConvertCommand, console: Console) -> None:

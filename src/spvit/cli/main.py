@@ -24,6 +24,7 @@ from spvit.cli import commands as run
 from spvit.cli import options as cli
 from spvit.cli.benchmark import benchmark_command
 from spvit.cli.check import check_command
+from spvit.cli.export import export_command
 from spvit.cli.frontier import frontier_command
 from spvit.cli.parser import CommandParser, Help, command_parser
 from spvit.cli.predict import predict_command
@@ -47,7 +48,7 @@ COMMANDS: dict[str, tuple[Any, Callable[..., None]]] = {  # the options and the 
     "frontier": (cli.FrontierCommand, frontier_command),
     "benchmark": (cli.BenchmarkCommand, benchmark_command),
     "report": (cli.ReportCommand, report_command),
-    "export": (cli.ExportCommand, run.export_command),
+    "export": (cli.ExportCommand, export_command),
     "push": (cli.PushCommand, push_command),
     "convert": (cli.ConvertCommand, run.convert_command),
     "demo": (cli.DemoCommand, run.compress_command),

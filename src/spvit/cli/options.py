@@ -185,7 +185,7 @@ class ReportCommand:
     model: str | None = None
     """The dense model, where the folder does not say it or it is your own: MODULE:FUNCTION, or as for compress."""
     images: int = 256
-    """Validation images to compare the dense and the pruned model on; some are shown. 0: the page shows none."""
+    """Validation images, at most 1,000, to compare the dense and the pruned model on; some are shown. 0: none are."""
     svg: bool = False
     """Write each picture as SVG too, beside the page."""
     png: bool = False
@@ -204,6 +204,19 @@ class ExportCommand(ModelConfig):
     """Of ONNX, 18 to 23."""
     with_preprocessing: bool = False
     """Put the normalisation into the program, which then takes values from 0 to 1."""
+    dynamic_size: bool = False
+    """Let height and width of the images vary, where the model takes other sizes."""
+    int8: bool = False
+    """Of onnx: 8 bits for weights and for what they are multiplied with, calibrated on training images of data. The way
+    is searched, and what is lost measured on 500 validation images."""
+    fp16: bool = False
+    """Of onnx: half precision, for accelerators; images and output stay in single precision."""
+    most_drop: float | None = None
+    """Largest loss by int8 or fp16: of accuracy (0.01 is a point), or of the cosine of features. 0.01 for int8 and
+    0.005 for fp16 when absent."""
+    dense: str | None = None
+    """The dense model to show beside int8 and fp16: a folder that spvit wrote or a timm model; when absent the one that
+    the run was made from."""
     data: str | None = None
     """Images to compare with: as for evaluate, of which the first 64 validation images are taken; noise when absent."""
     images: ImageConfig = field(default_factory=ImageConfig)

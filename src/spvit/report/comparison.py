@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
 from spvit.checkpoint import DESCRIPTION, WEIGHTS, Preprocessing, load
 from spvit.errors import RunFolderError
@@ -127,7 +126,7 @@ def _dense(reading: Reading, host: nn.Module | Host | None) -> nn.Module:
     return opened.model
 
 
-def _chosen(reading: Reading, model: nn.Module, most: int) -> Subset[Any]:
+def _chosen(reading: Reading, model: nn.Module, most: int) -> list[tuple[Tensor, int | None]]:
     """Return so many of the run's validation images at most, evenly from all, with their classes; none is downloaded.
 
     Those that cannot be read are left out where the run leaves them out.
@@ -143,7 +142,7 @@ def _chosen(reading: Reading, model: nn.Module, most: int) -> Subset[Any]:
     found = find_images(str(source), config)
     every: Any = images_of(found, config, input_size(model), preprocessing or Preprocessing()).validation
     indices = torch.linspace(0, len(every) - 1, min(most, len(every))).long().unique().tolist()
-    return Subset(every, [index for index in indices if every[index] is not None])
+    return [item if found[-1] else (item[0], None) for index in indices if (item := every[index]) is not None]
 
 
 def _answers(model: nn.Module, shown: Sequence[tuple[Tensor, Any]]) -> Tensor:

@@ -12,7 +12,7 @@ from spvit.architecture import KINDS, Architecture, Attention, Block
 from spvit.budget import human
 from spvit.cost import BlockCost
 from spvit.report.picture import Mark, Picture, Series, box, chart, short, word
-from spvit.report.reading import Reading, attempted
+from spvit.report.reading import Reading, attempted, quality, said
 
 NAMES = {
     "msa": "attention",
@@ -64,7 +64,7 @@ def _network(reading: Reading) -> Iterator[Picture]:
     stages = [len(list(group)) for _, group in groupby(block.ffn.width for block in blocks)]
     gap = 14.0 if len(stages) > 1 else 0.0
     pitch = (WIDTH - gap * (len(stages) - 1)) / (len(blocks) - 0.2)  # the last one ends the picture
-    inner, top = min(0.8 * pitch, 96.0), 56.0 if len(stages) > 1 else 26.0
+    inner, top = min(0.8 * pitch, 140.0), 56.0 if len(stages) > 1 else 26.0
     bottom = top + ATTENTION + 38 + FFN_HEIGHT
     marks = [word("Attention", 0, top - 9, anchor="start"), word("FFN", 0, bottom - FFN_HEIGHT - 9, anchor="start")]
     starts = [gap * stage + pitch * sum(stages[:stage]) for stage in range(len(stages))]
@@ -199,48 +199,45 @@ def _frontier(reading: Reading) -> Iterator[Picture]:
     points = reading.frontier.get("points", [])
     if not points:
         return
-    quality = "agreement" if points[0].get("accuracy") is None else "accuracy"
+    name, (whole, *heights) = quality(points[0])[0], [quality(point)[1] for point in points]
     batches = [one["batch"] for one in points[0].get("latency", ())]
     costs = {"MACs": [point["macs"] for point in points]}
     for index, batch in enumerate(batches):
         costs[f"ms at batch {batch}"] = [point["latency"][index]["latency_ms"] for point in points]
-    heights = [point[quality] for point in points]
     for axis, values in costs.items():
-        found = list(zip(values, heights))
-        names = [
-            f"{point['budget']}: {quality} {point[quality]:.2%}, {short(value)} {axis}"
-            for point, value in zip(points, values)
-        ]
+        found = list(zip(values, [whole, *heights]))
+        told = [f"{point['budget']}: {name} {said(point)}" for point in points]
+        hover = [f"{words}, {short(value)} {axis}" for words, value in zip(told, values)]
         series = [
-            Series("soft", [(min(values), heights[0]), (max(values), heights[0])], "the dense model", style="dashed"),
-            Series("msa", found[1:], "budgets", hover=names[1:], labels=[point["budget"] for point in points[1:]]),
-            Series("soft", found[:1], form="dot", hover=names[:1]),
+            Series("soft", [(min(values), whole), (max(values), whole)], "the dense model", style="dashed"),
+            Series("msa", found[1:], "budgets", hover=hover[1:], labels=[point["budget"] for point in points[1:]]),
+            Series("soft", found[:1], form="dot", hover=hover[:1]),
         ]
-        name = f"frontier-{'macs' if axis == 'MACs' else axis.split()[-1]}"
-        title = f"{quality.capitalize()} against {'MACs of an image' if axis == 'MACs' else 'latency'}"
-        yield chart(name, title, "", series, (axis, ""), percent=True, whole=False)
+        where = ("macs", "MACs of an image") if axis == "MACs" else (axis.split()[-1], "latency")
+        title = f"{name.capitalize()} against {where[1]}"
+        yield chart(f"frontier-{where[0]}", title, "", series, (axis, ""), percent=True, whole=False)
 
 
 def _curves(reading: Reading) -> Iterator[Picture]:
     """Yield the loss and the accuracy, or agreement, of each phase over its epochs."""
-    dense = reading.summary.get("dense", {}).get("accuracy")
-    for phase, name in PHASES.items():
+    for phase, title in PHASES.items():
         own = [line for line in reading.lines if line.get("phase") == phase]
         steps, ends = ([line for line in own if line["event"] == event] for event in ("step", "evaluation"))
         steps = [line for line in steps if math.isfinite(line["loss"])]
         if steps:
             each = steps[-1]["step"] / steps[-1]["epoch"]
             points = [(line["step"] / each, line["loss"]) for line in _thinned(steps)]
-            yield chart(f"loss-{phase}", f"{name}: loss", "", [Series("msa", points)], ("epoch", ""))
+            yield chart(f"loss-{phase}", f"{title}: loss", "", [Series("msa", points)], ("epoch", ""))
         if ends:
-            quality = "agreement" if "agreement" in ends[0] else "accuracy"
-            found = [(line["epoch"], line[quality]) for line in ends]
-            hover = [f"epoch {epoch}: {value:.2%}" for epoch, value in found]
+            name = quality(ends[0])[0]
+            found = [(line["epoch"], line[name]) for line in ends]
+            hover = [f"epoch {line['epoch']}: {name} {said(line)}" for line in ends]
             series = [Series("msa", found, "on validation images", hover=hover)]
+            dense = reading.summary.get("dense", {}).get(name)
             if dense is not None and phase != "dense" and len(ends) > 1:
-                line = [(found[0][0], dense), (found[-1][0], dense)]
-                series.append(Series("soft", line, "the dense model", style="dashed"))
-            yield chart(f"{quality}-{phase}", f"{name}: {quality}", "", series, ("epoch", ""), percent=True)
+                level = [(found[0][0], dense), (found[-1][0], dense)]
+                series.append(Series("soft", level, "the dense model", style="dashed"))
+            yield chart(f"{name}-{phase}", f"{title}: {name}", "", series, ("epoch", ""), percent=True)
 
 
 def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

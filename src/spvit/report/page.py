@@ -23,11 +23,11 @@ from spvit.models import names_code
 from spvit.report.comparison import Compared, compared
 from spvit.report.figures import block_name, pictures
 from spvit.report.picture import COLOURS, Picture, framed, write_png
-from spvit.report.reading import Reading, attempted, read
-from spvit.train.figures import figures_from
+from spvit.report.reading import Reading, attempted, quality, read, said
 
 MARK = '<meta name="generator" content="spvit">'
 """What tells a page of spvit from other files, which stay."""
+MOST_IMAGES = 1000
 BLOCKS = ("block", "attention", "FFN units", "MACs")
 METRICS = {"macs": "MACs", "params": "parameters"}
 SECTIONS = {
@@ -64,6 +64,8 @@ def write_report(
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ReportError(f"a report needs {' and '.join(missing)}; install with: pip install 'spvit[report]'")
+    if not isinstance(images, Tensor) and not 0 <= images <= MOST_IMAGES:
+        raise ReportError(f"images is {images}, expected 0 to {MOST_IMAGES:,}: they are kept in memory")
     reading = read(run, host)
     path = Path(output) if output is not None else reading.folder.report
     if path.is_dir() or (path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:500]):
@@ -145,11 +147,11 @@ def _state(reading: Reading) -> str:
 def _sentence(reading: Reading) -> str:
     """Return what came out, in plain words."""
     if points := reading.frontier.get("points"):
-        quality = "agreement" if points[0].get("accuracy") is None else "accuracy"
         (dense, *_, last), metric = points, METRICS.get(reading.frontier.get("metric", ""), "cost")
+        name, _ = quality(dense)
         return (
-            f"One scoring and {len(points) - 1} budgets: at {last['budget']} of the {metric} the {quality} is "
-            f"{last[quality]:.1%}, of the dense network {dense[quality]:.1%}, on "
+            f"One scoring and {len(points) - 1} budgets: at {last['budget']} of the {metric} the {name} is "
+            f"{said(last)}, of the dense network {said(dense)}, on "
             f"{reading.frontier.get('images', 0):,} validation images."
         )
     costs, summary = reading.both("macs"), reading.summary
@@ -161,10 +163,9 @@ def _sentence(reading: Reading) -> str:
     if "pruned" not in summary or "dense" not in summary:
         params = reading.both("params")
         return says + (f" and {params[1] / params[0]:.0%} of its parameters." if params is not None else ".")
-    count = summary["pruned"]["images"]
-    if (alike := summary["pruned"].get("agreement")) is not None:
-        return f"{says}; its agreement with the dense one is {alike:.4f}, on {count:,} held-out images without labels."
-    before, now = summary["dense"]["accuracy"], summary["pruned"]["accuracy"]
+    (name, now), (_, before), count = quality(summary["pruned"]), quality(summary["dense"]), summary["pruned"]["images"]
+    if name == "agreement":
+        return f"{says}; its agreement with the dense one is {now:.4f}, on {count:,} held-out images without labels."
     right = f"and is right on {now:.1%} of {count:,} validation images, the dense one on {before:.1%}"
     change, chance = 100 * (now - before), 100 * _chance(before, now, count)
     if abs(change) <= chance:
@@ -181,11 +182,10 @@ def _quality(reading: Reading) -> list[Card]:
     """Return the accuracy or agreement, or what else a saved model says of itself."""
     summary = reading.summary
     if "pruned" in summary and "dense" in summary:
-        names = {"dense": "dense", "after_pruning": "right after pruning"}
-        said = {name: figures_from(values).words.split() for name, values in summary.items() if "images" in values}
-        notes = [f"{words} {said[name][1]}" for name, words in names.items() if name in said]
-        what, now = said["pruned"]
-        return [Card(what, now, (*notes, f"{summary['pruned']['images']:,} validation images"))]
+        pruned = summary["pruned"]
+        before = {"dense": "dense", "after_pruning": "right after pruning"}
+        notes = [f"{words} {said(summary[key])}" for key, words in before.items() if key in summary]
+        return [Card(quality(pruned)[0], said(pruned), (*notes, f"{pruned['images']:,} validation images"))]
     metrics = reading.description.metrics if reading.description is not None else {}
     own = {name: f"{value:.2%}" if name.startswith("accuracy") else f"{value:.4g}" for name, value in metrics.items()}
     return [Card(name.replace("_", " "), value) for name, value in own.items()]
@@ -208,12 +208,14 @@ def _latencies(reading: Reading) -> list[Card]:
     """Return the latency at each batch size, with what it was measured on."""
     cards = []
     for before, now in zip(reading.latency.get("dense", []), reading.latency.get("pruned", [])):
-        share = now["latency_ms"] / before["latency_ms"]
-        noise = ", within the noise" if now.get("within_noise") else ""
-        of = f"{share:.0%} of {before['latency_ms']:.2f} ms{noise}"
+        times, noise = now["speed_up"], "; noise" if now["within_noise"] else ""
+        dense, (low, high) = f"dense {before['latency_ms']:.2f} ms", now["speed_up_range"]
+        of = f"{times:.2f}x as fast ({low:.2f} to {high:.2f}{noise})"
         threads = f"{now['threads']} thread{'s'[: now['threads'] != 1]}"
         where = f"spread {now['spread_ms']:.2f}; {now['device']}, {now['dtype']}, {threads}, {now['repeats']} rounds"
-        cards.append(Card(f"latency, batch {now['batch']}", f"{now['latency_ms']:.2f} ms", (of, where), share))
+        cards.append(
+            Card(f"latency, batch {now['batch']}", f"{now['latency_ms']:.2f} ms", (dense, of, where), 1 / times)
+        )
     return cards
 
 
@@ -236,12 +238,10 @@ def _budgets(reading: Reading) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     points, rows = reading.frontier.get("points", []), []  # type: list[dict[str, Any]], list[tuple[str, ...]]
     times = [f"ms, batch {one['batch']}" for one in (points or [{}])[0].get("latency", ())]
     for point in points:
-        quality = point.get("accuracy") if point.get("accuracy") is not None else point.get("agreement")
         counts = [f"{human(point[metric])} ({point[metric] / points[0][metric]:.0%})" for metric in ("macs", "params")]
         measured = [f"{one['latency_ms']:.2f}" for one in point.get("latency", ())]
-        rows.append((point["budget"], f"{quality:.2%}", *counts, *measured))
-    named = "agreement" if points and points[0].get("accuracy") is None else "accuracy"
-    return ("budget", named, "MACs", "parameters", *times), rows
+        rows.append((point["budget"], said(point), *counts, *measured))
+    return ("budget", quality(points[0])[0] if points else "", "MACs", "parameters", *times), rows
 
 
 def _commands(reading: Reading) -> list[str]:
@@ -254,7 +254,7 @@ def _commands(reading: Reading) -> list[str]:
         if not reading.finished:
             found.append(f"spvit {reading.command} --output {folder} --resume{typed}")
     if reading.description is not None and can_build(reading.description.host):
-        labelled = data and "agreement" not in reading.summary.get("pruned", {})
+        labelled = data and "accuracy" in reading.description.metrics
         found += [f"spvit evaluate --model {folder} --data {shlex.quote(str(data))}"] if labelled else []
         found += [f"spvit profile {folder} --latency", f"spvit export {folder} --to onnx"]
     return [*found, f"spvit report {folder}{typed}"]

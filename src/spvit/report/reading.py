@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -132,6 +132,18 @@ def read(folder: str | Path, host: nn.Module | Host | None = None) -> Reading:
     )
 
 
+def quality(figures: Mapping[str, Any]) -> tuple[str, float]:
+    """Return what models are compared by, and how good one is: accuracy, or agreement where there are no labels."""
+    name = "agreement" if figures.get("accuracy") is None else "accuracy"
+    return name, figures[name]
+
+
+def said(figures: Mapping[str, Any]) -> str:
+    """Return how good a model is, as it is written."""
+    name, value = quality(figures)
+    return f"{value:.2%}" if name == "accuracy" else f"{value:.4f}"
+
+
 def attempted(problems: dict[str, str], part: str, make: Callable[[], T], empty: T) -> T:
     """Return what is made of a part of a run; where that fails, what is empty, and note why among the problems."""
     try:
@@ -176,9 +188,8 @@ def _of_budget(frontier: dict[str, Any], run: RunFolder) -> tuple[dict[str, Any]
     points, images = frontier["points"], frontier["images"]
     point = next(one for one in points if one["folder"] == run.path.resolve().name)
     both = {"dense": points[0], "pruned": point}
-    figures = {name: {"accuracy": one["accuracy"], "images": images} for name, one in both.items()}
-    latency = {name: one["latency"] for name, one in both.items()}
-    return ({} if point["accuracy"] is None else figures), latency
+    figures = {name: {**dict([quality(one)]), "images": images} for name, one in both.items()}
+    return figures, {name: one["latency"] for name, one in both.items()}
 
 
 def _json(path: Path) -> Any:

@@ -35,7 +35,6 @@ from spvit.checkpoint import UNFINISHED, make_folder, plain_state, write_text
 from spvit.errors import CheckpointError, RunError, RunFolderError, RunStoppedError, SpvitError
 from spvit.repair.scores import Scores
 from spvit.train.lock import locked
-from spvit.train.processes import by_the_first
 from spvit.train.states import about_state, read_state, write_state
 
 DENSE, SEARCH, FINETUNE = "dense", "search", "finetune"
@@ -92,6 +91,8 @@ class RunFolder:
         When the run is refused before there is more than settings and scores, they go too; a folder that was there,
         empty, stays. Raises RunFolderError when another run is at work here.
         """
+        from spvit.train.processes import by_the_first  # brings Accelerate, which who only reads a folder needs not
+
         made, fresh = not self.path.exists(), not self.used
         first = (self.settings, self.settings_kept, self.scores, self.scores.with_suffix(".safetensors"))
         with ExitStack() as lock:

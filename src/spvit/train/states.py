@@ -30,11 +30,11 @@ def about_state(path: Path) -> dict[str, Any]:
 
     Raises CheckpointError when the file is damaged, and RunFolderError when another version of spvit wrote it.
     """
+    values: dict[str, Any] = {}
     try:
-        with safe_open(path, "pt") as file:
-            values: dict[str, Any] = {**json.loads((file.metadata() or {}).get("spvit", "{}"))}
-    except IsADirectoryError:  # as the first version wrote
-        values = {}
+        if path.is_file():  # the first version wrote folders
+            with safe_open(path, "pt") as file:
+                values = {**json.loads((file.metadata() or {}).get("spvit", "{}"))}
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file ({first_line(error)})") from error
     if values.get("format") != STATE_FORMAT:
