@@ -38,6 +38,7 @@ from spvit.errors import (
     ReportError,
     RunError,
     RunFolderError,
+    RunStoppedError,
     SpvitError,
     UnknownPartError,
     UnsupportedHostError,
@@ -73,10 +74,10 @@ __all__ = [
     "CheckpointError", "CompressConfig", "ConstraintError", "Constraints", "DataError", "Description", "ExportError",
     "Exported", "FrontierConfig", "GridError", "Host", "HubError", "ImageConfig", "Images", "Latency", "ModelError",
     "NotSearchableError", "PhaseConfig", "Preprocessing", "ReportError", "Rows", "RunError", "RunFolderError",
-    "Scores", "SearchConfig", "Sites", "SpvitError", "UnitRows", "UnknownPartError", "UnsupportedHostError",
-    "ZooError", "architectures", "benchmark", "compress", "cost", "create_model", "decide", "describe", "export",
-    "fold", "frontier", "gate_parameters", "load", "make_searchable", "prune", "push", "recognise", "register",
-    "report", "save", "score", "transform",
+    "RunStoppedError", "Scores", "SearchConfig", "Sites", "SpvitError", "UnitRows", "UnknownPartError",
+    "UnsupportedHostError", "ZooError", "architectures", "benchmark", "compress", "cost", "create_model", "decide",
+    "describe", "export", "fold", "frontier", "gate_parameters", "load", "make_searchable", "prune", "push",
+    "recognise", "register", "report", "save", "score", "transform",
 ]  # fmt: skip
 
 

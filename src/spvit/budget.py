@@ -46,6 +46,10 @@ class Budget:
             if not 0 < number <= 100:
                 raise BudgetError(f"{metric} budget {value!r} is out of range, expected above 0% and at most 100%")
             return Budget(metric, fraction=float(number / 100))
+        if not unit and 0 < number <= 100 and (number < 1 or number.denominator == 1):  # no network is that small
+            share = f"{float(number if number >= 1 else 100 * number):g}%"
+            meaning = f"is {value} {metric}" if number >= 1 else "is less than one"
+            raise BudgetError(f'{metric} budget {value} {meaning}; for that share of the dense model write "{share}"')
         amount = number * _UNITS[unit]
         if amount.denominator != 1 or amount < 1:
             raise _malformed(metric, value)

@@ -12,18 +12,21 @@ import importlib
 import json
 import os
 import re
+import stat
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spvit.architecture import Architecture, architecture_from_dict
-from spvit.errors import ArchitectureError, CheckpointError
+from spvit.errors import ArchitectureError, CheckpointError, RunError
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host
 from spvit.hosts.recognise import family_of
@@ -36,6 +39,8 @@ FORMAT = "spvit-model"
 VERSION = 1
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "model.json"
+UNFINISHED = ".tmp"
+"""Ending of a file that is being written, whose name starts with a dot."""
 # The settings that published training scripts store beside the weights: plain containers, read so that the weights can
 # be. The second is a dictionary of yacs, which need not be installed.
 _SETTINGS: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
@@ -74,14 +79,47 @@ class Description:
 
 
 def replace_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that a kill leaves either the old or the new one: to a temporary name, then renamed."""
+    """Write a file so that a kill or a crash leaves either the old or the new one: to a temporary name, then renamed.
+
+    It gets the permissions of its folder, so that whoever shares the folder shares the file. Raises RunError when it
+    cannot be written.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.touch()  # made by us, so that the file gets the user's own permissions whatever writes it
-    mode = temporary.stat().st_mode
-    write(temporary)
-    temporary.chmod(mode)
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+    try:
+        temporary.touch()  # made by us, so that the file gets the user's own permissions whatever writes it
+        mode = temporary.stat().st_mode
+        write(temporary)
+        folder = path.parent.stat().st_mode
+        temporary.chmod(mode if folder & stat.S_ISVTX else folder & 0o664)  # all users share a sticky folder
+        _to_disk(temporary)
+        os.replace(temporary, path)
+        with suppress(OSError):  # not every file system has this for folders
+            _to_disk(path.parent)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise RunError(f"{path} could not be written ({reason}); what was there before is as it was") from error
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until what was written is on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder with the permissions of the one that it is in. Does nothing when it is there."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        parent = path.parent.stat().st_mode
+        if not parent & stat.S_ISVTX:
+            path.chmod(stat.S_IMODE(parent))
 
 
 def write_text(path: str | Path, text: str) -> None:

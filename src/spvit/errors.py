@@ -53,6 +53,14 @@ class RunError(SpvitError, RuntimeError):
     """A run failed; what it had produced so far is kept."""
 
 
+class RunStoppedError(RunError):
+    """A signal asked a run to stop, and its state is saved. `number` is the signal's."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+
+
 class RunFolderError(SpvitError, ValueError):
     """A run folder is in use, or holds no run to continue."""
 

@@ -360,7 +360,7 @@ def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_pat
         ("seed is -1, expected 0 or more", "train --recipe RECIPE --output OUT --seed -1"),
         ("images.held_out is -1", "train --recipe RECIPE --output OUT --images.held_out -1"),
         ("images.workers is -1", "train --recipe RECIPE --output OUT --images.workers -1"),
-        ("images.crop is 87.5, expected a share", "train --recipe RECIPE --output OUT --images.crop 87.5"),
+        ("images.crop is 87.5, expected above 0, at most 1", "train --recipe RECIPE --output OUT --images.crop 87.5"),
         ("auto_augment 'rand-x9' is not", "train --recipe RECIPE --output OUT --images.auto_augment rand-x9"),
         ("auto_augment 'foo' is not one of timm's", "train --recipe RECIPE --output OUT --images.auto_augment foo"),
         ("name a teacher with --dense.teacher", "train --recipe RECIPE --output OUT --dense.distillation 0.5"),

@@ -24,7 +24,7 @@ from spvit.train.figures import Evaluation
 from spvit.train.loop import Loop, Phase, run_phase
 from spvit.train.optimizers import learning_rate_at, optimizer_of
 from spvit.train.run_folder import RunFolder
-from spvit.train.settings import CompressConfig, PhaseConfig
+from spvit.train.settings import CompressConfig, ImageConfig, PhaseConfig, SearchConfig
 from training import compressed, digits, micro_host, run_in, short, short_search, states_equal
 
 
@@ -56,6 +56,28 @@ def kill_at(phase: Phase, step: int) -> None:
             return budget()
 
     phase.budget = Fatal()
+
+
+def test_a_phase_ends_when_its_minutes_are_over_and_is_not_gone_on_with(tmp_path: Path) -> None:
+    model, config = micro_host(), short(5, minutes=1e-9)
+    figures = run_phase(Phase("finetune", model, config), run_in(tmp_path, digits()))
+    steps, evaluations = (
+        [line for line in lines(tmp_path) if line["event"] == event] for event in ("step", "evaluation")
+    )
+    assert (len(steps), len(evaluations)) == (0, 1)  # one step, which is not one to record
+    assert evaluations[0]["epoch"] == 1
+    again = micro_host()
+    assert run_phase(Phase("finetune", again, config), run_in(tmp_path, digits())) == figures
+    assert states_equal(again, model)
+
+
+def test_minutes_of_fine_tuning_leave_room_for_as_many_epochs_as_fit() -> None:
+    tuned = CompressConfig(train_minutes=5).finetuning
+    assert (tuned.minutes, tuned.epochs) == (5, 10_000)
+    tuned = CompressConfig(train_minutes=5, train_epochs=3).finetuning
+    assert (tuned.minutes, tuned.epochs) == (5, 3)
+    with pytest.raises(DataError, match="train_minutes is 0, expected above 0"):
+        CompressConfig(train_minutes=0)
 
 
 @pytest.mark.parametrize(("kind", "repeats"), [("dense", 0), ("search", 0), ("dense", 3)])
@@ -230,9 +252,9 @@ def test_compress_writes_a_run_folder_and_continues_it(
     assert costs.of(whole.architecture) == pytest.approx(0.6 * costs.dense, rel=0.005)
     save = Loop._save
 
-    def save_and_die(loop: Loop, epoch: int, figures: Evaluation) -> None:
-        save(loop, epoch, figures)
-        if (loop.phase.name, epoch) == ("search", 1):
+    def save_and_die(loop: Loop, figures: Evaluation | None = None) -> None:
+        save(loop, figures)
+        if (loop.phase.name, loop.place) == ("search", (1, 0)):
             raise Killed
 
     with monkeypatch.context() as patched:
@@ -346,7 +368,7 @@ def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
 def test_a_phase_that_only_harms_ends_with_the_weights_from_before(tmp_path: Path) -> None:
     images = digits()
     model = micro_host()
-    run_phase(Phase("dense", model, short(4)), run_in(tmp_path, images))
+    run_phase(Phase("dense", model, short(4, learning_rate=5e-3)), run_in(tmp_path, images))
     start = copy.deepcopy(model)
     settings = {"learning_rate": 0.5, "clip_gradient": 0.0}
     harmed = copy.deepcopy(model)
@@ -362,7 +384,9 @@ def test_compress_ends_with_the_repaired_network_where_fine_tuning_only_harms(tm
     defaults = CompressConfig().finetune
     assert defaults.keep_best
     harmful = replace(defaults, learning_rate=0.5, clip_gradient=0.0, keep_best=keep_best)
-    config = CompressConfig(dense=short(4), train_epochs=1, finetune=harmful, calibration_images=128)
+    config = CompressConfig(
+        dense=short(4, learning_rate=5e-3), train_epochs=1, finetune=harmful, calibration_images=128
+    )
     found = compressed(micro_host(), "80%", config, tmp_path, digits())
     assert (found.pruned == found.after_pruning) == keep_best
     assert (found.pruned.accuracy < found.after_pruning.accuracy) != keep_best
@@ -437,7 +461,7 @@ def test_a_folder_of_the_user_stays_when_its_run_is_refused(tmp_path: Path) -> N
         run = RunFolder.open(folder)
 
         def refused(run: RunFolder = run) -> None:
-            with run.removed_if_refused():
+            with run.held():
                 run.write_settings("compress", "macs: 1%\n")
                 raise BudgetError("out of reach")
 
@@ -445,3 +469,32 @@ def test_a_folder_of_the_user_stays_when_its_run_is_refused(tmp_path: Path) -> N
             refused()
         assert folder.is_dir() == kept
         assert not kept or not any(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: PhaseConfig(learning_rate=-1e-4), "learning_rate is -0.0001, expected 0 or more"),
+        (lambda: PhaseConfig(learning_rate=math.inf), "learning_rate is inf, expected 0 or more"),
+        (lambda: PhaseConfig(minimum_learning_rate=math.nan), "minimum_learning_rate is nan, expected 0 or more"),
+        (lambda: PhaseConfig(warmup_epochs=-1.0), "warmup_epochs is -1.0, expected 0 or more"),
+        (lambda: PhaseConfig(reference_batch=-512), "reference_batch is -512, expected 0 or more"),
+        (lambda: PhaseConfig(distillation_temperature=0.0), "distillation_temperature is 0.0, expected above 0"),
+        (lambda: PhaseConfig(distillation_kind="firm"), "distillation_kind is 'firm', expected soft or hard"),
+        (lambda: SearchConfig(gate_learning_rate=-0.1), "gate_learning_rate is -0.1, expected 0 or more"),
+        (lambda: SearchConfig(temperature=0.0), "temperature is 0.0, expected above 0"),
+        (lambda: SearchConfig(gate_logit=math.nan), "gate_logit is nan, expected a finite number"),
+        (lambda: ImageConfig(mixup=-0.1), "images.mixup is -0.1, expected 0 or more"),
+        (lambda: ImageConfig(flip=1.5), "images.flip is 1.5, expected 0 or more, at most 1"),
+        (lambda: ImageConfig(random_erasing=2.0), "images.random_erasing is 2.0, expected 0 or more, at most 1"),
+        (lambda: ImageConfig(color_jitter=-1.0), "images.color_jitter is -1.0, expected 0 or more"),
+        (lambda: ImageConfig(crop_scale=(0.5, 1.5)), r"images.crop_scale is \(0.5, 1.5\), expected above 0, at most 1"),
+        (lambda: ImageConfig(crop_scale=(0.9, 0.1)), r"images.crop_scale is \[0.9, 0.1\], expected the least first"),
+        (lambda: ImageConfig(std=(0.2, 0.0, 0.2)), r"images.std is \(0.2, 0.0, 0.2\), expected above 0, at most 1"),
+        (lambda: ImageConfig(mean=(123.0,)), r"images.mean is \(123.0,\), expected 0 or more, at most 1"),
+        (lambda: ImageConfig(background=255.0), "images.background is 255.0, expected 0 or more, at most 1"),
+    ],
+)
+def test_every_setting_has_its_range(make: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        make()

@@ -1,13 +1,16 @@
 """The command `spvit`: words become settings, a function runs, and what goes wrong takes one line.
 
-Exit codes: 0 done, 1 a run failed, 2 bad usage or input, 130 interrupted.
+Exit codes: 0 done, 1 a run failed, 2 bad usage or input; 128 and the signal's number when one ended it: 130 Ctrl-C,
+143 SIGTERM, 138 SIGUSR1.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -27,10 +30,11 @@ from spvit.cli.parser import CommandParser, Help, command_parser
 from spvit.cli.predict import predict_command
 from spvit.cli.push import push_command
 from spvit.cli.report import report_command
-from spvit.errors import RunError, SpvitError
+from spvit.errors import RunError, RunStoppedError, SpvitError
 from spvit.models import names_code
 from spvit.train.processes import processes
 from spvit.train.run_folder import RunFolder
+from spvit.train.signals import STOPPING
 
 COMMANDS: dict[str, tuple[Any, Callable[..., None]]] = {  # the options and the function of each
     "compress": (cli.CompressCommand, run.compress_command),
@@ -53,23 +57,49 @@ COMMANDS: dict[str, tuple[Any, Callable[..., None]]] = {  # the options and the 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    # Of several processes one reports progress; each reports its own errors.
-    console, problems = Console(quiet=not processes().is_main_process), Console(stderr=True)
-    _quiet_libraries(problems)
+    problems = Console(stderr=True)
+    before = _stop_by_exception()
     try:
-        name, options = parse(sys.argv[1:] if arguments is None else arguments)
-        writes = isinstance(options, cli.RunCommand) and not getattr(options, "dry_run", False)
-        with RunFolder(options.output).removed_if_refused() if writes else nullcontext():
-            COMMANDS[name][1](options, console)
-        processes().destroy_process_group()  # or its threads may end the interpreter with an error
-        return 0
+        return _run(list(sys.argv[1:] if arguments is None else arguments), problems)
+    except RunStoppedError as error:
+        message, code = str(error), 128 + error.number
     except SpvitError as error:  # one in a reading process arrives as its traceback, with the message last
         message, code = str(error).split("DataError: ")[-1], 1 if isinstance(error, RunError) else 2
-    except KeyboardInterrupt:
-        message, code = "interrupted; a run that has saved a state continues with --resume", 130
+    except OSError as error:  # a full disk, a folder that may not be written, one that has gone
+        place = f"{error.filename}: " if error.filename else ""
+        message, code = f"{place}{error.strerror or error}; the last saved state is as it was", 1
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        message, code = "interrupted; a run that has saved a state continues with --resume", 128 + number
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     line = f"spvit: {' '.join(message.split())}"
     problems.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
     return code
+
+
+def _stop_by_exception() -> dict[int, Any]:
+    """Let SIGINT, SIGTERM and SIGUSR1 raise KeyboardInterrupt with their number; return what handled them before."""
+
+    def stop(number: int, _: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, stop) for number in (signal.SIGINT, *STOPPING)}
+
+
+def _run(arguments: Sequence[str], problems: Console) -> int:
+    # Of several processes one reports progress; each reports its own errors.
+    console = Console(quiet=not processes().is_main_process)
+    _quiet_libraries(problems)
+    name, options = parse(arguments)
+    writes = isinstance(options, cli.RunCommand) and not getattr(options, "dry_run", False)
+    with RunFolder(options.output).held() if writes else nullcontext():
+        COMMANDS[name][1](options, console)
+    processes().destroy_process_group()  # or its threads may end the interpreter with an error
+    return 0
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Any]:
@@ -84,10 +114,11 @@ def parse(arguments: Sequence[str]) -> tuple[str, Any]:
     if not (values.get("resume") and values.get("output")):
         return name, _typed(_options(name, parser, values), words)
     folder = RunFolder.open(values.output, resume=True)
-    before = parser.parse_args(["--recipe", str(folder.settings_of("compress" if name == "demo" else name))])
+    settings, kept = folder.settings_of("compress" if name == "demo" else name)
     # The run's own settings come first, so that what is given now takes precedence over them.
-    options = _options(name, parser, parser.parse_args(words, namespace=before))
-    folder.check_continued(_options(name, parser, before), options)
+    own = parser.parse_args(["--recipe", str(settings)])
+    options = _options(name, parser, parser.parse_args(words, namespace=own))
+    folder.check_continued(_options(name, parser, parser.parse_args(["--recipe", str(kept)])), options)
     return name, _typed(options, words)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import copy
 import difflib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
+from spvit.cli.recipes import lines_of
 from spvit.errors import SpvitError
 
 DEMO = Path(__file__).with_name("digits.yaml")
@@ -20,7 +22,7 @@ _HEADINGS = {
     "budget, one of the two": ("macs", "params"),
     "budgets": ("budgets", "metric"),
     "what may change": ("keep", "only", "forbid"),
-    "what to do": ("architecture", "scores", "train-epochs", "no-train"),
+    "what to do": ("architecture", "scores", "train-epochs", "train-minutes", "no-train"),
     "phases": ("dense.epochs", "search.epochs", "finetune.epochs"),
     "run": ("recipe", "output", "seed", "resume", "dry-run", "help", "help-all"),
 }
@@ -43,6 +45,8 @@ class CommandParser(ArgumentParser):
 
     needed: dict[str, str]
     """What must be given, by key, as the user types it. The settings of a run to continue may give it too."""
+    _lines: dict[str, dict[str, int]] = {}  # noqa: RUF012
+    _typed: set[str] = set()  # noqa: RUF012
 
     def add_argument(self, *names: str, **settings: Any) -> Any:
         """Add an option under both of its spellings."""
@@ -54,6 +58,10 @@ class CommandParser(ArgumentParser):
 
     def parse_args(self, args: Sequence[str], **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parse as jsonargparse does. Raises SpvitError: an option or value is wrong, or names code to import."""
+        _check_contradictions(args)
+        options = [word.partition("=")[0] for word in args]
+        self._lines = {recipe: lines_of(recipe) for recipe in _values(args, "--recipe")}
+        self._typed = {option[2:].replace("-", "_") for option in options if option.startswith("--")}
         try:
             return super().parse_args(_joined(args), **kwargs)
         except ImportError as error:
@@ -68,15 +76,35 @@ class CommandParser(ArgumentParser):
             key, _, reason = message.removeprefix('Parser key "').partition('":')
             expected = [words for name, words in _EXPECTED.items() if f"Expected a <class '{name}'>" in reason]
             found = f"is {reason.rpartition('alue: ')[2]}, expected {' or '.join(expected)}"
-            return f"--{key.replace('_', '-')}{' ' + found if expected else ':' + reason}"
+            return f"{self._where(key)}--{key.replace('_', '-')}{' ' + found if expected else ':' + reason}"
         message = message.replace("invalid _boolean_type value:", "expected true or false, found")
         unknown = ""
         if message.startswith("unrecognized arguments: "):
             unknown = message.split()[2].partition("=")[0]
         elif "accept" in message:  # a key of a recipe: Group 'search' does not accept option 'speed'
             unknown = "--" + ".".join(message.split("'")[1::2])
+            message = self._where(unknown[2:]) + message
         near = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
         return f"{message}; did you mean {near[0]}?" if near else message
+
+    def _where(self, key: str) -> str:
+        """Return the recipe and line that set a key, if one did and no option did."""
+        lines = [f"{recipe}, line {own[key]}: " for recipe, own in self._lines.items() if key in own]
+        return lines[-1] if lines and key not in self._typed else ""
+
+
+def _values(words: Sequence[str], option: str) -> list[str]:
+    """Return what is given for an option, each time."""
+    after = [value for word, value in itertools.pairwise(words) if word == option]
+    return [*after, *(word.partition("=")[2] for word in words if word.startswith(f"{option}="))]
+
+
+def _check_contradictions(words: Sequence[str]) -> None:
+    """Raise SpvitError when two options say how long to fine-tune."""
+    spelled = {word.partition("=")[0].replace("_", "-") for word in words}
+    found = [option for option in ("--no-train", "--train-epochs", "--finetune.epochs") if option in spelled]
+    if len(found) > 1:
+        raise SpvitError(f"{' and '.join(found)} contradict each other; give one of them")
 
 
 def _joined(words: Sequence[str]) -> list[str]:

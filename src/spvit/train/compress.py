@@ -97,7 +97,8 @@ def compress(
     with tempfile.TemporaryDirectory() as temporary:
         folder = RunFolder(temporary) if output is None else RunFolder.open(output, resume)
         progress = PhaseProgress(console, report if processes().is_main_process else None)
-        return run_compress(host, budget, settings, Run(data, folder, settings, progress)).model
+        with folder.held():
+            return run_compress(host, budget, settings, Run(data, folder, settings, progress)).model
 
 
 def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: Run) -> Compressed:

@@ -6,9 +6,12 @@ Shapes: images [B, channels, height, width], normalised; targets [B], class indi
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+import random
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,15 @@ from timm.data import Mixup, create_transform
 from timm.data.auto_augment import posterize
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, Subset, default_collate
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from spvit.checkpoint import Description, Preprocessing
 from spvit.errors import DataError
 from spvit.hosts.host import input_size
+from spvit.train.pictures import read_picture
 from spvit.train.settings import ImageConfig
+from spvit.train.signals import ignored_by_workers
 
 DIGITS = "digits"
 DIGITS_HELD_OUT = 360
@@ -33,6 +39,7 @@ UNREAD = -1  # class of a validation image that is left out
 VALIDATED, MOST_VALIDATED = 0.1, 5000
 """Share and number of the images of a folder without labels that validate."""
 Items = Any  # a sequence of (path, array or PIL image, class)
+Draw = tuple[int, int]  # the index of an image, and the seed of its augmentation
 Found = tuple[Items, Items, tuple[str, ...]]  # training and validation items, and the names of the classes
 
 logger = logging.getLogger("spvit")
@@ -61,6 +68,7 @@ class TransformedImages(Dataset[Any]):
     transform: Callable[[Image.Image], Tensor]
     channels: int
     skip_corrupt: bool
+    background: float
 
     def __len__(self) -> int:
         return len(self.items)
@@ -68,25 +76,13 @@ class TransformedImages(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
         source, target = self.items[index]
         try:
-            image = _read(source, self.channels)
+            image = read_picture(source, self.channels, self.background)
         except DataError as error:
             if not self.skip_corrupt:
                 raise DataError(f"{error}; remove it, or pass --images.skip_corrupt true") from error
             logger.warning("left out: %s", error)
             return None
         return self.transform(image), int(target)
-
-
-def _read(source: Any, channels: int) -> Image.Image:
-    """Return an image of a path, array or PIL image, in grey or RGB. Raises DataError when it cannot be read."""
-    try:
-        image: Any = Image.open(source) if isinstance(source, (str, Path)) else source
-        if getattr(image, "mode", "").startswith("I;16"):  # which Pillow would clip to the darkest of 256 shades
-            image = (np.asarray(image) >> 8).astype(np.uint8)
-        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-        return image.convert("L" if channels == 1 else "RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"image {source} cannot be read ({_first_line(error)})") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -108,7 +104,7 @@ def transform(model: Description | nn.Module, preprocessing: Preprocessing | Non
     assert size is not None  # descriptions that were read say it
     own = preprocessing or getattr(model, "preprocessing", None) or Preprocessing()
     prepare = transforms(ImageConfig(), size, own)[1]
-    return lambda source: prepare(_read(source, size[0]))
+    return lambda source: prepare(read_picture(source, size[0]))
 
 
 def find_images(source: str, config: ImageConfig) -> Found:
@@ -135,6 +131,22 @@ def _digits() -> Found:
     return train, validation, tuple(str(name) for name in digits.target_names)
 
 
+class _Folder(torchvision.datasets.ImageFolder):
+    """A folder a class; hidden ones, which other programs leave behind, are none."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """Return the classes, and their indices by name. Raises FileNotFoundError when there are none."""
+        classes = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        if not classes:
+            raise FileNotFoundError(f"Couldn't find any class folder in {directory}")
+        return classes, {name: index for index, name in enumerate(classes)}
+
+
+def _is_picture(path: str) -> bool:
+    name = Path(path).name
+    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+
+
 def _folder(folder: Path) -> Found:
     """Return the images of `train/` and `val/`, with a folder a class in each; without such folders, without labels."""
     parts = [folder / split for split in ("train", "val")]
@@ -153,10 +165,11 @@ def _folder(folder: Path) -> Found:
     splits = {}
     for part in parts:
         try:
-            splits[part.name] = torchvision.datasets.ImageFolder(part)
+            splits[part.name] = _Folder(part, is_valid_file=_is_picture)
         except FileNotFoundError as error:
             raise DataError(
-                f"{part}: {str(error).rstrip('.')}; expected a folder of images for each class, or images alone"
+                f"{part}: {str(error).rstrip('. ')}; expected a folder of images (.jpg, .png, ...) for each class, or "
+                "images alone"
             ) from error
     for here, there in (("train", "val"), ("val", "train")):
         missing = next((name for name in splits[here].classes if name not in splits[there].classes), None)
@@ -167,8 +180,8 @@ def _folder(folder: Path) -> Found:
 
 def _images_under(folder: Path) -> list[tuple[Path, int]]:
     """Return the image files of a folder and its folders, in order of their names, without a class."""
-    suffixes = torchvision.datasets.folder.IMG_EXTENSIONS
-    return [(path, 0) for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes and path.is_file()]
+    paths = [path for path in sorted(folder.rglob("*")) if _is_picture(str(path)) and path.is_file()]
+    return [(path, 0) for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
 def _split(items: list[Any], held_out: int) -> tuple[list[Any], list[Any]]:
@@ -217,7 +230,7 @@ def images_of(found: Found, config: ImageConfig, size: tuple[int, int, int], pre
     geometric = replace(config, color_jitter=0.0, auto_augment=None, random_erasing=0.0)
     train_items, validation_items, classes = found
     train, validation = (
-        TransformedImages(items, transform, size[0], config.skip_corrupt)
+        TransformedImages(items, transform, size[0], config.skip_corrupt, config.background)
         for items, transform in ((train_items, training), (validation_items, evaluation))
     )
     views = replace(train, transform=transforms(geometric, size, preprocessing)[0])
@@ -266,7 +279,7 @@ def mixup_of(config: ImageConfig, classes: int, smoothing: float) -> Any:
     return Mixup(**alphas, label_smoothing=smoothing, num_classes=classes) if max(alphas.values()) > 0 else None
 
 
-def training_loader(images: Images, sampler: Iterable[int] | None = None, processes: int = 1) -> DataLoader[Any]:
+def training_loader(images: Images, sampler: Iterable[Any] | None = None, processes: int = 1) -> DataLoader[Any]:
     """Return the loader of the training images in whole batches: as a sampler draws them, or shuffled, each once."""
     count: int = len(sampler if isinstance(sampler, list) else images.train)  # type: ignore[arg-type]
     size, each = images.config.batch_size, "" if processes == 1 else f" times {processes} processes"
@@ -276,11 +289,63 @@ def training_loader(images: Images, sampler: Iterable[int] | None = None, proces
     return DataLoader(images.train, drop_last=True, collate_fn=_stacked, **order, **_loading(images.config))
 
 
-def repeated_loader(images: Images, processes: int, process: int) -> DataLoader[Any]:
-    """Return the loader of a process's training images where the repeats of one go to different processes in a step."""
-    repeats = images.config.repeated_augmentation
-    sampler = RepeatAugSampler(images.train, processes, process, num_repeats=repeats, selected_round=0)
-    return training_loader(images, sampler, processes)
+def epoch_loader(images: Images, processes: int, process: int) -> DataLoader[Any]:
+    """Return the loader of a process's training images, whose sampler is a `Draws`."""
+    draws = Draws(images, processes, process)
+    return training_loader(replace(images, train=DrawnImages(images.train)), draws, processes)
+
+
+class Draws(Sampler[Draw]):
+    """A process's images of an epoch in their order, each with the seed of its augmentation.
+
+    All of it follows from the seed of the epoch, so a run can go on from any place. The repeats of repeated
+    augmentation go to different processes in a step.
+    """
+
+    def __init__(self, images: Images, processes: int = 1, process: int = 0) -> None:
+        repeats, order = images.config.repeated_augmentation, (images.train, processes, process)
+        repeated = repeats > 1
+        self.sampler: Any = (
+            RepeatAugSampler(*order, num_repeats=repeats, selected_round=0)
+            if repeated
+            else DistributedSampler(*order, drop_last=True)
+        )
+        self.process = process
+        self.begin(0)
+
+    def begin(self, seed: int, start: int = 0) -> None:
+        """Let the next pass be of the epoch of a seed, from a place in it."""
+        self.seed, self.start = seed, start
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Draw]:
+        self.sampler.set_epoch(self.seed)
+        for place, index in islice(enumerate(self.sampler), self.start, None):
+            yield index, seed_of(self.seed, self.process, place)
+
+
+@dataclass(frozen=True)
+class DrawnImages(Dataset[Any]):
+    """Images by index and seed: what augmentation draws follows from the seed alone, in whatever process."""
+
+    images: Dataset[Any]
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, int] | None:
+        index, seed = draw
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        return self.images[index]
+
+
+def seed_of(*parts: object) -> int:
+    """Return a seed for whatever has these parts, such as an epoch or an image of it; of 32 bits, as numpy takes."""
+    return zlib.crc32(repr(parts).encode())
 
 
 def validation_loader(images: Images) -> DataLoader[Any]:
@@ -290,7 +355,8 @@ def validation_loader(images: Images) -> DataLoader[Any]:
 
 def _loading(config: ImageConfig) -> dict[str, Any]:
     pinned = torch.cuda.is_available()
-    return {"batch_size": config.batch_size, "num_workers": config.workers, "pin_memory": pinned}
+    own = {"batch_size": config.batch_size, "num_workers": config.workers, "pin_memory": pinned}
+    return {**own, "worker_init_fn": ignored_by_workers}
 
 
 def _stacked(items: Sequence[tuple[Tensor, int] | None], keeping_places: bool = False) -> list[Tensor]:

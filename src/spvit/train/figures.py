@@ -5,7 +5,8 @@ Shapes: images [B, channels, height, width]; targets [B]; parts of an answer, se
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spvit.errors import RunError
 from spvit.hosts.host import Host, logits_of
 from spvit.repair.objective import Asked, Objective, answer_of
 from spvit.train.data import UNREAD, Images, validation_loader
@@ -146,13 +148,31 @@ def reference_of(dense: nn.Module | Host, images: Images, config: LoopConfig, as
 
 
 def figures_of(model: nn.Module, images: Images, config: LoopConfig, reference: Reference | None = None) -> Figures:
-    """Return a model's figures on the validation images; with a reference, its agreement with that."""
+    """Return a model's figures on the validation images; with a reference, its agreement with that.
+
+    Raises RunError when its outputs are not finite.
+    """
     accelerator = make_accelerator()
     answering = model if reference is None else Answering(model, reference)
     prepared, loader = accelerator.prepare(answering, validation_loader(images))
     figures = evaluate(prepared, loader, accelerator, config.precision, reference)
     accelerator.free_memory()
-    return figures
+    return finite(figures, model)
+
+
+def is_finite(figures: Figures) -> bool:
+    """Return whether figures are of outputs that are finite."""
+    return math.isfinite(getattr(figures, "loss", figures.quality))
+
+
+def finite(figures: Figures, model: nn.Module) -> Figures:
+    """Return a model's figures. Raises RunError when they are of outputs that are not finite."""
+    if is_finite(figures):
+        return figures
+    found = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+    more = f" and of {len(found) - 1} more tensors" if len(found) > 1 else ""
+    cause = f"nor are weights of {found[0]}{more}" if found else "though its weights are: it overflows"
+    raise RunError(f"the model's outputs are not finite, {cause}; use weights from before")
 
 
 @torch.no_grad()
@@ -162,10 +182,11 @@ def evaluate(
     accelerator: Accelerator,
     precision: str,
     reference: Reference | None = None,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Figures:
     """Return a model's figures over a loader, across all processes. The model's training flag survives.
 
-    With a reference, the model is an `Answering` one.
+    With a reference, the model is an `Answering` one. `after_batch` is called after each batch.
     """
     was_training = model.training
     model.eval()
@@ -184,6 +205,7 @@ def evaluate(
         else:
             figures = torch.stack([reference.agreement(outputs, wanted) * read, read], dim=1)
         sums += accelerator.gather_for_metrics(figures).cpu().double().sum(0)
+        after_batch()
     model.train(was_training)
     count = int(sums[-1])
     means = (sums[:-1] / max(count, 1)).tolist()

@@ -1,18 +1,19 @@
 """The one training loop, on Accelerate: dense training, search and fine-tuning are phases of it.
 
-A phase supplies the model, its settings and its extra losses. Every epoch starts from a seed of its own (run, phase,
-epoch), and the state is saved at its end, so a continued run repeats exactly what an uninterrupted one does.
+A phase supplies the model, its settings and its extra losses. Every epoch, step and image has a seed of its own, so a
+state holds no random numbers, and a run that continues from one repeats exactly what an uninterrupted one does.
 """
 
 import math
+import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import set_seed
 from timm.utils import ModelEmaV3
@@ -20,18 +21,19 @@ from torch import Tensor, nn
 
 from spvit.architecture import KINDS
 from spvit.checkpoint import fit_state, read_weights
-from spvit.errors import DataError, RunError
+from spvit.errors import DataError, RunError, RunStoppedError
 from spvit.hosts.host import logits_of
 from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import gate_parameters
-from spvit.train.data import Images, mixup_of, repeated_loader, training_loader, validation_loader
-from spvit.train.figures import Answering, Figures, Reference, autocast, evaluate, figures_from
+from spvit.train.data import Images, epoch_loader, mixup_of, seed_of, validation_loader
+from spvit.train.figures import Answering, Figures, Reference, autocast, evaluate, figures_from, finite, is_finite
 from spvit.train.losses import agreement_loss, open_teacher, task_loss
 from spvit.train.optimizers import WEIGHTS, learning_rate_at, load_tensors, optimizer_of, tensors_of
-from spvit.train.processes import by_the_first, make_accelerator
+from spvit.train.processes import by_the_first, make_accelerator, summed
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig
+from spvit.train.signals import deferred
 from spvit.train.tracking import Tracking
 
 
@@ -66,33 +68,44 @@ class Phase:
 
 
 def run_phase(phase: Phase, run: Run) -> Figures:
-    """Train a phase's model in place, from the last saved state if the folder has one; return its final figures."""
-    loop = Loop(phase, run)
-    try:
-        return loop.run()
-    finally:
-        loop.tracking.close()
+    """Train a phase's model in place, from the last saved state if the folder has one; return its final figures.
+
+    Raises RunStoppedError at SIGTERM and SIGUSR1, after the step that is under way, with the state saved.
+    """
+    with deferred() as asked:
+        loop = Loop(phase, run, asked)
+        try:
+            return loop.run()
+        finally:
+            loop.tracking.close()
 
 
 class Loop:
     """A phase under way: its parts on their devices, and one step after another."""
 
-    def __init__(self, phase: Phase, run: Run) -> None:
-        self.phase = phase
+    def __init__(self, phase: Phase, run: Run, asked: Callable[[], int] = lambda: 0) -> None:
+        self.phase, self.asked = phase, asked
+        self.saved_at = time.monotonic()
+        self.ends_at = self.saved_at + 60 * (phase.config.minutes or math.inf)
+        self.place = 0, 0  # epochs done, and steps of the next
         self.settings = settings = phase.config
         self.folder, self.config, self.progress = run.folder, run.config, run.progress
         self.accelerator = make_accelerator()
         self.tracking = Tracking(run.config, run.folder, phase.name)
         self.reference = run.reference
         self.mixup = mixup_of(run.images.config, max(1, len(run.images.classes)), settings.label_smoothing)
-        self.train = _prepared_loader(run.images, self.accelerator)
+        processes = self.accelerator.num_processes
+        loader = epoch_loader(run.images, processes, self.accelerator.process_index)
+        self.draws: Any = loader.sampler
+        # The sampler shares out the images itself.
+        self.train = prepare_data_loader(loader, self.accelerator.device, 1, 0, put_on_device=True)
         self.total = max(1, settings.epochs * len(self.train))
         optimizer, validation = optimizer_of(phase.model, settings, self.total), validation_loader(run.images)
         self.model, self.validation, self.optimizer = self.accelerator.prepare(
             self._answering(phase.model), validation, optimizer
         )
         self.teacher = self._teacher(run)
-        self.batch = run.images.config.batch_size * self.accelerator.num_processes
+        self.batch = run.images.config.batch_size * processes
         self.scale = self.batch / settings.reference_batch if settings.reference_batch else 1.0
         warmup = int(settings.warmup_epochs * len(self.train))
         self.rates = warmup, settings.peak_learning_rate, settings.minimum_learning_rate
@@ -123,16 +136,22 @@ class Loop:
 
     def run(self) -> Figures:
         """Train from the last saved state to the end and return the final figures."""
-        (done, figures), epochs, steps = self._resume(), self.settings.epochs, len(self.train)
-        if done == 0 and self.settings.keep_best:
+        figures, epochs, steps = self._resume(), self.settings.epochs, len(self.train)
+        done, start = self.place
+        if self.place == (0, 0) and self.settings.keep_best:
             figures = self._evaluate(0)
-        with self.progress.bar(self.phase.name, epochs * steps, done * steps):
+        with self.progress.bar(self.phase.name, epochs * steps, done * steps + start):
             for epoch in range(done, epochs):
-                self._epoch(epoch)
+                self._epoch(epoch, start if epoch == done else 0)
                 figures = self._evaluate(epoch + 1)
                 self._record("evaluation", epoch, vars(figures))
-                self._save(epoch + 1, figures)
-                self.progress.epoch(epoch + 1, epochs, figures.words, vars(figures))
+                over = self._over()
+                self.place = epochs if over else epoch + 1, 0
+                if is_finite(figures):
+                    self._save(figures)
+                self.progress.epoch(epoch + 1, epoch + 1 if over else epochs, figures.words, vars(figures))
+                if over:
+                    break
         figures = self._evaluate() if figures is None else figures
         if self.kept is not self.phase.model:
             self.phase.model.load_state_dict(self.kept.state_dict())
@@ -144,37 +163,54 @@ class Loop:
             which = f"epoch {epoch}" if epoch > 0 else "what it started from"
             self.progress.note(f"{self.phase.name}: {which} was the best on the validation images and is kept")
         self.accelerator.free_memory()
-        return figures
+        return finite(figures, self.phase.model)
 
     def _evaluate(self, epoch: int | None = None) -> Figures:
         """Return the figures now; of an epoch its weights are kept, if they are the best and that is asked for."""
-        figures = evaluate(self.judged, self.validation, self.accelerator, self.config.precision, self.reference)
-        if self.settings.keep_best and epoch is not None:
+        figures = evaluate(
+            *(self.judged, self.validation, self.accelerator, self.config.precision, self.reference),
+            after_batch=self._stop_or_save,
+        )
+        if self.settings.keep_best and epoch is not None and is_finite(figures):
             by_the_first(partial(self.folder.offer_best, self.phase.name, epoch, figures.quality, self.kept))
         return figures
 
-    def _epoch(self, epoch: int) -> None:
-        # All processes draw the images' order alike, what else is drawn differs by process. Nothing that was drawn
-        # before counts, so a state holds no random numbers.
-        letters = sum(map(ord, self.phase.name))
-        seed = (self.config.seed * 1_000_003 + letters * 10_007 + epoch * 101) % 2**31
-        set_seed(seed)
-        self.train.set_epoch(seed)
-        shared = getattr(self.train, "synchronized_generator", None)
-        if shared is not None:
-            shared.manual_seed(seed)
-        batches = iter(self.train)
-        set_seed(seed + 1 + self.accelerator.process_index)
+    def _epoch(self, epoch: int, start: int) -> None:
+        # All processes draw the images' order alike; what else is drawn differs by process, step and image.
+        seed, process = seed_of(self.config.seed, self.phase.name, epoch), self.accelerator.process_index
+        self.draws.begin(seed, start * self.batch // self.accelerator.num_processes)
         self.model.train()
         started = time.perf_counter()
-        for index, (images, targets) in enumerate(batches):
+        for index, (images, targets) in enumerate(self.train, start):
             step = epoch * len(self.train) + index
+            set_seed(seed_of(seed, process, "step", index))
             values = self.step(images, targets, step)
             self.progress.step(values)
             if (step + 1) % self.config.log_every == 0 or index + 1 == len(self.train):
-                rate = self.batch * (index + 1) / (time.perf_counter() - started)
+                rate = self.batch * (index + 1 - start) / (time.perf_counter() - started)
                 more = {"learning_rate": self.optimizer.param_groups[0]["lr"], "images_per_s": round(rate, 2)}
                 self._record("step", epoch, {"step": step + 1, **values, **more})
+            self.place = epoch, index + 1
+            self._stop_or_save()
+            if self._over():
+                break
+
+    def _over(self) -> bool:
+        """Return whether the minutes of the phase are over, to any process."""
+        return self.ends_at < math.inf and summed(time.monotonic() > self.ends_at)[0] > 0
+
+    def _stop_or_save(self) -> None:
+        """Save the state if it is time, and if a signal asked to stop raise RunStoppedError."""
+        minutes, number = self.config.save_minutes, self.asked()
+        due = 0 < 60 * minutes < time.monotonic() - self.saved_at and self.accelerator.is_main_process
+        stop, save = summed(number, due)
+        if stop or save:
+            self._save()
+        if stop:
+            (epoch, step), name = self.place, self.phase.name
+            at = f"after {epoch} epochs and {step} steps of {name}, where its state is saved"
+            signals = signal.Signals(number).name if number else "a signal to another process"
+            raise RunStoppedError(f"stopped by {signals} {at}; continue with --resume", number or signal.SIGTERM)
 
     def step(self, images: Tensor, targets: Tensor, step: int) -> dict[str, float]:
         """Take one optimizer step on images [B, channels, height, width] and targets [B]; return its losses by name."""
@@ -244,24 +280,27 @@ class Loop:
             self.folder.record({"phase": self.phase.name, "event": event, "epoch": epoch + 1, **figures})
             self.tracking.log(event, values.get("step", (epoch + 1) * len(self.train)), figures)
 
-    def _save(self, epoch: int, figures: Figures) -> None:
+    def _save(self, figures: Figures | None = None) -> None:
         def save() -> None:
             found = {name: tensors_of(part) for name, part in self.parts.items()}
             tensors = {f"{name}.{key}": value for name, own in found.items() for key, value in own.items()}
-            self.folder.save_state(self.phase.name, epoch, tensors, vars(figures))
+            self.folder.save_state(self.phase.name, *self.place, tensors, vars(figures) if figures else {})
 
         by_the_first(save)
+        self.saved_at = time.monotonic()
 
-    def _resume(self) -> tuple[int, Figures | None]:
-        """Load the last saved state, if any; return the epochs done and the figures then."""
-        done, tensors, figures = self.folder.read_state(self.phase.name)
+    def _resume(self) -> Figures | None:
+        """Load the last saved state, if any; return the figures then."""
+        about, tensors = self.folder.read_state(self.phase.name)
+        epoch, step = self.place = about["epoch"], about["step"]
         if self.accelerator.is_main_process:
-            self.folder.rewind(self.phase.name, done)
-        for name, part in self.parts.items() if done > 0 else ():
+            self.folder.rewind(self.phase.name, epoch, step, epoch * len(self.train) + step)
+            self.folder.drop_damaged_best(self.phase.name)
+        for name, part in self.parts.items() if tensors else ():
             prefix = f"{name}."
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            load_tensors(part, own, f"of epoch {done} of {self.phase.name}")
-        return done, figures_from(figures) if figures else None
+            load_tensors(part, own, f"of epoch {epoch} of {self.phase.name}")
+        return figures_from(about["figures"]) if about["figures"] else None
 
     def _stop_diverged(self, loss: float, step: int) -> None:
         name, (weights, _, *gates) = self.phase.name, self.optimizer.param_groups
@@ -272,17 +311,8 @@ class Loop:
             standing = f", attention {kinds}, gate logits {logits.min().item():.3g} to {logits.max().item():.3g}"
             standing += "".join(f", gate learning rate {group['lr']:.3g}" for group in gates)
         saved = self.folder.newest_state(name)
-        kept = f"the last good state is {saved}" if saved else "no epoch was finished yet"
+        kept = f"the last good state is {saved}" if saved else "none was saved yet"
         raise RunError(
             f"the loss became {loss} at step {step + 1} of {name} (epoch {step // len(self.train) + 1}): learning rate "
             f"{weights['lr']:.3g}{standing}; {kept}; lower --{name}.learning_rate and continue with --resume"
         )
-
-
-def _prepared_loader(images: Images, accelerator: Accelerator) -> Any:
-    """Return the loader of this process's training images on its device. Its length is the steps of an epoch."""
-    if images.config.repeated_augmentation <= 1:
-        return accelerator.prepare(training_loader(images))
-    # The sampler shares out the images itself: the repeats of one go to different processes.
-    loader = repeated_loader(images, accelerator.num_processes, accelerator.process_index)
-    return prepare_data_loader(loader, accelerator.device, 1, 0, put_on_device=True)

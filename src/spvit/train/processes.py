@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from datetime import timedelta
 
+import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env, reduce
 
 from spvit.errors import RunError
 
@@ -21,6 +22,15 @@ def make_accelerator() -> Accelerator:
     processes()
     # Accelerate keeps one precision a process, but a later run may ask for another: autocast is ours.
     return Accelerator(mixed_precision="no")
+
+
+def summed(*values: float) -> list[float]:
+    """Return of each value the sum over all processes, which then act on it alike."""
+    state = processes()
+    if state.num_processes == 1:
+        return list(values)
+    found: list[float] = reduce(torch.tensor(values, device=state.device), "sum").tolist()
+    return found
 
 
 def by_the_first(work: Callable[[], object]) -> None:

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from spvit.hosts.walk import Report
 
 SECONDS_BETWEEN_LINES = 5.0
+SECONDS_BETWEEN_STEPS = 30.0
+"""Between lines within an epoch, where there is no bar."""
 
 
 class PhaseProgress:
@@ -24,12 +27,14 @@ class PhaseProgress:
         self.console = console
         self.report = report
         self._name = self._standing = ""
-        self._reported = -math.inf
+        self._reported = self._shown = -math.inf
 
     @contextmanager
     def bar(self, name: str, steps: int, done: int = 0) -> Iterator[None]:
         """Show a phase of so many steps, of which some are done already, while it runs."""
         self._name, self._standing = name, ""
+        self._shown = self._started = time.monotonic()
+        self._first = done
         columns = ("[bold]{task.description}", BarColumn(bar_width=24), MofNCompleteColumn(), "{task.fields[rate]}")
         more = (TimeRemainingColumn(), "{task.fields[text]}")
         hidden = self.console is None or not self.console.is_terminal
@@ -42,7 +47,14 @@ class PhaseProgress:
         losses, speed = losses or {}, self._bar.tasks[0].speed
         shown = [f"{name.replace('_', ' ')} {losses[name]:.3g}" for name in ("loss", "budget_loss") if name in losses]
         rate = f"{speed:.1f} steps/s" if speed and losses else ""
-        self._bar.update(self._task, advance=1, text="  ".join([*shown, self._standing]), rate=rate)
+        text = "  ".join([*shown, self._standing])
+        self._bar.update(self._task, advance=1, text=text, rate=rate)
+        now, task = time.monotonic(), self._bar.tasks[0]
+        if self._bar.disable and now - self._shown >= SECONDS_BETWEEN_STEPS:
+            self._shown = now
+            done, total = int(task.completed), int(task.total or 0)
+            left = timedelta(seconds=round((now - self._started) / (done - self._first) * (total - done)))
+            self.note(f"{self._name} {done}/{total}: {left} left  {text}".rstrip())
         self._report(losses)
 
     def count(self, *_: object) -> None:

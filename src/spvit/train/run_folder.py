@@ -5,7 +5,8 @@
     tracking.json                       which runs of trackers get the same figures
     scores.json, scores.safetensors     what scoring measured
     architecture.json                   what the run decided to keep
-    state/PHASE/epoch-NNNN.safetensors  what a continued run starts from
+    state/config.yaml                   the settings as the run last used them, which edits are compared with
+    state/PHASE/epoch-NNNN[-STEP].safetensors   the last two states: so many epochs done, and steps of the next
     state/PHASE/best.safetensors        the best weights of a phase, where it keeps them
     dense/                              the dense model, where the run trained it
     model.json, model.safetensors       the result
@@ -14,35 +15,39 @@
     report.html                         a page about all of this
 
 Every file is data: JSON, YAML or safetensors. Files are replaced as a whole, so a kill leaves the old or the new one.
+While a run writes here, `.lock` says which process does.
 """
 
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spvit.architecture import Architecture
-from spvit.checkpoint import plain_state, read_weights, replace_atomically, write_text
-from spvit.errors import CheckpointError, RunError, RunFolderError, SpvitError
+from spvit.checkpoint import UNFINISHED, make_folder, plain_state, write_text
+from spvit.errors import CheckpointError, RunError, RunFolderError, RunStoppedError, SpvitError
 from spvit.repair.scores import Scores
+from spvit.train.lock import locked
+from spvit.train.states import about_state, read_state, write_state
 
 DENSE, SEARCH, FINETUNE = "dense", "search", "finetune"
 
-STATE_FORMAT = 3  # those of others are not read, the first of which were pickles
+KEPT_STATES = 2
 # Options that a continued run shares with the run that it continues, so that all files belong together.
 FIXED = (
     *("model", "model_args", "pretrained", "checkpoint", "data", "macs", "params", "seed", "architecture", "scores"),
     *("initialise", "repair", "calibration_images", "repair_views", "multiple", "objective"),
     *("keep", "only", "forbid", "smallest_width", "keep_patches", "metric"),
 )
+
+logger = logging.getLogger("spvit")
 
 
 class RunFolder:
@@ -51,6 +56,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.settings = self.path / "config.yaml"
+        self.settings_kept = self.path / "state" / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.tracking = self.path / "tracking.json"
         self.architecture = self.path / "architecture.json"
@@ -75,43 +81,60 @@ class RunFolder:
 
     @property
     def used(self) -> bool:
-        """Whether the folder holds anything."""
-        return self.path.is_dir() and any(self.path.iterdir())
+        """Whether the folder holds anything that is not hidden."""
+        return self.path.is_dir() and any(not path.name.startswith(".") for path in self.path.iterdir())
 
     @contextmanager
-    def removed_if_refused(self) -> Iterator[None]:
-        """Remove what a run has written when it is refused before there is more than settings and scores.
+    def held(self) -> Iterator[None]:
+        """Keep other runs out of the folder, and remove what one that was killed left unfinished.
 
-        A folder that was there, empty, stays.
+        When the run is refused before there is more than settings and scores, they go too; a folder that was there,
+        empty, stays. Raises RunFolderError when another run is at work here.
         """
+        from spvit.train.processes import by_the_first  # brings Accelerate, which who only reads a folder needs not
+
         made, fresh = not self.path.exists(), not self.used
-        first = (self.settings, self.scores, self.scores.with_suffix(".safetensors"))
-        try:
-            yield
-        except SpvitError as error:
-            produced = any(path.is_file() and path not in first for path in self.path.rglob("*"))
-            if fresh and not produced and not isinstance(error, RunError):
-                for path in first:
-                    path.unlink(missing_ok=True)
-                if made:
-                    shutil.rmtree(self.path, ignore_errors=True)
-            elif isinstance(error, RunError) and self.path.is_dir():
-                self.record({"event": "failure", "message": str(error)})
-            raise
+        first = (self.settings, self.settings_kept, self.scores, self.scores.with_suffix(".safetensors"))
+        with ExitStack() as lock:
+            by_the_first(lambda: lock.enter_context(locked(self.path)))
+            for path in self.path.rglob(f".*{UNFINISHED}"):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            try:
+                yield
+            except SpvitError as error:
+                files = [path for path in self.path.rglob("*") if path.is_file() and not path.name.startswith(".")]
+                if fresh and not set(files) - set(first) and not isinstance(error, RunError):
+                    for path in files:
+                        path.unlink(missing_ok=True)
+                    for folder in (self.settings_kept.parent, *([self.path] if made else [])):
+                        shutil.rmtree(folder, ignore_errors=True)
+                elif isinstance(error, RunError) and not isinstance(error, RunStoppedError):
+                    with suppress(OSError):
+                        self.record({"event": "failure", "message": str(error)})
+                raise
+            finally:
+                lock.close()
+                if made and self.path.is_dir() and not any(self.path.iterdir()):
+                    self.path.rmdir()
 
     def write_settings(self, command: str, text: str) -> None:
         """Write a command's settings, given as YAML; makes the folder."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.settings, f"# spvit {command}\n{text}")
+        make_folder(self.settings_kept.parent)
+        for path in (self.settings_kept, self.settings):
+            write_text(path, f"# spvit {command}\n{text}")
 
-    def settings_of(self, command: str) -> Path:
-        """Return config.yaml. Raises RunFolderError when there is none, or it is of another command."""
+    def settings_of(self, command: str) -> tuple[Path, Path]:
+        """Return config.yaml, and what it was when the run last used it.
+
+        Raises RunFolderError when there is none, or it is of another command.
+        """
         if not self.settings.is_file():
             raise RunFolderError(f"output {self.path} holds no {self.settings.name}, so its run cannot be continued")
-        first = self.settings.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+        kept = self.settings_kept if self.settings_kept.is_file() else self.settings
+        first = kept.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
         if first != f"# spvit {command}":
             raise RunFolderError(f"output {self.path} holds a run of {first[2:]!r}, not of 'spvit {command}'")
-        return self.settings
+        return self.settings, kept
 
     def command_and_settings(self) -> tuple[str, dict[str, Any]]:
         """Return the command that the run is of, and its settings; "" and none of a folder that no run has written.
@@ -181,8 +204,14 @@ class RunFolder:
         found = [json.loads(line) for line in lines if f'"{event}"' in line and line.endswith("}")]
         return next((line for line in found[::-1] if (line["phase"], line["event"]) == (phase, event)), None)
 
-    def rewind(self, phase: str, epoch: int) -> None:
-        """Drop a phase's lines of later epochs, which a kill cut short; they are run again."""
+    def rewind(self, phase: str, epoch: int, step: int, steps: int) -> None:
+        """Drop a phase's states and lines from after so many epochs and steps of the next, in all so many steps.
+
+        A kill cut them short, or a damaged state lost them; they are run again.
+        """
+        for path in self._states(phase):
+            if _place(path) > (epoch, step):
+                path.unlink()
         if not self.metrics.exists():
             return
         *lines, _ = self.metrics.read_text(encoding="utf-8").split("\n")  # a kill can cut the last line short
@@ -190,7 +219,7 @@ class RunFolder:
             found = [(line, json.loads(line)) for line in lines]
         except json.JSONDecodeError as error:
             raise RunFolderError(f"{self.metrics} is damaged ({error}); move it away to continue the run") from error
-        kept = [line for line, values in found if values.get("phase") != phase or values["epoch"] <= epoch]
+        kept = [line for line, values in found if values.get("phase") != phase or _is_before(values, epoch, steps)]
         write_text(self.metrics, "".join(f"{line}\n" for line in kept))
 
     def states(self, phase: str) -> Path:
@@ -202,43 +231,62 @@ class RunFolder:
         return any(self.states(phase).glob("*.safetensors"))
 
     def newest_state(self, phase: str) -> Path | None:
-        """Return the last saved state; None when no epoch was finished."""
-        return max(self.states(phase).glob("epoch-*"), default=None)
+        """Return the last saved state; None when there is none."""
+        return max(self._states(phase), key=_place, default=None)
 
-    def save_state(self, phase: str, epoch: int, tensors: dict[str, Tensor], figures: Mapping[str, float]) -> None:
-        """Write the state at the end of an epoch, with its evaluation; those before it go."""
-        path = self.states(phase) / f"epoch-{epoch:04d}.safetensors"
-        _write(path, tensors, {"epoch": epoch, "figures": figures})
-        for old in self.states(phase).glob("*epoch-*"):  # and what a kill has left of them
-            if old != path:
-                old.unlink()
+    def _states(self, phase: str) -> list[Path]:
+        return list(self.states(phase).glob("epoch-*"))
 
-    def read_state(self, phase: str) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
-        """Return the epochs that a phase has done, its last saved state, and its figures; 0 and nothing if none."""
-        newest = self.newest_state(phase)
-        if newest is None:
-            return 0, {}, {}
-        values = _about(newest) if newest.is_file() else {}
-        if values.get("format") != STATE_FORMAT:
-            advice = f"whose state {newest} is not read; begin the run again in another folder"
-            raise RunFolderError(f"output {self.path} holds a run of another version of spvit, {advice}")
-        return values["epoch"], read_weights(newest), values["figures"]
+    def save_state(
+        self, phase: str, epoch: int, step: int, tensors: dict[str, Tensor], figures: Mapping[str, float]
+    ) -> None:
+        """Write the state after so many epochs and steps of the next, with the last evaluation; but two older go."""
+        name = f"epoch-{epoch:04d}{f'-{step:06d}' if step else ''}.safetensors"
+        write_state(self.states(phase) / name, tensors, {"epoch": epoch, "step": step, "figures": figures})
+        for old in sorted(self._states(phase), key=_place)[:-KEPT_STATES]:
+            old.unlink()
+
+    def read_state(self, phase: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return a phase's last state that is whole: `epoch`, `step` and `figures`, and tensors; nothing if none.
+
+        Raises RunFolderError when none of its states can be read.
+        """
+        states = sorted(self._states(phase), key=_place, reverse=True)
+        for path in states:
+            try:
+                return read_state(path)
+            except CheckpointError as error:
+                logger.warning("%s; the state before it is used", error)
+        if states:
+            advice = "remove that folder to begin the phase again"
+            raise RunFolderError(f"no state in {self.states(phase)} is whole; {advice}")
+        return {"epoch": 0, "step": 0, "figures": {}}, {}
 
     def offer_best(self, phase: str, epoch: int, accuracy: float, model: nn.Module) -> None:
         """Keep a model's weights if none had a higher accuracy: of equals the later ones, which trained longer."""
         _, best, path = self.best(phase)
         if accuracy >= best:
-            _write(path, plain_state(model), {"epoch": epoch, "accuracy": accuracy})
+            write_state(path, plain_state(model), {"epoch": epoch, "accuracy": accuracy})
 
     def best(self, phase: str) -> tuple[int, float, Path]:
         """Return the epoch, accuracy and file of a phase's best weights; without any the accuracy is below 0."""
         path = self.states(phase) / "best.safetensors"
-        values: Any = _about(path) if path.is_file() else {"epoch": 0, "accuracy": -1.0}
+        values: Any = about_state(path) if path.is_file() else {"epoch": 0, "accuracy": -1.0}
         return values["epoch"], values["accuracy"], path
+
+    def drop_damaged_best(self, phase: str) -> None:
+        """Remove a phase's best weights if they are damaged; the best from here on are kept."""
+        path = self.states(phase) / "best.safetensors"
+        try:
+            _ = path.is_file() and read_state(path)
+        except CheckpointError as error:
+            logger.warning("%s; the best weights from here on are kept", error)
+            path.unlink()
 
     def write_scores(self, scores: Scores) -> None:
         """Write what scoring measured, as a whole."""
-        with tempfile.TemporaryDirectory(dir=self.path) as partial:
+        with tempfile.TemporaryDirectory(dir=self.path, prefix=".", suffix=UNFINISHED) as partial:
+            Path(partial).chmod(self.path.stat().st_mode)
             scores.save(partial)
             for path in (self.scores.with_suffix(".safetensors"), self.scores):  # the second says that both are there
                 (Path(partial) / path.name).replace(path)
@@ -252,18 +300,12 @@ class RunFolder:
         write_text(path, architecture.to_json())
 
 
-def _write(path: Path, tensors: dict[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write tensors and what is to be known about them into one safetensors file, which a kill leaves whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"spvit": json.dumps({"format": STATE_FORMAT, **about})}
-    replace_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+def _place(path: Path) -> tuple[int, int]:
+    """Return how many epochs were done when a state was saved, and how many steps of the next."""
+    _, epoch, *step = path.stem.split("-")
+    return int(epoch), int(step[0]) if step else 0
 
 
-def _about(path: Path) -> dict[str, Any]:
-    """Return what `_write` wrote beside the tensors. Raises CheckpointError when the file is damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            values: dict[str, Any] = {**json.loads((file.metadata() or {}).get("spvit", "{}"))}
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
-    return values
+def _is_before(values: Mapping[str, Any], epochs: int, steps: int) -> bool:
+    """Return whether a line of metrics.jsonl is of a phase's first epochs, or of its first steps."""
+    return values["epoch"] <= epochs or (values["event"] == "step" and values["step"] <= steps)

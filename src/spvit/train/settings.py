@@ -1,8 +1,9 @@
 """All settings of training: the attribute docstrings are the command line's help, and every value is checked here."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
+from typing import Any
 
 from spvit.benchmark import BATCHES
 from spvit.errors import DataError
@@ -14,78 +15,85 @@ TRACKERS = ("tensorboard", "wandb", "mlflow")
 CALIBRATION_IMAGES = 1024
 REPAIR_VIEWS = 4
 LEARNING_RATE = 5e-4
-
-# The least and the greatest value of settings.
-_RANGES = (
-    (0, math.inf, "epochs train_epochs averaging_epochs learning_rate weight_decay clip_gradient budget_weight"),
-    (0, math.inf, "workers held_out repeated_augmentation"),
-    (1, math.inf, "log_every batch_size calibration_images repair_views batches"),
-    (0, 1, "label_smoothing distillation budget_warmup"),
-    (0, 2**32 - 1, "seed"),
-)
-_CHOICES = {"precision": ("fp32", "bf16"), "distillation_kind": ("soft", "hard"), "objective": OBJECTIVES}
+MOST_EPOCHS = 10_000  # where minutes are what ends training
 
 
-def _check(settings: object, prefix: str = "") -> None:
-    """Raise DataError naming the first setting that is out of range."""
-    for low, high, names in _RANGES:
-        for name in names.split():
-            value = getattr(settings, name, None)
-            least = min(value, default=-math.inf) if isinstance(value, tuple) else value
-            if least is not None and not low <= least <= high:
-                most = "" if high == math.inf else f", at most {high}"
-                raise DataError(f"{prefix}{name} is {value}, expected {low} or more{most}")
-    for name, choices in _CHOICES.items():
-        if getattr(settings, name, choices[0]) not in choices:
-            raise DataError(f"{prefix}{name} is {getattr(settings, name)!r}, expected {' or '.join(choices)}")
+def within(default: Any, low: float, high: float = math.inf, *, above: bool = False) -> Any:
+    """Return a setting whose value, or each of its values, is at least `low` (or above it) and at most `high`."""
+    return field(default=default, metadata={"range": (low, high, above)})
+
+
+def one_of(default: str, *choices: str) -> Any:
+    """Return a setting that takes one of some words."""
+    return field(default=default, metadata={"choices": choices})
+
+
+def check_settings(settings: Any, prefix: str = "") -> None:
+    """Raise DataError naming the first setting that is out of its range, or none of its choices."""
+    for own in fields(settings):
+        name, value, choices = f"{prefix}{own.name}", getattr(settings, own.name), own.metadata.get("choices")
+        if choices and value not in choices:
+            raise DataError(f"{name} is {value!r}, expected {' or '.join(choices)}")
+        if value is None or "range" not in own.metadata:
+            continue
+        low, high, above = own.metadata["range"]
+        each = value if isinstance(value, (tuple, list)) else (value,)
+        if not each or not all(
+            math.isfinite(one) and low <= one <= high and not (above and one == low) for one in each
+        ):
+            least = "a finite number" if low == -math.inf else f"above {low}" if above else f"{low} or more"
+            raise DataError(f"{name} is {value}, expected {least}{f', at most {high}' if high < math.inf else ''}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
     """How images are read, augmented and batched."""
 
-    batch_size: int = 64
+    batch_size: int = within(64, 1)
     """Images a step on each device."""
-    workers: int = 0
+    workers: int = within(0, 0)
     """Processes that read images beside the training process."""
     root: str = "data"
     """Folder of torchvision data sets: read from, or downloaded to."""
     download: bool = True
     """Whether a torchvision data set that is not under root may be downloaded."""
-    held_out: int = 0
+    held_out: int = within(0, 0)
     """Training images to validate on in place of the validation images (0: use the validation images)."""
     skip_corrupt: bool = False
     """Leave out images that cannot be read, with a warning each, in place of stopping."""
-    mean: tuple[float, ...] | None = None
+    background: float = within(1.0, 0, 1)
+    """Shade that shows through transparent pixels, from 0 (black) to 1 (white)."""
+    mean: tuple[float, ...] | None = within(None, 0, 1)
     """Mean of each channel (0 to 1); the model's own when absent."""
-    std: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = within(None, 0, 1, above=True)
     """Standard deviation of each channel (0 to 1); the model's own when absent."""
-    crop: float | None = None
+    crop: float | None = within(None, 0, 1, above=True)
     """Share of the resized image's side that evaluation crops from its centre; the model's own when absent."""
-    crop_scale: tuple[float, float] = (0.35, 1.0)
+    crop_scale: tuple[float, float] = within((0.35, 1.0), 0, 1, above=True)
     """Share of the image's area that a random training crop takes: least and most."""
-    crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    crop_ratio: tuple[float, float] = within((0.75, 1.3333), 0, above=True)
     """Width by height of a random training crop: least and most."""
-    flip: float = 0.5
+    flip: float = within(0.5, 0, 1)
     """Probability of mirroring a training image left to right."""
-    color_jitter: float = 0.0
+    color_jitter: float = within(0.0, 0)
     """Strength of random changes of brightness, contrast and saturation (DeiT: 0.4)."""
     auto_augment: str | None = None
     """timm's automatic augmentation by name (DeiT: rand-m9-mstd0.5-inc1)."""
-    random_erasing: float = 0.0
+    random_erasing: float = within(0.0, 0, 1)
     """Probability of erasing a rectangle of a training image (DeiT: 0.25)."""
-    mixup: float = 0.0
+    mixup: float = within(0.0, 0)
     """Alpha of mixup, 0 for none (DeiT: 0.8)."""
-    cutmix: float = 0.0
+    cutmix: float = within(0.0, 0)
     """Alpha of cutmix, 0 for none (DeiT: 1.0)."""
-    repeated_augmentation: int = 0
+    repeated_augmentation: int = within(0, 0)
     """Times that an image stands in a step, augmented differently, over all devices; an epoch keeps its number of
     steps, with so many times fewer images (DeiT: 3). 0 for none."""
 
     def __post_init__(self) -> None:
-        _check(self, "images.")
-        if self.crop is not None and not 0 < self.crop <= 1:
-            raise DataError(f"images.crop is {self.crop}, expected a share of the side: above 0, at most 1")
+        check_settings(self, "images.")
+        for name, (least, most) in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)):
+            if least > most:
+                raise DataError(f"images.{name} is [{least}, {most}], expected the least first, then the most")
         if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
             raise DataError(f"images.batch_size is {self.batch_size}; mixup and cutmix need an even one")
 
@@ -94,17 +102,19 @@ class ImageConfig:
 class LoopConfig:
     """Settings of a run that all its phases share."""
 
-    seed: int = 0
+    seed: int = within(0, 0, 2**32 - 1)
     """Seed of everything random."""
-    precision: str = "fp32"
+    precision: str = one_of("fp32", "fp32", "bf16")
     """`fp32`, or `bf16` for mixed precision."""
-    log_every: int = 20
+    log_every: int = within(20, 1)
     """Steps between two lines of metrics.jsonl."""
+    save_minutes: float = within(10.0, 0)
+    """Minutes between states within an epoch, which a killed run continues from; 0 saves at the ends of epochs only."""
     track: str | tuple[str, ...] | None = None
     """Trackers that get the same figures: tensorboard, wandb, mlflow; several with spaces or commas."""
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_settings(self)
         for tracker in self.trackers:
             if tracker not in TRACKERS:
                 raise DataError(f"track is {tracker!r}, expected {', '.join(TRACKERS)}, or several of them")
@@ -122,38 +132,40 @@ class LoopConfig:
 class PhaseConfig:
     """Settings of one phase of training."""
 
-    epochs: int = 10
+    epochs: int = within(10, 0)
     """Passes over the training images; 0 leaves the phase out."""
-    learning_rate: float | None = None
+    minutes: float | None = within(None, 0, above=True)
+    """Most minutes of the phase, counted anew by a continued run: then the epoch under way ends, and is the last."""
+    learning_rate: float | None = within(None, 0)
     """Peak learning rate of the weights (AdamW). When absent 5e-4; without labels, what short trials find best."""
-    minimum_learning_rate: float = 1e-5
+    minimum_learning_rate: float = within(1e-5, 0)
     """Learning rate at the end of the cosine schedule; equal to the peak for a constant rate."""
-    warmup_epochs: float = 0.5
+    warmup_epochs: float = within(0.5, 0)
     """Epochs in which the learning rate rises from zero."""
-    reference_batch: int = 0
+    reference_batch: int = within(0, 0)
     """Scale learning rates by global batch size / this (DeiT: 512); 0 takes them as they are."""
-    weight_decay: float = 0.05
+    weight_decay: float = within(0.05, 0)
     """Weight decay, but none on biases, norms, and position, class and gate parameters."""
-    label_smoothing: float = 0.1
+    label_smoothing: float = within(0.1, 0, 1)
     """Label smoothing of the task loss, 0 to 1."""
-    clip_gradient: float = 1.0
+    clip_gradient: float = within(1.0, 0)
     """Largest gradient norm of the weights, 0 for no clipping."""
-    distillation: float = 0.0
+    distillation: float = within(0.0, 0, 1)
     """Share of the loss, 0 to 1, that compares with the teacher's outputs (DeiT: 0.5)."""
-    distillation_kind: str = "soft"
+    distillation_kind: str = one_of("soft", "soft", "hard")
     """`soft`, the divergence from the teacher's outputs, or `hard`, the cross entropy with its first guess."""
-    distillation_temperature: float = 1.0
+    distillation_temperature: float = within(1.0, 0, above=True)
     """Temperature of soft distillation."""
     teacher: str | None = None
     """The teacher: any timm model, hf:NAME or a folder that spvit wrote, with the same classes. Its images are
     normalised as its own, and resized when its input size is fixed. When absent, the dense model teaches."""
-    averaging_epochs: float = 0.0
+    averaging_epochs: float = within(0.0, 0)
     """Epochs that a running average of the weights reaches back; the average becomes the result. 0 for no average."""
     keep_best: bool = False
     """Keep the weights with the best validation accuracy, including those from before the phase."""
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_settings(self)
         if self.teacher is not None and self.distillation == 0:
             why = f"the teacher is {self.teacher}, but distillation is 0"
             raise DataError(f"{why}; give its share of the loss, such as 0.5")
@@ -168,18 +180,18 @@ class PhaseConfig:
 class SearchConfig(PhaseConfig):
     """Settings of the search."""
 
-    gate_learning_rate: float | None = None
+    gate_learning_rate: float | None = within(None, 0)
     """Constant learning rate of the gate logits, which do not decay. When absent, such that rate x
     steps is 12.5 as in the published DeiT search, but at most 0.05."""
     # A weight that is whole from the start closes gates by the dozen before the task has said which it needs
     # (docs/experiments/search-settings.md).
-    budget_weight: float = 2 * BUDGET_WEIGHT
+    budget_weight: float = within(2 * BUDGET_WEIGHT, 0)
     """Weight of the budget loss (lambda, on the relative cost) after its warm-up."""
-    budget_warmup: float = 1.0
+    budget_warmup: float = within(1.0, 0, 1)
     """Share of the search, 0 to 1, in which the weight of the budget loss rises linearly from zero."""
-    gate_logit: float = 1.5
+    gate_logit: float = within(1.5, -math.inf)
     """Initial gate logits (theta)."""
-    temperature: float | None = None
+    temperature: float | None = within(None, 0, above=True)
     """Temperature of the published head mix (alpha); the family's own when absent."""
 
     def __post_init__(self) -> None:
@@ -192,14 +204,14 @@ class SearchConfig(PhaseConfig):
 class ScoresConfig(Constraints, LoopConfig):
     """Settings of scores, decisions by them and repairs, and what the decisions leave alone."""
 
-    calibration_images: int = CALIBRATION_IMAGES
+    calibration_images: int = within(CALIBRATION_IMAGES, 1)
     """Training images for scores, cropped and mirrored at random; their labels are not used."""
-    repair_views: int = REPAIR_VIEWS
+    repair_views: int = within(REPAIR_VIEWS, 1)
     """Times that number of images for the repair: further training images, and all of them again, cropped anew, where
     there are no more."""
     scores: str | None = None
     """A run folder whose scores to decide by, for another budget; when absent the model is scored."""
-    objective: str = "auto"
+    objective: str = one_of("auto", *OBJECTIVES)
     """What counts of the model's outputs in scores: `logits`, `pooled` (its output), `tokens` (behind the last norm) or
     `features` (both); `auto` is logits where it has classes, or what given scores were made with."""
     multiple: int | None = None
@@ -214,9 +226,9 @@ class ScoresConfig(Constraints, LoopConfig):
 class FrontierConfig(ScoresConfig):
     """Settings of a frontier."""
 
-    repair_views: int = 1
+    repair_views: int = within(1, 1)
     """Times the calibration images for the repair of each budget: less than `compress` takes, for one time each."""
-    batches: tuple[int, ...] = BATCHES
+    batches: tuple[int, ...] = within(BATCHES, 1)
     """Batch sizes at which latency is measured."""
 
 
@@ -236,8 +248,11 @@ class CompressConfig(ScoresConfig):
         )
     )
     """Training of the pruned model."""
-    train_epochs: int | None = None
+    train_epochs: int | None = within(None, 0)
     """Epochs of fine-tuning, in place of those of `finetune`; 0 trains nothing, and so allows no search."""
+    train_minutes: float | None = within(None, 0, above=True)
+    """Most minutes of fine-tuning, in place of those of `finetune`; as many epochs as they have room for, unless
+    train_epochs says how many."""
     repair: bool = True
     """Whether what pruning broke is repaired in closed form, from calibration images."""
     initialise: str = "host"
@@ -260,5 +275,7 @@ class CompressConfig(ScoresConfig):
 
     @property
     def finetuning(self) -> PhaseConfig:
-        """The settings of `finetune`, with the epochs of `train_epochs` if given."""
-        return self.finetune if self.train_epochs is None else replace(self.finetune, epochs=self.train_epochs)
+        """The settings of `finetune`, with the epochs of `train_epochs` and the minutes of `train_minutes` if given."""
+        epochs = MOST_EPOCHS if self.train_epochs is None and self.train_minutes is not None else self.train_epochs
+        given: dict[str, Any] = {"epochs": epochs, "minutes": self.train_minutes}
+        return replace(self.finetune, **{name: value for name, value in given.items() if value is not None})

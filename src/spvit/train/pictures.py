@@ -1,0 +1,59 @@
+"""Reading pictures: any file that Pillow opens becomes grey or RGB of eight bits as the picture looks, or is refused.
+
+`Image.convert` alone clips 16 bits to white, drops transparency, and leaves a camera's rotation to the viewer.
+"""
+
+import stat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from spvit.errors import DataError
+
+_SIXTEEN_BITS = ("PNG", "PPM")  # in these files integers of more than eight bits reach up to 65,535
+
+
+def read_picture(source: Any, channels: int, background: float = 1.0) -> Image.Image:
+    """Return a picture of a path, an array or a PIL image: upright, grey (1 channel) or RGB, eight bits a channel.
+
+    A background, from 0 (black) to 1 (white), shows through transparent pixels. Raises DataError naming what cannot be
+    read, or is of a kind whose black and white are not known.
+    """
+    try:
+        if isinstance(source, (str, Path)) and not stat.S_ISREG(Path(source).stat().st_mode):
+            raise ValueError("it is a folder, a pipe or a device, and no file")
+        image: Any = Image.open(source) if isinstance(source, (str, Path)) else source
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        if image is source:
+            image = ImageOps.exif_transpose(image)  # a copy
+        else:
+            ImageOps.exif_transpose(image, in_place=True)
+        image = _in_eight_bits(image)
+        if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+            image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+            behind = (round(255 * background),) * 3
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (*behind, 255)), image)
+        return image.convert("L" if channels == 1 else "RGB")
+    except Exception as error:  # whatever damaged bytes lead to; all of it means the same to the user
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        shown = str(source) if str(source).isprintable() else repr(str(source))
+        raise DataError(f"image {shown} cannot be read ({reason.splitlines()[0]})") from error
+
+
+def _in_eight_bits(image: Any) -> Any:
+    """Return a picture whose shades are of eight bits. Raises ValueError where it is not known which is white."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS):
+        white = 65535.0
+    elif image.mode == "F":
+        white = 1.0
+    elif image.mode == "I":
+        raise ValueError("its shades are integers of 32 bits, whose white is not known; save it with 8 or 16 bits")
+    else:
+        return image
+    shades = np.asarray(image).astype(np.float64)
+    if not (shades.min() >= 0 and shades.max() <= white):
+        found = f"{shades.min():.4g} to {shades.max():.4g}"
+        raise ValueError(f"its shades are {found}, expected 0 to {white:.0f}; save it with 8 or 16 bits")
+    return Image.fromarray(np.rint(shades * (255 / white)).astype(np.uint8))

@@ -1,0 +1,39 @@
+"""SIGTERM and SIGUSR1, with which clusters announce a job's end, wait for a place where a run can be continued from."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+@contextmanager
+def deferred() -> Iterator[Callable[[], int]]:
+    """Yield a function that returns the number of a signal that asks to stop, or 0 when none came.
+
+    One that came and was not acted on is sent again at the end, to what was there to handle it before. Only the main
+    thread gets signals; elsewhere nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0
+        return
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in STOPPING}
+    try:
+        yield lambda: came[0] if came else 0
+    except BaseException:
+        came.clear()
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            os.kill(os.getpid(), came[0])
+
+
+def ignored_by_workers(worker: int) -> None:
+    """Leave signals that are sent to all processes at once to the one that the workers read images for."""
+    for number in (signal.SIGINT, *STOPPING):
+        signal.signal(number, signal.SIG_IGN)
