@@ -43,7 +43,9 @@ def main() -> int:
 def _commands() -> dict[str, str]:
     """Return what each command does, by its name: the docstrings of the options' classes, which are not imported."""
     text = _OPTIONS.read_text(encoding="utf-8")
-    classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name.endswith("Command")]
+    classes = [
+        node for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name.endswith("Command")
+    ]
     return {
         node.name.removesuffix("Command").lower(): (ast.get_docstring(node) or "").split("\n\n")[0]
         for node in classes
