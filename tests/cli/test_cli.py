@@ -84,7 +84,7 @@ def _phases(folder: Path) -> set[str]:
 
 def test_compress_without_a_search_decides_repairs_and_continues(capsys, recipe, trained, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    settings = recipe(checkpoint=trained, finetune={"warmup_epochs": 0.0}, calibration_images=300)
+    settings = recipe(checkpoint=trained, finetune={"warmup_epochs": 0.0, "keep_best": False}, calibration_images=300)
     words = ["compress", "--recipe", settings, "--output", str(out), "--macs", "70%", "--train-epochs", "1"]
     code, text, problems = run(capsys, *words)
     assert (code, problems) == (0, "")
@@ -155,7 +155,7 @@ def test_compress_without_training_leaves_what_pruning_gave(capsys, recipe, trai
     assert ("after pruning and repair: accuracy" in text) == repaired
     assert {path.name for path in out.iterdir()} == {
         "architecture.json", "config.yaml", "latency.json", "model.json", "model.safetensors", "report.html",
-        "scores.json", "scores.safetensors", "summary.json",
+        "scores.json", "scores.safetensors", "state", "summary.json",
     }  # fmt: skip
     summary = json.loads((out / "summary.json").read_text())
     assert summary["pruned"] == summary["after_pruning"]
@@ -249,6 +249,91 @@ def test_resume_by_a_recipe_that_names_the_folder_is_checked_too(capsys, recipe,
     assert run(capsys, "train", "--recipe", settings, "--seed", "2", "--resume")[0] == 0
 
 
+def test_edits_of_the_settings_in_a_run_folder_are_checked(capsys, recipe, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(capsys, "train", "--recipe", recipe(dense=SHORT), "--output", str(out))[0] == 0
+    path = out / "config.yaml"
+    before = path.read_text()
+    path.write_text(before.replace("seed: 0", "seed: 1"))
+    refused(capsys, "holds a run with --seed 0, not 1", "train", "--output", str(out), "--resume")
+    path.write_text(before.replace("epochs: 1", "epochs: 2"))  # as on the command line
+    assert run(capsys, "train", "--output", str(out), "--resume")[0] == 0
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert max(json.loads(line)["epoch"] for line in lines) == 2
+
+
+def test_a_folder_that_a_run_is_at_work_in_is_refused_to_others(capsys, recipe, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    holds = "import sys, pathlib; from spvit.train.lock import locked\n"
+    holds += "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", holds, str(out)], **pipes) as other:
+        other.stdout.readline()
+        words = ["train", "--recipe", recipe(dense=SHORT), "--output", str(out)]
+        refused(capsys, f"is in use by process {other.pid} on", *words)
+        other.kill()
+    assert run(capsys, *words)[0] == 0
+
+
+def test_weights_that_are_not_finite_have_no_accuracy(capsys, recipe, tmp_path: Path) -> None:
+    model = micro_host()
+    model.blocks[0].mlp.fc1.weight.data[0, 0] = float("nan")
+    torch.save(model.state_dict(), tmp_path / "nan.pth")
+    words = [
+        "--model",
+        MODEL,
+        "--model_args",
+        json.dumps(MODEL_ARGS),
+        "--images.mean",
+        "[0.5]",
+        "--images.std",
+        "[0.5]",
+    ]
+    words += ["--pretrained", "false", "--checkpoint", str(tmp_path / "nan.pth"), "--data", "digits"]
+    code, _, problems = run(capsys, "evaluate", *words)
+    assert code == 1
+    assert "outputs are not finite, nor are weights of blocks.0.mlp.fc1.weight" in problems
+
+
+def started(*words: str) -> subprocess.Popen[str]:
+    code = "import sys, spvit_command; sys.exit(spvit_command.main())"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code, *words], env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
+
+
+def test_sigterm_ends_a_run_with_a_state_and_ctrl_c_takes_one_line(recipe, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ["train", "--recipe", recipe(dense={**SHORT, "epochs": 200}, log_every=1), "--output", str(out)]
+    for number, code, message in (
+        (signal.SIGTERM, 143, "spvit: stopped by SIGTERM after"),
+        (signal.SIGINT, 130, "spvit: interrupted"),
+    ):
+        (out / "metrics.jsonl").unlink(missing_ok=True)
+        process = started(*words)
+        while process.poll() is None and not (out / "metrics.jsonl").exists():
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, problems = process.communicate(timeout=60)
+        assert (process.returncode, len(problems.splitlines())) == (code, 1), problems
+        assert problems.startswith(message)
+        words = ["train", "--output", str(out), "--resume"]
+    assert any((out / "state" / "dense").glob("epoch-*"))
+
+
+def test_what_needs_no_model_is_answered_without_torch(tmp_path: Path) -> None:
+    code = "import sys, spvit_command as c\ncode = c.main()\nassert 'torch' not in sys.modules; sys.exit(code)"
+    for words, expected, text in (
+        ("--help", 0, "compress   Compress a model to a budget."),
+        ("--version", 0, f"spvit {spvit.__version__}"),
+        ("compres", 2, "spvit: 'compres' is no command; did you mean compress?"),
+        ("", 2, "spvit: a command is missing; expected one of"),
+    ):
+        done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True)
+        assert done.returncode == expected, done.stderr
+        assert text in done.stdout + done.stderr
+
+
 def test_a_phase_that_others_followed_is_not_changed(capsys, recipe, tmp_path: Path) -> None:
     out = tmp_path / "run"
     search = {"epochs": 1, "warmup_epochs": 0.0}
@@ -334,6 +419,14 @@ def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_pat
         ("smallest reachable", "compress --recipe TRAINED --output OUT --macs 0.1%"),
         ("above the dense model's", "search --recipe TRAINED --output OUT --macs 90G"),
         ("multiple is 0, expected 1 or more", "search --recipe TRAINED --output OUT --multiple 0"),
+        ("DOUBLED, line 3: model is set on line 1", "train --recipe DOUBLED --output OUT"),
+        ("BROKEN, line 3: no YAML", "train --recipe BROKEN --output OUT"),
+        ("UNKNOWN, line 3: Group 'dense' does not accept option 'speed'", "train --recipe UNKNOWN --output OUT"),
+        ("WRONG, line 2: --dense.epochs is few, expected a whole number", "train --recipe WRONG --output OUT"),
+        ("contradict each other", "compress --recipe TRAINED --output OUT --no-train --train-epochs 1"),
+        ("contradict each other", "compress --recipe TRAINED --output OUT --train_epochs=1 --finetune.epochs 2"),
+        ('write "50%"', "compress --recipe TRAINED --output OUT --macs 50"),
+        ('write "50%"', "compress --recipe TRAINED --output OUT --macs 0.5"),
         ("clip_gradient is -1", "search --recipe TRAINED --output OUT --search.clip_gradient -1"),
         ("is not a folder that exists", "train --recipe RECIPE --output OUT --data nowhere"),
         ("precision is 'fp8'", "train --recipe RECIPE --output OUT --precision fp8"),
@@ -390,6 +483,15 @@ def test_bad_input_is_one_line_and_nothing_written(capsys, recipe, trained, tmp_
     weights = tmp_path / "with_weights.yaml"
     weights.write_text(yaml.safe_dump({**DIGITS, "checkpoint": trained}))
     names = {"OUT": out, "DEEP": deep, "UNKNOWN": unknown, "TRAINED": weights, "RECIPE": recipe()}
+    for name, text in (
+        ("DOUBLED", "model: a\ndata: digits\nmodel: b\n"),
+        ("BROKEN", "model: a\ndata: {\n"),
+        ("WRONG", "dense:\n  epochs: few\n"),
+    ):
+        names[name] = tmp_path / name
+        names[name].write_text(text)
+    for name in ("DOUBLED", "BROKEN", "WRONG", "UNKNOWN"):
+        words = words.replace(f"{name},", f"{names[name]},")
     refused(capsys, words, *(str(names.get(word, word)) for word in shlex.split(line)))
     assert not out.exists()
 

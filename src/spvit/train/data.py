@@ -150,7 +150,10 @@ def _is_picture(path: str) -> bool:
 def _folder(folder: Path) -> Found:
     """Return the images of `train/` and `val/`, with a folder a class in each; without such folders, without labels."""
     parts = [folder / split for split in ("train", "val")]
-    if not all(part.is_dir() for part in parts):
+    absent = [part.name for part in parts if not part.is_dir()]
+    if len(absent) == 1:
+        raise DataError(f"{folder} has no folder {absent[0]}/; expected train/ and val/, or neither without labels")
+    if absent:
         images = _images_under(folder)
         if len(images) < 2:
             problem = f"{folder} has no folders train/ and val/, and {len(images)} images"
