@@ -1,10 +1,12 @@
 """How much of a real backbone's features is kept when nothing is trained, by spvit and its peers at equal MACs.
 
 python benchmarks/backbone.py --images FOLDER [--model NAME] [--weights FILE] [--size 98] [--budgets 50% 25%]
-                              [--methods spvit whitened-svd vbp corp] [--json FILE] [--plot FILE.svg]
+                              [--methods spvit whitened-svd vbp corp] [--repair-views 1 4]
+                              [--json FILE] [--plot FILE.svg]
 python benchmarks/backbone.py --rows FILE.json [FILE.json ...] --plot FILE.svg
 
-Photographs, not crops, are split into calibration and test, anew by every seed; every method gets the same crops. MACs
+Photographs, not crops, are split into calibration and test, anew by every seed; every method gets the same crops. With
+--repair-views 4 spvit also repairs on four times as many crops of the same photographs, as `spvit compress` does. MACs
 are those that torch counts on the pruned model. A centred cosine is that of features less the dense network's mean
 feature; it tells more, as all features of one network look alike. `neighbours` is the share of a test crop's ten
 nearest, by class token, that are the dense network's ten. Without --weights timm downloads the pretrained ones. Peers
@@ -18,7 +20,8 @@ import json
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -75,15 +78,20 @@ def load_photographs(folder: str) -> list[Image.Image]:
 
 def crops(photographs: Sequence[Image.Image], count: int, size: int, seed: int, normal: dict[str, Any]) -> Tensor:
     """Return random crops of all photographs in turn, half of them mirrored: [count, 3, size, size]."""
-    generator, found = random.Random(seed), []
+    generator, drawn = random.Random(seed), []
     for index in range(count):
         photograph = photographs[index % len(photographs)]
         side = generator.randint(*CROPS)
         left, top = (generator.randint(0, length - side) for length in photograph.size)
-        crop = photograph.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
-        tensor = functional.to_tensor(crop)
-        found.append(tensor.flip(2) if generator.random() < 0.5 else tensor)
-    return cast(Tensor, functional.normalize(torch.stack(found), normal["mean"], normal["std"]))
+        drawn.append((photograph, (left, top, left + side, top + side), generator.random() < 0.5))
+
+    def crop(photograph: Image.Image, box: tuple[int, ...], mirrored: bool) -> Tensor:
+        tensor = functional.to_tensor(photograph.resize((size, size), Image.Resampling.BICUBIC, box))
+        return cast(Tensor, tensor.flip(2) if mirrored else tensor)
+
+    with ThreadPoolExecutor() as pool:
+        found = torch.stack(list(pool.map(crop, *zip(*drawn))))
+    return cast(Tensor, functional.normalize(found, normal["mean"], normal["std"]))
 
 
 @torch.inference_mode()
@@ -120,15 +128,25 @@ def timed(run: Any, device: str) -> tuple[Any, float]:
     return result, time.perf_counter() - started
 
 
-def scored(model: nn.Module, images: Tensor, objective: str) -> Pruning:
-    """Score once with spvit; decide, prune and repair at every share."""
-    scores = spvit.score(model, images, objective=objective)
+def pruned(model: nn.Module, scores: spvit.Scores, images: Tensor, share: float) -> nn.Module:
+    """Decide by scores, prune, and repair on images."""
+    return spvit.prune(model, spvit.decide(model, macs=f"{share:.1%}", scores=scores), repair=images)
 
-    def prune(share: float) -> nn.Module:
-        architecture = spvit.decide(model, macs=f"{share:.1%}", scores=scores)
-        return spvit.prune(model, architecture, repair=images)
 
-    return prune
+def methods_of(model: nn.Module, views: Tensor, options: argparse.Namespace) -> Iterator[tuple[str, Pruning, float]]:
+    """Yield every method with its function from a share of the MACs to a pruned model, and its seconds so far.
+
+    The first of the views are the calibration crops of all methods; what more there is only repairs.
+    """
+    images = views[: options.count]
+    for method in options.methods:
+        if method != "spvit":
+            yield method, *timed(partial(METHODS[method], model, images), options.device)
+            continue
+        scores, seconds = timed(partial(spvit.score, model, images, objective=options.objective), options.device)
+        for times in options.repair_views:
+            name = method if times == 1 else f"{method}, {times} views"
+            yield name, partial(pruned, model, scores, views[: times * options.count]), seconds
 
 
 def measure(model: nn.Module, photographs: Sequence[Image.Image], seed: int, options: argparse.Namespace) -> list[Any]:
@@ -136,28 +154,23 @@ def measure(model: nn.Module, photographs: Sequence[Image.Image], seed: int, opt
     normal = timm.data.resolve_model_data_config(model)
     shuffled = random.Random(seed).sample(photographs, len(photographs))
     tested = max(1, round(TEST_SHARE * len(shuffled)))
-    calibration = crops(shuffled[tested:], options.count, options.size, seed, normal).to(options.device)
+    count = options.count * max(options.repair_views)
+    views = crops(shuffled[tested:], count, options.size, seed, normal).to(options.device)
     test = crops(shuffled[:tested], TEST_CROPS, options.size, seed + 50, normal).to(options.device)
     dense, dense_macs = features(model, test), macs_of(model, test)
     rows = []
-    for method in options.methods:
-        ready, score_seconds = timed(partial(prepared, method, model, calibration, options), options.device)
+    for method, prune, score_seconds in methods_of(model, views, options):
         for budget in options.budgets:
             try:
-                pruned, seconds = timed(partial(ready, float(budget.rstrip("%")) / 100), options.device)
+                small, seconds = timed(partial(prune, float(budget.rstrip("%")) / 100), options.device)
             except spvit.BudgetError as error:
                 print(f"{method} {budget}: {error}", file=sys.stderr)
                 continue
-            row = {"seed": seed, "budget": budget, "method": method, "share": macs_of(pruned, test) / dense_macs}
+            row = {"seed": seed, "budget": budget, "method": method, "share": macs_of(small, test) / dense_macs}
             row |= {"score_s": score_seconds, "prune_s": seconds}
-            rows.append(row | agreement(features(pruned.eval(), test), dense, cast(Any, model).num_prefix_tokens))
+            rows.append(row | agreement(features(small.eval(), test), dense, cast(Any, model).num_prefix_tokens))
             print(json.dumps(rows[-1]), flush=True)
     return rows
-
-
-def prepared(method: str, model: nn.Module, images: Tensor, options: argparse.Namespace) -> Pruning:
-    """Return a method's function from a share of the MACs to a pruned model."""
-    return scored(model, images, options.objective) if method == "spvit" else METHODS[method](model, images)
 
 
 def means_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -205,7 +218,7 @@ def plot(rows: list[dict[str, Any]], title: str, path: str) -> None:
             axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             axes.grid(alpha=0.3)
         panels[0].set_ylabel("centred cosine to the dense features")
-        panels[0].legend(fontsize=8)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
         figure.suptitle(title)
         figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
 
@@ -221,6 +234,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--budgets", nargs="+", default=["75%", "50%", "35%", "25%", "15%"], help="of the MACs")
     parser.add_argument("--methods", nargs="+", default=["spvit", *METHODS], choices=["spvit", *METHODS], help="which")
     parser.add_argument("--seeds", type=int, default=3, help="splits of the photographs (default: %(default)s)")
+    parser.add_argument("--repair-views", nargs="+", type=int, default=[1], help="of spvit, in multiples of --count")
     parser.add_argument("--objective", default="auto", choices=OBJECTIVES, help="what the scores of spvit count")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--json", help="file to write the rows to, after every seed")
