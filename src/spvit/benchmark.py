@@ -30,7 +30,7 @@ from spvit.hosts.host import input_size, macs_of_image
 from spvit.models import ModelConfig, open_model
 
 BATCHES = (1, 64)
-ROUNDS, TURN_S = 7, 0.05
+ROUNDS, TURN_S = 7, 0.025
 """Fewest rounds; seconds that a fast model runs in each of its turns."""
 SMALLEST = 0.01
 """Differences below this share are noise: two copies of one model differ as much, by where they lie in memory."""

@@ -103,33 +103,38 @@ def run_frontier(
         raise DataError(
             f"the images have {given} classes, but the host tells {classes} apart; give it a head of as many"
         )
-    asked, unreached = _reachable(dense, budgets, metric, config)
     folder = run.folder.path
+    known = Frontier.load(folder).points if (folder / FILE).is_file() else ()
+    done = {point.budget: point for point in known if (folder / str(point.folder) / DESCRIPTION).is_file()}
+    asked, unreached = _reachable(dense, [*budgets, *done], metric, config)
     folder.mkdir(parents=True, exist_ok=True)
     if not importlib.util.find_spec("matplotlib"):
         run.progress.note("there will be no plot, since matplotlib is not installed: pip install 'spvit[report]'")
-    known = Frontier.load(folder).points if (folder / FILE).is_file() else ()
-    done = {point.budget: point for point in known if (folder / str(point.folder) / DESCRIPTION).is_file()}
     started = time.perf_counter()
     by_the_first(lambda: scored(dense, config, run))
     times, scores = {"scores": time.perf_counter() - started}, Scores.load(folder)
+    scores.check(dense)
     judge = _judge(dense.model, run, config)
     figures = judge(dense.model)
     found = Frontier(type(host).__name__, metric, figures.images, (), unreached, times)
     found = replace(found, points=(_point(DENSE, None, dense.totals, figures),))
     run.progress.note(f"scores {times['scores']:.1f} s; dense model: {found.points[0].words}")
     views: list[Tensor] = []
-    for text in asked:
-        if text not in done:
-            views = views or list(calibration(run.images, config.seed, config.repair_views * config.calibration_images))
-            try:
-                done[text] = _made(text, metric, dense, scores, views, judge, config, run)
-            except BudgetError as error:  # it lies between what widths in whole steps can land on
-                unreached[text] = str(error)
-                continue
-        found = replace(found, points=(*found.points, done[text]))
-        by_the_first(partial(found.save, folder))
-        run.progress.note(f"{text}: {done[text].words}, {done[text].seconds:.1f} s")
+    with run.progress.bar("budgets", len(asked)):
+        for text in asked:
+            if text not in done:
+                views = views or list(
+                    calibration(run.images, config.seed, config.repair_views * config.calibration_images)
+                )
+                try:
+                    done[text] = _made(text, metric, dense, scores, views, judge, config, run)
+                except BudgetError as error:  # it lies between what widths in whole steps can land on
+                    unreached[text] = str(error)
+                    continue
+            found = replace(found, points=(*found.points, done[text]))
+            by_the_first(partial(found.save, folder))
+            run.progress.step()
+            run.progress.note(f"{text}: {done[text].words}, {done[text].seconds:.1f} s")
     for text, reason in unreached.items():
         run.progress.note(f"{text} is left out: {reason}")
     if len(found.points) == 1:
@@ -203,7 +208,7 @@ def _measured(found: Frontier, host: Host, config: FrontierConfig, run: Run) -> 
     with run.progress.bar("latency", len(config.batches)):
         by_batch = []
         for batch in config.batches:
-            by_batch.append(measure_latencies(programs, batch))
+            by_batch.append(measure_latencies(programs, batch, seconds=0.5))
             run.progress.step()
     points = tuple(replace(point, latency=own) for point, *own in zip(found.points, *by_batch))
     found = replace(found, points=points, seconds={**found.seconds, "latency": time.perf_counter() - started})

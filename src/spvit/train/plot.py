@@ -36,7 +36,7 @@ def plot_frontier(found: Frontier, folder: Path) -> None:
         _draw(first, found, [point.macs for point in found.points], None)
         for index, axes in enumerate(others):
             own = [point.latency[index] for point in found.points]
-            axes.set(xlabel=f"ms at batch {own[0].batch} ({own[0].device}, {own[0].dtype}, {own[0].threads} threads)")
+            axes.set(xlabel=f"ms at batch {own[0].batch} ({own[0].device}, {own[0].dtype}, threads {own[0].threads})")
             _draw(axes, found, [one.latency_ms for one in own], [one.spread_ms / 2 for one in own])
         figure.suptitle(f"{found.model}, budgets of {found.metric}, {found.images:,} validation images")
         for suffix in SUFFIXES:
