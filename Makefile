@@ -4,7 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUTPUT ?= runs/demo
 
-.PHONY: demo test lint census clean
+OLDEST := .venv-oldest
+SMOKE := tests/test_hub.py tests/test_models.py tests/test_surgery.py tests/hosts/test_recognise.py \
+	tests/hosts/test_timm_swin.py tests/repair/test_scores.py tests/train/test_tracking.py tests/train/test_teacher.py
+
+.PHONY: demo test test-oldest lint browser census clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/spvit demo --output $(OUTPUT)
@@ -12,10 +16,19 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
+# The oldest releases of the dependencies, on a part of the tests; six minutes, half of them for the install.
+test-oldest: $(OLDEST)/stamp
+	$(OLDEST)/bin/python -m pytest $(SMOKE)
+
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A headless browser for the tests of report pages, which are skipped without one. Needs root on Debian or Ubuntu;
+# elsewhere install Chromium or Chrome by hand.
+browser:
+	command -v chromium || command -v google-chrome || (apt-get update && apt-get install --yes --no-install-recommends chromium)
 
 # Every ViT-like model of timm and the usual ones of other libraries; minutes on two cores. Writes docs/models.md.
 census: $(VENV)/dev.stamp
@@ -31,5 +44,10 @@ $(VENV)/dev.stamp: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+$(OLDEST)/stamp: pyproject.toml .ci/oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --constraint .ci/oldest.txt --editable '.[hf,demo]' pytest tensorboard einops
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(OLDEST)

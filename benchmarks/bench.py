@@ -27,7 +27,8 @@ from spvit.cost import NetworkCost, count_macs, count_params
 from spvit.replacements.costs import network_costs
 from spvit.train.compress import deployed
 from spvit.train.data import Images, load_images
-from spvit.train.loop import Evaluation, Phase, Run, figures_of, run_phase
+from spvit.train.figures import Evaluation, figures_of
+from spvit.train.loop import Phase, Run, run_phase
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import DENSE, FINETUNE, RunFolder
 from spvit.train.settings import CompressConfig, ImageConfig, LoopConfig, PhaseConfig

@@ -282,7 +282,7 @@ def test_deciding_from_images_is_scoring_them_first_and_leaves_the_host_as_it_is
     x = images(host, 16)
     expected, state, hooks = logits(host, x), copy.deepcopy(host.state_dict()), _hooks(host)
     steps: list[tuple[int, int]] = []
-    found = spvit.decide(host, macs="70%", multiple=4, calibration=x, report=lambda *step: steps.append(step))
+    found = spvit.decide(host, macs="70%", multiple=4, calibration=x, report=lambda _, *step: steps.append(step[:2]))
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert found == spvit.decide(case.dense, macs="70%", multiple=4, scores=case.scores)
     assert _hooks(host) == hooks

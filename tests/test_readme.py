@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
+import spvit
 from spvit.cli.main import parse
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +53,9 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(timm, "create_model", small_model)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
+    classes = [f"class {index}" for index in range(SMALL["num_classes"])]
+    spvit.save(create_model("vit_tiny_patch16_224", **SMALL), "runs/small", classes=classes)
+    Image.new("RGB", (80, 60), "orange").save("cat.jpg")
     images = torch.randn(64, 3, 64, 64)
     names = {"images": images, "loader": [(images[:2], torch.tensor([3, 7]))] * 2}
     for code in blocks(page, "python"):

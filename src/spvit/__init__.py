@@ -32,8 +32,10 @@ from spvit.errors import (
     DataError,
     ExportError,
     GridError,
+    HubError,
     ModelError,
     NotSearchableError,
+    ReportError,
     RunError,
     RunFolderError,
     SpvitError,
@@ -46,9 +48,11 @@ from spvit.hosts.declared import Sites
 from spvit.hosts.host import Host, recognise
 from spvit.hosts.recognise import register
 from spvit.hosts.sites import Rows, UnitRows
+from spvit.publish import push
 from spvit.repair.constraints import Constraints
 from spvit.repair.scores import Scores, score
 from spvit.replacements.costs import cost
+from spvit.report import report
 from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import gate_parameters, make_searchable
 from spvit.surgery import fold, prune
@@ -59,20 +63,20 @@ __version__ = "0.1.0"
 _LATER = {
     "spvit.train.compress": ("compress",),
     "spvit.train.frontier": ("frontier",),
-    "spvit.train.data": ("Images",),
+    "spvit.train.data": ("Images", "transform"),
     "spvit.train.settings": ("CompressConfig", "FrontierConfig", "ImageConfig", "PhaseConfig", "SearchConfig"),
     "spvit.zoo": ("architectures", "create_model"),
 }
 
 __all__ = [
     "Architecture", "ArchitectureError", "Benchmark", "BudgetError", "BudgetLoss", "CalibrationError",
-    "CheckpointError", "CompressConfig", "ConstraintError", "Constraints", "DataError", "Description",
-    "ExportError", "Exported", "FrontierConfig", "GridError", "Host", "ImageConfig", "Images", "Latency",
-    "ModelError", "NotSearchableError", "PhaseConfig", "Preprocessing", "Rows", "RunError", "RunFolderError",
+    "CheckpointError", "CompressConfig", "ConstraintError", "Constraints", "DataError", "Description", "ExportError",
+    "Exported", "FrontierConfig", "GridError", "Host", "HubError", "ImageConfig", "Images", "Latency", "ModelError",
+    "NotSearchableError", "PhaseConfig", "Preprocessing", "ReportError", "Rows", "RunError", "RunFolderError",
     "Scores", "SearchConfig", "Sites", "SpvitError", "UnitRows", "UnknownPartError", "UnsupportedHostError",
-    "ZooError", "architectures", "benchmark", "compress", "cost", "create_model", "decide", "describe",
-    "export", "fold", "frontier", "gate_parameters", "load", "make_searchable", "prune", "recognise",
-    "register", "save", "score",
+    "ZooError", "architectures", "benchmark", "compress", "cost", "create_model", "decide", "describe", "export",
+    "fold", "frontier", "gate_parameters", "load", "make_searchable", "prune", "push", "recognise", "register",
+    "report", "save", "score", "transform",
 ]  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from spvit.hosts.host import Host
 from spvit.hosts.recognise import family_of
 from spvit.hosts.site_files import from_data, to_data
 from spvit.hosts.sources import build, can_build, source_of
+from spvit.hub import downloaded
 from spvit.surgery import fold, prune, pruned_record
 
 FORMAT = "spvit-model"
@@ -154,8 +155,9 @@ def describe(folder: str | Path) -> Description:
 
     Raises:
         CheckpointError: `model.json` is missing, damaged or of another version.
+        HubError: `hub:NAME` cannot be downloaded.
     """
-    path = Path(folder) / DESCRIPTION
+    path = downloaded(folder, DESCRIPTION) / DESCRIPTION
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no spvit model: {DESCRIPTION} is missing")
     try:
@@ -176,7 +178,7 @@ def describe(folder: str | Path) -> Description:
     except (TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(f"{path}: a field is missing or of the wrong kind ({error}); write it anew") from error
     if description.input_size is None:  # files of former versions do not say it
-        description = replace(description, input_size=_rebuilding(path, lambda: _host(description).input_size))
+        description = replace(description, input_size=_rebuilding(path, lambda: described_host(description).input_size))
     return description
 
 
@@ -204,15 +206,16 @@ def load(folder: str | Path, *, host: nn.Module | None = None) -> nn.Module:
     """Return the model that `save` wrote, in evaluation mode on the CPU.
 
     Args:
-        folder: what `save` wrote.
+        folder: what `save` wrote, or `hub:NAME` for what `push` uploaded (`hub:NAME@REVISION` for one version of it).
         host: the dense model, with any weights, of a saved model that neither timm nor transformers makes. It stays as
             it is.
 
     Raises:
         CheckpointError: a file is missing or damaged, the weights do not fit the description, or the host does not
             fit, or is missing.
+        HubError: `hub:NAME` cannot be downloaded.
     """
-    folder = Path(folder)
+    folder = downloaded(folder, DESCRIPTION, WEIGHTS)
     description, state = describe(folder), read_weights(folder / WEIGHTS)
     model = _built(description, folder / DESCRIPTION, host, state)
     dtype = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
@@ -226,7 +229,7 @@ def _built(
     """Return a model as a file describes it, with random weights; made of a dense model where one is given."""
 
     def make() -> nn.Module:
-        host = _host(description, given)
+        host = described_host(description, given)
         if given is not None:
             _check_frame(host, state or {})
         model = host.model
@@ -245,7 +248,7 @@ def _rebuilding(path: Path, make: Callable[[], Any]) -> Any:
         raise CheckpointError(f"{path}: the model cannot be rebuilt: {error}") from error
 
 
-def _host(description: Description, given: nn.Module | None = None) -> Host:
+def described_host(description: Description, given: nn.Module | None = None) -> Host:
     """Return the dense host that a file describes, with random weights, or a copy of one that is given."""
     source = description.host
     model = build(source) if given is None else copy.deepcopy(given).cpu()

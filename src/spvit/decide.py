@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from spvit.architecture import DEFAULT_MULTIPLE, Architecture
 from spvit.budget import Budget, check_multiple
 from spvit.errors import CalibrationError, ConstraintError, NotSearchableError
 from spvit.hosts.host import Host
+from spvit.hosts.walk import Report
 from spvit.repair.choose import check_reachable, decide_by_scores
 from spvit.repair.constraints import Constraints
 from spvit.repair.objective import Asked
@@ -29,7 +30,7 @@ def decide(
     calibration: Tensor | Iterable[Any] | None = None,
     constraints: Constraints | None = None,
     objective: Asked = "auto",
-    report: Callable[[int, int], object] | None = None,
+    report: Report | None = None,
 ) -> Architecture:
     """Return the architecture with the best scores within a budget, or the one that the gates of a search choose.
 
@@ -52,7 +53,7 @@ def decide(
         calibration: images to score the host with now, as in `score`: the short form for a single budget.
         constraints: what the scores' choice leaves alone, such as `Constraints(keep=(0, -1), forbid="skip")`.
         objective: with calibration images, what counts of the outputs, as in `score`; scores must be by the same.
-        report: with calibration images, called with (blocks scored, blocks) after each.
+        report: with calibration images, called as by `score`.
 
     Raises:
         BudgetError: the budget is malformed, or cannot be reached; names the smallest or largest cost that can.

@@ -33,12 +33,20 @@ class GridError(SpvitError, ValueError):
     """Tokens do not fit the patch grid of the layer that got them: a model's part was called, or patches dropped."""
 
 
+class HubError(SpvitError, RuntimeError):
+    """The Hugging Face hub cannot be reached, or has not, or does not allow, what was asked for."""
+
+
 class ModelError(SpvitError, ValueError):
     """A model cannot be found, downloaded or built."""
 
 
 class NotSearchableError(SpvitError, ValueError):
     """A searchable network was expected, or a plain one, and the other was found."""
+
+
+class ReportError(SpvitError, ValueError):
+    """A report cannot be written: a package is missing, or another file is in its place."""
 
 
 class RunError(SpvitError, RuntimeError):

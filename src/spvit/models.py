@@ -1,15 +1,12 @@
-"""A model from what a user names: of timm, of Hugging Face, a folder that spvit wrote, or a function of the user's."""
+"""A model from what a user names: of timm, of Hugging Face, what spvit wrote, here or on the hub, or a function."""
 
 import difflib
 import importlib
 import re
-import socket
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
-from urllib.request import getproxies
 
 from torch import nn
 
@@ -17,6 +14,7 @@ from spvit import checkpoint
 from spvit.checkpoint import Preprocessing
 from spvit.errors import ModelError, UnsupportedHostError, ZooError
 from spvit.hosts.recognise import family_of, known_family, said_size
+from spvit.hub import HUB, downloaded, spare_retries
 
 HUGGING_FACE = "hf:"
 
@@ -26,8 +24,9 @@ class ModelConfig:
     """Which model to start from."""
 
     model: str
-    """A timm model (deit_tiny_patch16_224), hf:NAME or hf:FOLDER for Hugging Face, a folder that spvit wrote, or a
-    published model (spvit_deit_tiny_patch16_224). On the command line also MODULE:FUNCTION, which returns yours."""
+    """A timm model (deit_tiny_patch16_224), hf:NAME or hf:FOLDER for Hugging Face, a folder that spvit wrote, hub:NAME
+    for one that spvit push uploaded, or a published model (spvit_deit_tiny_patch16_224). On the command line also
+    MODULE:FUNCTION, which returns yours."""
     model_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of timm.create_model, such as {"img_size": 96}, or of the function."""
     pretrained: bool = True
@@ -63,6 +62,7 @@ def open_model(
 
     Raises:
         ModelError: the name is unknown, its weights cannot be downloaded, or code fails or is not allowed.
+        HubError: a model of the hub cannot be downloaded.
         CheckpointError: a folder or weights file is damaged or does not fit.
         UnsupportedHostError: the model's family is not supported.
     """
@@ -78,7 +78,7 @@ def open_model(
         return opened
     read, head = checkpoint.read_weights(config.checkpoint), _head_keys(opened.model)
     found = next((len(read[key]) for key in head if key in read), None)
-    trained = found in (None, number_of_classes(opened.model))
+    trained = found is None or found == number_of_classes(opened.model)
     if not trained and classes is None:
         opened, trained = _open(config, found, weights), True
     state = checkpoint.timm_state(opened.model, read, config.checkpoint)
@@ -91,7 +91,9 @@ def open_model(
 
 def names_code(model: str) -> bool:
     """Return whether a name of a model is MODULE:FUNCTION."""
-    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", model) is not None and not model.startswith(HUGGING_FACE)
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", model) is not None and not model.startswith(
+        (HUGGING_FACE, HUB)
+    )
 
 
 def _open_own(config: ModelConfig) -> OpenedModel:
@@ -124,14 +126,16 @@ def _for_channels(preprocessing: Preprocessing, channels: int) -> Preprocessing:
 
 def _open(config: ModelConfig, classes: int | None, weights: bool) -> OpenedModel:
     """Return the model without the weights of `checkpoint`."""
-    ours, hugging_face = (Path(config.model) / checkpoint.DESCRIPTION).is_file(), config.model.startswith(HUGGING_FACE)
+    ours = config.model.startswith(HUB) or (Path(config.model) / checkpoint.DESCRIPTION).is_file()
+    hugging_face = config.model.startswith(HUGGING_FACE)
     if config.model_args and (ours or hugging_face):
         raise ModelError(f"model_args go with timm models only; {config.model} brings its own")
     if hugging_face:
         return _open_hugging_face(config.model.removeprefix(HUGGING_FACE), classes, weights)
     if not ours:
         return _open_timm(config, classes, weights)
-    model, found = checkpoint.load(config.model), checkpoint.describe(config.model)
+    folder = downloaded(config.model, checkpoint.DESCRIPTION, checkpoint.WEIGHTS)
+    model, found = checkpoint.load(folder), checkpoint.describe(folder)
     return OpenedModel(model, found.preprocessing or Preprocessing(), found.classes, trained=True)
 
 
@@ -146,13 +150,13 @@ def _open_timm(config: ModelConfig, classes: int | None, weights: bool) -> Opene
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.7)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
-        known = "a timm model nor a folder that spvit wrote, and does not start with hf:"
+        known = "a timm model nor a folder that spvit wrote, and does not start with hf: or hub:"
         raise ModelError(f"model {config.model!r} is neither {known}{hint}")
     check_timm_model(host_name(name) if name in architectures() else name, config.model_args)
     arguments = {**({} if classes is None else {"num_classes": classes}), **config.model_args}
     pretrained = config.pretrained and config.checkpoint is None
     if pretrained and weights:
-        _spare_retries()
+        spare_retries()
     try:
         model = timm.create_model(config.model, pretrained=pretrained and weights, **arguments)
     except ZooError:
@@ -173,7 +177,7 @@ def _open_hugging_face(name: str, classes: int | None, weights: bool) -> OpenedM
         from transformers.utils import logging
     except ImportError as error:
         raise ModelError("Hugging Face models need an extra; install it with: pip install 'spvit[hf]'") from error
-    _spare_retries()
+    spare_retries()
     logging.disable_progress_bar()
     safely = {"trust_remote_code": False}
     try:
@@ -210,19 +214,6 @@ def _auto_class(config: Any, wants_classes: bool) -> tuple[Any, bool, bool]:
     saved = any("ImageClassification" in name for name in config.architectures or ["ImageClassification"])
     headed = known and (saved or wants_classes)
     return (AutoModelForImageClassification if headed else AutoModel), headed, saved
-
-
-def _spare_retries() -> None:
-    """Tell the hub client that its server cannot be reached, which it would try for a minute; the cache serves on."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import logging
-
-    logging.set_verbosity_error()
-    if not getproxies():
-        try:
-            socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
-        except OSError:
-            constants.HF_HUB_OFFLINE = True
 
 
 def _not_downloaded(name: str, library: str, error: Exception) -> ModelError:

@@ -15,7 +15,7 @@ from spvit.errors import NotSearchableError, UnsupportedHostError
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host
 from spvit.hosts.recognise import RECORD, family_of
-from spvit.hosts.walk import calibration_batches, where_float64_is
+from spvit.hosts.walk import Report, calibration_batches, where_float64_is
 from spvit.repair.repair import repair as repair_in_place
 from spvit.replacements.bottleneck import BottleneckConv
 from spvit.replacements.install import check_fits, narrow_ffn, replace_attention, whole_grids
@@ -47,6 +47,7 @@ def prune(
     weights: nn.Module | None = None,
     repair: Tensor | Iterable[Any] | None = None,
     inplace: bool = False,
+    report: Report | None = None,
 ) -> Model:
     """Return the host cut down to an architecture, in plain stock modules with the same forward.
 
@@ -63,6 +64,7 @@ def prune(
             are alike side by side. What pruning breaks is then repaired in closed form, layer by layer. None leaves the
             repair to training.
         inplace: change the host itself instead of a copy. If pruning fails the host stays as it was.
+        report: with a repair, called after each block with ("repair", blocks repaired, blocks, {}).
 
     Raises:
         ArchitectureError: the architecture does not fit the host.
@@ -97,7 +99,7 @@ def prune(
                 replace_attention(pruned, index, kept.attention, architecture.rules, grids, undo, **hints)
                 narrow_ffn(pruned, index, kept.ffn, undo)
         if batches is not None:
-            repair_in_place(model, target, architecture, batches)
+            repair_in_place(model, target, architecture, batches, report)
         if blocks[-1].tokens == "prefix":
             answer_prefix(pruned, len(blocks) - 1, grids[len(blocks) - 1], undo)
         undo.pop_all()

@@ -43,11 +43,12 @@ def test_compress_then_evaluate_profile_and_load(capsys, recipe, tmp_path: Path)
     settings = recipe(dense=SHORT, search=SHORT, finetune=SHORT, log_every=4)
     code, text, problems = run(capsys, "compress", "--recipe", settings, "--output", str(out), "--macs", "60%")
     assert (code, problems) == (0, "")
-    for words in ("dense epoch 1/1", "search epoch 1/1", "finetune epoch 1/1", "speed-up (95 %)", f'load("{out}")'):
+    expected = ("dense epoch 1/1", "search epoch 1/1", "finetune epoch 1/1", "speed-up (95 %)", f'load("{out}")')
+    for words in (*expected, f"page about this run: {out}/report.html"):
         assert words in text
     assert {path.name for path in out.iterdir()} == {
-        "architecture.json", "config.yaml", "dense", "metrics.jsonl", "model.json", "model.safetensors", "state",
-        "summary.json",
+        "architecture.json", "config.yaml", "dense", "latency.json", "metrics.jsonl", "model.json", "model.safetensors",
+        "report.html", "state", "summary.json",
     }  # fmt: skip
     assert spvit.load(out)(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
     accuracy = json.loads((out / "summary.json").read_text())["pruned"]["accuracy"]
@@ -90,8 +91,8 @@ def test_compress_without_a_search_decides_repairs_and_continues(capsys, recipe,
     assert "finetune epoch 1/1" in text
     assert "after pruning and repair: accuracy" in text
     assert {path.name for path in out.iterdir()} == {
-        "architecture.json", "config.yaml", "metrics.jsonl", "model.json", "model.safetensors", "scores.json",
-        "scores.safetensors", "state", "summary.json",
+        "architecture.json", "config.yaml", "latency.json", "metrics.jsonl", "model.json", "model.safetensors",
+        "report.html", "scores.json", "scores.safetensors", "state", "summary.json",
     }  # fmt: skip
     assert _phases(out) == {"finetune"}
     before = (out / "architecture.json").read_text()
@@ -102,7 +103,7 @@ def test_compress_without_a_search_decides_repairs_and_continues(capsys, recipe,
     assert record.folded
     assert record.architecture == architecture
     summary = json.loads((out / "summary.json").read_text())
-    assert summary.keys() == {"dense", "after_pruning", "pruned"}
+    assert summary.keys() == {"dense", "after_pruning", "pruned", "macs", "params"}
 
     for name in ("model.safetensors", "model.json", "summary.json"):  # as a kill at the end would leave it
         (out / name).unlink()
@@ -153,8 +154,8 @@ def test_compress_without_training_leaves_what_pruning_gave(capsys, recipe, trai
     repaired = words == ["--no-train"]
     assert ("after pruning and repair: accuracy" in text) == repaired
     assert {path.name for path in out.iterdir()} == {
-        "architecture.json", "config.yaml", "model.json", "model.safetensors", "scores.json", "scores.safetensors",
-        "summary.json",
+        "architecture.json", "config.yaml", "latency.json", "model.json", "model.safetensors", "report.html",
+        "scores.json", "scores.safetensors", "summary.json",
     }  # fmt: skip
     summary = json.loads((out / "summary.json").read_text())
     assert summary["pruned"] == summary["after_pruning"]

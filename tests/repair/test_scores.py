@@ -128,7 +128,7 @@ def test_scores_do_not_depend_on_flags_or_batches_and_leave_the_host_alone() -> 
             module.p = 0.5
     steps: list[tuple[int, int]] = []
     batches = images(host, 24).split(1)
-    found = score(host, batches, multiple=4, report=lambda done, blocks: steps.append((done, blocks))).blocks
+    found = score(host, batches, multiple=4, report=lambda _, done, blocks, __: steps.append((done, blocks))).blocks
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
     for own, other in zip(found, expected):
         assert own.ranking.units == other.ranking.units

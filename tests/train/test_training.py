@@ -20,7 +20,8 @@ from spvit.errors import BudgetError, CalibrationError, DataError, RunError, Run
 from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import gated_layers, make_searchable, search_record
 from spvit.train.compress import calibration, compress
-from spvit.train.loop import Evaluation, Loop, Phase, run_phase
+from spvit.train.figures import Evaluation
+from spvit.train.loop import Loop, Phase, run_phase
 from spvit.train.optimizers import learning_rate_at, optimizer_of
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import CompressConfig, PhaseConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,23 +15,23 @@ from torch import nn
 from spvit.architecture import Architecture, dense
 from spvit.benchmark import BATCHES, Latency, Program, measure_latencies
 from spvit.budget import human
-from spvit.checkpoint import describe, save
+from spvit.checkpoint import describe, save, write_text
 from spvit.cli import convert
 from spvit.cli import options as cli
 from spvit.cli.inputs import model_and_images
 from spvit.cli.plan import print_plan
+from spvit.cli.report import report_at_the_end
 from spvit.cli.show import block_table, comparison_table, kinds_text, latency_table, say
 from spvit.cost import count_params
 from spvit.errors import ArchitectureError, CheckpointError, ModelError, RunFolderError
-from spvit.export import SUFFIXES, export
-from spvit.hosts.host import input_size, macs_of_image
+from spvit.hosts.host import macs_of_image
 from spvit.hosts.sources import build, can_build, source_of
 from spvit.models import ModelConfig, open_model
 from spvit.replacements.costs import network_costs
 from spvit.surgery import prune, pruned_record
 from spvit.train.compress import check_decision, deployed, run_compress, search, write_model
-from spvit.train.data import find_images, images_of, validation_loader
-from spvit.train.loop import Evaluation, Phase, Run, figures_of, run_phase
+from spvit.train.figures import Evaluation, Figures, figures_of
+from spvit.train.loop import Phase, Run, run_phase
 from spvit.train.processes import by_the_first, processes
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import DENSE, FINETUNE, RunFolder
@@ -38,30 +39,29 @@ from spvit.train.settings import LoopConfig
 from spvit.zoo import architectures, unfolded_params
 
 NOT_SETTINGS = ("resume", "dry_run")
-COMPARED = 64
-"""Validation images that an exported file is compared on."""
 
 
 def open_run(
-    name: str, options: cli.RunCommand, trains_head: bool, console: Console, backbones: bool = False
+    name: str, options: cli.RunCommand, trains_head: bool, console: Console, unlabelled: bool = False
 ) -> tuple[nn.Module, Run]:
     """Return the model of a run, and the run with its settings written."""
     folder = RunFolder.open(options.output, options.resume)
     set_seed(options.seed)
-    opened, images = model_and_images(options, trains_head, backbones=backbones)
+    opened, images = model_and_images(options, trains_head, unlabelled=unlabelled)
     model = opened.model
     processes().wait_for_everyone()  # until all have found the folder fit to write to
     settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in NOT_SETTINGS}
     by_the_first(lambda: folder.write_settings(name, yaml.safe_dump(settings, sort_keys=False)))
     costs = f"{human(count_params(model))} params, {human(macs_of_image(model))} macs"
-    say(console, f"{options.model}: {costs}; {len(images.classes)} classes")
+    labels = f"{len(images.classes)} classes" if images.classes else "no labels: judged by agreement with it"
+    say(console, f"{options.model}: {costs}; {labels}")
     return model, Run(images, folder, options, PhaseProgress(console))
 
 
-def _write(model: nn.Module, figures: Evaluation, run: Run, console: Console, when: str = "") -> None:
+def _write(model: nn.Module, figures: Figures, run: Run, console: Console, when: str = "") -> None:
     """Write a run's model, and say how accurate it is."""
     write_model(model, figures, run.images, run.folder.path)
-    _say_where(console, run.folder.path, f"accuracy {figures.accuracy:.2%}{when}")
+    _say_where(console, run.folder.path, f"{figures.words}{when}")
 
 
 def _say_where(console: Console, folder: Path, *lines: str) -> None:
@@ -104,7 +104,7 @@ def compress_command(options: cli.CompressCommand, console: Console) -> None:
     if options.dry_run:
         print_plan(options, console)
         return
-    model, run = open_run("compress", options, options.dense.epochs > 0, console)
+    model, run = open_run("compress", options, options.dense.epochs > 0, console, unlabelled=True)
     result = run_compress(model, options.budget(), options, run)
     if not processes().is_main_process:
         return
@@ -112,16 +112,20 @@ def compress_command(options: cli.CompressCommand, console: Console) -> None:
     latencies = latencies_of({"dense": result.host, "pruned": result.model}, options.batches, console)
     console.print(block_table(result.architecture, costs, "architecture"), comparison_table(result, costs))
     console.print(latency_table(latencies))
-    after = f"accuracy right after pruning {result.after_pruning.accuracy:.2%}"
+    after = f"right after pruning {result.after_pruning.words}"
     _say_where(console, run.folder.path, f"attention: {kinds_text(result.architecture)}; {after}")
+    measured = {name: [dataclasses.asdict(latency) for latency in own] for name, own in latencies.items()}
+    write_text(run.folder.latency, json.dumps(measured, indent=2) + "\n")
+    report_at_the_end(run.folder, result.host, console)
 
 
 def evaluate_command(options: cli.EvaluateCommand, console: Console) -> None:
     """Print a model's figures on the validation images."""
     opened, images = model_and_images(options)
     figures = figures_of(opened.model, images, LoopConfig(precision=options.precision))
-    shares = f"accuracy {figures.accuracy:.2%}, top-5 {figures.accuracy_top5:.2%}"
-    say(console, f"{shares}, loss {figures.loss:.4f}, {figures.images:,} images")
+    assert isinstance(figures, Evaluation)  # images that this command takes have labels
+    more = f"top-5 {figures.accuracy_top5:.2%}, loss {figures.loss:.4f}, {figures.images:,} images"
+    say(console, f"{figures.words}, {more}")
 
 
 def profile_command(options: cli.ProfileCommand, console: Console) -> None:
@@ -153,32 +157,6 @@ def profile_command(options: cli.ProfileCommand, console: Console) -> None:
             {"dense": host} if record is None and options.architecture is None else {"dense": host, "pruned": pruned}
         )
         console.print(latency_table(latencies_of(models, BATCHES, console)))
-
-
-def export_command(options: cli.ExportCommand, console: Console) -> None:
-    """Write a model for another runtime, and say how far what was written is from it."""
-    opened = open_model(options, code=True)
-    suffix = SUFFIXES.get(options.to, f".{options.to}")
-    folder = Path(options.model) if Path(options.model).is_dir() else Path()
-    found = None
-    if options.data is not None:
-        items = find_images(options.data, options.images)
-        images = images_of(items, options.images, input_size(opened.model), opened.preprocessing)
-        found = next(iter(validation_loader(images)))[0][:COMPARED]
-    done = export(
-        opened.model,
-        options.output or folder / f"model{suffix}",
-        to=options.to,
-        images=found,
-        opset=options.opset,
-        preprocessing=opened.preprocessing,
-        classes=opened.classes,
-        with_preprocessing=options.with_preprocessing,
-        overwrite=options.overwrite,
-    )
-    of = f"{done.images} validation images" if found is not None else f"{done.images} images of noise (see --data)"
-    agrees = f"outputs differ by {done.difference:.1g} of the largest, agreement {done.agreement:.2%}, on {of}"
-    say(console, f"{done.path}: {done.format}, {done.bytes / 1e6:.1f} MB, any batch size", agrees)
 
 
 def convert_command(options: cli.ConvertCommand, console: Console) -> None:

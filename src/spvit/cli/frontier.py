@@ -8,6 +8,7 @@ from rich.table import Table
 from spvit.budget import human
 from spvit.cli.commands import open_run
 from spvit.cli.options import FrontierCommand
+from spvit.cli.report import report_at_the_end
 from spvit.cli.show import latency_table, right, say
 from spvit.train.frontier import run_frontier
 from spvit.train.plot import SUFFIXES
@@ -17,7 +18,7 @@ from spvit.train.processes import processes
 
 def frontier_command(options: FrontierCommand, console: Console) -> None:
     """Prune a model to every budget, and print the frontier."""
-    host, run = open_run("frontier", options, False, console, backbones=True)
+    host, run = open_run("frontier", options, False, console, unlabelled=True)
     found = run_frontier(host, options.budgets, options.metric, options, run)
     if not processes().is_main_process:
         return
@@ -30,6 +31,7 @@ def frontier_command(options: FrontierCommand, console: Console) -> None:
         f"files in {folder}: frontier.json, frontier.csv{''.join(f', {name}' for name in drawn)}",
         f'load a model with spvit.load("{folder}/{found.points[-1].folder}")',
     )
+    report_at_the_end(run.folder, host, console)
 
 
 def _table(found: Frontier) -> Table:

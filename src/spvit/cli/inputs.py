@@ -9,9 +9,9 @@ from typing import Any
 from spvit.cli.options import EvaluateCommand, RunCommand
 from spvit.errors import DataError, ModelError
 from spvit.hosts.host import input_size
+from spvit.hosts.recognise import family_of
 from spvit.models import HUGGING_FACE, OpenedModel, number_of_classes, open_model
 from spvit.train.data import Images, find_images, images_of
-from spvit.train.frontier import judged_by_features
 from spvit.train.settings import ImageConfig
 
 
@@ -20,17 +20,20 @@ def model_and_images(
     trains_head: bool = False,
     weights: bool = True,
     find: Callable[[str, ImageConfig], Any] = find_images,
-    backbones: bool = False,
+    unlabelled: bool = False,
 ) -> tuple[OpenedModel, Images]:
     """Return a model whose head has as many classes as the images, and images of the size that it takes.
 
-    The head of a model that the run trains first may be new; with `backbones` a model that has none goes with images of
-    any classes. Raises DataError when there are no images, or the model
-    has other classes that cannot be changed; and what `open_model` raises.
+    The head of a model that the run trains first may be new. With `unlabelled` images need no labels, and a model that
+    tells no classes apart takes images of any. Raises DataError when there are no images, or the model has other
+    classes that cannot be changed; and what `open_model` raises.
     """
     found = find(options.data, options.images)
     classes = found[-1]
-    if backbones and _featured(options):
+    if not classes and not unlabelled:
+        expected = "expected train/ and val/, with a folder a class in each"
+        raise DataError(f"{options.data} has no labels, which this command needs; {expected}")
+    if unlabelled and (not classes or _tells_none_apart(options)):
         opened = open_model(options, weights=weights, code=True)
         return opened, images_of((*found[:-1], ()), options.images, input_size(opened.model), opened.preprocessing)
     opened = open_model(options, len(classes), weights=weights, code=True)
@@ -47,8 +50,9 @@ def model_and_images(
     return opened, images_of(found, options.images, size, opened.preprocessing)
 
 
-def _featured(options: Any) -> bool:
-    return judged_by_features(open_model(options, weights=False, code=True).model, options.objective)
+def _tells_none_apart(options: RunCommand | EvaluateCommand) -> bool:
+    model = open_model(options, weights=False, code=True).model
+    return family_of(model).classes(model) < 2
 
 
 def _compare_classes(own: tuple[str, ...], found: tuple[str, ...], options: RunCommand | EvaluateCommand) -> None:

@@ -21,8 +21,12 @@ from spvit.cli import commands as run
 from spvit.cli import options as cli
 from spvit.cli.benchmark import benchmark_command
 from spvit.cli.check import check_command
+from spvit.cli.export import export_command
 from spvit.cli.frontier import frontier_command
 from spvit.cli.parser import CommandParser, Help, command_parser
+from spvit.cli.predict import predict_command
+from spvit.cli.push import push_command
+from spvit.cli.report import report_command
 from spvit.errors import RunError, SpvitError
 from spvit.models import names_code
 from spvit.train.processes import processes
@@ -34,11 +38,14 @@ COMMANDS: dict[str, tuple[Any, Callable[..., None]]] = {  # the options and the 
     "search": (cli.SearchCommand, run.search_command),
     "finetune": (cli.FinetuneCommand, run.finetune_command),
     "evaluate": (cli.EvaluateCommand, run.evaluate_command),
+    "predict": (cli.PredictCommand, predict_command),
     "profile": (cli.ProfileCommand, run.profile_command),
     "check": (cli.CheckCommand, check_command),
     "frontier": (cli.FrontierCommand, frontier_command),
     "benchmark": (cli.BenchmarkCommand, benchmark_command),
-    "export": (cli.ExportCommand, run.export_command),
+    "report": (cli.ReportCommand, report_command),
+    "export": (cli.ExportCommand, export_command),
+    "push": (cli.PushCommand, push_command),
     "convert": (cli.ConvertCommand, run.convert_command),
     "demo": (cli.DemoCommand, run.compress_command),
 }

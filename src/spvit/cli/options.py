@@ -19,7 +19,8 @@ class DataOptions:
     """The images."""
 
     data: str
-    """A folder with train/ and val/ (a folder a class in each), a torchvision data set (CIFAR10), or digits."""
+    """A folder with train/ and val/ (a folder a class in each), a torchvision data set (CIFAR10), or digits; to
+    compress without training by labels, any folder of images."""
     images: ImageConfig = field(default_factory=ImageConfig)
     """How images are read, augmented and batched."""
 
@@ -135,6 +136,18 @@ class EvaluateCommand(DataOptions, ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PredictCommand(ModelConfig):
+    """Print the most probable classes of images."""
+
+    files: list[str]
+    """Image files, or folders of them."""
+    top: int = 5
+    """How many classes to print of each image."""
+    json: bool = False
+    """Print JSON in place of lines."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProfileCommand(ModelConfig):
     """Print what a model costs, block by block, dense against pruned."""
 
@@ -149,7 +162,8 @@ class CheckCommand:
     """Show what spvit finds in a model and verifies, and what each part of it may become."""
 
     model: str
-    """A timm model, hf:NAME or hf:FOLDER, a folder that spvit wrote, or MODULE:FUNCTION, which returns yours."""
+    """A timm model, hf:NAME or hf:FOLDER, a folder that spvit wrote, hub:NAME, or MODULE:FUNCTION, which returns
+    yours."""
     model_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of timm.create_model, such as {"img_size": 96}, or of the function."""
     image_size: str | None = None
@@ -158,6 +172,24 @@ class CheckCommand:
     """Channels of its images; when absent those of its first convolution, or 3."""
     json: bool = False
     """Print JSON in place of tables."""
+
+
+@dataclass(frozen=True)
+class ReportCommand:
+    """Write a page about a run: one HTML file."""
+
+    run: str
+    """A run folder, of a run that has ended or not, or a folder with a saved model."""
+    output: str | None = None
+    """The file to write; when absent report.html in the run folder. A page that was there is replaced."""
+    model: str | None = None
+    """The dense model, where the folder does not say it or it is your own: MODULE:FUNCTION, or as for compress."""
+    images: int = 256
+    """Validation images, at most 1,000, to compare the dense and the pruned model on; some are shown. 0: none are."""
+    svg: bool = False
+    """Write each picture as SVG too, beside the page."""
+    png: bool = False
+    """Write each picture as PNG too, beside the page."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,12 +204,49 @@ class ExportCommand(ModelConfig):
     """Of ONNX, 18 to 23."""
     with_preprocessing: bool = False
     """Put the normalisation into the program, which then takes values from 0 to 1."""
+    dynamic_size: bool = False
+    """Let height and width of the images vary, where the model takes other sizes."""
+    int8: bool = False
+    """Of onnx: 8 bits for weights and for what they are multiplied with, calibrated on training images of data. The way
+    is searched, and what is lost measured on 500 validation images."""
+    fp16: bool = False
+    """Of onnx: half precision, for accelerators; images and output stay in single precision."""
+    most_drop: float | None = None
+    """Largest loss by int8 or fp16: of accuracy (0.01 is a point), or of the cosine of features. 0.01 for int8 and
+    0.005 for fp16 when absent."""
+    dense: str | None = None
+    """The dense model to show beside int8 and fp16: a folder that spvit wrote or a timm model; when absent the one that
+    the run was made from."""
     data: str | None = None
     """Images to compare with: as for evaluate, of which the first 64 validation images are taken; noise when absent."""
     images: ImageConfig = field(default_factory=ImageConfig)
     """How images are read."""
     overwrite: bool = False
     """Replace the file if it exists."""
+
+
+@dataclass(frozen=True)
+class PushCommand:
+    """Upload a model to the Hugging Face hub, with a card of its figures; spvit.load("hub:NAME") loads it."""
+
+    run: str
+    """The run folder, or another that spvit wrote."""
+    name: str
+    """USER/MODEL on the hub, or MODEL under your own name; it is made if it does not exist."""
+    private: bool = False
+    """Nobody else may read it."""
+    revision: str | None = None
+    """The branch to upload to, made if it does not exist; when absent the main one."""
+    message: str = "Upload a model of spvit"
+    """Message of the commit."""
+    license: str | None = None
+    """Licence of the model; when absent that of the base model, where it is known."""
+    base_model: str | None = None
+    """The model on the hub that it was made of; when absent what the run's settings name."""
+    overwrite: bool = False
+    """Replace a model that the branch holds; its history keeps the former one."""
+    dry_run: bool = False
+    """Print the card, and upload nothing."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ _HEADINGS = {
     "run": ("recipe", "output", "seed", "resume", "dry-run", "help", "help-all"),
 }
 _SHOWN_OF_DEMO = ("macs", "output", "seed", "resume", "help", "help-all")
-_SEVERAL = ("--keep", "--only", "--forbid")
+_SEVERAL = ("--keep", "--only", "--forbid", "--track")
 """Options that take several words as one text."""
 _LISTS = ("--budgets", "--batches", "--models")
 """Options that take a list, of which the words are the items."""
@@ -143,12 +143,16 @@ def command_parser(name: str, options: type) -> CommandParser:
         print_config=None,
     )
     parser.add_argument("--recipe", action="config", help="YAML file of settings; later files take precedence.")
-    parser.add_class_arguments(options, None, as_group=False, as_positional=True)
+    in_order = {"model", "files"} if name == "predict" else set()
+    parser.add_class_arguments(options, None, as_group=False, as_positional=True, skip=in_order)
     have = parser._option_string_actions
     if name == "benchmark":
         parser.add_argument("models", nargs="*", default=argparse.SUPPRESS, help="The same as --models.")
     if name in ("profile", "check", "export", "frontier"):
         parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="The same as --model.")
+    elif name == "predict":
+        parser.add_argument("model", help="A folder that spvit wrote, or another model as for compress.")
+        parser.add_argument("files", nargs="+", help="Image files, or folders of them.")
     if "--train-epochs" in have:
         zero = {"dest": "train_epochs", "action": "store_const", "const": 0, "default": argparse.SUPPRESS}
         parser.add_argument("--no-train", "--no_train", **zero, help="Train nothing: --train-epochs 0.")

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils.data import Subset
 
 from spvit.budget import human
 from spvit.cli.inputs import model_and_images
@@ -25,13 +26,14 @@ from spvit.hosts.host import Host
 from spvit.replacements.costs import network_costs
 from spvit.train.compress import check_compress, search_phase
 from spvit.train.data import find_images, training_loader
+from spvit.train.figures import reference_of
 from spvit.train.loop import Loop, Phase, Run
 from spvit.train.optimizers import GATES, tensors_of
 from spvit.train.run_folder import DENSE, FINETUNE, RunFolder
 from spvit.train.settings import ImageConfig
 
 IMAGENET_TRAIN, IMAGENET_VALIDATION, IMAGENET_CLASSES = 1_281_167, 50_000, 1000
-STEPS, BATCH_ON_CPU = 3, 8
+STEPS, BATCH_ON_CPU, FEW = 3, 8, 16
 
 
 def print_plan(options: CompressCommand, console: Console) -> None:
@@ -39,9 +41,14 @@ def print_plan(options: CompressCommand, console: Console) -> None:
     if options.resume:
         raise RunFolderError("--dry-run plans a new run from its start; leave out --resume")
     RunFolder.open(options.output)
-    opened, images = model_and_images(options, options.dense.epochs > 0, weights=False, find=_found_or_noise)
+    opened, images = model_and_images(
+        options, options.dense.epochs > 0, weights=False, find=_found_or_noise, unlabelled=True
+    )
     host, costs = opened.model, network_costs(opened.model)
     run = Run(images, RunFolder(os.devnull), options)
+    if not images.classes:
+        few = replace(images, validation=Subset(images.validation, range(min(FEW, len(images.validation)))))  # type: ignore[arg-type]
+        run = replace(run, reference=reference_of(host, few, options, options.objective))
     limits = check_compress(host, options.budget(), options, run, weights=False)
     [(budgeted, share)] = [(metric, target / costs[metric].dense) for metric, target in limits.items()]
     phases = [
@@ -102,8 +109,8 @@ def _planned(phase: Phase, run: Run, share: float) -> dict[str, str]:
         "epochs": f"{config.epochs}",
         "steps an epoch": f"{len(loop.train):,}",
         "steps": f"{loop.total:,}",
-        "learning rate, peak": f"{loop.scale * config.learning_rate:.3g}",
-        "learning rate, end": f"{loop.scale * min(config.learning_rate, config.minimum_learning_rate):.3g}",
+        "learning rate, peak": f"{loop.scale * loop.rates[1]:.3g}",
+        "learning rate, end": f"{loop.scale * min(loop.rates[1:]):.3g}",
         "gate learning rate": ", ".join(f"{group['lr']:.3g}" for group in loop.optimizer.param_groups[GATES]),
         "teacher": "" if loop.teacher is None else config.teacher or "dense model",
         "memory a device": f"{human(memory)}B",

@@ -16,7 +16,7 @@ from spvit.train.compress import Compressed
 
 def say(console: Console, *lines: str) -> None:
     """Print lines as they are, without colours or breaks."""
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def block_table(architecture: Architecture, costs: dict[str, NetworkCost], title: str) -> Table:
@@ -52,10 +52,10 @@ def latency_table(latencies: Mapping[str, Sequence[Latency]]) -> Table:
             table.add_row(str(own.batch), name, *figures, speed_text(own) if index else "")
         table.add_section()
     every = [latency for own in latencies.values() for latency in own]
-    where = {f"{latency.device}, {latency.dtype}, {latency.backend}": None for latency in every}
+    where = {f"{latency.device} {latency.dtype} {latency.backend}": None for latency in every}
     threads, rounds = every[0].threads, min(latency.repeats for latency in every)
     settings = f"{threads} thread{'s'[: threads != 1]}; {rounds} rounds or more, in turns; ± interquartile range"
-    table.caption, table.caption_justify = f"{' or '.join(where)}; {settings}; speed-up over {names[0]}", "left"
+    table.caption, table.caption_justify = f"{', '.join(where)}; {settings}; speed-up over {names[0]}", "left"
     return table
 
 
@@ -66,12 +66,12 @@ def speed_text(latency: Latency) -> str:
 
 
 def comparison_table(result: Compressed, costs: dict[str, NetworkCost]) -> Table:
-    """Return dense and pruned side by side: accuracy, params and MACs."""
-    table = Table("", *right("accuracy", "params", "macs"))
+    """Return dense and pruned side by side: accuracy or agreement, params and MACs."""
+    table = Table("", *right(result.dense.words.split()[0], "params", "macs"))
     for name, figures in (("dense", result.dense), ("pruned", result.pruned)):
         by_metric = [costs["params"], costs["macs"]]
         counts = [cost.dense if name == "dense" else cost.of(result.architecture) for cost in by_metric]
-        table.add_row(name, f"{figures.accuracy:.2%}", *map(human, counts))
+        table.add_row(name, figures.words.split()[1], *map(human, counts))
     return table
 
 

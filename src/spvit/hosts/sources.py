@@ -116,7 +116,8 @@ def _of_transformers(model: Any) -> dict[str, Any] | None:
 def _by_transformers(source: dict[str, Any]) -> nn.Module:
     """Make a model of transformers. Raises ModelError when its settings ask for code."""
     cls, config = _class_named(source.get("class", _OF_OLD_FILES)), source["config"]
-    asked = {source["attention"], *(str(value) for key, value in _settings(config) if "implementation" in key)}
+    named = (value for key, value in _settings(config) if "implementation" in key and not isinstance(value, bool))
+    asked = {source["attention"], *map(str, named)}
     if not asked <= {"None", *_ATTENTION} or any(key == "auto_map" for key, _ in _settings(config)):
         raise ModelError(f"its configuration asks for code of others: {config.get('auto_map', sorted(asked))}")
     for key, value in _settings(config):  # what timm would make, or be told to read

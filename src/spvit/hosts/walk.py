@@ -19,6 +19,8 @@ from spvit.hosts.calling import batch_first, in_mode, inside, reached, tokens_of
 from spvit.hosts.host import Host, check_values
 from spvit.hosts.sites import BlockSites
 
+Report = Callable[[str, int, int, Mapping[str, float]], object]
+"""What long work calls as it goes: with its phase, the steps done, the steps in all, and figures by name."""
 BATCH = 64
 
 

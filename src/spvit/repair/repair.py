@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spvit.architecture import Architecture, Block
 from spvit.hosts.calling import inside
 from spvit.hosts.host import Host
-from spvit.hosts.walk import BlockPair, advance, calibration_batches, evaluating, first_inputs
+from spvit.hosts.walk import BlockPair, Report, advance, calibration_batches, evaluating, first_inputs
 from spvit.replacements import replacement
 from spvit.replacements.ffn import fit_ffn
 
@@ -28,7 +28,13 @@ EXCESS = 0.5
 logger = logging.getLogger("spvit")
 
 
-def repair(model: nn.Module, host: Host, architecture: Architecture, images: Tensor | Iterable[Any]) -> None:
+def repair(
+    model: nn.Module,
+    host: Host,
+    architecture: Architecture,
+    images: Tensor | Iterable[Any],
+    report: Report | None = None,
+) -> None:
     """Set the weights of a model that was pruned to an architecture, in place, so that it does what the host does.
 
     What pruning left whole keeps its weights, bit for bit, but for the second linear layer of FFNs behind the first
@@ -46,6 +52,8 @@ def repair(model: nn.Module, host: Host, architecture: Architecture, images: Ten
             untouched = untouched and not changed(kept)
             pair = BlockPair(model, host, index, inputs, dense_inputs, excess=excess)
             repair_block(pair, kept, mend=not untouched)
+            if report is not None:
+                report("repair", index + 1, len(host.blocks), {})
             if index + 1 == len(host.blocks):
                 break
             if not untouched:  # until something is pruned both networks are one

@@ -26,7 +26,7 @@ from spvit.architecture import DEFAULT_MULTIPLE, FFN, KINDS, Attention, Block, a
 from spvit.budget import check_multiple
 from spvit.errors import ArchitectureError, CalibrationError
 from spvit.hosts.host import Host
-from spvit.hosts.walk import BATCH, BlockPair, advance, calibration_batches, evaluating, first_inputs, reached
+from spvit.hosts.walk import BATCH, BlockPair, Report, advance, calibration_batches, evaluating, first_inputs, reached
 from spvit.moments import Moments, ridge_for
 from spvit.repair.errors import Ranking, attention_errors, paired_ranks, rank_units
 from spvit.repair.gradients import gradients, metric
@@ -167,7 +167,7 @@ def score(
     *,
     multiple: int = DEFAULT_MULTIPLE,
     objective: Asked = "auto",
-    report: Callable[[int, int], object] | None = None,
+    report: Report | None = None,
 ) -> Scores:
     """Return the scores of every block's candidates, once for any number of budgets.
 
@@ -181,7 +181,7 @@ def score(
             last norm), `features` (both), or a function of the model's output that returns a tensor [images, ...],
             through which gradients pass.
             `auto`: logits where the model tells two classes or more apart, features where it has no head.
-        report: called with (blocks scored, blocks) after each.
+        report: called after each block with ("score", blocks scored, blocks, {}).
 
     Raises:
         BudgetError: the multiple is not 1 or more.
@@ -207,7 +207,7 @@ def score(
             attention = _score_attention(bench, pairs[0], pairs[1], multiple)
             blocks.append(BlockScores(attention, *_score_ffn(bench, pairs[0], pairs[1])))
             if report is not None:
-                report(index + 1, len(host.blocks))
+                report("score", index + 1, len(host.blocks), {})
             if index + 1 < len(host.blocks):
                 for inputs in (fitting, measuring):
                     advance(host, index, inputs)

@@ -23,6 +23,8 @@ from spvit.checkpoint import Preprocessing, save, write_text
 from spvit.decide import decide
 from spvit.errors import DataError
 from spvit.hosts.host import Host, input_size
+from spvit.hosts.recognise import family_of
+from spvit.hosts.walk import Report
 from spvit.models import number_of_classes
 from spvit.repair.choose import check_reachable
 from spvit.repair.scores import Scores, score
@@ -31,9 +33,11 @@ from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import make_searchable
 from spvit.surgery import fold, prune, pruned_record
 from spvit.train.data import Images, load_images, training_loader
-from spvit.train.loop import Evaluation, Phase, Run, figures_of, run_phase
+from spvit.train.figures import Figures, figures_of, reference_of
+from spvit.train.loop import Phase, Run, run_phase
 from spvit.train.processes import by_the_first, processes
 from spvit.train.progress import PhaseProgress
+from spvit.train.rate import with_rate
 from spvit.train.run_folder import DENSE, FINETUNE, SEARCH, RunFolder
 from spvit.train.settings import CompressConfig, ImageConfig, ScoresConfig, SearchConfig
 
@@ -45,9 +49,9 @@ class Compressed:
     model: nn.Module
     host: nn.Module
     architecture: Architecture
-    dense: Evaluation
-    after_pruning: Evaluation
-    pruned: Evaluation
+    dense: Figures
+    after_pruning: Figures
+    pruned: Figures
 
 
 def compress(
@@ -62,12 +66,14 @@ def compress(
     preprocessing: Preprocessing | None = None,
     resume: bool = False,
     console: Console | None = None,
+    report: Report | None = None,
 ) -> nn.Module:
     """Return the host compressed to a budget: decided, pruned, repaired, fine-tuned, folded.
 
     Args:
         host: a trained model of a supported family; it stays as it is.
-        data: a folder with `train/` and `val/`, a torchvision data set by name, `digits`, or loaded Images.
+        data: a folder, labelled or not, a torchvision data set by name, `digits`, or loaded Images. Without labels, and
+            for a host without classes, the dense host is what to agree with.
         macs: `"50%"` of the host's cost, `"1.0G"` or a whole number of MACs of one image; half when no budget is given.
         params: the same in parameters; give at most one of the two.
         output: run folder to keep metrics, states and the model in; None keeps nothing but the returned model.
@@ -76,6 +82,9 @@ def compress(
         preprocessing: normalisation of the host; ImageNet's when None.
         resume: continue the run that `output` holds.
         console: a rich console to show progress on; None is silent.
+        report: called, in the first process, with (phase, steps done, steps in all, figures) after each step of
+            `dense`, `score`, `search`, `repair` and `finetune`: figures are the losses of a step of training, and after
+            each epoch, once more, those of its evaluation. What it raises ends the run.
 
     Raises:
         BudgetError, DataError, UnsupportedHostError, RunFolderError: bad input, before anything is trained.
@@ -87,20 +96,24 @@ def compress(
         data = load_images(data, images or ImageConfig(), input_size(host), preprocessing or Preprocessing())
     with tempfile.TemporaryDirectory() as temporary:
         folder = RunFolder(temporary) if output is None else RunFolder.open(output, resume)
-        return run_compress(host, budget, settings, Run(data, folder, settings, PhaseProgress(console))).model
+        progress = PhaseProgress(console, report if processes().is_main_process else None)
+        return run_compress(host, budget, settings, Run(data, folder, settings, progress)).model
 
 
 def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: Run) -> Compressed:
     """Compress a host into a run folder, continuing from what the folder has. The host itself is not changed."""
+    run = replace(run, images=fitting(run.images, host))
     limits = check_compress(host, budget, config, run)
     run.folder.path.mkdir(parents=True, exist_ok=True)
     dense = copy.deepcopy(host).to(processes().device)
+    if not run.images.classes:
+        run = replace(run, reference=reference_of(dense, run.images, config, config.objective))
     if config.dense.epochs > 0:
         dense_figures = run_phase(Phase(DENSE, dense, config.dense), run)
         write_model(dense, dense_figures, run.images, run.folder.dense)
     else:
-        dense_figures = figures_of(dense, run.images, config)
-        run.progress.note(f"dense model: accuracy {dense_figures.accuracy:.2%}")
+        dense_figures = figures_of(dense, run.images, config, run.reference)
+        run.progress.note(f"dense model: {dense_figures.words}")
     net = None
     if config.search.epochs > 0:
         net, architecture = search(dense, limits, config.search, run, config.multiple)
@@ -109,14 +122,20 @@ def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: R
     set_seed(config.seed)  # a continued run starts from the same weights where they are drawn
     weights = net if config.initialise == "search" else None
     views = calibration(run.images, config.seed, config.repair_views * config.calibration_images)
-    pruned = prune(dense, architecture, weights=weights, repair=views if config.repair else None)
-    after_pruning = figures = figures_of(pruned, run.images, config)
-    run.progress.note(f"after pruning{' and repair' if config.repair else ''}: accuracy {after_pruning.accuracy:.2%}")
+    with run.progress.bar("repair", len(architecture.blocks) if config.repair else 0):
+        pruned = prune(
+            dense, architecture, weights=weights, repair=views if config.repair else None, report=run.progress.count
+        )
+    after_pruning = figures = figures_of(pruned, run.images, config, run.reference)
+    run.progress.note(f"after pruning{' and repair' if config.repair else ''}: {after_pruning.words}")
     if config.finetuning.epochs > 0:
-        figures = run_phase(Phase(FINETUNE, pruned, config.finetuning, teacher=dense), run)
+        figures = run_phase(with_rate(Phase(FINETUNE, pruned, config.finetuning, teacher=dense), run), run)
     model = deployed(pruned)
     write_model(model, figures, run.images, run.folder.path)
-    summary = {"dense": vars(dense_figures), "after_pruning": vars(after_pruning), "pruned": vars(figures)}
+    costs = {
+        metric: {"dense": cost.dense, "pruned": cost.of(architecture)} for metric, cost in network_costs(dense).items()
+    }
+    summary = {"dense": vars(dense_figures), "after_pruning": vars(after_pruning), "pruned": vars(figures), **costs}
     by_the_first(lambda: write_text(run.folder.summary, json.dumps(summary, indent=2) + "\n"))
     return Compressed(model, dense.eval(), architecture, dense_figures, after_pruning, figures)
 
@@ -135,16 +154,34 @@ def check_compress(
             known = scores.blocks
     if config.search.epochs == 0:
         check_reachable(Host.of(host), budget, config.multiple, config, known, objective)
-    classes = number_of_classes(host)
-    if classes != len(run.images.classes):
-        raise DataError(
-            f"the images have {len(run.images.classes)} classes, but the host tells {classes} apart; give it a head of "
-            "as many"
-        )
+    check_classes(host, run.images)
+    if not run.images.classes:
+        _check_unlabelled(config)
     for phase in (config.dense, config.search, config.finetuning):
         if phase.epochs > 0 and phase.teacher is not None:
             run.teacher(phase.teacher, weights)
     return limits
+
+
+def fitting(images: Images, host: nn.Module) -> Images:
+    """Return images without their classes for a host that tells none apart."""
+    return replace(images, classes=()) if family_of(host).classes(host) < 2 else images
+
+
+def check_classes(host: nn.Module, images: Images) -> None:
+    """Raise DataError when a host tells other classes apart than those of the images."""
+    if images.classes and number_of_classes(host) != (count := len(images.classes)):
+        found = f"the images have {count} classes, but the host tells {number_of_classes(host)} apart"
+        raise DataError(f"{found}; give it a head of as many")
+
+
+def _check_unlabelled(config: CompressConfig) -> None:
+    """Raise DataError when a phase needs labels."""
+    for name, phase in {DENSE: config.dense, SEARCH: config.search, FINETUNE: config.finetuning}.items():
+        if phase.epochs > 0 and name != FINETUNE:
+            raise DataError(f"{name}.epochs is {phase.epochs}, but there are no labels to train by; leave it out")
+        if phase.epochs > 0 and phase.teacher is not None:
+            raise DataError(f"{name}.teacher is named, but without labels the dense model teaches; leave it out")
 
 
 def check_decision(host: nn.Module, budget: Budget, multiple: int | None) -> dict[str, int]:
@@ -199,11 +236,12 @@ def scored(host: Host, config: ScoresConfig, run: Run) -> None:
     if config.scores is not None:
         run.folder.write_scores(Scores.load(config.scores))
     elif not run.folder.scores.is_file():
-        with run.progress.bar("scores", len(host.blocks)):
-            multiple, step = config.multiple or DEFAULT_MULTIPLE, lambda *done: run.progress.step()
-            count = min(config.calibration_images, len(run.images.views))  # type: ignore[arg-type]
+        with run.progress.bar("score", len(host.blocks)):
+            multiple = config.multiple or DEFAULT_MULTIPLE
+            most = config.repair_views * len(run.images.views)  # type: ignore[arg-type]
+            count = min(config.calibration_images, most)
             images = calibration(run.images, config.seed, count)
-            found = score(host, images, multiple=multiple, objective=config.objective, report=step)
+            found = score(host, images, multiple=multiple, objective=config.objective, report=run.progress.count)
         run.folder.write_scores(found)
 
 

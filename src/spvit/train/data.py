@@ -1,10 +1,11 @@
-"""Images: a folder, a torchvision data set by name, or the embedded digits; augmented by timm, and in batches.
+"""Images: a folder, labelled or not, a torchvision data set, or the embedded digits; augmented by timm, in batches.
 
 Shapes: images [B, channels, height, width], normalised; targets [B], class indices.
 """
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,16 +19,19 @@ from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.data.auto_augment import posterize
 from timm.data.distributed_sampler import RepeatAugSampler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
-from spvit.checkpoint import Preprocessing
+from spvit.checkpoint import Description, Preprocessing
 from spvit.errors import DataError
+from spvit.hosts.host import input_size
 from spvit.train.settings import ImageConfig
 
 DIGITS = "digits"
 DIGITS_HELD_OUT = 360
 UNREAD = -1  # class of a validation image that is left out
+VALIDATED, MOST_VALIDATED = 0.1, 5000
+"""Share and number of the images of a folder without labels that validate."""
 Items = Any  # a sequence of (path, array or PIL image, class)
 Found = tuple[Items, Items, tuple[str, ...]]  # training and validation items, and the names of the classes
 
@@ -64,24 +68,55 @@ class TransformedImages(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
         source, target = self.items[index]
         try:
-            image: Any = Image.open(source) if isinstance(source, (str, Path)) else source
-            image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-            image = image.convert("L" if self.channels == 1 else "RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            message = f"image {source} cannot be read ({_first_line(error)})"
+            image = _read(source, self.channels)
+        except DataError as error:
             if not self.skip_corrupt:
-                raise DataError(f"{message}; remove it, or pass --images.skip_corrupt true") from error
-            logger.warning("left out: %s", message)
+                raise DataError(f"{error}; remove it, or pass --images.skip_corrupt true") from error
+            logger.warning("left out: %s", error)
             return None
         return self.transform(image), int(target)
 
 
+def _read(source: Any, channels: int) -> Image.Image:
+    """Return an image of a path, array or PIL image, in grey or RGB. Raises DataError when it cannot be read."""
+    try:
+        image: Any = Image.open(source) if isinstance(source, (str, Path)) else source
+        if getattr(image, "mode", "").startswith("I;16"):  # which Pillow would clip to the darkest of 256 shades
+            image = (np.asarray(image) >> 8).astype(np.uint8)
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        return image.convert("L" if channels == 1 else "RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"image {source} cannot be read ({_first_line(error)})") from error
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = getattr(error, "strerror", None) or str(error)
+    return reason.splitlines()[0] if reason else type(error).__name__
+
+
+def transform(model: Description | nn.Module, preprocessing: Preprocessing | None = None) -> Callable[[Any], Tensor]:
+    """Return a function that reads an image and prepares it for a model, as validation images are.
+
+    It takes a path, a PIL image or an array [height, width] or [height, width, 3], and returns a tensor [channels,
+    height, width]. It raises DataError for what cannot be read.
+
+    Args:
+        model: what `spvit.describe(folder)` returns, or any model that spvit takes or makes.
+        preprocessing: how to normalise, resize and crop; None: as the description says, or ImageNet's.
+    """
+    size = model.input_size if isinstance(model, Description) else input_size(model)
+    assert size is not None  # descriptions that were read say it
+    own = preprocessing or getattr(model, "preprocessing", None) or Preprocessing()
+    prepare = transforms(ImageConfig(), size, own)[1]
+    return lambda source: prepare(_read(source, size[0]))
 
 
 def find_images(source: str, config: ImageConfig) -> Found:
-    """Return the images of a folder with `train/` and `val/`, a torchvision data set by name, or `digits`."""
+    """Return the images of a folder, a torchvision data set by name, or `digits`; of images without labels no classes.
+
+    A folder has `train/` and `val/`, with a folder a class in each; or images without labels, in these or anywhere in
+    it: then a tenth of them validates.
+    """
     if source == DIGITS:
         return _digits()
     return _folder(Path(source)) if Path(source).is_dir() else _torchvision(source, config)
@@ -101,20 +136,45 @@ def _digits() -> Found:
 
 
 def _folder(folder: Path) -> Found:
+    """Return the images of `train/` and `val/`, with a folder a class in each; without such folders, without labels."""
+    parts = [folder / split for split in ("train", "val")]
+    if not all(part.is_dir() for part in parts):
+        images = _images_under(folder)
+        if len(images) < 2:
+            problem = f"{folder} has no folders train/ and val/, and {len(images)} images"
+            raise DataError(f"{problem}; expected both, with a folder a class in each, or images without labels")
+        return (*_split(images, min(MOST_VALIDATED, math.ceil(VALIDATED * len(images)))), ())
+    if not any(entry.is_dir() for part in parts for entry in part.iterdir()):
+        train, validation = (_images_under(part) for part in parts)
+        if not (train and validation):
+            found = f"{len(train)} images in train/ and {len(validation)} in val/"
+            raise DataError(f"{folder} has {found}, expected some in both, or a folder of them for each class")
+        return train, validation, ()
     splits = {}
-    for split in ("train", "val"):
-        if not (folder / split).is_dir():
-            raise DataError(f"{folder} has no folder {split}/; expected train/ and val/, each with a folder a class")
+    for part in parts:
         try:
-            splits[split] = torchvision.datasets.ImageFolder(folder / split)
+            splits[part.name] = torchvision.datasets.ImageFolder(part)
         except FileNotFoundError as error:
-            problem = f"{folder / split}: {str(error).rstrip('.')}"
-            raise DataError(f"{problem}; expected a folder of images for each class") from error
+            raise DataError(
+                f"{part}: {str(error).rstrip('.')}; expected a folder of images for each class, or images alone"
+            ) from error
     for here, there in (("train", "val"), ("val", "train")):
         missing = next((name for name in splits[here].classes if name not in splits[there].classes), None)
         if missing is not None:
             raise DataError(f"class {missing!r} is in {folder / here} but not in {folder / there}; they must match")
     return splits["train"].samples, splits["val"].samples, tuple(splits["train"].classes)
+
+
+def _images_under(folder: Path) -> list[tuple[Path, int]]:
+    """Return the image files of a folder and its folders, in order of their names, without a class."""
+    suffixes = torchvision.datasets.folder.IMG_EXTENSIONS
+    return [(path, 0) for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes and path.is_file()]
+
+
+def _split(items: list[Any], held_out: int) -> tuple[list[Any], list[Any]]:
+    """Return the items to train on and those held out, by a fixed permutation: the same in every run."""
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()
+    return [items[index] for index in order[held_out:]], [items[index] for index in order[:held_out]]
 
 
 def _torchvision(name: str, config: ImageConfig) -> Found:
@@ -208,10 +268,10 @@ def mixup_of(config: ImageConfig, classes: int, smoothing: float) -> Any:
 
 def training_loader(images: Images, sampler: Iterable[int] | None = None, processes: int = 1) -> DataLoader[Any]:
     """Return the loader of the training images in whole batches: as a sampler draws them, or shuffled, each once."""
-    count: int = len(images.train)  # type: ignore[arg-type]
+    count: int = len(sampler if isinstance(sampler, list) else images.train)  # type: ignore[arg-type]
     size, each = images.config.batch_size, "" if processes == 1 else f" times {processes} processes"
     if count < size * processes:
-        raise DataError(f"there are {count} training images, fewer than images.batch_size {size}{each}")
+        raise DataError(f"there are {count} training images, fewer than images.batch_size {size}{each}; lower it")
     order: dict[str, Any] = {"shuffle": True} if sampler is None else {"sampler": sampler}
     return DataLoader(images.train, drop_last=True, collate_fn=_stacked, **order, **_loading(images.config))
 

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -23,19 +22,19 @@ from spvit.budget import Budget
 from spvit.checkpoint import DESCRIPTION, Preprocessing, describe, load
 from spvit.cost import METRICS
 from spvit.decide import decide
-from spvit.errors import BudgetError, DataError
-from spvit.hosts.host import Host, input_size, outputs_of
-from spvit.hosts.recognise import family_of
+from spvit.errors import BudgetError
+from spvit.hosts.host import Host, input_size
 from spvit.hosts.sources import can_build
 from spvit.repair.choose import check_reachable
 from spvit.repair.scores import Scores
 from spvit.replacements.costs import network_costs
 from spvit.surgery import prune
-from spvit.train.compress import calibration, decided, deployed, scored, write_model
-from spvit.train.data import UNREAD, Images, load_images, validation_loader
-from spvit.train.loop import Evaluation, Run, autocast, figures_of
+from spvit.train.compress import calibration, check_classes, decided, deployed, fitting, scored, write_model
+from spvit.train.data import Images, load_images
+from spvit.train.figures import Figures, figures_of, reference_of
+from spvit.train.loop import Run
 from spvit.train.plot import plot_frontier
-from spvit.train.points import DENSE, FILE, Agreement, Frontier, Point
+from spvit.train.points import DENSE, FILE, Frontier, Point
 from spvit.train.processes import by_the_first, processes
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import RunFolder
@@ -60,12 +59,11 @@ def frontier(
     """Return the host pruned to each of several budgets from one scoring, repaired, evaluated and measured.
 
     Nothing is trained. `spvit.load(f"{output}/50pct")` returns the model of a budget. Accuracy is that on the labelled
-    validation images; of a model without classes, or scored by its features, the agreement of its outputs with the
-    dense ones.
+    validation images; without labels, and of a model without classes, the agreement with the dense model.
 
     Args:
         host: a trained model of a supported family; it stays as it is.
-        data: as in `compress`; where there are no classes one folder a part will do (`train/any`, `val/any`).
+        data: as in `compress`.
         budgets: shares such as `"50%"`, amounts such as `"1.0G"`, or whole numbers.
         metric: what budgets are of: `macs` or `params`.
         output: folder to write, new or empty.
@@ -86,23 +84,13 @@ def frontier(
     return run_frontier(host, budgets, metric, settings, Run(data, folder, settings, PhaseProgress(console)))
 
 
-def judged_by_features(host: nn.Module, objective: str) -> bool:
-    """Return whether a model is judged by how its outputs agree: it has no classes, or its features are to count."""
-    return family_of(host).classes(host) < 2 or objective not in ("auto", "logits")
-
-
 def run_frontier(
     host: nn.Module, budgets: Sequence[str | int], metric: str, config: FrontierConfig, run: Run
 ) -> Frontier:
     """Fill a run folder with a frontier, continuing from what the folder has. The host itself is not changed."""
     dense = Host.of(copy.deepcopy(host).to(processes().device).eval())
-    classes, given = dense.family.classes(dense.model), len(run.images.classes)
-    if judged_by_features(dense.model, config.objective):
-        run = replace(run, images=replace(run.images, classes=()))
-    elif classes != given:
-        raise DataError(
-            f"the images have {given} classes, but the host tells {classes} apart; give it a head of as many"
-        )
+    run = replace(run, images=fitting(run.images, dense.model))
+    check_classes(dense.model, run.images)
     folder = run.folder.path
     known = Frontier.load(folder).points if (folder / FILE).is_file() else ()
     done = {point.budget: point for point in known if (folder / str(point.folder) / DESCRIPTION).is_file()}
@@ -114,7 +102,12 @@ def run_frontier(
     by_the_first(lambda: scored(dense, config, run))
     times, scores = {"scores": time.perf_counter() - started}, Scores.load(folder)
     scores.check(dense)
-    judge = _judge(dense.model, run, config)
+    if not run.images.classes:
+        run = replace(run, reference=reference_of(dense, run.images, config, config.objective))
+
+    def judge(model: nn.Module) -> Figures:
+        return figures_of(model, run.images, config, run.reference)
+
     figures = judge(dense.model)
     found = Frontier(type(host).__name__, metric, figures.images, (), unreached, times)
     found = replace(found, points=(_point(DENSE, None, dense.totals, figures),))
@@ -148,7 +141,7 @@ def _made(
     host: Host,
     scores: Scores,
     views: list[Tensor],
-    judge: Callable[[nn.Module], Evaluation | Agreement],
+    judge: Callable[[nn.Module], Figures],
     config: FrontierConfig,
     run: Run,
 ) -> Point:
@@ -165,36 +158,9 @@ def _made(
     return _point(text, folder.path.name, costs, figures, time.perf_counter() - started)
 
 
-def _point(
-    text: str, folder: str | None, costs: Mapping[str, int], figures: Evaluation | Agreement, seconds: float = 0.0
-) -> Point:
+def _point(text: str, folder: str | None, costs: Mapping[str, int], figures: Figures, seconds: float = 0.0) -> Point:
     quality: dict[str, Any] = {name: getattr(figures, name, None) for name in ("accuracy", "agreement")}
     return Point(text, folder, costs["macs"], costs["params"], **quality, seconds=seconds)
-
-
-def _judge(dense: nn.Module, run: Run, config: FrontierConfig) -> Callable[[nn.Module], Evaluation | Agreement]:
-    """Return what finds the figures of a model on the validation images."""
-    if run.images.classes:
-        return lambda model: figures_of(model, run.images, config)
-    wanted = _outputs(dense, run.images, config)
-    centre = wanted.mean(0)
-
-    def agreement(model: nn.Module) -> Agreement:
-        found = _outputs(model, run.images, config)
-        return Agreement(float(torch.cosine_similarity(found - centre, wanted - centre).mean()), len(wanted))
-
-    return agreement
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, images: Images, config: FrontierConfig) -> Tensor:
-    """Return a model's outputs on the validation images that can be read, on the CPU: [images, values]."""
-    device, found = processes().device, []
-    for batch, targets in validation_loader(images):
-        with autocast(device, config.precision):
-            outputs = outputs_of(model(batch[targets != UNREAD].to(device)))[0]
-        found.append(outputs.flatten(1).float().cpu())
-    return torch.cat(found)
 
 
 def _measured(found: Frontier, host: Host, config: FrontierConfig, run: Run) -> Frontier:

@@ -17,7 +17,6 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import set_seed
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from spvit.architecture import KINDS
 from spvit.checkpoint import fit_state, read_weights
@@ -25,13 +24,15 @@ from spvit.errors import DataError, RunError
 from spvit.hosts.host import logits_of
 from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import gate_parameters
-from spvit.train.data import UNREAD, Images, mixup_of, repeated_loader, training_loader, validation_loader
+from spvit.train.data import Images, mixup_of, repeated_loader, training_loader, validation_loader
+from spvit.train.figures import Answering, Figures, Reference, autocast, evaluate, figures_from
 from spvit.train.losses import agreement_loss, open_teacher, task_loss
 from spvit.train.optimizers import WEIGHTS, learning_rate_at, load_tensors, optimizer_of, tensors_of
 from spvit.train.processes import by_the_first, make_accelerator
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig
+from spvit.train.tracking import Tracking
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Run:
     folder: RunFolder
     config: LoopConfig
     progress: PhaseProgress = field(default_factory=PhaseProgress)
+    reference: Reference | None = None
+    """Whom models are to agree with, where the images have no classes."""
     teachers: dict[str, nn.Module] = field(default_factory=dict)
 
     def teacher(self, name: str, weights: bool = True) -> nn.Module:
@@ -62,53 +65,13 @@ class Phase:
     teacher: nn.Module | None = None
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Shares of images, 0 to 1, whose class is the first guess, and among five; mean cross entropy; and how many."""
-
-    accuracy: float
-    accuracy_top5: float
-    loss: float
-    images: int
-
-
-def figures_of(model: nn.Module, images: Images, config: LoopConfig) -> Evaluation:
-    """Return a model's figures on the validation images."""
-    accelerator = make_accelerator()
-    prepared, loader = accelerator.prepare(model, validation_loader(images))
-    figures = evaluate(prepared, loader, accelerator, config.precision)
-    accelerator.free_memory()
-    return figures
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator, precision: str) -> Evaluation:
-    """Return a model's figures over a loader, across all processes. The model's training flag survives."""
-    was_training = model.training
-    model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)
-    for images, targets in loader:
-        with autocast(accelerator.device, precision):
-            logits = logits_of(model(images)).float()
-        losses = nn.functional.cross_entropy(logits, targets, reduction="none", ignore_index=UNREAD)
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-        read = (targets != UNREAD).float()
-        figures = torch.stack([ranked[:, 0].float(), ranked.any(1).float(), losses, read], dim=1)
-        sums += accelerator.gather_for_metrics(figures).cpu().double().sum(0)
-    model.train(was_training)
-    first, five, loss, count = sums.tolist()
-    count = max(count, 1.0)
-    return Evaluation(first / count, five / count, loss / count, int(count))
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the context of a forward pass: `fp32` as it is, `bf16` in mixed precision."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def run_phase(phase: Phase, run: Run) -> Evaluation:
+def run_phase(phase: Phase, run: Run) -> Figures:
     """Train a phase's model in place, from the last saved state if the folder has one; return its final figures."""
-    return Loop(phase, run).run()
+    loop = Loop(phase, run)
+    try:
+        return loop.run()
+    finally:
+        loop.tracking.close()
 
 
 class Loop:
@@ -119,28 +82,38 @@ class Loop:
         self.settings = settings = phase.config
         self.folder, self.config, self.progress = run.folder, run.config, run.progress
         self.accelerator = make_accelerator()
-        self.mixup = mixup_of(run.images.config, len(run.images.classes), settings.label_smoothing)
+        self.tracking = Tracking(run.config, run.folder, phase.name)
+        self.reference = run.reference
+        self.mixup = mixup_of(run.images.config, max(1, len(run.images.classes)), settings.label_smoothing)
         self.train = _prepared_loader(run.images, self.accelerator)
         self.total = max(1, settings.epochs * len(self.train))
         optimizer, validation = optimizer_of(phase.model, settings, self.total), validation_loader(run.images)
-        self.model, self.validation, self.optimizer = self.accelerator.prepare(phase.model, validation, optimizer)
+        self.model, self.validation, self.optimizer = self.accelerator.prepare(
+            self._answering(phase.model), validation, optimizer
+        )
         self.teacher = self._teacher(run)
         self.batch = run.images.config.batch_size * self.accelerator.num_processes
         self.scale = self.batch / settings.reference_batch if settings.reference_batch else 1.0
         warmup = int(settings.warmup_epochs * len(self.train))
-        self.rates = warmup, settings.learning_rate, settings.minimum_learning_rate
+        self.rates = warmup, settings.peak_learning_rate, settings.minimum_learning_rate
         self.parts: dict[str, Any] = {"model": phase.model, "optimizer": self.optimizer}  # what a state holds
         self.average: ModelEmaV3 | None = None
         # The same weights: evaluated by all processes, and saved by the first.
-        self.judged, self.kept = self.model, phase.model
+        self.judged: nn.Module = self.model
+        self.kept = phase.model
         if settings.averaging_epochs > 0:
             # After so many epochs as the average reaches back, 1/e of it is left of where it started.
             self.average = ModelEmaV3(phase.model, decay=math.exp(-1 / (settings.averaging_epochs * len(self.train))))
-            self.judged = self.kept = self.parts["average"] = self.average.module
+            self.kept = self.parts["average"] = self.average.module
+            self.judged = self._answering(self.kept)
+
+    def _answering(self, model: nn.Module) -> nn.Module:
+        """Return a model that answers what a step compares: the parts that count, where there is a reference."""
+        return model if self.reference is None else Answering(model, self.reference)
 
     def _teacher(self, run: Run) -> nn.Module | None:
         share, named, phase = self.settings.distillation, self.settings.teacher, self.phase.name
-        if share == 0:
+        if share == 0 or run.reference is not None:
             return None
         teacher = self.phase.teacher if named is None else run.teacher(named)
         if teacher is None:
@@ -148,7 +121,7 @@ class Loop:
             raise DataError(f"{phase}.distillation is {share}, but there is no teacher; {advice}")
         return teacher.to(self.accelerator.device).eval()
 
-    def run(self) -> Evaluation:
+    def run(self) -> Figures:
         """Train from the last saved state to the end and return the final figures."""
         (done, figures), epochs, steps = self._resume(), self.settings.epochs, len(self.train)
         if done == 0 and self.settings.keep_best:
@@ -159,24 +132,25 @@ class Loop:
                 figures = self._evaluate(epoch + 1)
                 self._record("evaluation", epoch, vars(figures))
                 self._save(epoch + 1, figures)
-                self.progress.epoch(epoch + 1, epochs, figures.accuracy)
+                self.progress.epoch(epoch + 1, epochs, figures.words, vars(figures))
         figures = self._evaluate() if figures is None else figures
         if self.kept is not self.phase.model:
             self.phase.model.load_state_dict(self.kept.state_dict())
-        epoch, accuracy, best = self.folder.best(self.phase.name)
-        if self.settings.keep_best and accuracy > figures.accuracy:
+        epoch, quality, best = self.folder.best(self.phase.name)
+        if self.settings.keep_best and quality > figures.quality:
             fit_state(self.phase.model, read_weights(best), "of the best weights")
-            figures = evaluate(self.phase.model, self.validation, self.accelerator, self.config.precision)
+            self.judged = self._answering(self.phase.model)
+            figures = self._evaluate()
             which = f"epoch {epoch}" if epoch > 0 else "what it started from"
             self.progress.note(f"{self.phase.name}: {which} was the best on the validation images and is kept")
         self.accelerator.free_memory()
         return figures
 
-    def _evaluate(self, epoch: int | None = None) -> Evaluation:
+    def _evaluate(self, epoch: int | None = None) -> Figures:
         """Return the figures now; of an epoch its weights are kept, if they are the best and that is asked for."""
-        figures = evaluate(self.judged, self.validation, self.accelerator, self.config.precision)
+        figures = evaluate(self.judged, self.validation, self.accelerator, self.config.precision, self.reference)
         if self.settings.keep_best and epoch is not None:
-            by_the_first(partial(self.folder.offer_best, self.phase.name, epoch, figures.accuracy, self.kept))
+            by_the_first(partial(self.folder.offer_best, self.phase.name, epoch, figures.quality, self.kept))
         return figures
 
     def _epoch(self, epoch: int) -> None:
@@ -209,15 +183,7 @@ class Loop:
         labels = targets
         if self.mixup is not None and len(images) % 2 == 0:
             images, labels = self.mixup(images, targets)
-        with autocast(self.accelerator.device, self.config.precision):
-            logits = logits_of(self.model(images)).float()
-        loss = task_loss(logits, labels, self.settings.label_smoothing)
-        if self.teacher is not None:
-            with torch.no_grad(), autocast(self.accelerator.device, self.config.precision):
-                guidance = logits_of(self.teacher(images)).float()
-            agreement = agreement_loss(logits, guidance, self.settings)
-            loss = (1 - self.settings.distillation) * loss + self.settings.distillation * agreement
-        values = {"task_loss": loss.detach()}
+        loss, values = self._loss(images, labels)
         if self.phase.budget is not None:
             budget_loss = self._budget_share(step) * self.phase.budget()
             values["budget_loss"] = budget_loss.detach()
@@ -236,6 +202,23 @@ class Loop:
         if self.average is not None:
             self.average.update(self.phase.model)
         return figures
+
+    def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a batch without the budget's, and what to record of it."""
+        with autocast(self.accelerator.device, self.config.precision):
+            outputs = self.model(images)
+            wanted = None if self.reference is None else self.reference.parts(images)
+        if self.reference is not None and wanted is not None:
+            loss = self.reference.loss(outputs, wanted, self.settings)
+            return loss, {"agreement_loss": loss.detach()}
+        logits = logits_of(outputs).float()
+        loss = task = task_loss(logits, labels, self.settings.label_smoothing)
+        if self.teacher is not None:
+            with torch.no_grad(), autocast(self.accelerator.device, self.config.precision):
+                guidance = logits_of(self.teacher(images)).float()
+            agreement = agreement_loss(logits, guidance, self.settings)
+            loss = (1 - self.settings.distillation) * loss + self.settings.distillation * agreement
+        return loss, {"task_loss": task.detach()}
 
     def _budget_share(self, step: int) -> float:
         """Return the share of its weight that the budget loss has in a step."""
@@ -257,9 +240,11 @@ class Loop:
         standing = self._standing()
         self.progress.stand(standing)
         if self.accelerator.is_main_process:
-            self.folder.record({"phase": self.phase.name, "event": event, "epoch": epoch + 1, **values, **standing})
+            figures = {**values, **standing}
+            self.folder.record({"phase": self.phase.name, "event": event, "epoch": epoch + 1, **figures})
+            self.tracking.log(event, values.get("step", (epoch + 1) * len(self.train)), figures)
 
-    def _save(self, epoch: int, figures: Evaluation) -> None:
+    def _save(self, epoch: int, figures: Figures) -> None:
         def save() -> None:
             found = {name: tensors_of(part) for name, part in self.parts.items()}
             tensors = {f"{name}.{key}": value for name, own in found.items() for key, value in own.items()}
@@ -267,7 +252,7 @@ class Loop:
 
         by_the_first(save)
 
-    def _resume(self) -> tuple[int, Evaluation | None]:
+    def _resume(self) -> tuple[int, Figures | None]:
         """Load the last saved state, if any; return the epochs done and the figures then."""
         done, tensors, figures = self.folder.read_state(self.phase.name)
         if self.accelerator.is_main_process:
@@ -276,7 +261,7 @@ class Loop:
             prefix = f"{name}."
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             load_tensors(part, own, f"of epoch {done} of {self.phase.name}")
-        return done, Evaluation(**figures) if figures else None
+        return done, figures_from(figures) if figures else None
 
     def _stop_diverged(self, loss: float, step: int) -> None:
         name, (weights, _, *gates) = self.phase.name, self.optimizer.param_groups

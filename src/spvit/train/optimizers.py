@@ -29,7 +29,7 @@ def optimizer_of(model: nn.Module, settings: PhaseConfig, steps: int) -> AdamW:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
         rate = min(PUBLISHED_GATE_TRAVEL / steps, LARGEST_GATE_LEARNING_RATE) if rate is None else rate
         groups.append({"params": gates, "lr": rate, "weight_decay": 0.0})
-    return AdamW(groups, lr=settings.learning_rate)
+    return AdamW(groups, lr=settings.peak_learning_rate)
 
 
 def learning_rate_at(step: int, total: int, warmup: int, peak: float, minimum: float) -> float:

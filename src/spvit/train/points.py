@@ -60,14 +60,6 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """How alike the outputs of a model are to the dense ones, as `Point.agreement`, and on how many images."""
-
-    agreement: float
-    images: int
-
-
-@dataclass(frozen=True)
 class Frontier:
     """The dense model and one for each budget, largest first; and which budgets cannot be reached, and why."""
 

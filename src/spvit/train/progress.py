@@ -2,21 +2,27 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from spvit.hosts.walk import Report
+
 SECONDS_BETWEEN_LINES = 5.0
 
 
 class PhaseProgress:
-    """Shows one phase after another on a console, or nothing on None; a terminal gets a live bar too."""
+    """Shows one phase after another on a console, or nothing on None; a terminal gets a live bar too.
 
-    def __init__(self, console: Console | None = None) -> None:
+    A function to report to gets every step with its losses, and every epoch with the figures of its evaluation.
+    """
+
+    def __init__(self, console: Console | None = None, report: Report | None = None) -> None:
         self.console = console
+        self.report = report
         self._name = self._standing = ""
         self._reported = -math.inf
 
@@ -37,6 +43,16 @@ class PhaseProgress:
         shown = [f"{name.replace('_', ' ')} {losses[name]:.3g}" for name in ("loss", "budget_loss") if name in losses]
         rate = f"{speed:.1f} steps/s" if speed and losses else ""
         self._bar.update(self._task, advance=1, text="  ".join([*shown, self._standing]), rate=rate)
+        self._report(losses)
+
+    def count(self, *_: object) -> None:
+        """Count one step of work that reports its own."""
+        self.step()
+
+    def _report(self, figures: Mapping[str, float]) -> None:
+        task = self._bar.tasks[0]
+        if self.report is not None:
+            self.report(self._name, int(task.completed), int(task.total or 0), dict(figures))
 
     def stand(self, standing: dict[str, Any]) -> None:
         """Say how a search stands now: the expected cost against the target, and the layers at each kind."""
@@ -44,12 +60,13 @@ class PhaseProgress:
             kinds = " ".join(f"{kind} {count}" for kind, count in standing["kinds"].items())
             self._standing = f"cost {standing['cost']:.1%} (target {standing['target']:.1%})  {kinds}"
 
-    def epoch(self, epoch: int, epochs: int, accuracy: float) -> None:
-        """Report the end of an epoch, at most every few seconds, and of the last one always."""
+    def epoch(self, epoch: int, epochs: int, quality: str, figures: Mapping[str, float]) -> None:
+        """Report the end of an epoch; print a line of it at most every few seconds, and of the last one always."""
+        self._report(figures)
         now = time.monotonic()
         if epoch == epochs or now - self._reported >= SECONDS_BETWEEN_LINES:
             self._reported = now
-            self.note(f"{self._name} epoch {epoch}/{epochs}: accuracy {accuracy:.2%}  {self._standing}".rstrip())
+            self.note(f"{self._name} epoch {epoch}/{epochs}: {quality}  {self._standing}".rstrip())
 
     def note(self, text: str) -> None:
         """Print one line."""

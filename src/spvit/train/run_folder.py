@@ -2,13 +2,16 @@
 
     config.yaml                         the settings, under a line that names their command
     metrics.jsonl                       figures every few steps and after every epoch
+    tracking.json                       which runs of trackers get the same figures
     scores.json, scores.safetensors     what scoring measured
     architecture.json                   what the run decided to keep
     state/PHASE/epoch-NNNN.safetensors  what a continued run starts from
     state/PHASE/best.safetensors        the best weights of a phase, where it keeps them
     dense/                              the dense model, where the run trained it
     model.json, model.safetensors       the result
-    summary.json                        accuracy of the dense model, after pruning, and at the end
+    summary.json                        accuracy and costs of the dense model, after pruning, and at the end
+    latency.json                        latency of the dense and the pruned model, measured side by side
+    report.html                         a page about all of this
 
 Every file is data: JSON, YAML or safetensors. Files are replaced as a whole, so a kill leaves the old or the new one.
 """
@@ -21,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -48,10 +52,14 @@ class RunFolder:
         self.path = Path(path)
         self.settings = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
+        self.tracking = self.path / "tracking.json"
         self.architecture = self.path / "architecture.json"
         self.scores = self.path / "scores.json"
         self.dense = self.path / "dense"
         self.summary = self.path / "summary.json"
+        self.latency = self.path / "latency.json"
+        self.frontier = self.path / "frontier.json"
+        self.report = self.path / "report.html"
 
     @classmethod
     def open(cls, path: str | Path, resume: bool = False) -> "RunFolder":
@@ -87,6 +95,8 @@ class RunFolder:
                     path.unlink(missing_ok=True)
                 if made:
                     shutil.rmtree(self.path, ignore_errors=True)
+            elif isinstance(error, RunError) and self.path.is_dir():
+                self.record({"event": "failure", "message": str(error)})
             raise
 
     def write_settings(self, command: str, text: str) -> None:
@@ -102,6 +112,31 @@ class RunFolder:
         if first != f"# spvit {command}":
             raise RunFolderError(f"output {self.path} holds a run of {first[2:]!r}, not of 'spvit {command}'")
         return self.settings
+
+    def command_and_settings(self) -> tuple[str, dict[str, Any]]:
+        """Return the command that the run is of, and its settings; "" and none of a folder that no run has written.
+
+        Raises RunFolderError when config.yaml is damaged.
+        """
+        if not self.settings.is_file():
+            return "", {}
+        text = self.settings.read_text(encoding="utf-8", errors="replace")
+        try:
+            settings = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RunFolderError(f"{self.settings} is damaged: {' '.join(str(error).split())}") from error
+        command = text.partition("\n")[0].removeprefix("# spvit ")
+        return (command, settings) if isinstance(settings, dict) else ("", {})
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Return summary.json: figures by what they are of. Empty where there is none; RunFolderError if damaged."""
+        if not self.summary.is_file():
+            return {}
+        try:
+            found = json.loads(self.summary.read_text(encoding="utf-8"))
+            return {stage: {name: float(value) for name, value in own.items()} for stage, own in found.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise RunFolderError(f"{self.summary} is damaged ({error}); run its command again") from error
 
     def check_continued(self, before: Any, options: Any) -> None:
         """Raise RunFolderError when options differ from those of the run before where they must not."""
@@ -128,6 +163,23 @@ class RunFolder:
         """Append a line of figures to metrics.jsonl."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+
+    def steps_before(self, phase: str) -> int:
+        """Return the steps that the other phases have recorded, all of which come before."""
+        if not self.metrics.exists():
+            return 0
+        last: dict[str, int] = {}
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            values = json.loads(line)
+            name = values.get("phase", phase)
+            last[name] = max(last.get(name, 0), values.get("step", 0))
+        return sum(steps for name, steps in last.items() if name != phase)
+
+    def recorded(self, phase: str, event: str) -> dict[str, Any] | None:
+        """Return a phase's last line of figures of an event; None without any."""
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
+        found = [json.loads(line) for line in lines if f'"{event}"' in line and line.endswith("}")]
+        return next((line for line in found[::-1] if (line["phase"], line["event"]) == (phase, event)), None)
 
     def rewind(self, phase: str, epoch: int) -> None:
         """Drop a phase's lines of later epochs, which a kill cut short; they are run again."""

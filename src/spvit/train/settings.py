@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 
 from spvit.benchmark import BATCHES
 from spvit.errors import DataError
@@ -9,8 +10,10 @@ from spvit.repair.constraints import Constraints
 from spvit.repair.objective import OBJECTIVES
 from spvit.search.budget_loss import BUDGET_WEIGHT
 
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 CALIBRATION_IMAGES = 1024
 REPAIR_VIEWS = 4
+LEARNING_RATE = 5e-4
 
 # The least and the greatest value of settings.
 _RANGES = (
@@ -97,9 +100,22 @@ class LoopConfig:
     """`fp32`, or `bf16` for mixed precision."""
     log_every: int = 20
     """Steps between two lines of metrics.jsonl."""
+    track: str | tuple[str, ...] | None = None
+    """Trackers that get the same figures: tensorboard, wandb, mlflow; several with spaces or commas."""
 
     def __post_init__(self) -> None:
         _check(self)
+        for tracker in self.trackers:
+            if tracker not in TRACKERS:
+                raise DataError(f"track is {tracker!r}, expected {', '.join(TRACKERS)}, or several of them")
+            if find_spec(tracker) is None:
+                raise DataError(f"track {tracker} needs a package; install it with: pip install {tracker}")
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names of the trackers, each once."""
+        listed = self.track.replace(",", " ").split() if isinstance(self.track, str) else self.track or ()
+        return tuple(dict.fromkeys(listed))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +124,8 @@ class PhaseConfig:
 
     epochs: int = 10
     """Passes over the training images; 0 leaves the phase out."""
-    learning_rate: float = 5e-4
-    """Peak learning rate of the weights (AdamW)."""
+    learning_rate: float | None = None
+    """Peak learning rate of the weights (AdamW). When absent 5e-4; without labels, what short trials find best."""
     minimum_learning_rate: float = 1e-5
     """Learning rate at the end of the cosine schedule; equal to the peak for a constant rate."""
     warmup_epochs: float = 0.5
@@ -141,6 +157,11 @@ class PhaseConfig:
         if self.teacher is not None and self.distillation == 0:
             why = f"the teacher is {self.teacher}, but distillation is 0"
             raise DataError(f"{why}; give its share of the loss, such as 0.5")
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate, where none was found either."""
+        return LEARNING_RATE if self.learning_rate is None else self.learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,275 @@
+"""The page about a run: one HTML file that loads nothing, readable on a phone, in light and dark."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from spvit.budget import human
+from spvit.checkpoint import write_text
+from spvit.errors import ReportError
+from spvit.hosts.host import Host
+from spvit.hosts.sources import can_build
+from spvit.models import names_code
+from spvit.report.comparison import Compared, compared
+from spvit.report.figures import block_name, pictures
+from spvit.report.picture import COLOURS, Picture, framed, write_png
+from spvit.report.reading import Reading, attempted, quality, read, said
+
+MARK = '<meta name="generator" content="spvit">'
+"""What tells a page of spvit from other files, which stay."""
+MOST_IMAGES = 1000
+BLOCKS = ("block", "attention", "FFN units", "MACs")
+METRICS = {"macs": "MACs", "params": "parameters"}
+SECTIONS = {
+    "frontier": ("Every budget", "What is left of the network at each budget, and how good and how fast that is."),
+    "network": ("The network, block by block", ""),
+    "scores": ("What each choice cost", ""),
+    "gates": ("The search", "Gates on the replacements learn with the weights; the decision follows them."),
+    "curves": ("Training", ""),
+    "images": ("Dense against pruned", ""),
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """One number of the headline, with what it was before."""
+
+    name: str
+    now: str
+    notes: tuple[str, ...] = ()
+    share: float | None = None
+    """Of the dense network's; None: no bar."""
+
+
+def write_report(
+    run: str | Path,
+    output: str | Path | None,
+    host: nn.Module | Host | None,
+    images: int | Tensor,
+    svg: bool,
+    png: bool,
+) -> Path:
+    """Write the page about a run, as `spvit.report` says."""
+    needed = ["jinja2", *(["matplotlib"] if png else [])]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ReportError(f"a report needs {' and '.join(missing)}; install with: pip install 'spvit[report]'")
+    if not isinstance(images, Tensor) and not 0 <= images <= MOST_IMAGES:
+        raise ReportError(f"images is {images}, expected 0 to {MOST_IMAGES:,}: they are kept in memory")
+    reading = read(run, host)
+    path = Path(output) if output is not None else reading.folder.report
+    if path.is_dir() or (path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:500]):
+        raise ReportError(f"{path} is no page of spvit's, so it stays as it is; name another file (--output)")
+    parts, found = pictures(reading), None
+    if (isinstance(images, Tensor) or images > 0) and not reading.frontier:
+        name = "dense against pruned"
+        found = attempted(reading.problems, name, lambda: compared(reading, host, images), None)
+    parts["images"] = [] if found is None else list(found.pictures)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    templates = _templates()
+    write_text(path, templates.get_template("page.html").render(**_content(reading, parts, found)))
+    for picture in (picture for own in parts.values() for picture in own):
+        whole, beside = framed(picture), path.with_name(f"{path.stem}-{picture.name}")
+        if svg:
+            write_text(beside.with_suffix(".svg"), templates.get_template("picture.svg").module.alone(whole, COLOURS))
+        if png:
+            write_png(whole, beside.with_suffix(".png"))
+    return path
+
+
+def _templates() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def _content(reading: Reading, parts: dict[str, list[Picture]], found: Compared | None) -> dict[str, Any]:
+    """Return all that the template fills in."""
+
+    def tried(make: Callable[[Reading], Any], empty: Any = ()) -> Any:
+        return attempted(reading.problems, "figures", lambda: make(reading), empty)
+
+    titles = SECTIONS | ({"images": (SECTIONS["images"][0], found.says)} if found is not None else {})
+    return {
+        "name": reading.folder.path.resolve().name,
+        "mark": MARK,
+        "colours": COLOURS,
+        "about": " · ".join(_about(reading)),
+        "sentence": tried(_sentence, "What can be read of this run."),
+        "state": tried(_state, ""),
+        "cards": [*tried(_quality), *tried(_costs), *tried(_latencies)],
+        "sections": [(*titles[name], parts[name]) for name in titles if parts.get(name)],
+        "tables": {
+            titles["network"][0]: (BLOCKS, tried(_blocks)),
+            titles["frontier"][0]: tried(_budgets, ((), ())),
+        },
+        "commands": tried(_commands),
+        "settings": reading.settings_text,
+        "missing": [*_missing(reading, parts)],
+        "written": f"Written by spvit {sys.modules['spvit'].__version__} on {time.strftime('%d %B %Y, %H:%M')}",
+    }
+
+
+def _about(reading: Reading) -> Iterator[str]:
+    """Yield what the run is, in a few words each."""
+    yield f"spvit {reading.command}" if reading.command else "A model that spvit saved"
+    host = {} if reading.description is None else reading.description.host
+    model = reading.settings.get("model") or host.get("name") or host.get("class")
+    yield from [str(model)] if model else []
+    yield from [f"data: {reading.settings['data']}"] if reading.settings.get("data") else []
+
+
+def _state(reading: Reading) -> str:
+    """Return how far an unfinished run is; empty for one that has written its result."""
+    steps = [line for line in reading.lines if "phase" in line]
+    at = f" It had come to epoch {steps[-1]['epoch']} of {steps[-1]['phase']}." if steps else ""
+    if reading.failure is not None:
+        return f"The run failed: {reading.failure}.{at}"
+    if reading.finished:
+        return ""
+    ago = "less than a minute" if reading.age_s < 60 else f"{reading.age_s / 60:.0f} min"
+    says = f"The run is under way, or was stopped: it last wrote {ago} before this page.{at}"
+    undecided = " Nothing is decided yet: the network below is the dense one."
+    return says if reading.folder.architecture.is_file() else says + undecided
+
+
+def _sentence(reading: Reading) -> str:
+    """Return what came out, in plain words."""
+    if points := reading.frontier.get("points"):
+        (dense, *_, last), metric = points, METRICS.get(reading.frontier.get("metric", ""), "cost")
+        name, _ = quality(dense)
+        return (
+            f"One scoring and {len(points) - 1} budgets: at {last['budget']} of the {metric} the {name} is "
+            f"{said(last)}, of the dense network {said(dense)}, on "
+            f"{reading.frontier.get('images', 0):,} validation images."
+        )
+    costs, summary = reading.both("macs"), reading.summary
+    if costs is None or not reading.finished:
+        return "What is known of this model." if reading.finished else "What is known of this run so far."
+    if reading.architecture is not None and costs[0] == costs[1]:
+        return f"A dense network of {human(costs[0])} MACs an image."
+    says = f"The pruned network takes {costs[1] / costs[0]:.0%} of the dense one's MACs"
+    if "pruned" not in summary or "dense" not in summary:
+        params = reading.both("params")
+        return says + (f" and {params[1] / params[0]:.0%} of its parameters." if params is not None else ".")
+    (name, now), (_, before), count = quality(summary["pruned"]), quality(summary["dense"]), summary["pruned"]["images"]
+    if name == "agreement":
+        return f"{says}; its agreement with the dense one is {now:.4f}, on {count:,} held-out images without labels."
+    right = f"and is right on {now:.1%} of {count:,} validation images, the dense one on {before:.1%}"
+    change, chance = 100 * (now - before), 100 * _chance(before, now, count)
+    if abs(change) <= chance:
+        return f"{says} {right}: with so few images a difference below {chance:.1f} points can be chance."
+    return f"{says} {right}: {abs(change):.1f} points {'more' if change > 0 else 'less'}."
+
+
+def _chance(before: float, now: float, count: int) -> float:
+    """Return which difference of two accuracies on so many images can be chance (95 %, as if not the same images)."""
+    return 1.96 * math.sqrt((before * (1 - before) + now * (1 - now)) / count)
+
+
+def _quality(reading: Reading) -> list[Card]:
+    """Return the accuracy or agreement, or what else a saved model says of itself."""
+    summary = reading.summary
+    if "pruned" in summary and "dense" in summary:
+        pruned = summary["pruned"]
+        before = {"dense": "dense", "after_pruning": "right after pruning"}
+        notes = [f"{words} {said(summary[key])}" for key, words in before.items() if key in summary]
+        return [Card(quality(pruned)[0], said(pruned), (*notes, f"{pruned['images']:,} validation images"))]
+    metrics = reading.description.metrics if reading.description is not None else {}
+    own = {name: f"{value:.2%}" if name.startswith("accuracy") else f"{value:.4g}" for name, value in metrics.items()}
+    return [Card(name.replace("_", " "), value) for name, value in own.items()]
+
+
+def _costs(reading: Reading) -> list[Card]:
+    cards = []
+    for metric, name in METRICS.items():
+        costs = reading.both(metric)
+        name = f"{name} an image" if metric == "macs" else name
+        if costs is not None and costs[0] == costs[1]:
+            cards.append(Card(name, human(costs[0])))
+        elif costs is not None:
+            share = costs[1] / costs[0]
+            cards.append(Card(name, human(costs[1]), (f"{share:.1%} of {human(costs[0])}",), share))
+    return cards
+
+
+def _latencies(reading: Reading) -> list[Card]:
+    """Return the latency at each batch size, with what it was measured on."""
+    cards = []
+    for before, now in zip(reading.latency.get("dense", []), reading.latency.get("pruned", [])):
+        times, noise = now["speed_up"], "; noise" if now["within_noise"] else ""
+        dense, (low, high) = f"dense {before['latency_ms']:.2f} ms", now["speed_up_range"]
+        of = f"{times:.2f}x as fast ({low:.2f} to {high:.2f}{noise})"
+        threads = f"{now['threads']} thread{'s'[: now['threads'] != 1]}"
+        where = f"spread {now['spread_ms']:.2f}; {now['device']}, {now['dtype']}, {threads}, {now['repeats']} rounds"
+        cards.append(
+            Card(f"latency, batch {now['batch']}", f"{now['latency_ms']:.2f} ms", (dense, of, where), 1 / times)
+        )
+    return cards
+
+
+def _blocks(reading: Reading) -> list[tuple[str, ...]]:
+    """Return the rows of the table of blocks."""
+    if reading.architecture is None:
+        return []
+    costs, rules = reading.costs["macs"].blocks if reading.costs else (), reading.architecture.rules
+    rows: list[tuple[str, ...]] = []
+    for index, block in enumerate(reading.architecture.blocks):
+        cost = costs[index] if costs else None
+        macs = "" if cost is None else f"{human(cost.of(block, rules))} of {human(cost.dense)}"
+        units = f"{len(block.ffn.units):,} of {block.ffn.width:,}"
+        rows.append((str(index), block_name(block, cost), units, macs))
+    return rows
+
+
+def _budgets(reading: Reading) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the head and the rows of the table of a frontier."""
+    points, rows = reading.frontier.get("points", []), []  # type: list[dict[str, Any]], list[tuple[str, ...]]
+    times = [f"ms, batch {one['batch']}" for one in (points or [{}])[0].get("latency", ())]
+    for point in points:
+        counts = [f"{human(point[metric])} ({point[metric] / points[0][metric]:.0%})" for metric in ("macs", "params")]
+        measured = [f"{one['latency_ms']:.2f}" for one in point.get("latency", ())]
+        rows.append((point["budget"], said(point), *counts, *measured))
+    return ("budget", quality(points[0])[0] if points else "", "MACs", "parameters", *times), rows
+
+
+def _commands(reading: Reading) -> list[str]:
+    """Return the commands that make the run again, or go on from it."""
+    folder, whole = (shlex.quote(str(path)) for path in (reading.folder.path, reading.config.parent))
+    found, model, data = [], str(reading.settings.get("model")), reading.settings.get("data")
+    typed = f" --model {shlex.quote(model)}" if names_code(model) else ""  # code is never taken from a file
+    if reading.command:
+        found.append(f"spvit {reading.command} --recipe {whole}/config.yaml --output {whole}-again{typed}")
+        if not reading.finished:
+            found.append(f"spvit {reading.command} --output {folder} --resume{typed}")
+    if reading.description is not None and can_build(reading.description.host):
+        labelled = data and "accuracy" in reading.description.metrics
+        found += [f"spvit evaluate --model {folder} --data {shlex.quote(str(data))}"] if labelled else []
+        found += [f"spvit profile {folder} --latency", f"spvit export {folder} --to onnx"]
+    return [*found, f"spvit report {folder}{typed}"]
+
+
+def _missing(reading: Reading, parts: dict[str, list[Picture]]) -> Iterator[tuple[str, str]]:
+    """Yield what a reader may look for and not find, and why."""
+    yield from reading.problems.items()
+    if reading.frontier:
+        example = f"{reading.folder.path}/{reading.frontier['points'][-1]['folder']}"
+        yield "dense against pruned", f"each budget's folder has a page of its own: spvit report {example}"
+        return
+    if not reading.lines and "curves" not in reading.problems:
+        yield "curves", "the run has trained nothing, or left no metrics.jsonl"
+    if not parts["network"]:
+        yield "the network", "nothing is decided yet"
+    if not reading.latency and "latency" not in reading.problems:
+        yield "latency", "the folder holds none; spvit compress measures it at its end"
