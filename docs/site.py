@@ -1,4 +1,4 @@
-"""What mkdocs does to the pages besides rendering them: it adds the reference, and leaves out links to other folders."""
+"""What mkdocs does to the pages besides rendering: it adds the reference, and leaves out links to other folders."""
 
 import inspect
 import posixpath
