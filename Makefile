@@ -8,7 +8,7 @@ OLDEST := .venv-oldest
 SMOKE := tests/test_hub.py tests/test_models.py tests/test_surgery.py tests/hosts/test_recognise.py \
 	tests/hosts/test_timm_swin.py tests/repair/test_scores.py tests/train/test_tracking.py tests/train/test_teacher.py
 
-.PHONY: demo test test-oldest lint browser census clean
+.PHONY: demo test test-oldest lint docs package browser census clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/spvit demo --output $(OUTPUT)
@@ -24,6 +24,14 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages as a site, in build/site; a broken link fails.
+docs: $(VENV)/dev.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
+
+# Wheel and sdist, in build/dist; the wheel runs in an environment of its own.
+package: $(VENV)/dev.stamp
+	.ci/package $(BIN)/python build/dist
 
 # A headless browser for the tests of report pages, which are skipped without one. Needs root on Debian or Ubuntu;
 # elsewhere install Chromium or Chrome by hand.

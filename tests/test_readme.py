@@ -17,7 +17,11 @@ import spvit
 from spvit.cli.main import parse
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "benchmarks").rglob("*.md")),
+]
 SMALL = {"img_size": 64, "embed_dim": 48, "depth": 3, "num_heads": 3, "mlp_ratio": 8, "num_classes": 10}
 
 

@@ -58,6 +58,28 @@ def kill_at(phase: Phase, step: int) -> None:
     phase.budget = Fatal()
 
 
+def test_a_phase_ends_when_its_minutes_are_over_and_is_not_gone_on_with(tmp_path: Path) -> None:
+    model, config = micro_host(), short(5, minutes=1e-9)
+    figures = run_phase(Phase("finetune", model, config), run_in(tmp_path, digits()))
+    steps, evaluations = (
+        [line for line in lines(tmp_path) if line["event"] == event] for event in ("step", "evaluation")
+    )
+    assert (len(steps), len(evaluations)) == (0, 1)  # one step, which is not one to record
+    assert evaluations[0]["epoch"] == 1
+    again = micro_host()
+    assert run_phase(Phase("finetune", again, config), run_in(tmp_path, digits())) == figures
+    assert states_equal(again, model)
+
+
+def test_minutes_of_fine_tuning_leave_room_for_as_many_epochs_as_fit() -> None:
+    tuned = CompressConfig(train_minutes=5).finetuning
+    assert (tuned.minutes, tuned.epochs) == (5, 10_000)
+    tuned = CompressConfig(train_minutes=5, train_epochs=3).finetuning
+    assert (tuned.minutes, tuned.epochs) == (5, 3)
+    with pytest.raises(DataError, match="train_minutes is 0, expected above 0"):
+        CompressConfig(train_minutes=0)
+
+
 @pytest.mark.parametrize(("kind", "repeats"), [("dense", 0), ("search", 0), ("dense", 3)])
 def test_continued_run_equals_uninterrupted_run_exactly(tmp_path: Path, kind: str, repeats: int) -> None:
     images = digits(mixup=0.2, random_erasing=0.2, color_jitter=0.2, repeated_augmentation=repeats)

@@ -22,7 +22,7 @@ _HEADINGS = {
     "budget, one of the two": ("macs", "params"),
     "budgets": ("budgets", "metric"),
     "what may change": ("keep", "only", "forbid"),
-    "what to do": ("architecture", "scores", "train-epochs", "no-train"),
+    "what to do": ("architecture", "scores", "train-epochs", "train-minutes", "no-train"),
     "phases": ("dense.epochs", "search.epochs", "finetune.epochs"),
     "run": ("recipe", "output", "seed", "resume", "dry-run", "help", "help-all"),
 }

@@ -86,6 +86,7 @@ class Loop:
     def __init__(self, phase: Phase, run: Run, asked: Callable[[], int] = lambda: 0) -> None:
         self.phase, self.asked = phase, asked
         self.saved_at = time.monotonic()
+        self.ends_at = self.saved_at + 60 * (phase.config.minutes or math.inf)
         self.place = 0, 0  # epochs done, and steps of the next
         self.settings = settings = phase.config
         self.folder, self.config, self.progress = run.folder, run.config, run.progress
@@ -144,10 +145,13 @@ class Loop:
                 self._epoch(epoch, start if epoch == done else 0)
                 figures = self._evaluate(epoch + 1)
                 self._record("evaluation", epoch, vars(figures))
-                self.place = epoch + 1, 0
+                over = self._over()
+                self.place = epochs if over else epoch + 1, 0
                 if is_finite(figures):
                     self._save(figures)
-                self.progress.epoch(epoch + 1, epochs, figures.words, vars(figures))
+                self.progress.epoch(epoch + 1, epoch + 1 if over else epochs, figures.words, vars(figures))
+                if over:
+                    break
         figures = self._evaluate() if figures is None else figures
         if self.kept is not self.phase.model:
             self.phase.model.load_state_dict(self.kept.state_dict())
@@ -188,6 +192,12 @@ class Loop:
                 self._record("step", epoch, {"step": step + 1, **values, **more})
             self.place = epoch, index + 1
             self._stop_or_save()
+            if self._over():
+                break
+
+    def _over(self) -> bool:
+        """Return whether the minutes of the phase are over, to any process."""
+        return self.ends_at < math.inf and summed(time.monotonic() > self.ends_at)[0] > 0
 
     def _stop_or_save(self) -> None:
         """Save the state if it is time, and if a signal asked to stop raise RunStoppedError."""

@@ -15,6 +15,7 @@ TRACKERS = ("tensorboard", "wandb", "mlflow")
 CALIBRATION_IMAGES = 1024
 REPAIR_VIEWS = 4
 LEARNING_RATE = 5e-4
+MOST_EPOCHS = 10_000  # where minutes are what ends training
 
 
 def within(default: Any, low: float, high: float = math.inf, *, above: bool = False) -> Any:
@@ -133,6 +134,8 @@ class PhaseConfig:
 
     epochs: int = within(10, 0)
     """Passes over the training images; 0 leaves the phase out."""
+    minutes: float | None = within(None, 0, above=True)
+    """Most minutes of the phase, counted anew by a continued run: then the epoch under way ends, and is the last."""
     learning_rate: float | None = within(None, 0)
     """Peak learning rate of the weights (AdamW). When absent 5e-4; without labels, what short trials find best."""
     minimum_learning_rate: float = within(1e-5, 0)
@@ -247,6 +250,9 @@ class CompressConfig(ScoresConfig):
     """Training of the pruned model."""
     train_epochs: int | None = within(None, 0)
     """Epochs of fine-tuning, in place of those of `finetune`; 0 trains nothing, and so allows no search."""
+    train_minutes: float | None = within(None, 0, above=True)
+    """Most minutes of fine-tuning, in place of those of `finetune`; as many epochs as they have room for, unless
+    train_epochs says how many."""
     repair: bool = True
     """Whether what pruning broke is repaired in closed form, from calibration images."""
     initialise: str = "host"
@@ -269,5 +275,7 @@ class CompressConfig(ScoresConfig):
 
     @property
     def finetuning(self) -> PhaseConfig:
-        """The settings of `finetune`, with the epochs of `train_epochs` if given."""
-        return self.finetune if self.train_epochs is None else replace(self.finetune, epochs=self.train_epochs)
+        """The settings of `finetune`, with the epochs of `train_epochs` and the minutes of `train_minutes` if given."""
+        epochs = MOST_EPOCHS if self.train_epochs is None and self.train_minutes is not None else self.train_epochs
+        given: dict[str, Any] = {"epochs": epochs, "minutes": self.train_minutes}
+        return replace(self.finetune, **{name: value for name, value in given.items() if value is not None})
