@@ -119,8 +119,8 @@ class RunFolder:
                 raise
             finally:
                 lock.close()
-                with suppress(OSError):  # some are not empty
-                    for folder in made:
+                for folder in made:
+                    with suppress(OSError):  # it is not empty, or gone
                         folder.rmdir()
 
     def write_settings(self, command: str, text: str) -> None:
