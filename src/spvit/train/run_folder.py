@@ -91,9 +91,12 @@ class RunFolder:
         When the run is refused before there is more than settings and scores, they go too; a folder that was there,
         empty, stays. Raises RunFolderError when another run is at work here.
         """
-        from spvit.train.processes import by_the_first  # brings Accelerate, which who only reads a folder needs not
+        from spvit.train.processes import (
+            by_the_first,
+            processes,
+        )  # brings Accelerate, which who only reads a folder needs not
 
-        made, fresh = not self.path.exists(), not self.used
+        made, fresh = [folder for folder in (self.path, *self.path.parents) if not folder.exists()], not self.used
         first = (self.settings, self.settings_kept, self.scores, self.scores.with_suffix(".safetensors"))
         with ExitStack() as lock:
             by_the_first(lambda: lock.enter_context(locked(self.path)))
@@ -102,6 +105,8 @@ class RunFolder:
             try:
                 yield
             except SpvitError as error:
+                if not processes().is_main_process:
+                    raise
                 files = [path for path in self.path.rglob("*") if path.is_file() and not path.name.startswith(".")]
                 if fresh and not set(files) - set(first) and not isinstance(error, RunError):
                     for path in files:
@@ -114,8 +119,9 @@ class RunFolder:
                 raise
             finally:
                 lock.close()
-                if made and self.path.is_dir() and not any(self.path.iterdir()):
-                    self.path.rmdir()
+                for folder in made:
+                    with suppress(OSError):  # it is not empty, or gone
+                        folder.rmdir()
 
     def write_settings(self, command: str, text: str) -> None:
         """Write a command's settings, given as YAML; makes the folder."""
