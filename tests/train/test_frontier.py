@@ -48,7 +48,7 @@ def test_every_budget_has_a_model_and_the_frontier_is_written_in_four_forms(
         assert " ".join(said.split()) in " ".join(text.split())
     assert {path.name for path in out.iterdir()} == {
         "config.yaml", "scores.json", "scores.safetensors", "frontier.json", "frontier.csv", "frontier.svg",
-        "frontier.png", "70pct", "40pct", "report.html",
+        "frontier.png", "70pct", "40pct", "report.html", "state",
     }  # fmt: skip
     data = json.loads((out / "frontier.json").read_text())
     assert (data["format"], data["metric"], data["images"], list(data["unreached"])) == (
