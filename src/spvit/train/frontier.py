@@ -81,7 +81,8 @@ def frontier(
     if isinstance(data, str):
         data = load_images(data, images or ImageConfig(), input_size(host), preprocessing or Preprocessing())
     folder = RunFolder.open(output, resume)
-    return run_frontier(host, budgets, metric, settings, Run(data, folder, settings, PhaseProgress(console)))
+    with folder.held():
+        return run_frontier(host, budgets, metric, settings, Run(data, folder, settings, PhaseProgress(console)))
 
 
 def run_frontier(
@@ -146,8 +147,8 @@ def _made(
     run: Run,
 ) -> Point:
     """Return the point of a budget, whose model is written. Raises BudgetError when no architecture lands on it."""
-    started, limit = time.perf_counter(), {metric: text}
-    found = decide(host, multiple=config.multiple, scores=scores, constraints=config, **limit)  # type: ignore[arg-type]
+    started, limit = time.perf_counter(), {metric: text}  # type: float, dict[str, Any]
+    found = decide(host, multiple=config.multiple, scores=scores, constraints=config, **limit)
     folder = RunFolder(run.folder.path / text.replace("%", "pct"))
     folder.path.mkdir(exist_ok=True)
     architecture = decided(folder, lambda: found)
