@@ -28,7 +28,7 @@ from spvit.errors import ModelError, RunError
 from spvit.export import bytes_of
 from spvit.hosts.host import input_size, macs_of_image
 from spvit.models import ModelConfig, open_model
-from spvit.writers import METADATA, quiet
+from spvit.writers import METADATA, quiet, session
 
 BATCHES = (1, 64)
 ROUNDS, TURN_S = 7, 0.025
@@ -83,8 +83,9 @@ class Program:
         """Return a model as a program on its device, in its dtype and evaluation mode; `path` is its file."""
         weight = next(model.parameters())
         costs = {"macs": macs_of_image(model), "params": count_params(model)}
-        about = {"costs": costs, "file_bytes": None if path is None else bytes_of(path)}
-        return Program(name, model.eval(), input_size(model), weight.device.type, weight.dtype, **about)  # type: ignore[arg-type]
+        size = None if path is None else bytes_of(path)
+        kind, dtype = weight.device.type, weight.dtype
+        return Program(name, model.eval(), input_size(model), kind, dtype, costs=costs, file_bytes=size)
 
     def images(self, batch: int) -> Tensor:
         """Return images of noise that it takes."""
@@ -322,16 +323,15 @@ def _open_onnx(onnxruntime: Any, path: Path, device: str) -> Opened:
     provider = "CPUExecutionProvider" if device == "cpu" else f"{device.split(':')[0].upper()}ExecutionProvider"
     if provider not in onnxruntime.get_available_providers():
         raise ModelError(f"this onnxruntime has no {provider}; for {device} install: pip install onnxruntime-gpu")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
     # Its threads would go on spinning while another model has its turn.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(path, options, providers=[provider])
-    [images] = session.get_inputs()
+    opened = session(path, provider, {"session.force_spinning_stop": "1"})
+    [images] = opened.get_inputs()
     dtype = torch.float16 if images.type == "tensor(float16)" else torch.float32
-    metadata = session.get_modelmeta().custom_metadata_map.get(METADATA)
-    run = lambda batch: session.run(None, {images.name: batch.numpy(force=True)})  # noqa: E731
+    metadata = opened.get_modelmeta().custom_metadata_map.get(METADATA)
+
+    def run(batch: Tensor) -> object:
+        return opened.run(None, {images.name: batch.numpy(force=True)})
+
     return run, images.shape[1:], dtype, None, metadata
 
 

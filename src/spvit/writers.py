@@ -9,7 +9,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,13 @@ def write_program(proto: Any, path: Path) -> Run:
     return lambda batch: torch.from_numpy(opened.run(None, {INPUT: batch.numpy()})[0])
 
 
-def session(program: Program | Path, **options: Any) -> Any:
-    """Return a program or its file, ready to run on the CPU with the threads of torch."""
+def session(
+    program: Program | Path,
+    provider: str = "CPUExecutionProvider",
+    entries: Mapping[str, str] | None = None,
+    **options: Any,
+) -> Any:
+    """Return a program or its file, ready to run with the threads of torch; with options and entries of the session."""
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
@@ -94,8 +99,10 @@ def session(program: Program | Path, **options: Any) -> Any:
     settings.log_severity_level = 3
     for name, value in options.items():
         setattr(settings, name, value)
+    for name, value in (entries or {}).items():
+        settings.add_session_config_entry(name, value)
     source = program if isinstance(program, Path) else program.SerializeToString()
-    return onnxruntime.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(source, settings, providers=[provider])
 
 
 def read_program(path: Path) -> Program:

@@ -257,7 +257,7 @@ def deployed(model: nn.Module) -> nn.Module:
     return fold(model).eval() if pruned_record(model) is not None else model.eval()
 
 
-def write_model(model: nn.Module, figures: Any, images: Images, folder: Path) -> None:
+def write_model(model: nn.Module, figures: Figures, images: Images, folder: Path) -> None:
     """Write a run's model with its preprocessing, classes if any, and figures; a continued run replaces its own."""
     metrics = {name: value for name, value in vars(figures).items() if name != "images"}
     own: dict[str, Any] = {"preprocessing": images.preprocessing, "classes": images.classes or None, "metrics": metrics}
