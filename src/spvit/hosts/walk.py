@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from spvit.hosts.sites import BlockSites
 Report = Callable[[str, int, int, Mapping[str, float]], object]
 """What long work calls as it goes: with its phase, the steps done, the steps in all, and figures by name."""
 BATCH = 64
+Found = TypeVar("Found")
 
 
 def calibration_batches(host: Host, images: Tensor | Iterable[Any]) -> Iterator[Tensor]:
@@ -158,8 +159,8 @@ class BlockPair:
     index: int
     inputs: list[Tensor]
     dense_inputs: list[Tensor]
-    known: Mapping[str, list[Tensor]] = field(default_factory=dict)
-    """Outputs of modules of the dense block, by path, for those that need not run again."""
+    known: dict[str, list[Any]] | None = None
+    """What was found of the dense block, a batch each, for several fits that ask for it; None: it is found anew."""
     prefix: int = 0
     """Prefix tokens that weigh more in fits than all others together, where nothing reads those; 0: all alike."""
 
@@ -191,7 +192,7 @@ class BlockPair:
         # What is known may be in windows, several an image.
         known = {
             path: [out.unflatten(0, (count, -1))[some].flatten(0, 1) for out, count in zip(outputs, self.counts)]
-            for path, outputs in self.known.items()
+            for path, outputs in (self.known or {}).items()
         }
         return replace(self, inputs=inputs, dense_inputs=inputs, known=known)
 
@@ -218,9 +219,16 @@ class BlockPair:
 
     def wanted(self, path: str) -> Iterator[Tensor]:
         """Yield the output of a module of the dense block, [B, N, ...]."""
-        if path in self.known:
-            return iter(self.known[path])
-        return self._passing(self.dense_inputs, self.dense_block, self.host.model.get_submodule(path), output=True)
+        block, module = self.dense_block, self.host.model.get_submodule(path)
+        return self.of_dense(path, lambda x: batch_first(self.sites.attention, reached(block, x, module, output=True)))
+
+    def of_dense(self, name: str, find: Callable[[Tensor], Found]) -> Iterator[Found]:
+        """Yield what is found for each batch of the dense inputs; by name, what is known already."""
+        if self.known is None:
+            return map(find, self.dense_inputs)
+        if name not in self.known:
+            self.known[name] = [find(x) for x in self.dense_inputs]
+        return iter(self.known[name])
 
     def _passing(
         self, inputs: list[Tensor], block: Callable[[Tensor], Tensor], module: nn.Module, output: bool

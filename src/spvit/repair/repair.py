@@ -8,7 +8,8 @@ moments are summed up as they do.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from statistics import mean
 from typing import Any
@@ -29,44 +30,51 @@ logger = logging.getLogger("spvit")
 
 
 def repair(
-    model: nn.Module,
+    models: Sequence[nn.Module],
     host: Host,
-    architecture: Architecture,
+    architectures: Sequence[Architecture],
     images: Tensor | Iterable[Any],
     report: Report | None = None,
 ) -> None:
-    """Set the weights of a model that was pruned to an architecture, in place, so that it does what the host does.
+    """Set the weights of models that were pruned to architectures, in place, so that they do what the host does.
 
     What pruning left whole keeps its weights, bit for bit, but for the second linear layer of FFNs behind the first
-    change, which mend it. A warning is logged where more images would help.
+    change, which mend it. The host runs once for all models, and what it answers in a block is kept if there are
+    several. A warning is logged where more images would help.
 
     Raises:
         CalibrationError: the images do not fit the host, are too few, or lead to activations that are not finite.
     """
-    pruned = host.on(model)
-    with evaluating(model, host.model):
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(evaluating(model, host.model))
         dense_inputs = first_inputs(host, calibration_batches(host, images))
-        inputs, untouched = list(dense_inputs), True
-        excess: list[float] = []
-        for index, kept in enumerate(architecture.blocks):
-            untouched = untouched and not changed(kept)
-            pair = BlockPair(model, host, index, inputs, dense_inputs, excess=excess)
-            repair_block(pair, kept, mend=not untouched)
+        count = sum(BlockPair(host.model, host, 0, dense_inputs, dense_inputs).counts)
+        streams = [dense_inputs for _ in models]  # until something is pruned both networks are one
+        excess: list[list[float]] = [[] for _ in models]
+        for index in range(len(host.blocks)):
+            known: dict[str, list[Any]] | None = {} if len(models) > 1 else None
+            for number, (model, architecture) in enumerate(zip(models, architectures)):
+                kept = architecture.blocks[index]
+                if streams[number] is dense_inputs and not changed(kept):
+                    continue
+                inputs = list(streams[number])
+                pair = BlockPair(model, host, index, inputs, dense_inputs, known, excess=excess[number])
+                repair_block(pair, kept, mend=True)
+                if index + 1 < len(host.blocks):
+                    advance(host.on(model), index, inputs)
+                    streams[number] = inputs
+            if index + 1 < len(host.blocks):
+                advance(host, index, dense_inputs)
             if report is not None:
                 report("repair", index + 1, len(host.blocks), {})
-            if index + 1 == len(host.blocks):
-                break
-            if not untouched:  # until something is pruned both networks are one
-                advance(pruned, index, inputs)
-            advance(host, index, dense_inputs)
-            if untouched:
-                inputs = list(dense_inputs)
-    if excess and mean(excess) > EXCESS:
+    worst = max((mean(own) for own in excess if own), default=0.0)
+    if worst > EXCESS:
         logger.warning(
             "the repair misses %.0f %% more on held-out images than on those that it is fitted to: "
             "more than %d calibration images would help; 1,000 are advised",
-            100 * mean(excess),
-            sum(pair.counts),
+            100 * worst,
+            count,
         )
 
 
