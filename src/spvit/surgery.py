@@ -74,7 +74,6 @@ def prune(
     if getattr(host.model if isinstance(host, Host) else host, RECORD, None) is not None:
         raise NotSearchableError("prune takes the dense host; pass a searchable network as weights=")
     dense = Host.of(host)
-    check_fits(dense, architecture)
     searched = None if weights is None else gated_layers(weights)
     trained = None if weights is None else _trained_state(dense.model, weights)
     pruned = dense if inplace else dense.on(copy.deepcopy(dense.model))
@@ -101,8 +100,6 @@ def prune_each(
     The host runs once for all. Each model takes the memory of its tokens of all images, and so do what the host
     answers, three times, and one model's next tokens.
     """
-    for architecture in architectures:
-        check_fits(host, architecture)
     pruned = [host.on(copy.deepcopy(host.model)) for _ in architectures]
     with ExitStack() as undo:
         cut(pruned, host, architectures, undo, repair, report)
@@ -126,6 +123,7 @@ def cut(
     """
     grids = []
     for own, architecture in zip(pruned, architectures):
+        check_fits(own, architecture)
         blocks = architecture.blocks
         replaced = [index for index, kept in enumerate(blocks) if kept.attention.kind != "msa" or kept.tokens != "all"]
         grids.append(whole_grids(own, replaced, undo))
