@@ -6,6 +6,7 @@ Shapes: B batch, N tokens = P prefix tokens + G grid tokens, D width.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,8 @@ from spvit.hosts.sites import BlockSites
 Report = Callable[[str, int, int, Mapping[str, float]], object]
 """What long work calls as it goes: with its phase, the steps done, the steps in all, and figures by name."""
 BATCH = 64
+FULL = 8192
+"""Tokens of the first block that a batch of small images is filled up to."""
 Found = TypeVar("Found")
 
 
@@ -40,13 +43,17 @@ def calibration_batches(host: Host, images: Tensor | Iterable[Any]) -> Iterator[
     check_values(parameter)
     if not isinstance(images, Iterable):
         raise CalibrationError(f"calibration images are {type(images).__name__}, expected a tensor, or batches of them")
-    empty = True
+    site, held, empty = host.blocks[0].attention, [], True
     for batch in images.split(BATCH) if isinstance(images, Tensor) else images:
         tensor = _images_of(batch, host.input_size)
-        if len(tensor):
-            empty = False
-            yield tensor.to(parameter)
-    if empty:
+        held += [tensor.to(parameter)] if len(tensor) else []
+        # Calls of layers would take longer than their arithmetic on a few small images.
+        if sum(map(len, held)) * (math.prod(site.grid) + site.prefix_tokens) >= FULL:
+            yield held[0] if len(held) == 1 else torch.cat(held)
+            held, empty = [], False
+    if held:
+        yield torch.cat(held)
+    elif empty:
         raise CalibrationError("there are no calibration images; give a few hundred or more")
 
 
