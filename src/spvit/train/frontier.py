@@ -100,8 +100,8 @@ def run_frontier(
     done = {point.budget: point for point in known if (folder / str(point.folder) / DESCRIPTION).is_file()}
     asked, unreached = _reachable(dense, [*budgets, *done], metric, config)
     folder.mkdir(parents=True, exist_ok=True)
-    if not importlib.util.find_spec("matplotlib"):
-        run.progress.note("there will be no plot, since matplotlib is not installed: pip install 'spvit[report]'")
+    if not _draws():
+        run.progress.note("there will be no plot: pip install 'spvit[report]'")
     started = time.perf_counter()
     by_the_first(lambda: scored(dense, config, run))
     times, scores = {"scores": time.perf_counter() - started}, Scores.load(folder)
@@ -190,9 +190,13 @@ def _measured(
     points = tuple(replace(point, latency=own) for point, *own in zip(found.points, *by_batch))
     found = replace(found, points=points, seconds={**found.seconds, "latency": time.perf_counter() - started})
     found.save(folder)
-    if importlib.util.find_spec("matplotlib"):
+    if _draws():
         plot_frontier(found, folder)
     return found
+
+
+def _draws() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("jinja2", "matplotlib"))
 
 
 def _reachable(
