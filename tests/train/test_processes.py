@@ -8,9 +8,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
 
 import spvit
 from spvit.cli.main import main
+from spvit.errors import DataError, ModelError
+from spvit.train.processes import make_accelerator, processes, use_device
 from training import GREY, MODEL, MODEL_ARGS, image_folder, micro_host, states_equal
 
 
@@ -87,3 +93,26 @@ def test_the_others_end_with_the_message_of_the_first_that_fails(tmp_path: Path)
     assert "the first process failed: one calibration image is too few to fit and measure" in texts[1]
     assert 0 not in [process.returncode for process in started]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_has_the_device_that_is_named_and_the_next_one_chooses_anew() -> None:
+    use_device("cpu")
+    with pytest.raises(ModelError, match=r"device 'moon' cannot be used; there is cpu"):
+        use_device("moon")
+    own = make_accelerator()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("spvit.train.processes.device_named", torch.device)
+        use_device("meta")
+        assert make_accelerator().device == processes().device == torch.device("meta")
+    use_device(None)
+    assert make_accelerator().device == own.device
+
+
+def test_several_processes_do_not_share_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = SimpleNamespace(num_processes=2, device=torch.device("cuda", 0))
+    monkeypatch.setattr("spvit.train.processes.processes", lambda cpu: state)
+    monkeypatch.setattr("spvit.train.processes.device_named", torch.device)
+    use_device("cuda")
+    for name in ("cuda:1", "mps"):
+        with pytest.raises(DataError, match=f"device is {name}, but each of the 2 processes takes its own cuda; leave"):
+            use_device(name)

@@ -227,8 +227,8 @@ def _named_architecture(name: str) -> Architecture:
 
 
 def latencies_of(models: dict[str, nn.Module], batches: Sequence[int], console: Console) -> dict[str, list[Latency]]:
-    """Return the latencies of models by name, one a batch size, measured side by side on their device."""
-    programs = [Program.of(name, model) for name, model in models.items()]
+    """Return the latencies of models by name, one a batch size, measured side by side on the device of the run."""
+    programs = [Program.of(name, model.to(processes().device)) for name, model in models.items()]
     with Console(stderr=True, quiet=console.quiet).status("measuring latency"):
         measured = [measure_latencies(programs, batch) for batch in batches]
     return {name: list(own) for name, *own in zip(models, *measured)}

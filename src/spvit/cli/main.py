@@ -32,7 +32,7 @@ from spvit.cli.push import push_command
 from spvit.cli.report import report_command
 from spvit.errors import RunError, RunStoppedError, SpvitError
 from spvit.models import names_code
-from spvit.train.processes import processes
+from spvit.train.processes import processes, use_device
 from spvit.train.run_folder import RunFolder
 from spvit.train.signals import STOPPING
 
@@ -91,10 +91,11 @@ def _stop_by_exception() -> dict[int, Any]:
 
 
 def _run(arguments: Sequence[str], problems: Console) -> int:
-    # Of several processes one reports progress; each reports its own errors.
-    console = Console(quiet=not processes().is_main_process)
     _quiet_libraries(problems)
     name, options = parse(arguments)
+    use_device(None if name == "benchmark" else getattr(options, "device", None))  # which several processes need first
+    # Of several processes one reports progress; each reports its own errors.
+    console = Console(quiet=not processes().is_main_process)
     writes = isinstance(options, cli.RunCommand) and not getattr(options, "dry_run", False)
     with RunFolder(options.output).held() if writes else nullcontext():
         COMMANDS[name][1](options, console)

@@ -24,7 +24,7 @@ _HEADINGS = {
     "what may change": ("keep", "only", "forbid"),
     "what to do": ("architecture", "scores", "train-epochs", "train-minutes", "no-train"),
     "phases": ("dense.epochs", "search.epochs", "finetune.epochs"),
-    "run": ("recipe", "output", "seed", "resume", "dry-run", "help", "help-all"),
+    "run": ("recipe", "output", "device", "seed", "resume", "dry-run", "help", "help-all"),
 }
 _SHOWN_OF_DEMO = ("macs", "output", "seed", "resume", "help", "help-all")
 _SEVERAL = ("--keep", "--only", "--forbid", "--track")

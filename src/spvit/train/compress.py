@@ -35,7 +35,7 @@ from spvit.surgery import fold, prune, pruned_record
 from spvit.train.data import Images, load_images, training_loader
 from spvit.train.figures import Figures, figures_of, reference_of
 from spvit.train.loop import Phase, Run, run_phase
-from spvit.train.processes import by_the_first, processes
+from spvit.train.processes import by_the_first, processes, use_device
 from spvit.train.progress import PhaseProgress
 from spvit.train.rate import with_rate
 from spvit.train.run_folder import DENSE, FINETUNE, SEARCH, RunFolder
@@ -87,11 +87,12 @@ def compress(
             each epoch, once more, those of its evaluation. What it raises ends the run.
 
     Raises:
-        BudgetError, DataError, UnsupportedHostError, RunFolderError: bad input, before anything is trained.
+        BudgetError, DataError, ModelError, UnsupportedHostError, RunFolderError: bad input, before anything is trained.
         RunError: training failed; the run folder keeps the last good state.
     """
     budget = Budget.parse("50%" if macs is None and params is None else macs, params)
     settings = config or CompressConfig()
+    use_device(settings.device)
     if isinstance(data, str):
         data = load_images(data, images or ImageConfig(), input_size(host), preprocessing or Preprocessing())
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,20 +1,46 @@
 """The processes of a run: what they share, and what the first does for all."""
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env, reduce
 
-from spvit.errors import RunError
+from spvit.errors import DataError, RunError
+from spvit.models import device_named
 
 
-def processes() -> PartialState:
-    """Return the state that this process shares with the others of its run."""
+def processes(cpu: bool = False) -> PartialState:
+    """Return the state that this process shares with the others of its run; the first call may ask for the CPU."""
     # Made by itself it overlooks that Accelerate's launcher asks for the CPU, which an Accelerator would see.
     # The others wait for the one that scores, which takes minutes for a large model.
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(hours=6))
+    # Several without an accelerator would each take itself for the only one.
+    cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=timedelta(hours=6))
+
+
+def use_device(name: str | None) -> None:
+    """Let the models of this process run on a device such as `cuda:1`; None takes the accelerator, or else the CPU.
+
+    Raises ModelError when it is not there, and DataError when several processes cannot have it.
+    """
+    device = None if name is None else device_named(name)
+    state = processes(name == "cpu")
+    if state.num_processes > 1:
+        if device is not None and (device.index is not None or device.type != state.device.type):
+            own = f"each of the {state.num_processes} processes takes its own {state.device.type}"
+            raise DataError(f"device is {name}, but {own}; leave the device out, or start one process")
+        return
+    before, chosen = state.device, name or os.environ.get("ACCELERATE_TORCH_DEVICE")
+    state.device = torch.device(chosen) if chosen else None
+    state.set_device()  # which decides where there is none
+    if state.device != before:
+        AcceleratorState._reset_state()  # or it remembers the device of a run before
+    if state.device.index is not None:
+        torch.accelerator.set_device_index(state.device.index)
 
 
 def make_accelerator() -> Accelerator:

@@ -99,7 +99,16 @@ class ImageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopConfig:
+class DeviceConfig:
+    """Where models run."""
+
+    device: str | None = None
+    """Where the model runs: cpu, cuda, cuda:1, mps; when absent on the accelerator, or where there is none on the CPU.
+    Of several processes each takes its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig(DeviceConfig):
     """Settings of a run that all its phases share."""
 
     seed: int = within(0, 0, 2**32 - 1)
