@@ -91,7 +91,7 @@ def open_model(
 
 
 def device_named(name: str) -> torch.device:
-    """Return a device of this machine: `cpu`, `cuda`, `cuda:1`, `mps`. Raises ModelError naming those that are there."""
+    """Return a device of this machine: `cpu`, `cuda:1`, `mps`. Raises ModelError naming those that are there."""
     there = ["cpu"]
     if torch.accelerator.is_available() and (found := torch.accelerator.current_accelerator()) is not None:
         there += [found.type, *(f"{found.type}:{index}" for index in range(torch.accelerator.device_count()))]

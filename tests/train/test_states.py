@@ -50,10 +50,10 @@ def test_a_run_that_a_signal_stopped_within_an_epoch_ends_at_the_same_bytes(
     figures = run_phase(whole, run_in(tmp_path / "whole", images, log_every=4))
     step = Loop.step
 
-    def stopped(loop: Loop, images: Any, targets: Any, index: int) -> dict[str, float]:
+    def stopped(loop: Loop, batches: Any, index: int) -> dict[str, torch.Tensor]:
         if index in (3, 15):  # in the first epoch, and in the second
             os.kill(os.getpid(), getattr(signal, number))
-        return step(loop, images, targets, index)
+        return step(loop, batches, index)
 
     monkeypatch.setattr(Loop, "step", stopped)
     handler = signal.getsignal(getattr(signal, number))

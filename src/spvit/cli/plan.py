@@ -78,6 +78,7 @@ def print_plan(options: CompressCommand, console: Console) -> None:
 def _planned(phase: Phase, run: Run, share: float) -> dict[str, str]:
     """Return a phase's column of the table. A few steps on small batches, which are measured, train its model."""
     loop, images = Loop(phase, run), run.images
+    accumulate, loop.accumulate = loop.accumulate, 1
     whole, workers, config = images.config.batch_size, images.config.workers, phase.config
     batch = whole if torch.accelerator.is_available() else min(whole, BATCH_ON_CPU)
     modules = [module.state_dict() for module in (loop.model, loop.teacher, loop.average) if module is not None]
@@ -95,7 +96,8 @@ def _planned(phase: Phase, run: Run, share: float) -> dict[str, str]:
         read_s, started = time.perf_counter() - started, time.perf_counter()
         needed.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loop.step(pictures.to(device), targets.to(device), 0)
+            losses = loop.step([(pictures.to(device), targets.to(device))], 0)
+        losses["loss"].item()  # waits for the device
         step_s, started = time.perf_counter() - started, time.perf_counter()
     moments = tensors_of(loop.optimizer).values()
     gradients = [parameter for parameter in loop.model.parameters() if parameter.requires_grad]
@@ -105,9 +107,9 @@ def _planned(phase: Phase, run: Run, share: float) -> dict[str, str]:
     seconds = config.epochs * whole * image_s * (len(loop.train) + len(loop.validation) / 3)
     return {
         "images": f"{len(images.train):,}",  # type: ignore[arg-type]
-        "images a step": f"{loop.batch}",
+        "images a step": f"{loop.batch}{f', {accumulate} batches' if accumulate > 1 else ''}",
         "epochs": f"{config.epochs}",
-        "steps an epoch": f"{len(loop.train):,}",
+        "steps an epoch": f"{loop.steps:,}",
         "steps": f"{loop.total:,}",
         "learning rate, peak": f"{loop.scale * loop.rates[1]:.3g}",
         "learning rate, end": f"{loop.scale * min(loop.rates[1:]):.3g}",

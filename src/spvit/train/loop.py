@@ -8,9 +8,11 @@ import math
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -99,24 +101,28 @@ class Loop:
         self.draws: Any = loader.sampler
         # The sampler shares out the images itself.
         self.train = prepare_data_loader(loader, self.accelerator.device, 1, 0, put_on_device=True)
-        self.total = max(1, settings.epochs * len(self.train))
+        self.accumulate = run.images.config.accumulate
+        self.steps = len(self.train) // self.accumulate  # of an epoch
+        self.total = max(1, settings.epochs * self.steps)
         optimizer, validation = optimizer_of(phase.model, settings, self.total), validation_loader(run.images)
         self.model, self.validation, self.optimizer = self.accelerator.prepare(
             self._answering(phase.model), validation, optimizer
         )
         self.teacher = self._teacher(run)
-        self.batch = run.images.config.batch_size * processes
+        self.batch = run.images.config.batch_size * self.accumulate * processes
         self.scale = self.batch / settings.reference_batch if settings.reference_batch else 1.0
-        warmup = int(settings.warmup_epochs * len(self.train))
+        warmup = int(settings.warmup_epochs * self.steps)
         self.rates = warmup, settings.peak_learning_rate, settings.minimum_learning_rate
         self.parts: dict[str, Any] = {"model": phase.model, "optimizer": self.optimizer}  # what a state holds
+        # The losses of the last step and the sum of all, since they were read; the first and last step of these.
+        self.unread: tuple[dict[str, Tensor], Tensor, int, int] | None = None
         self.average: ModelEmaV3 | None = None
         # The same weights: evaluated by all processes, and saved by the first.
         self.judged: nn.Module = self.model
         self.kept = phase.model
         if settings.averaging_epochs > 0:
             # After so many epochs as the average reaches back, 1/e of it is left of where it started.
-            self.average = ModelEmaV3(phase.model, decay=math.exp(-1 / (settings.averaging_epochs * len(self.train))))
+            self.average = ModelEmaV3(phase.model, decay=math.exp(-1 / (settings.averaging_epochs * self.steps)))
             self.kept = self.parts["average"] = self.average.module
             self.judged = self._answering(self.kept)
 
@@ -136,7 +142,7 @@ class Loop:
 
     def run(self) -> Figures:
         """Train from the last saved state to the end and return the final figures."""
-        figures, epochs, steps = self._resume(), self.settings.epochs, len(self.train)
+        figures, epochs, steps = self._resume(), self.settings.epochs, self.steps
         done, start = self.place
         if self.place == (0, 0) and self.settings.keep_best:
             figures = self._evaluate(0)
@@ -181,19 +187,25 @@ class Loop:
         self.draws.begin(seed, start * self.batch // self.accelerator.num_processes)
         self.model.train()
         started = time.perf_counter()
-        for index, (images, targets) in enumerate(self.train, start):
-            step = epoch * len(self.train) + index
+        values: dict[str, float] = {}
+        for index, batches in enumerate(groups(self.train, self.accumulate), start):
+            step = epoch * self.steps + index
             set_seed(seed_of(seed, process, "step", index))
-            values = self.step(images, targets, step)
-            self.progress.step(values)
-            if (step + 1) % self.config.log_every == 0 or index + 1 == len(self.train):
+            self._keep_unread(self.step(batches, step), step)
+            logs = (step + 1) % self.config.log_every == 0 or index + 1 == self.steps
+            if logs:
+                values = self._read()
                 rate = self.batch * (index + 1 - start) / (time.perf_counter() - started)
                 more = {"learning_rate": self.optimizer.param_groups[0]["lr"], "images_per_s": round(rate, 2)}
                 self._record("step", epoch, {"step": step + 1, **values, **more})
+            self.progress.step(values)
             self.place = epoch, index + 1
-            self._stop_or_save()
-            if self._over():
-                break
+            # Where there are several processes, to ask the others is to wait for the device.
+            if logs or self.accelerator.num_processes == 1:
+                self._stop_or_save()
+                if self._over():
+                    self._read()
+                    break
 
     def _over(self) -> bool:
         """Return whether the minutes of the phase are over, to any process."""
@@ -205,6 +217,7 @@ class Loop:
         due = 0 < 60 * minutes < time.monotonic() - self.saved_at and self.accelerator.is_main_process
         stop, save = summed(number, due)
         if stop or save:
+            self._read()
             self._save()
         if stop:
             (epoch, step), name = self.place, self.phase.name
@@ -212,24 +225,28 @@ class Loop:
             signals = signal.Signals(number).name if number else "a signal to another process"
             raise RunStoppedError(f"stopped by {signals} {at}; continue with --resume", number or signal.SIGTERM)
 
-    def step(self, images: Tensor, targets: Tensor, step: int) -> dict[str, float]:
-        """Take one optimizer step on images [B, channels, height, width] and targets [B]; return its losses by name."""
+    def step(self, batches: Iterable[tuple[Tensor, Tensor]], step: int) -> dict[str, Tensor]:
+        """Take one optimizer step on `images.accumulate` batches; return its losses by name, on the device.
+
+        batches: images [B, channels, height, width] and targets [B].
+        """
         for group in self.optimizer.param_groups[WEIGHTS]:
             group["lr"] = self.scale * learning_rate_at(step, self.total, *self.rates)
-        labels = targets
-        if self.mixup is not None and len(images) % 2 == 0:
-            images, labels = self.mixup(images, targets)
-        loss, values = self._loss(images, labels)
-        if self.phase.budget is not None:
-            budget_loss = self._budget_share(step) * self.phase.budget()
-            values["budget_loss"] = budget_loss.detach()
-            loss = loss + budget_loss.to(loss.dtype)
-        values["loss"] = loss.detach()
-        # One transfer brings all figures of the step to the host.
-        figures = dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist()))
-        if not math.isfinite(figures["loss"]):
-            self._stop_diverged(figures["loss"], step)
-        self.accelerator.backward(loss)
+        sums: dict[str, Tensor] = {}
+        for number, (images, targets) in enumerate(batches, 1):
+            last = number == self.accumulate
+            if self.mixup is not None and len(images) % 2 == 0:
+                images, targets = self.mixup(images, targets)
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss, values = self._loss(images, targets)
+                loss, values = loss / self.accumulate, {name: own / self.accumulate for name, own in values.items()}
+                if last and self.phase.budget is not None:
+                    budget_loss = self._budget_share(step) * self.phase.budget()
+                    values["budget_loss"] = budget_loss.detach()
+                    loss = loss + budget_loss.to(loss.dtype)
+                self.accelerator.backward(loss)
+            values["loss"] = loss.detach()
+            sums = {name: own + sums[name] if name in sums else own for name, own in values.items()}
         if self.settings.clip_gradient > 0:
             held = [parameter for group in self.optimizer.param_groups[WEIGHTS] for parameter in group["params"]]
             self.accelerator.clip_grad_norm_(held, self.settings.clip_gradient)
@@ -237,7 +254,24 @@ class Loop:
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update(self.phase.model)
-        return figures
+        return sums
+
+    def _keep_unread(self, losses: dict[str, Tensor], step: int) -> None:
+        """Keep a step's losses on the device, which need not be waited for until they are read."""
+        _, total, first, _ = self.unread or ({}, torch.zeros_like(losses["loss"]), step, step)
+        self.unread = losses, total + losses["loss"], first, step
+
+    def _read(self) -> dict[str, float]:
+        """Return the losses of the last step. Raises RunError when one since they were last read was not finite."""
+        if self.unread is None:
+            return {}
+        losses, total, first, last = self.unread
+        *found, seen = torch.stack([value.float() for value in (*losses.values(), total)]).tolist()
+        if summed(not math.isfinite(seen))[0] > 0:
+            where = f"step {last + 1}" if first == last else f"one of steps {first + 1} to {last + 1}"
+            self._stop_diverged(f"the loss became {seen} at {where}", last)
+        self.unread = None
+        return dict(zip(losses, found))
 
     def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a batch without the budget's, and what to record of it."""
@@ -278,10 +312,13 @@ class Loop:
         if self.accelerator.is_main_process:
             figures = {**values, **standing}
             self.folder.record({"phase": self.phase.name, "event": event, "epoch": epoch + 1, **figures})
-            self.tracking.log(event, values.get("step", (epoch + 1) * len(self.train)), figures)
+            self.tracking.log(event, values.get("step", (epoch + 1) * self.steps), figures)
 
     def _save(self, figures: Figures | None = None) -> None:
         def save() -> None:
+            if not all(parameter.isfinite().all() for parameter in self.phase.model.parameters()):
+                epoch, step = self.place
+                self._stop_diverged("a weight is not finite after the last step", epoch * self.steps + step - 1)
             found = {name: tensors_of(part) for name, part in self.parts.items()}
             tensors = {f"{name}.{key}": value for name, own in found.items() for key, value in own.items()}
             self.folder.save_state(self.phase.name, *self.place, tensors, vars(figures) if figures else {})
@@ -294,7 +331,7 @@ class Loop:
         about, tensors = self.folder.read_state(self.phase.name)
         epoch, step = self.place = about["epoch"], about["step"]
         if self.accelerator.is_main_process:
-            self.folder.rewind(self.phase.name, epoch, step, epoch * len(self.train) + step)
+            self.folder.rewind(self.phase.name, epoch, step, epoch * self.steps + step)
             self.folder.drop_damaged_best(self.phase.name)
         for name, part in self.parts.items() if tensors else ():
             prefix = f"{name}."
@@ -302,7 +339,7 @@ class Loop:
             load_tensors(part, own, f"of epoch {epoch} of {self.phase.name}")
         return figures_from(about["figures"]) if about["figures"] else None
 
-    def _stop_diverged(self, loss: float, step: int) -> None:
+    def _stop_diverged(self, problem: str, step: int) -> None:
         name, (weights, _, *gates) = self.phase.name, self.optimizer.param_groups
         standing = ""
         if self.phase.budget is not None:
@@ -312,7 +349,13 @@ class Loop:
             standing += "".join(f", gate learning rate {group['lr']:.3g}" for group in gates)
         saved = self.folder.newest_state(name)
         kept = f"the last good state is {saved}" if saved else "none was saved yet"
-        raise RunError(
-            f"the loss became {loss} at step {step + 1} of {name} (epoch {step // len(self.train) + 1}): learning rate "
-            f"{weights['lr']:.3g}{standing}; {kept}; lower --{name}.learning_rate and continue with --resume"
-        )
+        at = f"{problem} of {name} (epoch {step // self.steps + 1})"
+        advice = f"lower --{name}.learning_rate and continue with --resume"
+        raise RunError(f"{at}: learning rate {weights['lr']:.3g}{standing}; {kept}; {advice}")
+
+
+def groups(batches: Iterable[Any], size: int) -> Iterator[Iterable[Any]]:
+    """Yield batches in groups of a size, each to be gone through before the next one; none is read ahead."""
+    stream = iter(batches)
+    for first in stream:
+        yield chain((first,), islice(stream, size - 1))

@@ -51,7 +51,7 @@ def _trial(phase: Phase, run: Run, rate: float, folder: RunFolder) -> float:
     """Return the quality of a copy of the model after some steps at a constant rate."""
     train: Any = run.images.train
     validation: Any = run.images.validation
-    count = STEPS * run.images.config.batch_size
+    count = STEPS * run.images.config.batch_size * run.images.config.accumulate
     images = replace(
         run.images,
         train=Subset(train, list(islice(cycle(range(len(train))), count))),

@@ -51,6 +51,8 @@ class ImageConfig:
 
     batch_size: int = within(64, 1)
     """Images a step on each device."""
+    accumulate: int = within(1, 1)
+    """Such batches an optimizer step: their gradients add up, in the memory of one."""
     workers: int = within(0, 0)
     """Processes that read images beside the training process."""
     root: str = "data"
