@@ -14,6 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -30,11 +31,12 @@ from spvit.cli.parser import CommandParser, Help, command_parser
 from spvit.cli.predict import predict_command
 from spvit.cli.push import push_command
 from spvit.cli.report import report_command
+from spvit.cli.show import say
 from spvit.errors import RunError, RunStoppedError, SpvitError
 from spvit.models import names_code
 from spvit.train.processes import processes, use_device
 from spvit.train.run_folder import RunFolder
-from spvit.train.signals import STOPPING
+from spvit.train.signals import STOPPING, time_limit
 
 COMMANDS: dict[str, tuple[Any, Callable[..., None]]] = {  # the options and the function of each
     "compress": (cli.CompressCommand, run.compress_command),
@@ -97,7 +99,8 @@ def _run(arguments: Sequence[str], problems: Console) -> int:
     # Of several processes one reports progress; each reports its own errors.
     console = Console(quiet=not processes().is_main_process)
     writes = isinstance(options, cli.RunCommand) and not getattr(options, "dry_run", False)
-    with RunFolder(options.output).held() if writes else nullcontext():
+    hours = getattr(options, "max_hours", None)
+    with RunFolder(options.output).held() if writes else nullcontext(), time_limit(hours, partial(say, console)):
         COMMANDS[name][1](options, console)
     processes().destroy_process_group()  # or its threads may end the interpreter with an error
     return 0

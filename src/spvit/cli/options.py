@@ -19,6 +19,7 @@ from spvit.train.settings import (
     LoopConfig,
     PhaseConfig,
     SearchConfig,
+    within,
 )
 
 
@@ -41,6 +42,8 @@ class RunCommand(DataOptions, ModelConfig, LoopConfig):
     """Run folder to write: metrics, states, architecture, model. It must be new or empty, or see resume."""
     resume: bool = False
     """Continue the run in the output folder, with its settings."""
+    max_hours: float | None = within(None, 0, above=True)
+    """Hours after which the run saves its state and ends, as SIGTERM ends it; --resume continues for as many."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from spvit.train.compress import check_compress, search_phase
 from spvit.train.data import find_images, training_loader
 from spvit.train.figures import reference_of
 from spvit.train.loop import Loop, Phase, Run
-from spvit.train.optimizers import GATES, tensors_of
+from spvit.train.optimizers import groups_of, tensors_of
 from spvit.train.run_folder import DENSE, FINETUNE, RunFolder
 from spvit.train.settings import ImageConfig
 
@@ -113,7 +113,7 @@ def _planned(phase: Phase, run: Run, share: float) -> dict[str, str]:
         "steps": f"{loop.total:,}",
         "learning rate, peak": f"{loop.scale * loop.rates[1]:.3g}",
         "learning rate, end": f"{loop.scale * min(loop.rates[1:]):.3g}",
-        "gate learning rate": ", ".join(f"{group['lr']:.3g}" for group in loop.optimizer.param_groups[GATES]),
+        "gate learning rate": ", ".join(f"{group['lr']:.3g}" for group in groups_of(loop.optimizer, True)),
         "teacher": "" if loop.teacher is None else config.teacher or "dense model",
         "memory a device": f"{human(memory)}B",
         "time": str(timedelta(seconds=round(seconds * share if phase.name == FINETUNE else seconds))),

@@ -30,7 +30,7 @@ from spvit.search.network import gate_parameters
 from spvit.train.data import Images, epoch_loader, mixup_of, seed_of, validation_loader
 from spvit.train.figures import Answering, Figures, Reference, autocast, evaluate, figures_from, finite, is_finite
 from spvit.train.losses import agreement_loss, open_teacher, task_loss
-from spvit.train.optimizers import WEIGHTS, learning_rate_at, load_tensors, optimizer_of, tensors_of
+from spvit.train.optimizers import groups_of, learning_rate_at, load_tensors, optimizer_of, tensors_of
 from spvit.train.processes import by_the_first, make_accelerator, summed
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import RunFolder
@@ -151,7 +151,7 @@ class Loop:
                 self._epoch(epoch, start if epoch == done else 0)
                 figures = self._evaluate(epoch + 1)
                 self._record("evaluation", epoch, vars(figures))
-                over = self._over()
+                over = self._over() or self._stale(epoch + 1)
                 self.place = epochs if over else epoch + 1, 0
                 if is_finite(figures):
                     self._save(figures)
@@ -161,12 +161,12 @@ class Loop:
         figures = self._evaluate() if figures is None else figures
         if self.kept is not self.phase.model:
             self.phase.model.load_state_dict(self.kept.state_dict())
-        epoch, quality, best = self.folder.best(self.phase.name)
-        if self.settings.keep_best and quality > figures.quality:
-            fit_state(self.phase.model, read_weights(best), "of the best weights")
+        best, path = self.folder.best(self.phase.name)
+        if self.settings.keep_best and best["accuracy"] > figures.quality:
+            fit_state(self.phase.model, read_weights(path), "of the best weights")
             self.judged = self._answering(self.phase.model)
             figures = self._evaluate()
-            which = f"epoch {epoch}" if epoch > 0 else "what it started from"
+            which = f"epoch {best['epoch']}" if best["epoch"] > 0 else "what it started from"
             self.progress.note(f"{self.phase.name}: {which} was the best on the validation images and is kept")
         self.accelerator.free_memory()
         return finite(figures, self.phase.model)
@@ -196,7 +196,7 @@ class Loop:
             if logs:
                 values = self._read()
                 rate = self.batch * (index + 1 - start) / (time.perf_counter() - started)
-                more = {"learning_rate": self.optimizer.param_groups[0]["lr"], "images_per_s": round(rate, 2)}
+                more = {"learning_rate": groups_of(self.optimizer)[-1]["lr"], "images_per_s": round(rate, 2)}
                 self._record("step", epoch, {"step": step + 1, **values, **more})
             self.progress.step(values)
             self.place = epoch, index + 1
@@ -210,6 +210,14 @@ class Loop:
     def _over(self) -> bool:
         """Return whether the minutes of the phase are over, to any process."""
         return self.ends_at < math.inf and summed(time.monotonic() > self.ends_at)[0] > 0
+
+    def _stale(self, epoch: int) -> bool:
+        """Return whether so many epochs as there is patience for have brought nothing better."""
+        patience = self.settings.patience
+        if patience == 0 or epoch - self.folder.best(self.phase.name)[0]["gained"] < patience:
+            return False
+        self.progress.note(f"{self.phase.name} ends: {patience} epochs without a better validation figure")
+        return True
 
     def _stop_or_save(self) -> None:
         """Save the state if it is time, and if a signal asked to stop raise RunStoppedError."""
@@ -230,8 +238,9 @@ class Loop:
 
         batches: images [B, channels, height, width] and targets [B].
         """
-        for group in self.optimizer.param_groups[WEIGHTS]:
-            group["lr"] = self.scale * learning_rate_at(step, self.total, *self.rates)
+        rate = self.scale * learning_rate_at(step, self.total, *self.rates)
+        for group in groups_of(self.optimizer):
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         sums: dict[str, Tensor] = {}
         for number, (images, targets) in enumerate(batches, 1):
             last = number == self.accumulate
@@ -248,7 +257,7 @@ class Loop:
             values["loss"] = loss.detach()
             sums = {name: own + sums[name] if name in sums else own for name, own in values.items()}
         if self.settings.clip_gradient > 0:
-            held = [parameter for group in self.optimizer.param_groups[WEIGHTS] for parameter in group["params"]]
+            held = [parameter for group in groups_of(self.optimizer) for parameter in group["params"]]
             self.accelerator.clip_grad_norm_(held, self.settings.clip_gradient)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -340,18 +349,18 @@ class Loop:
         return figures_from(about["figures"]) if about["figures"] else None
 
     def _stop_diverged(self, problem: str, step: int) -> None:
-        name, (weights, _, *gates) = self.phase.name, self.optimizer.param_groups
-        standing = ""
+        name, standing = self.phase.name, ""
         if self.phase.budget is not None:
             logits = torch.cat([parameter.detach().flatten() for parameter in gate_parameters(self.phase.model)])
             kinds = ", ".join(f"{count} {kind}" for kind, count in self._standing()["kinds"].items())
             standing = f", attention {kinds}, gate logits {logits.min().item():.3g} to {logits.max().item():.3g}"
-            standing += "".join(f", gate learning rate {group['lr']:.3g}" for group in gates)
+            standing += "".join(f", gate learning rate {group['lr']:.3g}" for group in groups_of(self.optimizer, True))
         saved = self.folder.newest_state(name)
         kept = f"the last good state is {saved}" if saved else "none was saved yet"
         at = f"{problem} of {name} (epoch {step // self.steps + 1})"
         advice = f"lower --{name}.learning_rate and continue with --resume"
-        raise RunError(f"{at}: learning rate {weights['lr']:.3g}{standing}; {kept}; {advice}")
+        rate = groups_of(self.optimizer)[-1]["lr"]
+        raise RunError(f"{at}: learning rate {rate:.3g}{standing}; {kept}; {advice}")
 
 
 def groups(batches: Iterable[Any], size: int) -> Iterator[Iterable[Any]]:

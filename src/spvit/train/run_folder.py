@@ -270,15 +270,19 @@ class RunFolder:
 
     def offer_best(self, phase: str, epoch: int, accuracy: float, model: nn.Module) -> None:
         """Keep a model's weights if none had a higher accuracy: of equals the later ones, which trained longer."""
-        _, best, path = self.best(phase)
-        if accuracy >= best:
-            write_state(path, plain_state(model), {"epoch": epoch, "accuracy": accuracy})
+        best, path = self.best(phase)
+        if accuracy >= best["accuracy"]:
+            gained = epoch if accuracy > best["accuracy"] else best["gained"]
+            write_state(path, plain_state(model), {"epoch": epoch, "gained": gained, "accuracy": accuracy})
 
-    def best(self, phase: str) -> tuple[int, float, Path]:
-        """Return the epoch, accuracy and file of a phase's best weights; without any the accuracy is below 0."""
+    def best(self, phase: str) -> tuple[dict[str, Any], Path]:
+        """Return what is known of a phase's best weights, and their file; without any the accuracy is below 0.
+
+        Known are their `epoch`, their `accuracy`, and `gained`, the first epoch that had it.
+        """
         path = self.states(phase) / "best.safetensors"
         values: Any = about_state(path) if path.is_file() else {"epoch": 0, "accuracy": -1.0}
-        return values["epoch"], values["accuracy"], path
+        return {"gained": values["epoch"], **values}, path
 
     def drop_damaged_best(self, phase: str) -> None:
         """Remove a phase's best weights if they are damaged; the best from here on are kept."""

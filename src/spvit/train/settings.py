@@ -172,14 +172,20 @@ class PhaseConfig:
     normalised as its own, and resized when its input size is fixed. When absent, the dense model teaches."""
     averaging_epochs: float = within(0.0, 0)
     """Epochs that a running average of the weights reaches back; the average becomes the result. 0 for no average."""
+    layer_decay: float = within(1.0, 0, 1, above=True)
+    """Learning rate of each layer of a timm model by that of the next one (BEiT: 0.65); 1 for the same in all."""
     keep_best: bool = False
     """Keep the weights with the best validation accuracy, including those from before the phase."""
+    patience: int = within(0, 0)
+    """End after so many epochs without a better one, with keep_best; 0 goes on to the last."""
 
     def __post_init__(self) -> None:
         check_settings(self)
         if self.teacher is not None and self.distillation == 0:
             why = f"the teacher is {self.teacher}, but distillation is 0"
             raise DataError(f"{why}; give its share of the loss, such as 0.5")
+        if self.patience > 0 and not self.keep_best:
+            raise DataError(f"patience is {self.patience}, but no weights are kept to return to; give keep_best too")
 
     @property
     def peak_learning_rate(self) -> float:

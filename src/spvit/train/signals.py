@@ -33,6 +33,24 @@ def deferred() -> Iterator[Callable[[], int]]:
             os.kill(os.getpid(), came[0])
 
 
+@contextmanager
+def time_limit(hours: float | None, say: Callable[[str], None]) -> Iterator[None]:
+    """Send SIGTERM to this process when so many hours are over; None never does."""
+
+    def end() -> None:
+        say(f"max-hours: {hours:g} are over")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    timer = threading.Timer(3600 * (hours or 0), end)
+    timer.daemon = True
+    if hours is not None:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def ignored_by_workers(worker: int) -> None:
     """Leave signals that are sent to all processes at once to the one that the workers read images for."""
     for number in (signal.SIGINT, *STOPPING):
