@@ -23,7 +23,7 @@ from spvit.cli.plan import print_plan
 from spvit.cli.report import report_at_the_end
 from spvit.cli.show import block_table, comparison_table, kinds_text, latency_table, say
 from spvit.cost import count_params
-from spvit.errors import ArchitectureError, CheckpointError, ModelError, RunFolderError
+from spvit.errors import ArchitectureError, CheckpointError, DataError, ModelError, RunFolderError
 from spvit.hosts.host import macs_of_image
 from spvit.hosts.sources import build, can_build, source_of
 from spvit.models import ModelConfig, open_model
@@ -77,6 +77,8 @@ def train_command(options: cli.TrainCommand, console: Console) -> None:
 
 def search_command(options: cli.SearchCommand, console: Console) -> None:
     """Search, and write the architecture and the pruned model as the search left it."""
+    if options.compile:
+        raise DataError("a search is not compiled, as each step draws gates, which choose what runs; leave out compile")
     host, run = open_run("search", options, False, console)
     limits = check_decision(host, options.budget(), options.multiple)
     net, architecture = search(host, limits, options.search, run, options.multiple)

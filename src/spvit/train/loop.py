@@ -8,11 +8,10 @@ import math
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig
 from spvit.train.signals import deferred
+from spvit.train.steps import compiled, groups
 from spvit.train.tracking import Tracking
 
 
@@ -108,6 +108,12 @@ class Loop:
         self.model, self.validation, self.optimizer = self.accelerator.prepare(
             self._answering(phase.model), validation, optimizer
         )
+        # Evaluation runs as it is: for its mode, and for its last batch, it would be compiled again.
+        self.forward: Callable[[Tensor], Any] = self.model
+        if run.config.compile and phase.budget is None:
+            self.forward = compiled(self.model)
+        elif run.config.compile:
+            self.progress.note(f"{phase.name} is not compiled: each step draws gates, which choose what runs")
         self.teacher = self._teacher(run)
         self.batch = run.images.config.batch_size * self.accumulate * processes
         self.scale = self.batch / settings.reference_batch if settings.reference_batch else 1.0
@@ -285,7 +291,7 @@ class Loop:
     def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a batch without the budget's, and what to record of it."""
         with autocast(self.accelerator.device, self.config.precision):
-            outputs = self.model(images)
+            outputs = self.forward(images)
             wanted = None if self.reference is None else self.reference.parts(images)
         if self.reference is not None and wanted is not None:
             loss = self.reference.loss(outputs, wanted, self.settings)
@@ -361,10 +367,3 @@ class Loop:
         advice = f"lower --{name}.learning_rate and continue with --resume"
         rate = groups_of(self.optimizer)[-1]["lr"]
         raise RunError(f"{at}: learning rate {rate:.3g}{standing}; {kept}; {advice}")
-
-
-def groups(batches: Iterable[Any], size: int) -> Iterator[Iterable[Any]]:
-    """Yield batches in groups of a size, each to be gone through before the next one; none is read ahead."""
-    stream = iter(batches)
-    for first in stream:
-        yield chain((first,), islice(stream, size - 1))

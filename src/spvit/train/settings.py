@@ -117,8 +117,11 @@ class LoopConfig(DeviceConfig):
     """Seed of everything random."""
     precision: str = one_of("fp32", "fp32", "bf16")
     """`fp32`, or `bf16` for mixed precision."""
+    compile: bool = False
+    """Compile dense training and fine-tuning with torch.compile, which takes minutes at the start of each."""
     log_every: int = within(20, 1)
-    """Steps between two lines of metrics.jsonl."""
+    """Steps between two lines of metrics.jsonl. At these the losses are fetched from the device, and looked at; several
+    processes also see signals then."""
     save_minutes: float = within(10.0, 0)
     """Minutes between states within an epoch, which a killed run continues from; 0 saves at the ends of epochs only."""
     track: str | tuple[str, ...] | None = None
