@@ -114,5 +114,16 @@ def test_several_processes_do_not_share_a_device(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("spvit.train.processes.device_named", torch.device)
     use_device("cuda")
     for name in ("cuda:1", "mps"):
-        with pytest.raises(DataError, match=f"device is {name}, but each of the 2 processes takes its own cuda; leave"):
+        with pytest.raises(DataError, match=f"device is {name}, but each of the 2 processes takes its own cuda"):
             use_device(name)
+
+
+def test_what_a_launcher_asks_for_and_would_not_get_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(DataError, match=r"asks to add up 4 gradients; give --images.accumulate 4 instead"):
+        use_device(None)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(
+        DataError, match=r"asks for FSDP, which spvit cannot train with: states hold the whole model, an"
+    ):
+        use_device(None)

@@ -12,6 +12,9 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env, reduce
 from spvit.errors import DataError, RunError
 from spvit.models import device_named
 
+SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+"""Ways of a launcher to give each process a part of the model."""
+
 
 def processes(cpu: bool = False) -> PartialState:
     """Return the state that this process shares with the others of its run; the first call may ask for the CPU."""
@@ -25,8 +28,15 @@ def processes(cpu: bool = False) -> PartialState:
 def use_device(name: str | None) -> None:
     """Let the models of this process run on a device such as `cuda:1`; None takes the accelerator, or else the CPU.
 
-    Raises ModelError when it is not there, and DataError when several processes cannot have it.
+    Raises ModelError when it is not there, and DataError when several processes cannot have it, or their launcher asks
+    for what would not come about.
     """
+    for part in SHARDING:
+        if parse_flag_from_env(f"ACCELERATE_USE_{part}"):
+            why = "states hold the whole model, and none was gathered from shards yet"
+            raise DataError(f"the launcher asks for {part}, which spvit cannot train with: {why}; launch without it")
+    if (steps := os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) != "1":
+        raise DataError(f"the launcher asks to add up {steps} gradients; give --images.accumulate {steps} instead")
     device = None if name is None else device_named(name)
     state = processes(name == "cpu")
     if state.num_processes > 1:
