@@ -1,6 +1,6 @@
 """How cost grows with images, model size and processes; and what the published rows cost on GPUs, computed.
 
-python benchmarks/scale.py [--parts steps images reading processes hours] [--json FILE]
+python benchmarks/scale.py [--parts hours reading steps images layouts processes] [--json FILE]
 
 All that is measured is seconds of one processor (one thread, random weights), which other jobs hardly change, not
 wall time. `hours` measures nothing: it multiplies the steps of `recipes/` with the step times of ON_A_GPU.
@@ -9,6 +9,7 @@ wall time. `hours` measures nothing: it multiplies the steps of `recipes/` with 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import os
 import resource
@@ -31,6 +32,7 @@ from torch import nn
 
 import spvit
 from reporting import check_free, spread, write_results
+from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.hosts.host import macs_of_image
 from spvit.replacements.costs import network_costs
 from spvit.train.data import transforms
@@ -38,7 +40,7 @@ from spvit.train.settings import ImageConfig
 
 ROOT = Path(__file__).parents[1]
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "swin_tiny_patch4_window7_224")
-BATCH, STEPS = 2, 3
+BATCH, STEPS, LAYOUT_STEPS = 2, 3, 15
 COUNTS = (256, 512, 1024)
 """Calibration images."""
 PHOTOGRAPH = (500, 375)
@@ -47,8 +49,8 @@ PROCESSES = (1, 2)
 SMALL = '{"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "embed_dim": 192, "depth": 12}'
 IMAGENET, TEACHER_MACS = 1_281_167, 15.9e9
 ON_A_GPU = {"macs_per_s": 94e12, "dense_ms_a_block": 35.4 / 12, "search_ms_a_block": 87.9 / 12}
-"""One H100, bf16 autocast, eager (docs/benchmarks.md): a dense step of DeiT-B, 3 x 17.6G MACs x 64 images, in 36.0 ms; and
-what a step of DeiT-S takes at least, a block, as launches of small kernels bound it."""
+"""One H100, bf16 autocast, eager (docs/benchmarks.md): a dense step of DeiT-B, 3 x 17.6G MACs x 64 images, in 36.0
+ms; and what a step of DeiT-S takes at least, a block, as launches of small kernels bound it."""
 
 
 def steps() -> list[dict[str, Any]]:
@@ -79,6 +81,32 @@ def _steps(model: str) -> list[dict[str, Any]]:
         middle, width = spread(seconds[1:])
         rows.append({"model": model, "step": kind, "macs": macs, "s_an_image": middle, "spread": width})
     return rows
+
+
+def layouts() -> list[dict[str, Any]]:
+    """Return the seconds of an image in a training step with images and weights as they are, and channels last.
+
+    All attention has become 3 x 3 convolutions. The two take turns; the ratio is the median over these.
+    """
+    return [_layouts(model) for model in (MODELS[0], MODELS[3])]
+
+
+def _layouts(model: str) -> dict[str, Any]:
+    host = timm.create_model(model)
+    blocks = tuple(Block(Attention("conv3"), FFN.whole(block.units)) for block in network_costs(host)["macs"].blocks)
+    plain = spvit.fold(spvit.prune(host, Architecture(blocks, "identity", "mean")))
+    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    seconds: dict[str, list[float]] = {"plain": [], "channels_last": []}
+    for number in range(1 + LAYOUT_STEPS):
+        pictures = torch.randn(BATCH, 3, 224, 224)
+        for name, net in {"plain": plain, "channels_last": last}.items():
+            own = pictures.to(memory_format=torch.channels_last) if name == "channels_last" else pictures
+            started = time.process_time()
+            net(own).square().mean().backward()
+            net.zero_grad()
+            seconds[name] += [(time.process_time() - started) / BATCH] if number else []
+    ratios = [own / other for own, other in zip(seconds["channels_last"], seconds["plain"])]
+    return {"model": model, **{name: spread(own)[0] for name, own in seconds.items()}, "ratio": spread(ratios)[0]}
 
 
 def images() -> list[dict[str, Any]]:
@@ -194,6 +222,7 @@ PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "reading": reading,
     "steps": steps,
     "images": images,
+    "layouts": layouts,
     "processes": processes,
 }
 

@@ -155,6 +155,13 @@ def _quiet_libraries(problems: Console) -> None:
     """Send our own warnings to one line each; keep libraries' advice to programmers off the terminal."""
     handler = RichHandler(console=problems, show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
-    for library in ("accelerate", "huggingface_hub", "timm", "torch.utils.cpp_extension", "transformers"):
+    for library in (
+        "accelerate",
+        "huggingface_hub",
+        "timm",
+        "torch._dynamo",
+        "torch.utils.cpp_extension",
+        "transformers",
+    ):
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
