@@ -68,12 +68,14 @@ def _steps(model: str) -> list[dict[str, Any]]:
         optimizer, seconds = torch.optim.AdamW(net.parameters()), []
         for _ in range(1 + STEPS):
             images, started = torch.randn(BATCH, 3, 224, 224), time.process_time()
-            loss = nn.functional.cross_entropy(net(images), torch.zeros(BATCH, dtype=torch.long))
+            answers = net(images)
+            loss = nn.functional.cross_entropy(answers, torch.zeros(BATCH, dtype=torch.long))
             if budget is not None:
                 loss = loss + budget()
             if kind == "taught":
                 with torch.no_grad():
-                    loss = loss + nn.functional.mse_loss(net(images), dense(images))
+                    wanted = dense(images)
+                loss = loss + nn.functional.mse_loss(answers, wanted)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
