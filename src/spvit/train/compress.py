@@ -83,8 +83,8 @@ def compress(
         resume: continue the run that `output` holds.
         console: a rich console to show progress on; None is silent.
         report: called, in the first process, with (phase, steps done, steps in all, figures) after each step of
-            `dense`, `score`, `search`, `repair` and `finetune`: figures are the losses of training known last, and after
-            each epoch, once more, those of its evaluation. What it raises ends the run.
+            `dense`, `score`, `search`, `repair` and `finetune`: figures are the losses of training known last, and
+            after each epoch, once more, those of its evaluation. What it raises ends the run.
 
     Raises:
         BudgetError, DataError, ModelError, UnsupportedHostError, RunFolderError: bad input, before anything is trained.
