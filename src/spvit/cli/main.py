@@ -32,7 +32,7 @@ from spvit.cli.push import push_command
 from spvit.cli.report import report_command
 from spvit.errors import RunError, RunStoppedError, SpvitError
 from spvit.models import names_code
-from spvit.train.processes import processes
+from spvit.train.processes import is_first_to_fail, processes, who_is_gone
 from spvit.train.run_folder import RunFolder
 from spvit.train.signals import STOPPING
 
@@ -68,14 +68,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that may not be written, one that has gone
         place = f"{error.filename}: " if error.filename else ""
         message, code = f"{place}{error.strerror or error}; the last saved state is as it was", 1
+    except RuntimeError as error:
+        if not (gone := who_is_gone(error)):
+            raise
+        message, code = f"{gone}; a run that has saved a state continues with --resume", 1
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
         message, code = "interrupted; a run that has saved a state continues with --resume", 128 + number
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    line = f"spvit: {' '.join(message.split())}"
-    problems.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
+    if is_first_to_fail():
+        line = f"spvit: {' '.join(message.split())}"
+        problems.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
     return code
 
 
