@@ -42,12 +42,14 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in values.items() if name != "images_per_s"} for values in found]
 
 
-@pytest.mark.parametrize(("kind", "repeats", "number"), [("dense", 3, "SIGTERM"), ("search", 0, "SIGUSR1")])
+@pytest.mark.parametrize(
+    ("kind", "repeats", "number", "workers"), [("dense", 3, "SIGTERM", 2), ("search", 0, "SIGUSR1", 0)]
+)
 def test_a_run_that_a_signal_stopped_within_an_epoch_ends_at_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, repeats: int, number: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, repeats: int, number: str, workers: int
 ) -> None:
     random = {"mixup": 0.2, "random_erasing": 0.2, "color_jitter": 0.2, "repeated_augmentation": repeats}
-    images, whole, cut = digits(**random), phase_of(kind), phase_of(kind)
+    images, whole, cut = digits(**random, workers=workers), phase_of(kind), phase_of(kind)
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     figures = run_phase(whole, run_in(tmp_path / "whole", images, log_every=4))

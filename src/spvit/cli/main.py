@@ -53,6 +53,7 @@ COMMANDS: dict[str, tuple[Any, Callable[..., None]]] = {  # the options and the 
     "convert": (cli.ConvertCommand, run.convert_command),
     "demo": (cli.DemoCommand, run.compress_command),
 }
+ADVICE = "a run that has saved a state continues with --resume"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,28 +61,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problems = Console(stderr=True)
     before = _stop_by_exception()
     try:
-        return _run(list(sys.argv[1:] if arguments is None else arguments), problems)
-    except RunStoppedError as error:
-        message, code = str(error), 128 + error.number
-    except SpvitError as error:  # one in a reading process arrives as its traceback, with the message last
-        message, code = str(error).split("DataError: ")[-1], 1 if isinstance(error, RunError) else 2
-    except OSError as error:  # a full disk, a folder that may not be written, one that has gone
-        place = f"{error.filename}: " if error.filename else ""
-        message, code = f"{place}{error.strerror or error}; the last saved state is as it was", 1
-    except RuntimeError as error:
-        if not (gone := who_is_gone(error)):
-            raise
-        message, code = f"{gone}; a run that has saved a state continues with --resume", 1
-    except KeyboardInterrupt as error:
-        number = error.args[0] if error.args else signal.SIGINT
-        message, code = "interrupted; a run that has saved a state continues with --resume", 128 + number
+        code, message = _run(list(sys.argv[1:] if arguments is None else arguments), problems)
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)  # it ends as it is
+        if message and is_first_to_fail():
+            line = f"spvit: {' '.join(message.split())}"
+            problems.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
+        return code
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if is_first_to_fail():
-        line = f"spvit: {' '.join(message.split())}"
-        problems.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
-    return code
+
+
+def _run(arguments: list[str], problems: Console) -> tuple[int, str]:
+    """Run the command line; return the exit code, and what went wrong."""
+    try:
+        _command(arguments, problems)
+    except RunStoppedError as error:
+        return 128 + error.number, str(error)
+    except SpvitError as error:  # one in a reading process arrives as its traceback, with the message last
+        return 1 if isinstance(error, RunError) else 2, str(error).split("DataError: ")[-1]
+    except OSError as error:  # a full disk, a folder that may not be written, one that has gone
+        place = f"{error.filename}: " if error.filename else ""
+        return 1, f"{place}{error.strerror or error}; the last saved state is as it was"
+    except RuntimeError as error:
+        if not (gone := who_is_gone(error)):
+            raise
+        return 1, f"{gone}; {ADVICE}"
+    except KeyboardInterrupt as error:
+        return 128 + (error.args[0] if error.args else signal.SIGINT), f"interrupted; {ADVICE}"
+    return 0, ""
 
 
 def _stop_by_exception() -> dict[int, Any]:
@@ -95,7 +104,7 @@ def _stop_by_exception() -> dict[int, Any]:
     return {number: signal.signal(number, stop) for number in (signal.SIGINT, *STOPPING)}
 
 
-def _run(arguments: Sequence[str], problems: Console) -> int:
+def _command(arguments: list[str], problems: Console) -> None:
     # Of several processes one reports progress; each reports its own errors.
     console = Console(quiet=not processes().is_main_process)
     _quiet_libraries(problems)
@@ -104,7 +113,6 @@ def _run(arguments: Sequence[str], problems: Console) -> int:
     with RunFolder(options.output).held() if writes else nullcontext():
         COMMANDS[name][1](options, console)
     processes().destroy_process_group()  # or its threads may end the interpreter with an error
-    return 0
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Any]:

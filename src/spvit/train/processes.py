@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import parse_flag_from_env, reduce
+from accelerate.utils import broadcast, parse_flag_from_env, reduce
+from torch import nn
 
 from spvit.checkpoint import first_line
 from spvit.errors import RunError
@@ -38,6 +39,12 @@ def summed(*values: float) -> list[float]:
         return list(values)
     found: list[float] = reduce(torch.tensor(values, device=state.device), "sum").tolist()
     return found
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give all processes the first one's buffers: each has batch norms' statistics of its own images."""
+    for buffer in model.buffers() if processes().num_processes > 1 else ():
+        broadcast(buffer)
 
 
 def by_the_first(work: Callable[[], object]) -> None:
