@@ -83,7 +83,7 @@ def who_is_gone(error: RuntimeError) -> str | None:
     """Return in words which process an error says has ended: another of the run, or one that reads images."""
     if str(error).startswith("DataLoader worker"):
         return f"a process that reads images has ended: {first_line(error)}"
-    if processes().num_processes > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+    if isinstance(error, dist.DistError) or "gloo" in str(error):
         return "another process of the run has ended, or cannot be reached"
     return None
 
@@ -91,6 +91,6 @@ def who_is_gone(error: RuntimeError) -> str | None:
 def is_first_to_fail() -> bool:
     """Return whether this process is the first of its run to ask: one message is enough."""
     try:
-        return processes().num_processes == 1 or _store().add("spvit/failures", 1) == 1
+        return not dist.is_initialized() or _store().add("spvit/failures", 1) == 1
     except RuntimeError:  # the process that has the store ended
         return True
