@@ -135,7 +135,7 @@ def test_a_run_killed_while_it_scores_or_repairs_goes_on_by_blocks(
     phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     host, images = micro_host(depth=4), digits()
-    config = CompressConfig(train_epochs=0, calibration_images=128, repair_views=1)
+    config = CompressConfig(epochs=0, calibration_images=128, repair_views=1)
     whole = compressed(host, "60%", config, tmp_path / "whole", images)
     write, written = BlockStates.__setitem__, []
 
