@@ -245,7 +245,8 @@ def _finished(phase: str, model: nn.Module, config: ScoresConfig, run: Run, *mor
     images: Any = run.images
     drawn = [asdict(images.config), asdict(images.preprocessing), len(images.views), config.seed]
     settings = [config.calibration_images, config.repair_views, config.multiple, config.objective]
-    return run.folder.finished(phase, checksum(plain_state(model), {"of": [*drawn, *settings, *more]}))
+    key = checksum(plain_state(model), {"of": [*drawn, *settings, *more]})
+    return BlockStates(run.folder.states(phase), key)
 
 
 def _by_scores(host: nn.Module, limits: dict[str, Any], config: CompressConfig, run: Run) -> Architecture:

@@ -37,7 +37,7 @@ from spvit.checkpoint import UNFINISHED, make_folder, plain_state, write_text
 from spvit.errors import CheckpointError, RunError, RunFolderError, RunStoppedError, SpvitError
 from spvit.repair.scores import Scores
 from spvit.train.lock import locked
-from spvit.train.states import BlockStates, about_state, read_state, write_state
+from spvit.train.states import about_state, read_state, write_state
 
 DENSE, SEARCH, FINETUNE = "dense", "search", "finetune"
 SCORE, REPAIR = "score", "repair"  # which have blocks in place of epochs
@@ -235,10 +235,6 @@ class RunFolder:
     def states(self, phase: str) -> Path:
         """Return the folder of a phase's states."""
         return self.path / "state" / phase
-
-    def finished(self, phase: str, key: int) -> BlockStates:
-        """Return what a phase by blocks has finished, of what has a key."""
-        return BlockStates(self.states(phase), key)
 
     def has_begun(self, phase: str) -> bool:
         """Return whether a phase has saved anything."""
