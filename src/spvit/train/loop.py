@@ -30,7 +30,7 @@ from spvit.train.data import Images, epoch_loader, mixup_of, seed_of, validation
 from spvit.train.figures import Answering, Figures, Reference, autocast, evaluate, figures_from, finite, is_finite
 from spvit.train.losses import agreement_loss, open_teacher, task_loss
 from spvit.train.optimizers import groups_of, learning_rate_at, load_tensors, optimizer_of, tensors_of
-from spvit.train.processes import by_the_first, make_accelerator, summed
+from spvit.train.processes import by_the_first, make_accelerator, share_buffers, summed
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig
@@ -179,6 +179,7 @@ class Loop:
 
     def _evaluate(self, epoch: int | None = None) -> Figures:
         """Return the figures now; of an epoch its weights are kept, if they are the best and that is asked for."""
+        share_buffers(self.kept)
         figures = evaluate(
             *(self.judged, self.validation, self.accelerator, self.config.precision, self.reference),
             after_batch=self._stop_or_save,

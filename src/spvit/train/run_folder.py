@@ -8,6 +8,8 @@
     state/config.yaml                   the settings as the run last used them, which edits are compared with
     state/PHASE/epoch-NNNN[-STEP].safetensors   the last two states: so many epochs done, and steps of the next
     state/PHASE/best.safetensors        the best weights of a phase, where it keeps them
+    state/score/block-NNNN.safetensors  the scores of a block, until all are there
+    state/repair/block-NNNN.safetensors  the repaired weights of a block
     dense/                              the dense model, where the run trained it
     model.json, model.safetensors       the result
     summary.json                        accuracy and costs of the dense model, after pruning, and at the end
@@ -38,6 +40,7 @@ from spvit.train.lock import locked
 from spvit.train.states import about_state, read_state, write_state
 
 DENSE, SEARCH, FINETUNE = "dense", "search", "finetune"
+SCORE, REPAIR = "score", "repair"  # which have blocks in place of epochs
 
 KEPT_STATES = 2
 # Options that a continued run shares with the run that it continues, so that all files belong together.
@@ -108,7 +111,8 @@ class RunFolder:
                 if not processes().is_main_process:
                     raise
                 files = [path for path in self.path.rglob("*") if path.is_file() and not path.name.startswith(".")]
-                if fresh and not set(files) - set(first) and not isinstance(error, RunError):
+                left = {path for path in files if path not in first and path.parent != self.states(SCORE)}
+                if fresh and not left and not isinstance(error, RunError):
                     for path in files:
                         path.unlink(missing_ok=True)
                     for folder in (self.settings_kept.parent, *([self.path] if made else [])):
@@ -300,6 +304,7 @@ class RunFolder:
             scores.save(partial)
             for path in (self.scores.with_suffix(".safetensors"), self.scores):  # the second says that both are there
                 (Path(partial) / path.name).replace(path)
+        shutil.rmtree(self.states(SCORE), ignore_errors=True)
 
     def write_architecture(self, architecture: Architecture) -> None:
         """Write architecture.json. Raises RunFolderError when weights of another one were fine-tuned here already."""
