@@ -57,12 +57,12 @@ def searched(folder: Path, stops: dict[int, tuple[int, int]], draws: list[Any], 
     rank, step, draw = processes().process_index, Loop.step, GateDraws._draw
     stopped = list(stops)
 
-    def signalled(loop: Loop, images: Tensor, targets: Tensor, index: int) -> dict[str, float]:
+    def signalled(loop: Loop, batches: Any, index: int) -> dict[str, Tensor]:
         if index in stopped:
             number, last = stops[stopped.pop(stopped.index(index))]
             if rank >= last:
                 os.kill(os.getpid(), number)
-        return step(loop, images, targets, index)
+        return step(loop, batches, index)
 
     def drawn(gates: GateDraws) -> None:
         draw(gates)

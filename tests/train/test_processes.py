@@ -91,6 +91,7 @@ def test_a_process_that_fails_ends_the_run_with_one_message_and_a_state(tmp_path
     run = tmp_path / "run"
     words = ["train", "--model", MODEL, "--model_args", json.dumps(MODEL_ARGS), "--pretrained", "false"]
     words += ["--data", "digits", "--images.mean", "[0.5]", "--images.std", "[0.5]", "--save_minutes", "1e-9"]
+    words += ["--log_every", "1"]  # at which several processes look up
     for how, more, message in (
         ("raises", words, "spvit: one of two fails"),
         ("killed", ["train", "--resume"], "spvit: another process of the run has ended, or cannot be reached; a run"),
