@@ -15,7 +15,7 @@ from spvit.errors import NotSearchableError, UnsupportedHostError
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host
 from spvit.hosts.recognise import RECORD, family_of
-from spvit.hosts.walk import Report, where_float64_is
+from spvit.hosts.walk import Finished, Report, where_float64_is
 from spvit.repair.repair import repair as repair_in_place
 from spvit.replacements.bottleneck import BottleneckConv
 from spvit.replacements.install import check_fits, narrow_ffn, replace_attention, whole_grids
@@ -48,6 +48,7 @@ def prune(
     repair: Tensor | Iterable[Any] | None = None,
     inplace: bool = False,
     report: Report | None = None,
+    finished: Finished | None = None,
 ) -> Model:
     """Return the host cut down to an architecture, in plain stock modules with the same forward.
 
@@ -65,6 +66,8 @@ def prune(
             repair to training.
         inplace: change the host itself instead of a copy. If pruning fails the host stays as it was.
         report: with a repair, called after each block with ("repair", blocks repaired, blocks, {}).
+        finished: with a repair, gets each block's weights as they are found, and those of a call that was cut short are
+            taken from it; a dictionary will do. The other arguments must be the same.
 
     Raises:
         ArchitectureError: the architecture does not fit the host.
@@ -87,7 +90,8 @@ def prune(
         target = dense
         if repair is not None and (inplace or trained is not None):
             target = dense.on(copy.deepcopy(model))
-        cut([pruned], target, [architecture], undo, repair, report, searched)
+        states = None if finished is None else [finished]
+        cut([pruned], target, [architecture], undo, repair, report, states, searched)
         undo.pop_all()
     return cast(Model, model)
 
@@ -114,6 +118,7 @@ def cut(
     undo: ExitStack,
     repair: Tensor | Iterable[Any] | None = None,
     report: Report | None = None,
+    finished: Sequence[Finished] | None = None,
     searched: Sequence[Any] | None = None,
     fitted: bool = False,
 ) -> None:
@@ -134,7 +139,7 @@ def cut(
                 replace_attention(own, index, kept.attention, architecture.rules, grids[-1], undo, **hints)
                 narrow_ffn(own, index, kept.ffn, undo)
     if repair is not None:
-        repair_in_place([own.model for own in pruned], target, architectures, repair, report)
+        repair_in_place([own.model for own in pruned], target, architectures, repair, report, finished)
     for own, architecture, grid in zip(pruned, architectures, grids):
         last = len(architecture.blocks) - 1
         if architecture.blocks[last].tokens == "prefix":

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,18 @@ BATCH = 64
 FULL = 8192
 """Tokens of the first block that a batch of small images is filled up to."""
 Found = TypeVar("Found")
+
+Part = tuple[dict[str, Any], dict[str, Tensor]]
+"""What long work finished of a block: values for JSON, and tensors on the CPU."""
+
+
+class Finished(Protocol):
+    """What long work finished, by block, for a call with the same arguments to go on from: a dictionary, or files."""
+
+    def get(self, block: int, /) -> Part | None:
+        """Return what was finished of a block, if it was."""
+
+    def __setitem__(self, block: int, part: Part, /) -> None: ...
 
 
 def calibration_batches(host: Host, images: Tensor | Iterable[Any]) -> Iterator[Tensor]:

@@ -1,5 +1,7 @@
 """SIGTERM and SIGUSR1, with which clusters announce a job's end, wait for a place where a run can be continued from."""
 
+import atexit
+import multiprocessing.util  # whose own function at exit then runs after ours
 import os
 import signal
 import threading
@@ -31,6 +33,32 @@ def deferred() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
         if came:
             os.kill(os.getpid(), came[0])
+
+
+@contextmanager
+def time_limit(hours: float | None, say: Callable[[str], None]) -> Iterator[None]:
+    """Send SIGTERM to this process when so many hours are over; None never does."""
+
+    def end() -> None:
+        say(f"max-hours: {hours:g} are over")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    timer = threading.Timer(3600 * (hours or 0), end)
+    timer.daemon = True
+    if hours is not None:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Kill workers that an error left behind, before Python's own end of them by SIGTERM, which they ignore."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def ignored_by_workers(worker: int) -> None:
