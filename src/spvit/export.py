@@ -241,15 +241,17 @@ def _reasons(error: BaseException) -> list[str]:
     chain: list[BaseException] = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
-    return [next(iter(str(part).splitlines()), type(part).__name__) for part in chain[:0:-1] or chain][:2]
+    lines = [next(iter(str(part).splitlines()), type(part).__name__) for part in chain[:0:-1] or chain]
+    return [line.partition(" with args ")[0] for line in lines[:2]]  # which fill a screen
 
 
 def _places(error: BaseException, model: nn.Module, images: Tensor, shapes: Any) -> list[str]:
     """Return the part of a model that holds the operation which an error of torch.onnx names, if it names one."""
     with suppress(Exception):  # the program may be what cannot be made, of which the error says all
-        program = torch.export.export(model, (images,), dynamic_shapes=shapes).run_decompositions()
+        program = torch.export.export(model, (images,), dynamic_shapes=shapes)
+        nodes = [*program.graph.nodes, *program.run_decompositions().graph.nodes]  # the exporter keeps some whole
         named = re.findall(r"node %(\w+)", str(error.__cause__))
-        stacks = [node.meta.get("nn_module_stack", {}) for node in program.graph.nodes if node.name in named]
+        stacks = [node.meta.get("nn_module_stack", {}) for node in nodes if node.name in named]
         paths = [list(stack.values())[-1][0].removeprefix("model.") for stack in stacks if stack]
         return [f"in {path or 'the model itself'}" for path in paths[:1]]
     return []

@@ -43,7 +43,7 @@ def _table(found: Frontier) -> Table:
         seconds = found.seconds["scores"] if point is dense else point.seconds
         table.add_row(point.budget, point.words.split()[1], *cells, f"{seconds:.1f}")
     table.caption, table.caption_justify = (
-        "seconds: of the dense model to score it, of a budget for all it took",
+        "seconds: of the dense model to score it, of a budget its share of the rest",
         "left",
     )
     return table

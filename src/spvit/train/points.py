@@ -3,15 +3,15 @@
 A frontier's folder holds, beside config.yaml and the scores (`--scores` takes the folder):
 
     frontier.json               what was found; frontier.csv holds the same as a table
-    frontier.svg, frontier.png  the plot, where matplotlib is installed
+    frontier.svg, frontier.png  the plot, where the extra `report` is installed
     50pct/, 1.5G/, ...          a model for each budget, with its architecture.json
 
 frontier.json: {"format": "spvit-frontier", "version": 1, "model", "metric": "macs" or "params", "images": how many
 validation images, "seconds": {"scores", "latency"}, "unreached": {budget: why}, "points": [...]}. Points are the dense
 model and then the budgets, the largest first, each {"budget": "dense" or "50%", "folder": its name in here (null of the
 dense model), "macs", "params", "accuracy" (0 to 1; null of a backbone), "agreement" (null of a classifier), "seconds":
-to decide, repair and evaluate, "latency": [...]}. A latency is a `spvit.benchmark.Latency`, one a batch size; the list
-is empty until all budgets are done.
+of its repair, evaluation and writing, "latency": [...]}. A latency is a `spvit.benchmark.Latency`, one a batch size;
+the list is empty until all budgets are done.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Point:
     agreement: float | None = None
     """Mean cosine to the dense outputs, of both less the mean of the dense ones, where it has none."""
     seconds: float = 0.0
-    """To decide, repair and evaluate."""
+    """Its share of what it took to repair, evaluate and write the budgets that were repaired side by side."""
     latency: Sequence[Latency] = ()
 
     @property
