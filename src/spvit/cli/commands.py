@@ -31,6 +31,7 @@ from spvit.replacements.costs import network_costs
 from spvit.surgery import prune, pruned_record
 from spvit.train.compress import check_decision, deployed, run_compress, search, write_model
 from spvit.train.figures import Evaluation, Figures, figures_of
+from spvit.train.headers import checked
 from spvit.train.loop import Phase, Run, run_phase
 from spvit.train.processes import by_the_first, processes
 from spvit.train.progress import PhaseProgress
@@ -72,14 +73,14 @@ def _say_where(console: Console, folder: Path, *lines: str) -> None:
 def train_command(options: cli.TrainCommand, console: Console) -> None:
     """Train a dense model and write it."""
     model, run = open_run("train", options, True, console)
-    _write(model, run_phase(Phase(DENSE, model, options.dense), run), run, console)
+    _write(model, run_phase(Phase(DENSE, model, options.dense), checked(run)), run, console)
 
 
 def search_command(options: cli.SearchCommand, console: Console) -> None:
     """Search, and write the architecture and the pruned model as the search left it."""
     host, run = open_run("search", options, False, console)
     limits = check_decision(host, options.budget(), options.multiple)
-    net, architecture = search(host, limits, options.search, run, options.multiple)
+    net, architecture = search(host, limits, options.search, checked(run), options.multiple)
     console.print(block_table(architecture, network_costs(host), "architecture"))
     pruned = prune(host, architecture, weights=net)
     _write(pruned, figures_of(pruned, run.images, options), run, console, " before fine-tuning")
@@ -95,7 +96,7 @@ def finetune_command(options: cli.FinetuneCommand, console: Console) -> None:
         model = _pruned_to(model, architecture, options.architecture)
     elif pruned_record(model) is None:
         raise ModelError(f"{options.model} is a dense model; name what to keep with --architecture, or see spvit train")
-    figures = run_phase(Phase(FINETUNE, model, options.finetune, teacher=teacher), run)
+    figures = run_phase(Phase(FINETUNE, model, options.finetune, teacher=teacher), checked(run))
     _write(deployed(model), figures, run, console)
 
 

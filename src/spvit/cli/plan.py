@@ -25,12 +25,13 @@ from spvit.errors import RunFolderError
 from spvit.hosts.host import Host
 from spvit.replacements.costs import network_costs
 from spvit.train.compress import check_compress, search_phase
-from spvit.train.data import find_images, training_loader
+from spvit.train.data import training_loader
 from spvit.train.figures import reference_of
 from spvit.train.loop import Loop, Phase, Run
 from spvit.train.optimizers import GATES, tensors_of
 from spvit.train.run_folder import DENSE, FINETUNE, RunFolder
 from spvit.train.settings import ImageConfig
+from spvit.train.sources import find_images
 
 IMAGENET_TRAIN, IMAGENET_VALIDATION, IMAGENET_CLASSES = 1_281_167, 50_000, 1000
 STEPS, BATCH_ON_CPU, FEW = 3, 8, 16

@@ -34,6 +34,7 @@ from spvit.search.network import make_searchable
 from spvit.surgery import fold, prune, pruned_record
 from spvit.train.data import Images, load_images, training_loader
 from spvit.train.figures import Figures, figures_of, reference_of
+from spvit.train.headers import checked
 from spvit.train.loop import Phase, Run, run_phase
 from spvit.train.processes import by_the_first, processes
 from spvit.train.progress import PhaseProgress
@@ -106,6 +107,7 @@ def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: R
     run = replace(run, images=fitting(run.images, host))
     limits = check_compress(host, budget, config, run)
     run.folder.path.mkdir(parents=True, exist_ok=True)
+    run = checked(run)
     dense = copy.deepcopy(host).to(processes().device)
     if not run.images.classes:
         run = replace(run, reference=reference_of(dense, run.images, config, config.objective))

@@ -32,6 +32,7 @@ from spvit.surgery import prune
 from spvit.train.compress import calibration, check_classes, decided, deployed, fitting, scored, write_model
 from spvit.train.data import Images, load_images
 from spvit.train.figures import Figures, figures_of, reference_of
+from spvit.train.headers import checked
 from spvit.train.loop import Run
 from spvit.train.plot import plot_frontier
 from spvit.train.points import DENSE, FILE, Frontier, Point
@@ -97,6 +98,7 @@ def run_frontier(
     done = {point.budget: point for point in known if (folder / str(point.folder) / DESCRIPTION).is_file()}
     asked, unreached = _reachable(dense, [*budgets, *done], metric, config)
     folder.mkdir(parents=True, exist_ok=True)
+    run = checked(run)
     if not importlib.util.find_spec("matplotlib"):
         run.progress.note("there will be no plot, since matplotlib is not installed: pip install 'spvit[report]'")
     started = time.perf_counter()

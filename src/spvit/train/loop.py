@@ -31,6 +31,7 @@ from spvit.train.losses import agreement_loss, open_teacher, task_loss
 from spvit.train.optimizers import WEIGHTS, learning_rate_at, load_tensors, optimizer_of, tensors_of
 from spvit.train.processes import by_the_first, make_accelerator, summed
 from spvit.train.progress import PhaseProgress
+from spvit.train.reading import Reading
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig
 from spvit.train.signals import deferred
@@ -89,7 +90,7 @@ class Loop:
         self.ends_at = self.saved_at + 60 * (phase.config.minutes or math.inf)
         self.place = 0, 0  # epochs done, and steps of the next
         self.settings = settings = phase.config
-        self.folder, self.config, self.progress = run.folder, run.config, run.progress
+        self.folder, self.config, self.progress, self.images = run.folder, run.config, run.progress, run.images
         self.accelerator = make_accelerator()
         self.tracking = Tracking(run.config, run.folder, phase.name)
         self.reference = run.reference
@@ -150,6 +151,8 @@ class Loop:
                 if is_finite(figures):
                     self._save(figures)
                 self.progress.epoch(epoch + 1, epoch + 1 if over else epochs, figures.words, vars(figures))
+                where = f"{self.phase.name} epoch {epoch + 1}"
+                self.reading.judge(self.images, figures.images, where, self.folder, self.progress)
                 if over:
                     break
         figures = self._evaluate() if figures is None else figures
@@ -181,7 +184,8 @@ class Loop:
         self.draws.begin(seed, start * self.batch // self.accelerator.num_processes)
         self.model.train()
         started = time.perf_counter()
-        for index, (images, targets) in enumerate(self.train, start):
+        self.reading = Reading(self.train, self.accelerator.device)
+        for index, (images, targets) in enumerate(self.reading, start):
             step = epoch * len(self.train) + index
             set_seed(seed_of(seed, process, "step", index))
             values = self.step(images, targets, step)
@@ -189,6 +193,7 @@ class Loop:
             if (step + 1) % self.config.log_every == 0 or index + 1 == len(self.train):
                 rate = self.batch * (index + 1 - start) / (time.perf_counter() - started)
                 more = {"learning_rate": self.optimizer.param_groups[0]["lr"], "images_per_s": round(rate, 2)}
+                more["data_wait"] = round(self.reading.waited(), 3)
                 self._record("step", epoch, {"step": step + 1, **values, **more})
             self.place = epoch, index + 1
             self._stop_or_save()

@@ -6,6 +6,8 @@
     scores.json, scores.safetensors     what scoring measured
     architecture.json                   what the run decided to keep
     state/config.yaml                   the settings as the run last used them, which edits are compared with
+    state/images/headers.safetensors    which image files were looked at, and which of them cannot be read
+    unreadable.json                     images that the run left out, and why
     state/PHASE/epoch-NNNN[-STEP].safetensors   the last two states: so many epochs done, and steps of the next
     state/PHASE/best.safetensors        the best weights of a phase, where it keeps them
     dense/                              the dense model, where the run trained it
@@ -57,6 +59,8 @@ class RunFolder:
         self.path = Path(path)
         self.settings = self.path / "config.yaml"
         self.settings_kept = self.path / "state" / "config.yaml"
+        self.headers = self.path / "state" / "images" / "headers.safetensors"
+        self.unreadable = self.path / "unreadable.json"
         self.metrics = self.path / "metrics.jsonl"
         self.tracking = self.path / "tracking.json"
         self.architecture = self.path / "architecture.json"
@@ -97,7 +101,8 @@ class RunFolder:
         )  # brings Accelerate, which who only reads a folder needs not
 
         made, fresh = [folder for folder in (self.path, *self.path.parents) if not folder.exists()], not self.used
-        first = (self.settings, self.settings_kept, self.scores, self.scores.with_suffix(".safetensors"))
+        first = {self.settings, self.settings_kept, self.headers, self.unreadable}
+        first |= {self.scores, self.scores.with_suffix(".safetensors")}
         with ExitStack() as lock:
             by_the_first(lambda: lock.enter_context(locked(self.path)))
             for path in self.path.rglob(f".*{UNFINISHED}"):
@@ -108,7 +113,11 @@ class RunFolder:
                 if not processes().is_main_process:
                     raise
                 files = [path for path in self.path.rglob("*") if path.is_file() and not path.name.startswith(".")]
-                if fresh and not set(files) - set(first) and not isinstance(error, RunError):
+                if (
+                    fresh
+                    and not set(files) - {*first, self.scores.with_suffix(".safetensors")}
+                    and not isinstance(error, RunError)
+                ):
                     for path in files:
                         path.unlink(missing_ok=True)
                     for folder in (self.settings_kept.parent, *([self.path] if made else [])):
@@ -192,6 +201,11 @@ class RunFolder:
         """Append a line of figures to metrics.jsonl."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+
+    def list_unreadable(self, found: Mapping[str, str]) -> None:
+        """Add images that cannot be read, and why, to unreadable.json."""
+        known = json.loads(self.unreadable.read_text(encoding="utf-8")) if self.unreadable.is_file() else {}
+        write_text(self.unreadable, json.dumps({**known, **found}, indent=2) + "\n")
 
     def steps_before(self, phase: str) -> int:
         """Return the steps that the other phases have recorded, all of which come before."""
