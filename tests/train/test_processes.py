@@ -62,6 +62,7 @@ def test_images_that_cannot_be_read_are_left_out_of_every_process_alike(tmp_path
     (root / "val" / "cat" / "2.png").write_bytes(b"junk")
     words = ["train", "--model", "test_vit", "--pretrained", "false", "--model_args", '{"img_size": 32}']
     words += ["--data", str(root), "--images.batch_size", "4", "--images.skip_corrupt", "true", "--dense.epochs", "1"]
+    words += ["--images.most_unreadable", "0.05"]
     launched(*words, "--output", str(tmp_path / "run"))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["images"] for line in lines if line["event"] == "evaluation"] == [9]

@@ -77,7 +77,8 @@ def _judge(unreadable: dict[str, str], count: int, run: Run) -> None:
     if not config.skip_corrupt:
         raise DataError(f"{said}: {first}; remove them, or pass --images.skip_corrupt true")
     if len(unreadable) > config.most_unreadable * count:
-        raise DataError(f"{said}, more than images.most_unreadable {config.most_unreadable:.2%}: {first}")
+        most = f"images.most_unreadable {config.most_unreadable:.2%}"
+        raise DataError(f"{said}, more than {most} (a share; raise it, or remove them): {first}")
     run.folder.list_unreadable(unreadable)
     run.progress.note(f"{said} and are left out; they are listed in {run.folder.unreadable}")
 

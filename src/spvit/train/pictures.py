@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ContainerIO import ContainerIO
 
 from spvit.errors import DataError
@@ -70,6 +70,7 @@ def _named(source: Any) -> Iterator[None]:
         yield
     except Exception as error:  # whatever damaged bytes lead to; all of it means the same to the user
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = "it is no image, or damaged" if isinstance(error, UnidentifiedImageError) else reason
         shown = str(source) if str(source).isprintable() else repr(str(source))
         raise DataError(f"image {shown} cannot be read ({reason.splitlines()[0]})") from error
 

@@ -213,7 +213,10 @@ def _shards(place: str, config: ImageConfig) -> Found:
             images = dict(zip(tars, threads.map(_images_of, tars.values())))
     except Exception as error:  # whatever a store's library raises, it means the same to the user
         raise DataError(f"the tar files of {place} cannot be read ({first_line(error)})") from error
-    parts: Any = [[image for name, own in images.items() if said in name for image in own] for said in ("train", "val")]
+    said = {name: "train" if "train" in name else "val" if "val" in name else "" for name in images}
+    parts: Any = [
+        [image for name in images if said[name] == part for image in images[name]] for part in ("train", "val")
+    ]
     every = [image for own in images.values() for image in own]
     labels: Any = {label for _, label in every}
     if len({type(label) for label in labels}) > 1:
