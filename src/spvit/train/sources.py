@@ -12,7 +12,7 @@ import os
 import tarfile
 from array import array
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -24,12 +24,14 @@ import torch
 import torchvision.datasets
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from rich.console import Console
 from torch.utils.data import Subset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from spvit.checkpoint import first_line, make_folder, replace_atomically
 from spvit.errors import DataError
 from spvit.train.pictures import Stored, part_of
+from spvit.train.progress import PhaseProgress
 from spvit.train.settings import ImageConfig
 
 DIGITS = "digits"
@@ -209,8 +211,11 @@ def _shards(place: str, config: ImageConfig) -> Found:
     """
     try:
         tars = _local(place, config)
-        with ThreadPoolExecutor() as threads:
-            images = dict(zip(tars, threads.map(_images_of, tars.values())))
+        images, progress = {}, PhaseProgress(Console(stderr=True))
+        with progress.bar("tar files", len(tars)), ProcessPoolExecutor(min(len(tars), os.cpu_count() or 1)) as pool:
+            for name, own in zip(tars, pool.map(_images_of, tars.values())):
+                images[name] = own
+                progress.step()
     except Exception as error:  # whatever a store's library raises, it means the same to the user
         raise DataError(f"the tar files of {place} cannot be read ({first_line(error)})") from error
     said = {name: "train" if "train" in name else "val" if "val" in name else "" for name in images}
