@@ -19,8 +19,8 @@ class DataOptions:
     """The images."""
 
     data: str
-    """A folder with train/ and val/ (a folder a class in each), a torchvision data set (CIFAR10), or digits; to
-    compress without training by labels, any folder of images."""
+    """A folder with train/ and val/ (a folder a class in each, or tar files), wds/PLACE of tar files, hfds/NAME at
+    Hugging Face, a torchvision data set (CIFAR10), or digits; to compress without labels, any folder of images."""
     images: ImageConfig = field(default_factory=ImageConfig)
     """How images are read, augmented and batched."""
 

@@ -73,8 +73,8 @@ def compress(
 
     Args:
         host: a trained model of a supported family; it stays as it is.
-        data: a folder, labelled or not, a torchvision data set by name, `digits`, or loaded Images. Without labels, and
-            for a host without classes, the dense host is what to agree with.
+        data: what `--data` takes, such as a folder, labelled or not, or loaded Images. Without labels, and for a host
+            without classes, the dense host is what to agree with.
         macs: `"50%"` of the host's cost, `"1.0G"` or a whole number of MACs of one image; half when no budget is given.
         params: the same in parameters; give at most one of the two.
         output: run folder to keep metrics, states and the model in; None keeps nothing but the returned model.
@@ -84,8 +84,8 @@ def compress(
         resume: continue the run that `output` holds.
         console: a rich console to show progress on; None is silent.
         report: called, in the first process, with (phase, steps done, steps in all, figures) after each step of
-            `dense`, `score`, `search`, `repair` and `finetune`: figures are the losses of a step of training, and after
-            each epoch, once more, those of its evaluation. What it raises ends the run.
+            `headers`, `dense`, `score`, `search`, `repair` and `finetune`: figures are the losses of a training step,
+            and after each epoch, once more, those of its evaluation. What it raises ends the run.
 
     Raises:
         BudgetError, DataError, UnsupportedHostError, RunFolderError: bad input, before anything is trained.

@@ -248,7 +248,7 @@ def _local(place: str, config: ImageConfig) -> dict[str, str]:
     from spvit.train.processes import processes  # brings Accelerate, which who only reads images needs not
 
     system, path = url_to_fs(place)
-    found = [path] if system.isfile(path) else sorted(system.glob(f"{path.rstrip('/')}/**/*.tar"))
+    found = sorted(name for name in system.find(path) if name.endswith(".tar"))
     if not found:
         raise FileNotFoundError("there are none that end in .tar")
     local = {os.path.relpath(name, os.path.dirname(path) if name == path else path): name for name in found}
