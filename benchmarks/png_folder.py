@@ -35,7 +35,7 @@ from spvit.train.settings import ImageConfig, LoopConfig
 SHAPE = {"img_size": 28, "patch_size": 7, "embed_dim": 48, "depth": 3, "num_heads": 3, "in_chans": 1}
 IMAGES = ["--images.batch_size", "256", "--images.flip", "0", "--images.workers", "1"]
 GREY = ["--images.mean", "[0.286]", "--images.std", "[0.353]"]
-EPOCHS = ["--macs", "50%", "--search.epochs", "1", "--train_epochs", "1", "--save_minutes", "0.25"]
+EPOCHS = ["--macs", "50%", "--search.epochs", "1", "--epochs", "1", "--save_minutes", "0.25"]
 ENDS = (("search", 60, signal.SIGTERM), ("search", 140, signal.SIGKILL), ("finetune", 100, signal.SIGKILL))
 
 
@@ -96,7 +96,7 @@ def stop_and_continue(folder: Path, runs: Path) -> None:
     """Compress a model that is trained first, twice: stopped and killed, and in one go."""
     arguments = ["--model", "vit_tiny_patch16_224", "--model_args", json.dumps(SHAPE), "--pretrained", "false"]
     dense, cut, whole = runs / "dense", runs / "cut", runs / "whole"
-    done(spvit("train", *arguments, "--data", folder, *IMAGES, *GREY, "--dense.epochs", 1, "--output", dense))
+    done(spvit("train", *arguments, "--data", folder, *IMAGES, *GREY, "--epochs", 1, "--output", dense))
     words = ["compress", "--model", dense, "--data", folder, *IMAGES, *EPOCHS, "--output"]
     run = spvit(*words, cut)
     for phase, step, number in ENDS:
