@@ -182,10 +182,12 @@ def test_the_package_of_hugging_face_is_named_where_it_is_missing(monkeypatch: p
         load("hfds/cifar100")
 
 
-def test_torchvision_goes_by_any_spelling(tmp_path: Path) -> None:
-    for name in ("torch/cifar100", "cifar100", "CIFAR100"):
+def test_torchvision_goes_by_timms_names_too(tmp_path: Path) -> None:
+    for name in ("torch/cifar100", "CIFAR100"):
         with pytest.raises(DataError, match="torchvision's CIFAR100 is not under"):
             load(name, root=str(tmp_path), download=False)
+    with pytest.raises(DataError, match="data 'imagenet' is not a folder that exists"):
+        load("imagenet")
     for name in ("torch/fashion_mnist", "torch/imagenet"):
         with pytest.raises(DataError, match="torchvision's (FashionMNIST|ImageNet) is not under"):
             load(name, root=str(tmp_path), download=False)

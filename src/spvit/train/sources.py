@@ -331,8 +331,8 @@ def _hugging_face(name: str) -> Found:
 
 
 def _torchvision(source: str, config: ImageConfig) -> Found:
-    known = {name.lower(): name for name in torchvision.datasets.__all__}
-    name = known.get(source.removeprefix(TORCH).replace("_", "").lower(), "")
+    known = {f"{TORCH}{name.lower()}": name for name in torchvision.datasets.__all__}
+    name = known.get(source.replace("_", "").lower(), source)  # a word alone may be a folder that is not there
     made = getattr(torchvision.datasets, name, None)
     parameters = inspect.signature(made.__init__).parameters if inspect.isclass(made) else {}
     if made is None or "root" not in parameters or not ({"train", "split"} & set(parameters)):
