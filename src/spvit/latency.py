@@ -60,6 +60,10 @@ class Timing:
     spread: float
     """Interquartile range of the rounds relative to the median, of the noisier of the two."""
 
+    def __str__(self) -> str:
+        own, whole = (in_words("latency", ns) for ns in (self.ns, self.dense_ns))
+        return f"{own}, {self.ns / self.dense_ns:.1%} of the dense network's {whole} (spread {self.spread:.1%})"
+
 
 @dataclass(frozen=True)
 class LatencyTable:
@@ -72,9 +76,9 @@ class LatencyTable:
     networks: dict[str, Timing] = field(default_factory=dict)
     """Whole networks by what they keep; what a decision measures is added, so that it is never measured again."""
 
-    def check(self, host: Host) -> None:
-        """Raise CalibrationError unless the table is of this host, device and setting."""
-        for name, found in _setting(host, self.setting["batch"]).items():
+    def check(self, host: Host, batch: int | None = None) -> None:
+        """Raise CalibrationError unless the table is of this host, device and setting, and of a batch if one counts."""
+        for name, found in _setting(host, batch or self.setting["batch"]).items():
             if (own := self.setting.get(name)) != found:
                 raise CalibrationError(
                     f"the latency table is of {name} {own}, but here it is {found}; measure anew with "
@@ -116,7 +120,7 @@ def measure(host: nn.Module | Host, batch: int = 1, *, report: Report | None = N
     Args:
         host: the dense model, on the device and in the dtype that count; its weights do not. It stays as it is.
         batch: images in one pass.
-        report: called after each few networks with ("latency", networks measured, networks, {}).
+        report: called with ("latency", runs done, runs, {}) after each run, of a few networks in turns.
 
     Raises:
         BudgetError: the batch is not 1 or more.
@@ -132,11 +136,12 @@ def measure(host: nn.Module | Host, batch: int = 1, *, report: Report | None = N
     if has_prefix(host.blocks[-1].attention):
         tried.append(([len(host.blocks) - 1], replace(whole.blocks[-1], tokens="prefix")))
     timings: list[Timing] = []
-    for start in range(0, len(tried), AT_ONCE):
+    starts = range(0, len(tried), AT_ONCE)
+    for done, start in enumerate(starts, 1):
         networks = [_with(whole, *change) for change in tried[start : start + AT_ONCE]]
         timings += _timed(host, networks, batch)
         if report is not None:
-            report("latency", len(timings), len(tried) + 1, {})
+            report("latency", done, len(starts) + 1, {})
     saved: list[dict[Block, float]] = [{whole.blocks[index]: 0.0} for index in range(len(host.blocks))]
     for (shape, choice), timing in zip(tried, timings):
         for index in shape:
@@ -145,7 +150,7 @@ def measure(host: nn.Module | Host, batch: int = 1, *, report: Report | None = N
     blocks = [Block(kept, _first(own.ffn.units, width)) for own, (kept, width) in zip(host.blocks, best)]
     [least] = _timed(host, [replace(whole, blocks=tuple(blocks))], batch)
     if report is not None:
-        report("latency", len(tried) + 1, len(tried) + 1, {})
+        report("latency", len(starts) + 1, len(starts) + 1, {})
     dense_ns = round(float(np.median([timing.dense_ns for timing in timings])))
     fixed = min(dense_ns, round(least.ns / least.dense_ns * dense_ns))
     most = sum(max(_attention(own).values()) + max(_widths(own).values()) for own in saved)
@@ -195,17 +200,13 @@ def decide_by_latency(
             break
         target += wanted - found
     architecture, (found, timing) = min(tried.items(), key=lambda item: abs(item[1][0] - wanted))
-    said = f"{in_words('latency', timing.ns)}, the dense network {in_words('latency', timing.dense_ns)}"
     if timing.spread > TOLERANCE_MEASURED:
-        logger.warning(
-            "latency is noisy here: %s, with a spread of %.0f%%, so the budget is met no better than that; end other "
-            "programs and measure again, or use a larger batch",
-            *(said, 100 * timing.spread),
-        )
+        advice = "the budget is met no better than that; end other programs and measure again, or take a larger batch"
+        logger.warning("latency is noisy here: %s; %s", timing, advice)
     if abs(found - wanted) > max(TOLERANCE_MEASURED, timing.spread) * wanted:
         raise BudgetError(
             f"no architecture was measured within {TOLERANCE_MEASURED:.0%} of {in_words('latency', wanted)} "
-            f"({wanted / dense_ns:.1%}): the nearest takes {said} ({found / dense_ns:.1%}); ask for that"
+            f"({wanted / dense_ns:.1%}); the nearest takes {timing}; ask for that"
         )
     return architecture
 

@@ -525,7 +525,7 @@ def test_help_is_short_and_says_how_to_list_the_rest(capsys, name: str) -> None:
 def test_help_of_compress_has_groups_units_and_defaults(capsys) -> None:
     text = help_of(capsys, "compress", "--help")
     for words in (
-        "model and data: --model", "budget, one of the two: --macs", "what to do: --scores", "run: --recipe",
+        "model and data: --model", "budget, one of these: --macs", "what to do: --scores", "run: --recipe",
         "Budget in MACs of one image", "Images a step on each device (default: 64)", "--train-epochs", "--no-train",
         "--dry-run", "--help-all List every option",
     ):  # fmt: skip

@@ -151,7 +151,7 @@ def test_no_plot_without_matplotlib_and_the_rest_is_there(monkeypatch, tmp_path:
     [
         ("macs budget 'half' is malformed", "--budgets 50% half"),
         ("cannot be reached", "--budgets 1% 2%"),
-        ("of macs or params", "--metric flops"),
+        ("of macs, params, latency", "--metric flops"),
         ("expected one or more", "--budgets []"),
         ("batches is (0,), expected 1 or more", "--batches 0"),
         ("repair_views is 0", "--repair-views 0"),

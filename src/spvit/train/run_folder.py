@@ -4,6 +4,7 @@
     metrics.jsonl                       figures every few steps and after every epoch
     tracking.json                       which runs of trackers get the same figures
     scores.json, scores.safetensors     what scoring measured
+    latency_table.json                  what latency was measured for a latency budget
     architecture.json                   what the run decided to keep
     state/config.yaml                   the settings as the run last used them, which edits are compared with
     state/PHASE/epoch-NNNN[-STEP].safetensors   the last two states: so many epochs done, and steps of the next
@@ -42,9 +43,21 @@ DENSE, SEARCH, FINETUNE = "dense", "search", "finetune"
 KEPT_STATES = 2
 # Options that a continued run shares with the run that it continues, so that all files belong together.
 FIXED = (
-    *("model", "model_args", "pretrained", "checkpoint", "data", "macs", "params", "seed", "architecture", "scores"),
+    *(
+        "model",
+        "model_args",
+        "pretrained",
+        "checkpoint",
+        "data",
+        "macs",
+        "params",
+        "latency",
+        "seed",
+        "architecture",
+        "scores",
+    ),
     *("initialise", "repair", "calibration_images", "repair_views", "multiple", "objective"),
-    *("keep", "only", "forbid", "smallest_width", "keep_patches", "metric"),
+    *("keep", "only", "forbid", "smallest_width", "keep_patches", "metric", "latency_batch"),
 )
 
 logger = logging.getLogger("spvit")
@@ -61,6 +74,7 @@ class RunFolder:
         self.tracking = self.path / "tracking.json"
         self.architecture = self.path / "architecture.json"
         self.scores = self.path / "scores.json"
+        self.latency_table = self.path / "latency_table.json"
         self.dense = self.path / "dense"
         self.summary = self.path / "summary.json"
         self.latency = self.path / "latency.json"
@@ -97,7 +111,8 @@ class RunFolder:
         )  # brings Accelerate, which who only reads a folder needs not
 
         made, fresh = [folder for folder in (self.path, *self.path.parents) if not folder.exists()], not self.used
-        first = (self.settings, self.settings_kept, self.scores, self.scores.with_suffix(".safetensors"))
+        scores = (self.scores, self.scores.with_suffix(".safetensors"))
+        first = {self.settings, self.settings_kept, *scores, self.latency_table}
         with ExitStack() as lock:
             by_the_first(lambda: lock.enter_context(locked(self.path)))
             for path in self.path.rglob(f".*{UNFINISHED}"):
@@ -108,7 +123,7 @@ class RunFolder:
                 if not processes().is_main_process:
                     raise
                 files = [path for path in self.path.rglob("*") if path.is_file() and not path.name.startswith(".")]
-                if fresh and not set(files) - set(first) and not isinstance(error, RunError):
+                if fresh and not set(files) - first and not isinstance(error, RunError):
                     for path in files:
                         path.unlink(missing_ok=True)
                     for folder in (self.settings_kept.parent, *([self.path] if made else [])):
