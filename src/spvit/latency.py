@@ -239,8 +239,10 @@ def _timed(host: Host, architectures: Sequence[Architecture], batch: int) -> lis
     """Return the times of what a host is pruned to, in turns with the dense network; of noisy tries the calmest."""
     best: list[Timing] = []
     with evaluating(host.model):
-        programs = [Program.of("dense", host.model)]
-        programs += [Program.of("pruned", fold(prune(host, one), inplace=True)) for one in architectures]
+        pruned: list[nn.Module] = [fold(prune(host, one), inplace=True).eval() for one in architectures]
+        weight = next(host.model.parameters())
+        where = (host.input_size, weight.device.type, weight.dtype)
+        programs = [Program("", model, *where) for model in (host.model, *pruned)]
         for _ in range(CALM_TRIES):
             own, *others = measure_latencies(programs, batch, SECONDS)
             spreads = [max(one.spread_ms / one.latency_ms for one in (own, other)) for other in others]
