@@ -11,7 +11,6 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,8 +34,6 @@ class AttentionCost:
     """Of a narrower layer, what no head and no dimension brings."""
     head: int = 0
     """One head of a narrower layer, beside its dimensions."""
-    uneven: int = 0
-    """Of a narrower layer, where values have another number of dimensions than queries."""
     rules: Mapping[str, int] = field(default_factory=dict)
     """What the architecture's rules for prefix tokens or for skipped layers add."""
 
@@ -57,19 +54,11 @@ class BlockCost:
     """Dimensions of a head before pruning."""
     prefix_only: BlockCost | None = None
     """What the parts cost where the block runs for its prefix tokens alone; None where it cannot."""
-    widths: Mapping[int, int] = field(default_factory=dict)
-    """What FFNs of some widths cost, with lines between them, where a unit has no cost of its own."""
 
     @property
     def dense(self) -> int:
         """The cost of keeping everything."""
-        return self.attention(Attention()) + self.ffn(self.units)
-
-    def ffn(self, width: int) -> int:
-        """Return the cost of so many hidden units."""
-        if not self.widths:
-            return self.unit * width
-        return round(float(np.interp(width, list(self.widths), list(self.widths.values()))))
+        return self.attention(Attention()) + self.unit * self.units
 
     def attention(self, kept: Attention, rules: Rules = PUBLISHED) -> int:
         """Return the cost of what stands where the attention layer was."""
@@ -80,14 +69,13 @@ class BlockCost:
         heads = self.heads if kept.heads is None else len(kept.heads)
         query_key = self.head_width if kept.query_key_rank is None else kept.query_key_rank
         value = self.head_width if kept.value_rank is None else kept.value_rank
-        by_head = cost.head + query_key * cost.query_key + value * cost.value
-        return cost.rest + heads * by_head + (query_key != value) * cost.uneven + rules_cost
+        return cost.rest + heads * (cost.head + query_key * cost.query_key + value * cost.value) + rules_cost
 
     def of(self, block: Block, rules: Rules) -> int:
         """Return the cost of what an architecture keeps of the block."""
         if block.tokens == "prefix" and self.prefix_only is not None:
             return self.prefix_only.of(replace(block, tokens="all"), rules)
-        return self.attention(block.attention, rules) + self.ffn(len(block.ffn.units))
+        return self.attention(block.attention, rules) + self.unit * len(block.ffn.units)
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,7 @@ def decide(
     """
     check_multiple(multiple)
     if scores is None and calibration is None:
-        given = any(value is not None for value in (macs, params, latency))
-        budget = Budget.parse(macs, params, latency) if given else None
+        budget = None if macs is None and params is None and latency is None else Budget.parse(macs, params, latency)
         if isinstance(net, Host) or searchable_inside(net) is None:
             raise NotSearchableError(
                 f"this {type(net).__name__} is not searchable; give scores=spvit.score(host, images), "

@@ -4,21 +4,22 @@ Savings are measured on whole networks: the dense one takes turns with one in wh
 They do not quite add up, so they are scaled until those of the best choices together are what the smallest network
 saves, which is measured too. A decision by these costs is built and measured beside the dense network, and what it
 misses the budget by moves the target of the next one.
+
+Of narrow attention two layers are measured, and of FFNs the narrowest: between them time goes with the MACs.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import platform
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -29,7 +30,7 @@ from spvit.checkpoint import write_text
 from spvit.cost import AttentionCost, BlockCost, NetworkCost
 from spvit.errors import BudgetError, CalibrationError
 from spvit.hosts.host import Host, check_values
-from spvit.hosts.sites import AttentionSite, BlockSites
+from spvit.hosts.sites import BlockSites
 from spvit.hosts.walk import Report, evaluating
 from spvit.repair.choose import check_reachable, decide_by_scores
 from spvit.repair.constraints import Constraints
@@ -38,10 +39,6 @@ from spvit.replacements.costs import network_costs
 from spvit.replacements.install import has_prefix
 from spvit.surgery import fold, prune
 
-SHARES = (1 / 16, 1 / 4, 1 / 2, 3 / 4)
-"""Of an FFN's units, at which it is measured, beside the narrowest."""
-NARROW = ((1, 2, 2), (1, 4, 4), (1, 2, 1), (1, 1, 2), (2, 1, 1), (2, 4, 4), (8, 1, 1), (8, 4, 4))
-"""What the heads, and the dimensions of queries and of values, are divided by in narrow attention that is measured."""
 AT_ONCE, SECONDS, CALM_TRIES = 3, 0.3, 3
 """Networks that take turns with the dense one, the time for each, and how often noise has them measured again."""
 DECISIONS = 8
@@ -131,37 +128,32 @@ def measure(host: nn.Module | Host, batch: int = 1, *, report: Report | None = N
         raise BudgetError(f"batch is {batch!r}, expected 1 image or more")
     check_values(next(host.model.parameters()))
     whole = Architecture(dense([block.ffn.units for block in host.blocks]).blocks, *REPAIRED)
-    shapes = _alike(host)
+    macs, shapes = network_costs(host)["macs"].blocks, _alike(host)
     tried = [(shape, choice) for shape in shapes for choice in _choices(host.blocks[shape[0]])]
     if has_prefix(host.blocks[-1].attention):
         tried.append(([len(host.blocks) - 1], replace(whole.blocks[-1], tokens="prefix")))
-    timings: list[Timing] = []
-    starts = range(0, len(tried), AT_ONCE)
-    for done, start in enumerate(starts, 1):
-        networks = [_with(whole, *change) for change in tried[start : start + AT_ONCE]]
-        timings += _timed(host, networks, batch)
+    saved: list[dict[Block, float]] = [{kept: 0.0} for kept in whole.blocks]
+    dense_ns: list[int] = []
+    runs = range(0, len(tried), AT_ONCE)
+    for done, start in enumerate(runs, 1):
+        some = tried[start : start + AT_ONCE]
+        for (shape, choice), timing in zip(some, _timed(host, [_with(whole, *change) for change in some], batch)):
+            dense_ns.append(timing.dense_ns)
+            for index in shape:
+                saved[index][choice] = (1 - timing.ns / timing.dense_ns) / len(shape)
         if report is not None:
-            report("latency", done, len(starts) + 1, {})
-    saved: list[dict[Block, float]] = [{whole.blocks[index]: 0.0} for index in range(len(host.blocks))]
-    for (shape, choice), timing in zip(tried, timings):
-        for index in shape:
-            saved[index][choice] = (1 - timing.ns / timing.dense_ns) / len(shape)
-    best = [(max(_attention(own), key=_attention(own).__getitem__), min(_widths(own))) for own in saved]
-    blocks = [Block(kept, _first(own.ffn.units, width)) for own, (kept, width) in zip(host.blocks, best)]
-    [least] = _timed(host, [replace(whole, blocks=tuple(blocks))], batch)
-    if report is not None:
-        report("latency", len(starts) + 1, len(starts) + 1, {})
-    dense_ns = round(float(np.median([timing.dense_ns for timing in timings])))
-    fixed = min(dense_ns, round(least.ns / least.dense_ns * dense_ns))
-    most = sum(max(_attention(own).values()) + max(_widths(own).values()) for own in saved)
-    scale = (dense_ns - fixed) / max(most, 1e-9)
-    costs = tuple(_block_cost(sites, own, scale) for sites, own in zip(host.blocks, saved))
-    note = (
-        f"at batch {batch} the smallest network, measured, takes {fixed / dense_ns:.0%} of the dense one's "
-        f"{in_words('latency', dense_ns)}; a larger batch (spvit.measure(host, batch={8 * batch}), "
-        f"--latency-batch {8 * batch}) often gains more"
-    )
-    return LatencyTable(_setting(host, batch), NetworkCost("latency", fixed, costs, note))
+            report("latency", done, len(runs), {})
+    found = [_Saved.of(own) for own in saved]
+    least = [Block(max(own.attention, key=own.attention.__getitem__), own.narrowest) for own in found]
+    [smallest] = _timed(host, [replace(whole, blocks=tuple(least))], batch)
+    share, whole_ns = min(1.0, smallest.ns / smallest.dense_ns), round(statistics.median(dense_ns))
+    most = sum(max(own.attention.values()) + own.ffn for own in found)
+    blocks = tuple(own.cost(like, whole_ns * (1 - share) / max(most, 1e-9)) for own, like in zip(found, macs))
+    more = f"(spvit.measure(host, batch={8 * batch}), --latency-batch {8 * batch}) often gains more"
+    taken = f"takes {share:.0%} of the dense one's {in_words('latency', whole_ns)}; a larger batch {more}"
+    note = f"at batch {batch} the smallest network, measured, {taken}"
+    fixed = whole_ns - sum(block.dense for block in blocks)
+    return LatencyTable(_setting(host, batch), NetworkCost("latency", fixed, blocks, note))
 
 
 def decide_by_latency(
@@ -257,109 +249,74 @@ def _timed(host: Host, architectures: Sequence[Architecture], batch: int) -> lis
     return best
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """Which share of the dense network's time the choices of a block save."""
+
+    attention: dict[Attention, float]
+    narrowest: FFN
+    ffn: float
+    """By the narrowest FFN."""
+    prefix: float | None
+
+    @staticmethod
+    def of(saved: Mapping[Block, float]) -> _Saved:
+        """Sort what each choice saves by what it changes."""
+        prefix = next((own for kept, own in saved.items() if kept.tokens == "prefix"), None)
+        narrow = min(saved, key=lambda kept: len(kept.ffn.units))
+        others = {kept.attention: own for kept, own in saved.items() if kept != narrow and kept.tokens == "all"}
+        return _Saved(others, narrow.ffn, max(0.0, saved[narrow]), prefix)
+
+    def cost(self, macs: BlockCost, scale: float) -> BlockCost:
+        """Return the costs of a block, as those of its MACs between what was measured, times a scale."""
+        costs = {kept: round(scale * (max(self.attention.values()) - own)) for kept, own in self.attention.items()}
+        kinds = {kept.kind: AttentionCost(cost) for kept, cost in costs.items() if not kept.narrowed()}
+        narrow = sorted((macs.attention(kept), cost) for kept, cost in costs.items() if kept.narrowed())
+        if narrow:
+            (few, least), (many, most), like = narrow[0], narrow[-1], macs.kinds["msa"]
+            slope = max(0.0, (most - least) / max(1, many - few))
+            query_key, value, rest = slope * like.query_key, slope * like.value, max(0.0, least - slope * few)
+            kinds["msa"] = AttentionCost(costs[Attention()], round(query_key), round(value), round(rest))
+        unit = round(scale * self.ffn / max(1, macs.units - len(self.narrowest.units)))
+        cost = BlockCost(kinds, unit, macs.units, macs.heads, macs.head_width)
+        if self.prefix is None:
+            return cost
+        left = max(0, cost.dense - round(scale * self.prefix))
+        alone = {"msa": AttentionCost(left, rest=left), "skip": AttentionCost(0)}
+        return replace(cost, prefix_only=replace(cost, kinds=alone, unit=0))
+
+
 def _alike(host: Host) -> list[list[int]]:
     """Return the indices of blocks whose choices cost the same, together."""
-    costs = network_costs(host).values()
-    shapes: list[tuple[Any, list[int]]] = []
+    costs, shapes = network_costs(host).values(), {}  # type: Any, dict[str, list[int]]
     for index in range(len(host.blocks)):
         own = [replace(cost.blocks[index], prefix_only=None) for cost in costs]
-        same = next((indices for shape, indices in shapes if shape == own), None)
-        if same is None:
-            shapes.append((own, [index]))
-        else:
-            same.append(index)
-    return [indices for _, indices in shapes]
+        shapes.setdefault(repr(own), []).append(index)
+    return [*shapes.values()]
 
 
 def _with(architecture: Architecture, indices: Sequence[int], kept: Block) -> Architecture:
     """Return an architecture that keeps the same of several blocks."""
-    return replace(
-        architecture,
-        blocks=tuple(kept if index in indices else block for index, block in enumerate(architecture.blocks)),
-    )
-
-
-def _first(units: int, width: int) -> FFN:
-    return FFN(units, tuple(range(width)))
+    blocks = (kept if index in indices else block for index, block in enumerate(architecture.blocks))
+    return replace(architecture, blocks=tuple(blocks))
 
 
 def _choices(sites: BlockSites) -> list[Block]:
-    """Return what is measured of a block: other attention with the whole FFN, and narrower FFNs."""
+    """Return what is measured of a block: other attention with the whole FFN, and the narrowest FFN."""
     site, units = sites.attention, sites.ffn.units
     forms = [Attention(kind) for kind in list(KINDS)[1:]]
-    for by_heads, *divisors in NARROW:
-        heads = max(1, site.heads // by_heads)
-        ranks = [max(2, site.head_width // by // 2 * 2) for by in divisors]
-        may = (site.narrows_queries, site.narrows_values)
-        kept_heads = tuple(range(heads)) if site.narrows_values and heads < site.heads else None
-        kept = (rank if own and rank < site.head_width else None for rank, own in zip(ranks, may))
-        forms.append(Attention("msa", kept_heads, *kept))
-    step = min(DEFAULT_MULTIPLE, max(1, units // 2))
-    widths = {step, *(max(step, round(share * units / step) * step) for share in SHARES)} - {units}
-    choices = [Block(kept, FFN.whole(units)) for kept in dict.fromkeys(forms) if kept != Attention()]
-    return choices + [Block(Attention(), _first(units, width)) for width in sorted(widths)]
-
-
-def _attention(saved: Mapping[Block, float]) -> dict[Attention, float]:
-    """Return what other attention saves, of what choices of a block save."""
-    return {
-        choice.attention: own
-        for choice, own in saved.items()
-        if len(choice.ffn.units) == choice.ffn.width and choice.tokens == "all"
-    }
-
-
-def _widths(saved: Mapping[Block, float]) -> dict[int, float]:
-    """Return what narrower FFNs save, by width ascending."""
-    return {
-        width: own
-        for width, own in sorted(
-            (len(choice.ffn.units), own)
-            for choice, own in saved.items()
-            if choice.attention == Attention() and choice.tokens == "all"
+    for heads, divisor in ((site.heads, 2), (1, 4)):
+        rank = max(2, site.head_width // divisor // 2 * 2)
+        queries, values = (
+            rank if may and rank < site.head_width else None for may in (site.narrows_queries, site.narrows_values)
         )
-    }
-
-
-def _block_cost(sites: BlockSites, saved: Mapping[Block, float], scale: float) -> BlockCost:
-    """Return the costs of a block from what its choices save, times a scale."""
-    site, attention, widths = sites.attention, _attention(saved), _widths(saved)
-    costs = {kept: round(scale * (max(attention.values()) - own)) for kept, own in attention.items()}
-    kinds = {kept.kind: AttentionCost(cost) for kept, cost in costs.items() if not kept.narrowed()}
-    narrow = {kept: cost for kept, cost in costs.items() if kept.narrowed()}
-    if narrow:
-        kinds["msa"] = _narrow_cost(site, costs[Attention()], narrow)
-    rising = itertools.accumulate((round(scale * (max(widths.values()) - own)) for own in widths.values()), max)
-    cost = BlockCost(kinds, 0, sites.ffn.units, site.heads, site.head_width, widths=dict(zip(widths, rising)))
-    prefix = [own for choice, own in saved.items() if choice.tokens == "prefix"]
-    if not prefix:
-        return cost
-    left = max(0, cost.dense - round(scale * prefix[0]))
-    alone = {"msa": AttentionCost(left, rest=left), "skip": AttentionCost(0)}
-    return replace(cost, prefix_only=replace(cost, kinds=alone, widths={cost.units: 0}))
-
-
-def _narrow_cost(site: AttentionSite, whole: int, narrow: Mapping[Attention, int]) -> AttentionCost:
-    """Return the cost of attention, fitted to that of narrow layers by least squares with no part below zero."""
-    rows = []
-    for kept in narrow:
-        heads = site.heads if kept.heads is None else len(kept.heads)
-        query_key, value = kept.query_key_rank or site.head_width, kept.value_rank or site.head_width
-        rows.append([1.0, heads, heads * query_key, heads * value, query_key != value])
-    features = np.array(rows, dtype=float)
-    free, parts = np.ones(features.shape[1], dtype=bool), np.zeros(features.shape[1])
-    while free.any():
-        parts = np.zeros(len(free))
-        parts[free] = np.linalg.lstsq(features[:, free], np.array([*narrow.values()], dtype=float), rcond=None)[0]
-        if (parts >= 0).all():
-            break
-        free[(parts * features.max(0)).argmin()] = False
-    rest, head, query_key, value, uneven = (round(float(part)) for part in parts)
-    return AttentionCost(whole, query_key, value, rest, head, uneven=uneven)
+        some = tuple(range(heads)) if site.narrows_values and heads < site.heads else None
+        forms.append(Attention("msa", some, queries, values))
+    choices = [Block(kept, FFN.whole(units)) for kept in dict.fromkeys(forms) if kept != Attention()]
+    return [*choices, Block(Attention(), FFN(units, tuple(range(min(DEFAULT_MULTIPLE, max(1, units // 2))))))]
 
 
 def _block_from_dict(data: Any) -> BlockCost:
     kinds = {kind: AttentionCost(**own) for kind, own in data["kinds"].items()}
-    widths = {int(width): own for width, own in data["widths"].items()}
     alone = None if data["prefix_only"] is None else _block_from_dict(data["prefix_only"])
-    return BlockCost(**{**data, "kinds": kinds, "widths": widths, "prefix_only": alone})
+    return BlockCost(**{**data, "kinds": kinds, "prefix_only": alone})

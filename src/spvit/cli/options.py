@@ -58,7 +58,8 @@ class BudgetOptions:
 
     def budget(self) -> Budget:
         """Return the budget; half of the MACs when none is given. Raises BudgetError when it is malformed."""
-        return Budget.parse(self.macs, self.params, self.latency, default="50%")
+        half = self.macs is None and self.params is None and self.latency is None
+        return Budget.parse("50%" if half else self.macs, self.params, self.latency)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -210,7 +210,7 @@ def _sites(
         fitting = [(kept, score) for kept, score in offered if _of_multiple(kept, multiple) and may.takes(kept)]
         sites.append([(kept, own.attention(kept, REPAIRED), score) for kept, score in fitting])
         widths = sorted({*range(multiple, own.units, multiple), own.units} - set(range(may.least_units)))
-        sites.append([(width, own.ffn(width), block.ffn[width]) for width in widths])
+        sites.append([(width, own.unit * width, block.ffn[width]) for width in widths])
     return sites
 
 

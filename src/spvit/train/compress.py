@@ -94,7 +94,8 @@ def compress(
         BudgetError, DataError, UnsupportedHostError, RunFolderError: bad input, before anything is trained.
         RunError: training failed; the run folder keeps the last good state.
     """
-    budget = Budget.parse(macs, params, latency, default="50%")
+    half = macs is None and params is None and latency is None
+    budget = Budget.parse("50%" if half else macs, params, latency)
     settings = config or CompressConfig()
     if isinstance(data, str):
         data = load_images(data, images or ImageConfig(), input_size(host), preprocessing or Preprocessing())

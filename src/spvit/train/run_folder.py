@@ -43,21 +43,9 @@ DENSE, SEARCH, FINETUNE = "dense", "search", "finetune"
 KEPT_STATES = 2
 # Options that a continued run shares with the run that it continues, so that all files belong together.
 FIXED = (
-    *(
-        "model",
-        "model_args",
-        "pretrained",
-        "checkpoint",
-        "data",
-        "macs",
-        "params",
-        "latency",
-        "seed",
-        "architecture",
-        "scores",
-    ),
+    *("model", "model_args", "pretrained", "checkpoint", "data", "macs", "params", "seed", "architecture", "scores"),
     *("initialise", "repair", "calibration_images", "repair_views", "multiple", "objective"),
-    *("keep", "only", "forbid", "smallest_width", "keep_patches", "metric", "latency_batch"),
+    *("keep", "only", "forbid", "smallest_width", "keep_patches", "metric", "latency", "latency_batch"),
 )
 
 logger = logging.getLogger("spvit")
