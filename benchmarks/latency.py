@@ -1,12 +1,13 @@
 """Whether a latency budget lands on what was asked, and what a budget of the same share of MACs gives.
 
 python benchmarks/latency.py --images FOLDER [--model NAME] [--weights FILE] [--sizes 98 224] [--batches 1 8]
-                             [--budgets 75% 50% 35%] [--scores FOLDER] [--threads 1] [--json FILE]
+                             [--budgets 75% 50% 35%] [--scores FOLDER] [--threads 1] [--busy] [--json FILE]
 
 A backbone is scored once for each size, on crops of photographs; with --scores the scores are kept there, and taken
 from there. For each batch size the latency table is measured; then both budgets are decided, and the two networks and
 the dense one are measured once more, in turns: these are the shares in the table. Nothing is repaired, as latency does
-not depend on it. Weights and loaders are those of backbone.py.
+not depend on it. Weights and loaders are those of backbone.py. With --busy times are the process's seconds on the
+processor, all threads together, in place of seconds: for a machine that others use, with one thread.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -114,7 +116,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="for each network, if seven rounds take less")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", help="file to write the figures to")
+    parser.add_argument("--busy", action="store_true", help="count processor seconds")
     options = parser.parse_args()
+    if options.busy:
+        sys.modules["spvit.benchmark"].__dict__["time"] = SimpleNamespace(perf_counter=time.process_time)
     check_free(options.json)
     torch.set_num_threads(options.threads)
     console, rows = Console(width=140), []
