@@ -106,7 +106,7 @@ def test_settings_are_the_published_ones(name: str) -> None:
     options, starred, swin = options_of(name), name.endswith("_distilled"), name.startswith("swin")
     search, finetune, images = options.search, options.finetune, options.images
     base = name.removesuffix("_distilled")
-    assert (options.initialise, options.repair, options.multiple, options.train_epochs) == ("host", False, 1, None)
+    assert (options.initialise, options.repair, options.multiple, options.epochs) == ("host", False, 1, None)
     assert search.epochs == PUBLISHED[base][-1]
     assert search.budget_warmup == 0
     assert finetune.epochs == (200 if starred else 130)

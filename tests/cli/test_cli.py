@@ -87,7 +87,7 @@ def _phases(folder: Path) -> set[str]:
 def test_compress_without_a_search_decides_repairs_and_continues(capsys, recipe, trained, tmp_path: Path) -> None:
     out = tmp_path / "run"
     settings = recipe(checkpoint=trained, finetune={"warmup_epochs": 0.0, "keep_best": False}, calibration_images=300)
-    words = ["compress", "--recipe", settings, "--output", str(out), "--macs", "70%", "--train-epochs", "1"]
+    words = ["compress", "--recipe", settings, "--output", str(out), "--macs", "70%", "--epochs", "1"]
     code, text, problems = run(capsys, *words)
     assert (code, problems) == (0, "")
     assert "finetune epoch 1/1" in text
@@ -112,7 +112,7 @@ def test_compress_without_a_search_decides_repairs_and_continues(capsys, recipe,
     assert run(capsys, "compress", "--output", str(out), "--resume")[0] == 0
     assert states_equal(spvit.load(out), model)
     assert json.loads((out / "summary.json").read_text()) == summary
-    assert run(capsys, "compress", "--output", str(out), "--resume", "--train-epochs", "2")[0] == 0
+    assert run(capsys, "compress", "--output", str(out), "--resume", "--epochs", "2")[0] == 0
     epochs = [json.loads(line)["epoch"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert max(epochs) == 2
     assert (out / "architecture.json").read_text() == before
@@ -145,7 +145,7 @@ def test_compress_leaves_alone_what_it_is_told_to(capsys, recipe, trained, tmp_p
     assert run(capsys, *resume)[0] == 0
 
 
-@pytest.mark.parametrize("words", [["--no-train"], ["--train-epochs", "0", "--repair", "false"]])
+@pytest.mark.parametrize("words", [["--no-train"], ["--epochs", "0", "--repair", "false"]])
 def test_compress_without_training_leaves_what_pruning_gave(capsys, recipe, trained, tmp_path: Path, words) -> None:
     out = tmp_path / "run"
     settings = recipe(checkpoint=trained, calibration_images=200)
@@ -462,10 +462,10 @@ def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_pat
         ("BROKEN, line 3: no YAML", "train --recipe BROKEN --output OUT"),
         ("UNKNOWN, line 3: Group 'dense' does not accept option 'speed'", "train --recipe UNKNOWN --output OUT"),
         ("WRONG, line 2: --dense.epochs is few, expected a whole number", "train --recipe WRONG --output OUT"),
-        ("contradict each other", "compress --recipe TRAINED --output OUT --no-train --train-epochs 1"),
-        ("contradict each other", "compress --recipe TRAINED --output OUT --train_epochs=1 --finetune.epochs 2"),
+        ("contradict each other", "compress --recipe TRAINED --output OUT --no-train --epochs 1"),
+        ("contradict each other", "compress --recipe TRAINED --output OUT --epochs=1 --finetune.epochs 2"),
         ('write "50%"', "compress --recipe TRAINED --output OUT --macs 50"),
-        ('write "50%"', "compress --recipe TRAINED --output OUT --macs 0.5"),
+        ('write "50%"', "compress --model deit_tiny_patch16_224 --data digits --output OUT --macs 0.5"),
         ('or a time like "8ms"', "compress --recipe TRAINED --output OUT --latency half"),
         ('write "0.5ms", or "50%"', "compress --recipe TRAINED --output OUT --latency 0.5"),
         ("found macs and latency", "compress --recipe TRAINED --output OUT --latency 50% --macs 50%"),
@@ -476,8 +476,8 @@ def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_pat
         ("is not a folder that exists", "train --recipe RECIPE --output OUT --data nowhere"),
         ("precision is 'fp8'", "train --recipe RECIPE --output OUT --precision fp8"),
         ("expected 0 or more", "train --recipe RECIPE --output OUT --dense.epochs -1"),
-        ("train_epochs is -1, expected 0 or more", "compress --recipe TRAINED --output OUT --train-epochs -1"),
-        ("--train-epochs is few, expected a whole number", "compress --recipe TRAINED --output OUT --train-epochs few"),
+        ("epochs is -1, expected 0 or more", "compress --recipe TRAINED --output OUT --epochs -1"),
+        ("--epochs is few, expected a whole number", "compress --recipe TRAINED --output OUT --epochs few"),
         (
             "calibration_images is 0, expected 1 or more",
             "compress --recipe TRAINED --output OUT --calibration-images 0",
@@ -571,7 +571,7 @@ def test_help_of_compress_has_groups_units_and_defaults(capsys) -> None:
     text = help_of(capsys, "compress", "--help")
     for words in (
         "model and data: --model", "budget, one of these: --macs", "what to do: --scores", "run: --recipe",
-        "Budget in MACs of one image", "Images a step on each device (default: 64)", "--train-epochs", "--no-train",
+        "Budget in MACs of one image", "Images a step on each device (default: 64)", "--epochs", "--no-train",
         "--dry-run", "--help-all List every option",
     ):  # fmt: skip
         assert words in text
@@ -581,16 +581,24 @@ def test_help_of_compress_has_groups_units_and_defaults(capsys) -> None:
     assert "--images.flip FLIP Probability of mirroring a training image left to right (default: 0.5)" in text
 
 
+@pytest.mark.parametrize(("command", "phase"), [("train", "dense"), ("search", "search"), ("finetune", "finetune")])
+def test_a_command_of_one_phase_takes_its_length_by_the_same_names_as_compress(command: str, phase: str) -> None:
+    for prefix in ("", f"{phase}."):
+        words = [command, "--model", "m", "--data", "d", "--output", "o", f"--{prefix}epochs", "3"]
+        settings = getattr(parse([*words, f"--{prefix}minutes=1.5"])[1], phase)
+        assert (settings.epochs, settings.minutes) == (3, 1.5)
+
+
 def test_options_have_dashes_or_underscores_and_flags_take_yes_and_no() -> None:
     needed = ["--model", "m", "--data", "d", "--output", "o"]
 
     def options(*words: str) -> object:
         return parse(["compress", *needed, *words])[1]
 
-    for words in (["--train-epochs", "3"], ["--train_epochs", "3"], ["--train-epochs=3"], ["--train_epochs=3"]):
-        assert options(*words).train_epochs == 3
+    for words in (["--epochs", "3"], ["--epochs=3"]):
+        assert options(*words).epochs == 3
     for word in ("--no-train", "--no_train"):
-        assert options(word).train_epochs == 0
+        assert options(word).epochs == 0
     for words in (["--search.budget-weight", "3"], ["--search.budget_weight=3"]):
         assert options(*words).search.budget_weight == 3
     for word in ("--model-args.depth", "--model_args.depth"):

@@ -38,7 +38,7 @@ def test_a_function_of_the_user_is_compressed_evaluated_and_continued(
     (tmp_path / "own_for_compress.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
-    settings, out = digits_recipe(tmp_path)(train_epochs=0, model_args={}), tmp_path / "out"
+    settings, out = digits_recipe(tmp_path)(epochs=0, model_args={}), tmp_path / "out"
     words = ["compress", "--recipe", settings, "--macs", "60%", "--output", str(out)]
     code, text, problems = run(capsys, *words, "--model", "own_for_compress:prepared")
     assert (code, problems) == (0, "")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import logging
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -247,3 +249,15 @@ def test_torchvision_data_set_that_is_not_there_says_where_to_put_it(tmp_path: P
     (tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"cut short"))
     with pytest.raises(DataError, match=r"torchvision's MNIST is not under"):
         load("MNIST", root=str(tmp_path), download=False)
+
+
+def test_workers_that_an_error_left_behind_do_not_keep_the_process_from_ending() -> None:
+    program = """
+import torch
+from torch.utils.data import DataLoader
+from spvit.train.signals import ignored_by_workers
+left = iter(DataLoader(torch.arange(64), num_workers=2, worker_init_fn=ignored_by_workers))
+next(left)
+del type(left).__del__  # as where a traceback holds it
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 0

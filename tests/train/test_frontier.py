@@ -168,7 +168,7 @@ def test_budgets_of_latency(capsys, dense: Path, tmp_path: Path, monkeypatch: py
         ("batches is (0,), expected 1 or more", "--batches 0"),
         ("repair_views is 0", "--repair-views 0"),
         ("holds no scores that can be read", "--scores nowhere"),
-        ("unrecognized arguments: --train-epochs", "--train-epochs 1"),
+        ("unrecognized arguments: --epochs", "--epochs 1"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_written(capsys, dense: Path, tmp_path: Path, words: str, line: str) -> None:

@@ -49,9 +49,9 @@ def test_a_continued_run_of_two_processes_equals_an_uninterrupted_one(tmp_path: 
 def test_one_process_scores_and_decides_for_all(tmp_path: Path) -> None:
     spvit.save(micro_host(), tmp_path / "host", preprocessing=GREY)
     words = ["compress", "--model", str(tmp_path / "host"), "--data", "digits", "--calibration_images", "128"]
-    words += ["--macs", "60%", "--train_epochs", "1", "--finetune.warmup_epochs", "0"]
+    words += ["--macs", "60%", "--epochs", "1", "--finetune.warmup_epochs", "0"]
     launched(*words, "--output", str(tmp_path / "run"))
-    assert main([*words, "--train_epochs", "0", "--output", str(tmp_path / "alone")]) == 0
+    assert main([*words, "--epochs", "0", "--output", str(tmp_path / "alone")]) == 0
     files = [(tmp_path / run / "architecture.json").read_text() for run in ("run", "alone")]
     assert files[0] == files[1]
     assert spvit.Scores.load(tmp_path / "run").weights == spvit.Scores.load(tmp_path / "alone").weights

@@ -72,12 +72,12 @@ def test_a_phase_ends_when_its_minutes_are_over_and_is_not_gone_on_with(tmp_path
 
 
 def test_minutes_of_fine_tuning_leave_room_for_as_many_epochs_as_fit() -> None:
-    tuned = CompressConfig(train_minutes=5).finetuning
+    tuned = CompressConfig(minutes=5).finetuning
     assert (tuned.minutes, tuned.epochs) == (5, 10_000)
-    tuned = CompressConfig(train_minutes=5, train_epochs=3).finetuning
+    tuned = CompressConfig(minutes=5, epochs=3).finetuning
     assert (tuned.minutes, tuned.epochs) == (5, 3)
-    with pytest.raises(DataError, match="train_minutes is 0, expected above 0"):
-        CompressConfig(train_minutes=0)
+    with pytest.raises(DataError, match="minutes is 0, expected above 0"):
+        CompressConfig(minutes=0)
 
 
 @pytest.mark.parametrize(("kind", "repeats"), [("dense", 0), ("search", 0), ("dense", 3)])
@@ -280,7 +280,7 @@ def test_a_folder_is_not_continued_with_another_budget(tmp_path: Path) -> None:
 
 def test_scores_stay_in_the_run_folder_for_another_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host, images = micro_host(), digits()
-    config = CompressConfig(train_epochs=0, calibration_images=128)
+    config = CompressConfig(epochs=0, calibration_images=128)
     first = compressed(host, "60%", config, tmp_path / "first", images)
     fresh = compressed(host, "80%", config, tmp_path / "fresh", images)
     monkeypatch.setattr("spvit.train.compress.score", lambda *args, **settings: pytest.fail("scored again"))
@@ -298,7 +298,7 @@ def test_scores_stay_in_the_run_folder_for_another_budget(tmp_path: Path, monkey
     with pytest.raises(CalibrationError, match="holds no scores that can be read"):
         compress(host, images, "60%", config=replace(config, scores=str(tmp_path / "none")))
     with pytest.raises(DataError, match="decide without a search; leave them out, or dense.epochs and search.ep"):
-        compress(host, images, "60%", config=replace(config, train_epochs=1, search=short_search(1)))
+        compress(host, images, "60%", config=replace(config, epochs=1, search=short_search(1)))
 
 
 def test_compress_without_a_folder_returns_a_plain_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_compress_without_a_folder_returns_a_plain_model(monkeypatch: pytest.Mon
     config = CompressConfig(search=short_search(1), finetune=short(1))
     small = compress(micro_host(), digits(), "70%", config=config)
     assert small(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
-    host, config = micro_host(), CompressConfig(train_epochs=0, calibration_images=128)
+    host, config = micro_host(), CompressConfig(epochs=0, calibration_images=128)
     small = compress(host, digits(), params="80%", config=config)
     assert spvit.cost(host)["params"] * 0.8 == pytest.approx(count_params(small), rel=0.005)
     with pytest.raises(BudgetError, match="one of macs, params or latency, found macs and params"):
@@ -334,7 +334,7 @@ def test_the_repair_sees_more_views_than_the_scores(monkeypatch: pytest.MonkeyPa
         "spvit.train.compress.calibration",
         lambda images, seed, count: counts.append(count) or calibration(images, seed, count),
     )
-    config = CompressConfig(train_epochs=0, calibration_images=64, repair_views=3)
+    config = CompressConfig(epochs=0, calibration_images=64, repair_views=3)
     compress(micro_host(), digits(), "80%", config=config)
     assert counts == [64, 192]
 
@@ -350,7 +350,7 @@ def test_compress_refuses_before_it_trains(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="keep_best is on for the search"):
         CompressConfig(search=short_search(1, keep_best=True))
     with pytest.raises(DataError, match="nothing is to be trained, but search.epochs is 1; leave one of the two"):
-        CompressConfig(train_epochs=0, search=short_search(1))
+        CompressConfig(epochs=0, search=short_search(1))
     assert not (tmp_path / "run").exists()
 
 
@@ -384,9 +384,7 @@ def test_compress_ends_with_the_repaired_network_where_fine_tuning_only_harms(tm
     defaults = CompressConfig().finetune
     assert defaults.keep_best
     harmful = replace(defaults, learning_rate=0.5, clip_gradient=0.0, keep_best=keep_best)
-    config = CompressConfig(
-        dense=short(4, learning_rate=5e-3), train_epochs=1, finetune=harmful, calibration_images=128
-    )
+    config = CompressConfig(dense=short(4, learning_rate=5e-3), epochs=1, finetune=harmful, calibration_images=128)
     found = compressed(micro_host(), "80%", config, tmp_path, digits())
     assert (found.pruned == found.after_pruning) == keep_best
     assert (found.pruned.accuracy < found.after_pruning.accuracy) != keep_best

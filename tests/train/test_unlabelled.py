@@ -179,7 +179,7 @@ def test_a_trial_trains_a_copy_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_compress_of_a_backbone_repairs_distils_and_writes_agreement(tmp_path: Path) -> None:
     host = micro_host(num_classes=0)
-    config = CompressConfig(calibration_images=256, repair_views=1, train_epochs=1)
+    config = CompressConfig(calibration_images=256, repair_views=1, epochs=1)
     result = compressed(host, "50%", config, tmp_path, digits())  # the labels of the digits do not count
     assert result.dense.quality == pytest.approx(1, abs=1e-5)
     assert result.pruned.quality >= result.after_pruning.quality
@@ -206,7 +206,7 @@ def test_the_command_compresses_a_backbone_by_a_folder_of_pictures(tmp_path: Pat
     spvit.save(micro_host(num_classes=0), host, preprocessing=GREY)
     small = ["--calibration-images", "96", "--repair-views", "2", "--images.batch-size", "32", "--macs", "60%"]
     common = ["--model", host, "--data", str(folder)]
-    assert main(["compress", *common, *small, "--train-epochs", "1", "--output", output]) == 0
+    assert main(["compress", *common, *small, "--epochs", "1", "--output", output]) == 0
     said = capsys.readouterr().out
     assert "no labels: judged by agreement with it" in said
     assert "right after pruning agreement 0." in said

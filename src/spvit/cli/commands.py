@@ -77,8 +77,9 @@ def train_command(options: cli.TrainCommand, console: Console) -> None:
 
 def search_command(options: cli.SearchCommand, console: Console) -> None:
     """Search, and write the architecture and the pruned model as the search left it."""
+    budget = options.budget()  # before anything is downloaded
     host, run = open_run("search", options, False, console)
-    limits = check_decision(host, options.budget(), options.multiple)
+    limits = check_decision(host, budget, options.multiple)
     net, architecture = search(host, limits, options.search, run, options.multiple)
     console.print(block_table(architecture, network_costs(host), "architecture"))
     pruned = prune(host, architecture, weights=net)
@@ -104,8 +105,9 @@ def compress_command(options: cli.CompressCommand, console: Console) -> None:
     if options.dry_run:
         print_plan(options, console)
         return
+    budget = options.budget()  # before anything is downloaded
     model, run = open_run("compress", options, options.dense.epochs > 0, console, unlabelled=True)
-    result = run_compress(model, options.budget(), options, run)
+    result = run_compress(model, budget, options, run)
     if not processes().is_main_process:
         return
     costs = network_costs(result.host)

@@ -22,8 +22,7 @@ _HEADINGS = {
     "budget, one of these": ("macs", "params", "latency"),
     "budgets": ("budgets", "metric"),
     "what may change": ("keep", "only", "forbid"),
-    "what to do": ("architecture", "scores", "train-epochs", "train-minutes", "no-train"),
-    "phases": ("dense.epochs", "search.epochs", "finetune.epochs"),
+    "what to do": ("architecture", "scores", "epochs", "minutes", "no-train"),
     "run": ("recipe", "output", "seed", "resume", "dry-run", "help", "help-all"),
 }
 _SHOWN_OF_DEMO = ("macs", "output", "seed", "resume", "help", "help-all")
@@ -102,7 +101,7 @@ def _values(words: Sequence[str], option: str) -> list[str]:
 def _check_contradictions(words: Sequence[str]) -> None:
     """Raise SpvitError when two options say how long to fine-tune."""
     spelled = {word.partition("=")[0].replace("_", "-") for word in words}
-    found = [option for option in ("--no-train", "--train-epochs", "--finetune.epochs") if option in spelled]
+    found = [option for option in ("--no-train", "--epochs", "--finetune.epochs") if option in spelled]
     if len(found) > 1:
         raise SpvitError(f"{' and '.join(found)} contradict each other; give one of them")
 
@@ -132,8 +131,7 @@ class _ShortHelp(argparse.Action):
         parser._action_groups = []
         for title, names in _HEADINGS.items():
             own = [name for name in names if f"--{name}" in have and (not demo or name in _SHOWN_OF_DEMO)]
-            if title != "phases" or "--train-epochs" not in have:
-                parser.add_argument_group(title)._group_actions = [have[f"--{name}"] for name in own]
+            parser.add_argument_group(title)._group_actions = [have[f"--{name}"] for name in own]
         parser.print_help()
         parser.exit()
 
@@ -181,9 +179,13 @@ def command_parser(name: str, options: type) -> CommandParser:
     elif name == "predict":
         parser.add_argument("model", help="A folder that spvit wrote, or another model as for compress.")
         parser.add_argument("files", nargs="+", help="Image files, or folders of them.")
-    if "--train-epochs" in have:
-        zero = {"dest": "train_epochs", "action": "store_const", "const": 0, "default": argparse.SUPPRESS}
-        parser.add_argument("--no-train", "--no_train", **zero, help="Train nothing: --train-epochs 0.")
+    if "--epochs" in have:
+        zero = {"dest": "epochs", "action": "store_const", "const": 0, "default": argparse.SUPPRESS}
+        parser.add_argument("--no-train", "--no_train", **zero, help="Train nothing: --epochs 0.")
+    for option in [] if "--epochs" in have else [name for name in have if name.endswith((".epochs", ".minutes"))]:
+        short = f"--{option.partition('.')[2]}"  # of a command that trains in one phase
+        have[short] = have[option]
+        have[short].option_strings = [short, *have[short].option_strings]
     if "--data" in have:
         parser.add_argument("--help", "-h", action=_ShortHelp, nargs=0, default=argparse.SUPPRESS, help="Show this.")
         parser.add_argument("--help-all", action="help", help="List every option, those of each phase too.")

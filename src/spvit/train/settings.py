@@ -250,11 +250,11 @@ class CompressConfig(ScoresConfig):
         )
     )
     """Training of the pruned model."""
-    train_epochs: int | None = within(None, 0)
+    epochs: int | None = within(None, 0)
     """Epochs of fine-tuning, in place of those of `finetune`; 0 trains nothing, and so allows no search."""
-    train_minutes: float | None = within(None, 0, above=True)
+    minutes: float | None = within(None, 0, above=True)
     """Most minutes of fine-tuning, in place of those of `finetune`; as many epochs as they have room for, unless
-    train_epochs says how many."""
+    epochs says how many."""
     repair: bool = True
     """Whether what pruning broke is repaired in closed form, from calibration images."""
     initialise: str = "host"
@@ -271,13 +271,13 @@ class CompressConfig(ScoresConfig):
         if self.scores is not None and (self.search.epochs > 0 or self.dense.epochs > 0):
             why = f"scores {self.scores} are of the model as it is, and decide without a search"
             raise DataError(f"{why}; leave them out, or dense.epochs and search.epochs")
-        if self.train_epochs == 0 and self.search.epochs > 0:
+        if self.epochs == 0 and self.search.epochs > 0:
             searched = f"search.epochs is {self.search.epochs}"
             raise DataError(f"nothing is to be trained, but {searched}; leave one of the two out")
 
     @property
     def finetuning(self) -> PhaseConfig:
-        """The settings of `finetune`, with the epochs of `train_epochs` and the minutes of `train_minutes` if given."""
-        epochs = MOST_EPOCHS if self.train_epochs is None and self.train_minutes is not None else self.train_epochs
-        given: dict[str, Any] = {"epochs": epochs, "minutes": self.train_minutes}
+        """The settings of `finetune`, with the epochs and minutes of the run where these are given."""
+        epochs = MOST_EPOCHS if self.epochs is None and self.minutes is not None else self.epochs
+        given: dict[str, Any] = {"epochs": epochs, "minutes": self.minutes}
         return replace(self.finetune, **{name: value for name, value in given.items() if value is not None})

@@ -1,5 +1,7 @@
 """SIGTERM and SIGUSR1, with which clusters announce a job's end, wait for a place where a run can be continued from."""
 
+import atexit
+import multiprocessing.util  # whose own function at exit then runs after ours
 import os
 import signal
 import threading
@@ -31,6 +33,14 @@ def deferred() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
         if came:
             os.kill(os.getpid(), came[0])
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Kill workers that an error left behind, before Python's own end of them by SIGTERM, which they ignore."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def ignored_by_workers(worker: int) -> None:
