@@ -8,7 +8,7 @@ OLDEST := .venv-oldest
 SMOKE := tests/test_hub.py tests/test_models.py tests/test_surgery.py tests/hosts/test_recognise.py \
 	tests/hosts/test_timm_swin.py tests/repair/test_scores.py tests/train/test_tracking.py tests/train/test_teacher.py
 
-.PHONY: demo test test-oldest lint docs package browser census clean
+.PHONY: demo test test-oldest kills lint docs package browser census clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/spvit demo --output $(OUTPUT)
@@ -19,6 +19,10 @@ test: $(VENV)/dev.stamp
 # The oldest releases of the dependencies, on a part of the tests; six minutes, half of them for the install.
 test-oldest: $(OLDEST)/stamp
 	$(OLDEST)/bin/python -m pytest $(SMOKE)
+
+# Runs in one and two processes, killed twenty times each and resumed, end at the same bytes; half an hour on two cores.
+kills: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/kills.py --output build/kills
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

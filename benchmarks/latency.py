@@ -3,11 +3,12 @@
 python benchmarks/latency.py --images FOLDER [--model NAME] [--weights FILE] [--sizes 98 224] [--batches 1 8]
                              [--budgets 75% 50% 35%] [--scores FOLDER] [--threads 1] [--busy] [--json FILE]
 
-A backbone is scored once for each size, on crops of photographs; with --scores the scores are kept there, and taken
-from there. For each batch size the latency table is measured; then both budgets are decided, and the two networks and
-the dense one are measured once more, in turns: these are the shares in the table. Nothing is repaired, as latency does
-not depend on it. Weights and loaders are those of backbone.py. With --busy times are the process's seconds on the
-processor, all threads together, in place of seconds: for a machine that others use, with one thread.
+A backbone is scored once, at the first size, on crops of photographs: its scores serve all sizes, as only time is
+measured here. With --scores they are kept there, and taken from there. For each batch size the latency table is
+measured; then both budgets are decided, and the two networks and the dense one are measured once more, in turns: these
+are the shares in the table. Nothing is repaired, as latency does not depend on it. Weights and loaders are those of
+backbone.py. With --busy times are the process's seconds on the processor, all threads together, in place of seconds:
+for a machine that others use, with one thread.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,8 +33,8 @@ from spvit.benchmark import Program, measure_latencies
 
 
 def scores_of(host: nn.Module, options: argparse.Namespace) -> spvit.Scores:
-    """Return the scores of the backbone at a size: kept ones, or new ones."""
-    kept = None if options.scores is None else Path(options.scores) / str(options.size)
+    """Return the scores of the backbone: kept ones, or new ones."""
+    kept = None if options.scores is None else Path(options.scores) / str(options.sizes[0])
     if kept is not None and kept.is_dir():
         return spvit.Scores.load(kept)
     photographs = load_photographs(options.images)
@@ -123,10 +125,11 @@ def main() -> None:
     check_free(options.json)
     torch.set_num_threads(options.threads)
     console, rows = Console(width=140), []
+    scores = None
     for size in options.sizes:
         options.size = size
         host = load_model(options)
-        scores = scores_of(host, options)
+        scores = replace(scores or scores_of(host, options), weights=spvit.Host.of(host).fingerprint())
         for batch in options.batches:
             rows += rows_of(host, scores, batch, options)
             console.print(shown(rows))

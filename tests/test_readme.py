@@ -31,9 +31,10 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Return the words of every `spvit` command of a page, without comments."""
+    """Return the words of every `spvit` command of a page, whatever launches it, without comments."""
     lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
-    return [words[1:] for line in lines if (words := shlex.split(line, comments=True))[:1] == ["spvit"]]
+    every = [shlex.split(line, comments=True) for line in lines]
+    return [words[words.index(name) + 1 :] for words in every for name in ("spvit", "spvit.cli") if name in words]
 
 
 def anchors(page: Path) -> set[str]:
@@ -76,6 +77,7 @@ def test_python_that_is_not_run_is_python(page: Path) -> None:
 def test_commands_are_accepted(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "recipe.yaml").write_text("\n".join(blocks(page, "yaml")))
     for words in commands(page):
         if "--resume" not in words:  # it needs a run to continue
             assert parse(words)[0] == words[0]

@@ -257,7 +257,7 @@ def _take_fields(
 
 
 def _tuple(value: Any, where: str) -> tuple[int, ...]:
-    if not isinstance(value, list):
+    if not isinstance(value, (list, tuple)):
         raise ArchitectureError(f"{where}: found {value!r}, expected a list of whole numbers")
     return tuple(value)
 

@@ -27,7 +27,7 @@ from spvit.cost import count_params
 from spvit.errors import ModelError, RunError
 from spvit.export import bytes_of
 from spvit.hosts.host import input_size, macs_of_image
-from spvit.models import ModelConfig, open_model
+from spvit.models import ModelConfig, device_named, open_model
 from spvit.writers import METADATA, quiet, session
 
 BATCHES = (1, 64)
@@ -281,10 +281,7 @@ def _opened(model: nn.Module | str | Path, device: str, dtype: torch.dtype | Non
         name, ours = str(model), (path / DESCRIPTION).is_file()
         config = ModelConfig(model=name, model_args={} if ours else arguments)
         module, file = open_model(config, weights=False).model, path / WEIGHTS if ours else None
-    try:
-        return Program.of(name, module.to(device, dtype), file)
-    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
-        raise ModelError(f"device {device!r} cannot be used: {first_line(error)}") from error
+    return Program.of(name, module.to(device_named(device), dtype), file)
 
 
 def _exported(path: Path, device: str) -> Program:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from spvit import checkpoint
@@ -87,6 +88,16 @@ def open_model(
         state |= {key: own[key] for key in head}
     checkpoint.fit_state(opened.model, state, config.checkpoint)
     return replace(opened, trained=trained)
+
+
+def device_named(name: str) -> torch.device:
+    """Return a device of this machine: `cpu`, `cuda:1`, `mps`. Raises ModelError naming those that are there."""
+    there = ["cpu"]
+    if torch.accelerator.is_available() and (found := torch.accelerator.current_accelerator()) is not None:
+        there += [found.type, *(f"{found.type}:{index}" for index in range(torch.accelerator.device_count()))]
+    if name not in there:
+        raise ModelError(f"device {name!r} cannot be used; there is {', '.join(there)}")
+    return torch.device(name)
 
 
 def names_code(model: str) -> bool:

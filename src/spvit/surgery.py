@@ -15,7 +15,7 @@ from spvit.errors import NotSearchableError, UnsupportedHostError
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host
 from spvit.hosts.recognise import RECORD, family_of
-from spvit.hosts.walk import Report, calibration_batches, where_float64_is
+from spvit.hosts.walk import Finished, Report, calibration_batches, where_float64_is
 from spvit.repair.repair import repair as repair_in_place
 from spvit.replacements.bottleneck import BottleneckConv
 from spvit.replacements.install import check_fits, narrow_ffn, replace_attention, whole_grids
@@ -48,6 +48,7 @@ def prune(
     repair: Tensor | Iterable[Any] | None = None,
     inplace: bool = False,
     report: Report | None = None,
+    finished: Finished | None = None,
 ) -> Model:
     """Return the host cut down to an architecture, in plain stock modules with the same forward.
 
@@ -65,6 +66,8 @@ def prune(
             repair to training.
         inplace: change the host itself instead of a copy. If pruning fails the host stays as it was.
         report: with a repair, called after each block with ("repair", blocks repaired, blocks, {}).
+        finished: with a repair, gets each block's weights as they are found, and those of a call that was cut short are
+            taken from it; a dictionary will do. The other arguments must be the same.
 
     Raises:
         ArchitectureError: the architecture does not fit the host.
@@ -99,7 +102,7 @@ def prune(
                 replace_attention(pruned, index, kept.attention, architecture.rules, grids, undo, **hints)
                 narrow_ffn(pruned, index, kept.ffn, undo)
         if batches is not None:
-            repair_in_place(model, target, architecture, batches, report)
+            repair_in_place(model, target, architecture, batches, report, finished)
         if blocks[-1].tokens == "prefix":
             answer_prefix(pruned, len(blocks) - 1, grids[len(blocks) - 1], undo)
         undo.pop_all()

@@ -422,6 +422,29 @@ def test_heads_whose_outputs_have_few_directions_are_narrowed() -> None:
 NOT_FINITE = "the activations of the calibration images are not finite; check the model's weights and the images"
 
 
+@pytest.mark.parametrize("name", ["class_token", "huggingface_options"])
+def test_a_repair_that_was_cut_short_goes_on_to_the_same_weights(name: str) -> None:
+    host = make_host(name)
+    kept = architecture(Attention(), ATTENTION["conv3"], ATTENTION["skip"], ATTENTION["heads"], units=(*WHOLE, *UNITS))
+    x, finished = images(host, 32), {}
+
+    def cut(phase: str, done: int, *_: object) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    torch.manual_seed(1)
+    whole = spvit.prune(host, kept, repair=x)
+    torch.manual_seed(1)
+    with pytest.raises(KeyboardInterrupt):
+        spvit.prune(host, kept, repair=x, report=cut, finished=finished)
+    assert [len(tensors) > 0 for _, tensors in finished.values()] == [False, True]  # the first block is whole
+    for images_left in (x, ()):  # at last all blocks are finished, which takes no images
+        torch.manual_seed(1)
+        continued = spvit.prune(host, kept, repair=images_left, finished=finished)
+        for key, value in whole.state_dict().items():
+            assert torch.equal(continued.state_dict()[key], value), key
+
+
 @pytest.mark.parametrize("kept", [Attention(heads=(0,)), Attention("conv3"), Attention("skip")], ids=str)
 def test_activations_that_are_not_finite_are_refused(kept: Attention) -> None:
     host = make_host("class_token")

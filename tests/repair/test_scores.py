@@ -28,7 +28,7 @@ from spvit.repair.scores import (
     score,
     split_images,
 )
-from tiny import images, logits, make_host, randomise
+from tiny import ONE_A_FAMILY, images, logits, make_host, randomise
 
 WIDTH = 72
 CONVOLUTIONS = [Attention("conv3"), Attention("conv1"), Attention("skip")]
@@ -232,3 +232,22 @@ def test_scores_of_other_weights_are_refused() -> None:
     with pytest.raises(CalibrationError, match="of other weights than this VisionTransformer has; score it again"):
         spvit.decide(other, macs="70%", scores=scores)
     assert spvit.decide(copy.deepcopy(host), macs="70%", scores=scores) == spvit.decide(host, macs="70%", scores=scores)
+
+
+@pytest.mark.parametrize("name", ONE_A_FAMILY)
+def test_scoring_that_was_cut_short_goes_on_to_the_same_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = make_host(name)
+    x, finished = images(host, 24), {}
+    whole = score(host, x)
+
+    def cut(phase: str, done: int, *_: object) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(host, x, report=cut, finished=finished)
+    assert list(finished) == [0, 1]
+    calls, measured = [], spvit.repair.scores._score_ffn
+    monkeypatch.setattr("spvit.repair.scores._score_ffn", lambda *given: calls.append(given) or measured(*given))
+    assert score(host, x, finished=finished) == whole
+    assert len(calls) == len(whole.blocks) - 2

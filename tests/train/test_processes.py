@@ -8,10 +8,22 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
 
 import spvit
+import two_processes
 from spvit.cli.main import main
-from training import GREY, MODEL, MODEL_ARGS, image_folder, micro_host, states_equal
+from spvit.errors import DataError, ModelError
+from spvit.train.processes import make_accelerator, processes, use_device
+from training import GREY, MODEL, MODEL_ARGS, image_folder, micro_host
+from two_processes import COUNTED, halved
+
+SCRIPT = Path(two_processes.__file__)
 
 
 def free_port() -> str:
@@ -20,54 +32,90 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def launched(*words: str) -> str:
-    """Run a command of spvit in two processes and return what they print."""
-    launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), "-m", "spvit.cli"]
-    done = subprocess.run(
+def launch(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run a script or module of Python in two processes."""
+    launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    return subprocess.run(
         [sys.executable, "-m", *launcher, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )
+
+
+def launched(*words: str) -> str:
+    """Run a script or module of Python in two processes and return what they print."""
+    done = launch(*words)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
 
-def test_a_continued_run_of_two_processes_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder of one launch of all that needs no command, and what each of the two processes found."""
+    folder = tmp_path_factory.mktemp("both")
+    root = image_folder(folder / "pictures", size=8, count=5)
+    (root / "val" / "cat" / "2.png").write_bytes(b"junk")
+    launched(str(SCRIPT), str(folder))
+    return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_two_processes_that_signals_stop_continue_to_the_same_bytes(both: Any) -> None:
+    folder, found = both
+    assert [own["continued"] for own in found] == [True, True]
+    lines = [(folder / run / "metrics.jsonl").read_text().splitlines() for run in ("whole", "cut")]
+    whole, cut = ([{**json.loads(line), "images_per_s": 0} for line in own] for own in lines)
+    assert cut == whole
+
+
+def test_each_process_draws_its_own_gates(both: Any) -> None:
+    first, second = (own["draws"] for own in both[1])
+    assert not set(first) & set(second)
+
+
+def test_each_image_is_counted_once(both: Any) -> None:
+    assert [own["halved"]["images"] for own in both[1]] == [COUNTED, COUNTED]
+    assert [own["read"] for own in both[1]] == [9, 9]  # of ten, one of which cannot be read
+
+
+def test_two_processes_of_half_the_batch_are_one_of_the_whole(both: Any, tmp_path: Path) -> None:
+    folder, found = both
+    assert found[0]["halved"] == found[1]["halved"] == pytest.approx(halved(tmp_path, 128), rel=1e-6)
+    one, two = (load_file(where / "halved.safetensors") for where in (tmp_path, folder))
+    for key, value in one.items():  # but for keys' biases, which have no gradient but rounding
+        assert torch.allclose(two[key], value, rtol=1e-5, atol=5e-6 if key.endswith("qkv.bias") else 5e-8), key
+
+
+def test_a_process_that_fails_ends_the_run_with_one_message_and_a_state(tmp_path: Path) -> None:
+    run = tmp_path / "run"
     words = ["train", "--model", MODEL, "--model_args", json.dumps(MODEL_ARGS), "--pretrained", "false"]
-    words += ["--data", "digits", "--images.mean", "[0.5]", "--images.std", "[0.5]", "--dense.warmup_epochs", "0"]
-    words += ["--dense.learning_rate", "1e-3", "--dense.minimum_learning_rate", "1e-3"]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    text = launched(*words, "--dense.epochs", "2", "--output", str(whole))
-    assert text.count("10 classes") == 1
-    launched(*words, "--dense.epochs", "1", "--output", str(cut))
-    launched("train", "--output", str(cut), "--resume", "--dense.epochs", "2")
-    assert states_equal(spvit.load(whole), spvit.load(cut))
+    words += ["--data", "digits", "--images.mean", "[0.5]", "--images.std", "[0.5]", "--save_minutes", "1e-9"]
+    words += ["--log_every", "1"]  # at which several processes look up
+    for how, more, message in (
+        ("raises", words, "spvit: one of two fails"),
+        ("killed", ["train", "--resume"], "spvit: another process of the run has ended, or cannot be reached; a run"),
+    ):
+        done = launch(str(SCRIPT), how, *more, "--output", str(run))
+        assert done.returncode == 1
+        [line] = [line for line in done.stdout.splitlines() if "spvit: " in line]
+        assert line.startswith(message)
+        assert "[rank" not in done.stdout  # no traceback
+    assert (run / "state" / "dense" / "epoch-0000-000004.safetensors").is_file()
 
 
 def test_one_process_scores_and_decides_for_all(tmp_path: Path) -> None:
     spvit.save(micro_host(), tmp_path / "host", preprocessing=GREY)
     words = ["compress", "--model", str(tmp_path / "host"), "--data", "digits", "--calibration_images", "128"]
     words += ["--macs", "60%", "--epochs", "1", "--finetune.warmup_epochs", "0"]
-    launched(*words, "--output", str(tmp_path / "run"))
+    launched("-m", "spvit.cli", *words, "--output", str(tmp_path / "run"))
     assert main([*words, "--epochs", "0", "--output", str(tmp_path / "alone")]) == 0
     files = [(tmp_path / run / "architecture.json").read_text() for run in ("run", "alone")]
     assert files[0] == files[1]
     assert spvit.Scores.load(tmp_path / "run").weights == spvit.Scores.load(tmp_path / "alone").weights
 
 
-def test_images_that_cannot_be_read_are_left_out_of_every_process_alike(tmp_path: Path) -> None:
-    root = image_folder(tmp_path / "pictures", count=5)
-    (root / "val" / "cat" / "2.png").write_bytes(b"junk")
-    words = ["train", "--model", "test_vit", "--pretrained", "false", "--model_args", '{"img_size": 32}']
-    words += ["--data", str(root), "--images.batch_size", "4", "--images.skip_corrupt", "true", "--dense.epochs", "1"]
-    launched(*words, "--output", str(tmp_path / "run"))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["images"] for line in lines if line["event"] == "evaluation"] == [9]
-
-
-def test_the_others_end_with_the_message_of_the_first_that_fails(tmp_path: Path) -> None:
+def test_all_end_with_one_message_when_the_first_fails(tmp_path: Path) -> None:
     """Without a launcher that would end them: each process is on its own."""
     spvit.save(micro_host(), tmp_path / "host", preprocessing=GREY)
     words = ["compress", "--model", str(tmp_path / "host"), "--data", "digits", "--calibration_images", "1"]
@@ -83,7 +131,40 @@ def test_the_others_end_with_the_message_of_the_first_that_fails(tmp_path: Path)
         for rank in ("0", "1")
     ]
     texts = [process.communicate(timeout=120)[0] for process in started]
-    assert "one calibration image is too few to fit and measure" in texts[0]
-    assert "the first process failed: one calibration image is too few to fit and measure" in texts[1]
+    assert "".join(texts).count("one calibration image is too few to fit and measure") == 1
     assert 0 not in [process.returncode for process in started]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_has_the_device_that_is_named_and_the_next_one_chooses_anew() -> None:
+    use_device("cpu")
+    with pytest.raises(ModelError, match=r"device 'moon' cannot be used; there is cpu"):
+        use_device("moon")
+    own = make_accelerator()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("spvit.train.processes.device_named", torch.device)
+        use_device("meta")
+        assert make_accelerator().device == processes().device == torch.device("meta")
+    use_device(None)
+    assert make_accelerator().device == own.device
+
+
+def test_several_processes_do_not_share_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = SimpleNamespace(num_processes=2, device=torch.device("cuda", 0))
+    monkeypatch.setattr("spvit.train.processes.processes", lambda cpu: state)
+    monkeypatch.setattr("spvit.train.processes.device_named", torch.device)
+    use_device("cuda")
+    for name in ("cuda:1", "mps"):
+        with pytest.raises(DataError, match=f"device is {name}, but each of the 2 processes takes its own cuda"):
+            use_device(name)
+
+
+def test_what_a_launcher_asks_for_and_would_not_get_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(DataError, match=r"asks to add up 4 gradients; give --images.accumulate 4 instead"):
+        use_device(None)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(
+        DataError, match=r"asks for FSDP, which spvit cannot train with: states hold the whole model, an"
+    ):
+        use_device(None)

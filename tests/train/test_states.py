@@ -17,13 +17,16 @@ import torch
 
 from spvit.checkpoint import replace_atomically, write_text
 from spvit.errors import CheckpointError, RunError, RunFolderError, RunStoppedError
+from spvit.hosts.walk import Part
+from spvit.repair.scores import Scores
 from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import make_searchable
 from spvit.train.lock import locked
 from spvit.train.loop import Loop, Phase, run_phase
 from spvit.train.run_folder import RunFolder
-from spvit.train.states import read_state, write_state
-from training import digits, micro_host, run_in, short, short_search, states_equal
+from spvit.train.settings import CompressConfig
+from spvit.train.states import BlockStates, read_state, write_state
+from training import compressed, digits, micro_host, run_in, short, short_search, states_equal
 
 
 def phase_of(kind: str) -> Phase:
@@ -39,21 +42,23 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in values.items() if name != "images_per_s"} for values in found]
 
 
-@pytest.mark.parametrize(("kind", "repeats", "number"), [("dense", 3, "SIGTERM"), ("search", 0, "SIGUSR1")])
+@pytest.mark.parametrize(
+    ("kind", "repeats", "number", "workers"), [("dense", 3, "SIGTERM", 2), ("search", 0, "SIGUSR1", 0)]
+)
 def test_a_run_that_a_signal_stopped_within_an_epoch_ends_at_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, repeats: int, number: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, repeats: int, number: str, workers: int
 ) -> None:
     random = {"mixup": 0.2, "random_erasing": 0.2, "color_jitter": 0.2, "repeated_augmentation": repeats}
-    images, whole, cut = digits(**random), phase_of(kind), phase_of(kind)
+    images, whole, cut = digits(**random, workers=workers), phase_of(kind), phase_of(kind)
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     figures = run_phase(whole, run_in(tmp_path / "whole", images, log_every=4))
     step = Loop.step
 
-    def stopped(loop: Loop, images: Any, targets: Any, index: int) -> dict[str, float]:
+    def stopped(loop: Loop, batches: Any, index: int) -> dict[str, torch.Tensor]:
         if index in (3, 15):  # in the first epoch, and in the second
             os.kill(os.getpid(), getattr(signal, number))
-        return step(loop, images, targets, index)
+        return step(loop, batches, index)
 
     monkeypatch.setattr(Loop, "step", stopped)
     handler = signal.getsignal(getattr(signal, number))
@@ -123,6 +128,39 @@ def test_states_hold_tensors_of_any_kind(tmp_path: Path) -> None:
     about, found = read_state(tmp_path / "a.safetensors")
     assert about["epoch"] == 1
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("phase", ["score", "repair"])
+def test_a_run_killed_while_it_scores_or_repairs_goes_on_by_blocks(
+    phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    host, images = micro_host(depth=4), digits()
+    config = CompressConfig(epochs=0, calibration_images=128, repair_views=1)
+    whole = compressed(host, "60%", config, tmp_path / "whole", images)
+    write, written = BlockStates.__setitem__, []
+
+    def dies(states: BlockStates, block: int, part: Part) -> None:
+        write(states, block, part)
+        if states.folder.name == phase:
+            written.append(block)
+            if written == [0, 1, 2]:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(BlockStates, "__setitem__", dies)
+    with pytest.raises(KeyboardInterrupt):
+        compressed(host, "60%", config, tmp_path / "cut", images)
+    folder = tmp_path / "cut" / "state" / phase
+    assert [path.name for path in sorted(folder.iterdir())] == [f"block-000{index}.safetensors" for index in range(3)]
+    content = (folder / "block-0001.safetensors").read_bytes()
+    (folder / "block-0001.safetensors").write_bytes(content[:-9])
+    continued = compressed(host, "60%", config, tmp_path / "cut", images)
+    assert written == [0, 1, 2, 1, 3]  # the damaged one is made again
+    assert "block-0001.safetensors is damaged" in caplog.text
+    assert states_equal(continued.model, whole.model)
+    assert Scores.load(tmp_path / "cut") == Scores.load(tmp_path / "whole")
+    assert not (tmp_path / "cut" / "state" / "score").exists()
+    compressed(host, "60%", config, tmp_path / "cut", digits(flip=0.5))  # other images: what is there is not theirs
+    assert written[5:] == ([0, 1, 2, 3] if phase == "repair" else [])
 
 
 def test_a_folder_is_held_by_one_process(tmp_path: Path, caplog: Any) -> None:

@@ -23,7 +23,7 @@ from spvit.cli.plan import print_plan
 from spvit.cli.report import report_at_the_end
 from spvit.cli.show import block_table, comparison_table, kinds_text, latency_table, say
 from spvit.cost import count_params
-from spvit.errors import ArchitectureError, CheckpointError, ModelError, RunFolderError
+from spvit.errors import ArchitectureError, CheckpointError, DataError, ModelError, RunFolderError
 from spvit.hosts.host import macs_of_image
 from spvit.hosts.sources import build, can_build, source_of
 from spvit.models import ModelConfig, open_model
@@ -77,6 +77,8 @@ def train_command(options: cli.TrainCommand, console: Console) -> None:
 
 def search_command(options: cli.SearchCommand, console: Console) -> None:
     """Search, and write the architecture and the pruned model as the search left it."""
+    if options.compile:
+        raise DataError("a search is not compiled, as each step draws gates, which choose what runs; leave out compile")
     budget = options.budget()  # before anything is downloaded
     host, run = open_run("search", options, False, console)
     limits = check_decision(host, budget, options.multiple)
@@ -230,8 +232,8 @@ def _named_architecture(name: str) -> Architecture:
 
 
 def latencies_of(models: dict[str, nn.Module], batches: Sequence[int], console: Console) -> dict[str, list[Latency]]:
-    """Return the latencies of models by name, one a batch size, measured side by side on their device."""
-    programs = [Program.of(name, model) for name, model in models.items()]
+    """Return the latencies of models by name, one a batch size, measured side by side on the device of the run."""
+    programs = [Program.of(name, model.to(processes().device)) for name, model in models.items()]
     with Console(stderr=True, quiet=console.quiet).status("measuring latency"):
         measured = [measure_latencies(programs, batch) for batch in batches]
     return {name: list(own) for name, *own in zip(models, *measured)}

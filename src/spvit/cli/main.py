@@ -14,6 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -26,15 +27,16 @@ from spvit.cli.benchmark import benchmark_command
 from spvit.cli.check import check_command
 from spvit.cli.export import export_command
 from spvit.cli.frontier import frontier_command
-from spvit.cli.parser import CommandParser, Help, command_parser
+from spvit.cli.parser import CommandParser, Help, command_parser, given
 from spvit.cli.predict import predict_command
 from spvit.cli.push import push_command
 from spvit.cli.report import report_command
+from spvit.cli.show import say
 from spvit.errors import RunError, RunStoppedError, SpvitError
 from spvit.models import names_code
-from spvit.train.processes import processes
+from spvit.train.processes import is_first_to_fail, processes, use_device, who_is_gone
 from spvit.train.run_folder import RunFolder
-from spvit.train.signals import STOPPING
+from spvit.train.signals import STOPPING, time_limit
 
 COMMANDS: dict[str, tuple[Any, Callable[..., None]]] = {  # the options and the function of each
     "compress": (cli.CompressCommand, run.compress_command),
@@ -53,6 +55,7 @@ COMMANDS: dict[str, tuple[Any, Callable[..., None]]] = {  # the options and the 
     "convert": (cli.ConvertCommand, run.convert_command),
     "demo": (cli.DemoCommand, run.compress_command),
 }
+ADVICE = "a run that has saved a state continues with --resume"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,23 +63,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problems = Console(stderr=True)
     before = _stop_by_exception()
     try:
-        return _run(list(sys.argv[1:] if arguments is None else arguments), problems)
-    except RunStoppedError as error:
-        message, code = str(error), 128 + error.number
-    except SpvitError as error:  # one in a reading process arrives as its traceback, with the message last
-        message, code = str(error).split("DataError: ")[-1], 1 if isinstance(error, RunError) else 2
-    except OSError as error:  # a full disk, a folder that may not be written, one that has gone
-        place = f"{error.filename}: " if error.filename else ""
-        message, code = f"{place}{error.strerror or error}; the last saved state is as it was", 1
-    except KeyboardInterrupt as error:
-        number = error.args[0] if error.args else signal.SIGINT
-        message, code = "interrupted; a run that has saved a state continues with --resume", 128 + number
+        code, message = _run(list(sys.argv[1:] if arguments is None else arguments), problems)
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)  # it ends as it is
+        if message and is_first_to_fail():
+            line = f"spvit: {' '.join(message.split())}"
+            problems.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
+        return code
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    line = f"spvit: {' '.join(message.split())}"
-    problems.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
-    return code
+
+
+def _run(arguments: list[str], problems: Console) -> tuple[int, str]:
+    """Run the command line; return the exit code, and what went wrong."""
+    try:
+        _command(arguments, problems)
+    except RunStoppedError as error:
+        return 128 + error.number, str(error)
+    except SpvitError as error:  # one in a reading process arrives as its traceback, with the message last
+        return 1 if isinstance(error, RunError) else 2, str(error).split("DataError: ")[-1]
+    except OSError as error:  # a full disk, a folder that may not be written, one that has gone
+        place = f"{error.filename}: " if error.filename else ""
+        return 1, f"{place}{error.strerror or error}; the last saved state is as it was"
+    except RuntimeError as error:
+        if not (gone := who_is_gone(error)):
+            raise
+        return 1, f"{gone}; {ADVICE}"
+    except KeyboardInterrupt as error:
+        return 128 + (error.args[0] if error.args else signal.SIGINT), f"interrupted; {ADVICE}"
+    return 0, ""
 
 
 def _stop_by_exception() -> dict[int, Any]:
@@ -90,16 +106,18 @@ def _stop_by_exception() -> dict[int, Any]:
     return {number: signal.signal(number, stop) for number in (signal.SIGINT, *STOPPING)}
 
 
-def _run(arguments: Sequence[str], problems: Console) -> int:
-    # Of several processes one reports progress; each reports its own errors.
-    console = Console(quiet=not processes().is_main_process)
+def _command(arguments: list[str], problems: Console) -> None:
+    # Several processes need to know of the CPU before they meet. Of these one reports progress.
+    first = processes(given(arguments, "--device")[-1:] == ["cpu"]).is_main_process
+    console = Console(quiet=not first)
     _quiet_libraries(problems)
     name, options = parse(arguments)
+    use_device(None if name == "benchmark" else getattr(options, "device", None))
     writes = isinstance(options, cli.RunCommand) and not getattr(options, "dry_run", False)
-    with RunFolder(options.output).held() if writes else nullcontext():
+    hours = getattr(options, "max_hours", None)
+    with RunFolder(options.output).held() if writes else nullcontext(), time_limit(hours, partial(say, console)):
         COMMANDS[name][1](options, console)
     processes().destroy_process_group()  # or its threads may end the interpreter with an error
-    return 0
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Any]:
@@ -151,6 +169,13 @@ def _quiet_libraries(problems: Console) -> None:
     """Send our own warnings to one line each; keep libraries' advice to programmers off the terminal."""
     handler = RichHandler(console=problems, show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
-    for library in ("accelerate", "huggingface_hub", "timm", "torch.utils.cpp_extension", "transformers"):
+    for library in (
+        "accelerate",
+        "huggingface_hub",
+        "timm",
+        "torch._dynamo",
+        "torch.utils.cpp_extension",
+        "transformers",
+    ):
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")

@@ -11,7 +11,16 @@ from spvit.benchmark import BATCHES
 from spvit.budget import Budget
 from spvit.models import ModelConfig
 from spvit.train.frontier import BUDGETS
-from spvit.train.settings import CompressConfig, FrontierConfig, ImageConfig, LoopConfig, PhaseConfig, SearchConfig
+from spvit.train.settings import (
+    CompressConfig,
+    DeviceConfig,
+    FrontierConfig,
+    ImageConfig,
+    LoopConfig,
+    PhaseConfig,
+    SearchConfig,
+    within,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +42,8 @@ class RunCommand(DataOptions, ModelConfig, LoopConfig):
     """Run folder to write: metrics, states, architecture, model. It must be new or empty, or see resume."""
     resume: bool = False
     """Continue the run in the output folder, with its settings."""
+    max_hours: float | None = within(None, 0, above=True)
+    """Hours after which the run saves its state and ends, as SIGTERM ends it; --resume continues for as many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +116,7 @@ class BenchmarkCommand:
     batches: tuple[int, ...] = BATCHES
     """Images in one pass."""
     device: str = "cpu"
-    """Where PyTorch models and ONNX files run: cpu, cuda."""
+    """Where PyTorch models and ONNX files run: cpu, cuda, cuda:1, mps."""
     dtype: str | None = None
     """`fp32`, `bf16` or `fp16` of PyTorch models; when absent as they are. Exported files run as they were written."""
     threads: int | None = None
@@ -132,7 +143,7 @@ class FinetuneCommand(RunCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateCommand(DataOptions, ModelConfig):
+class EvaluateCommand(DataOptions, ModelConfig, DeviceConfig):
     """Measure a model's accuracy."""
 
     precision: str = "fp32"
@@ -140,7 +151,7 @@ class EvaluateCommand(DataOptions, ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictCommand(ModelConfig):
+class PredictCommand(ModelConfig, DeviceConfig):
     """Print the most probable classes of images."""
 
     files: list[str]
@@ -152,7 +163,7 @@ class PredictCommand(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProfileCommand(ModelConfig):
+class ProfileCommand(ModelConfig, DeviceConfig):
     """Print what a model costs, block by block, dense against pruned."""
 
     architecture: str | None = None

@@ -23,7 +23,7 @@ _HEADINGS = {
     "budgets": ("budgets", "metric"),
     "what may change": ("keep", "only", "forbid"),
     "what to do": ("architecture", "scores", "epochs", "minutes", "no-train"),
-    "run": ("recipe", "output", "seed", "resume", "dry-run", "help", "help-all"),
+    "run": ("recipe", "output", "device", "seed", "resume", "dry-run", "help", "help-all"),
 }
 _SHOWN_OF_DEMO = ("macs", "output", "seed", "resume", "help", "help-all")
 _SEVERAL = ("--keep", "--only", "--forbid", "--track")
@@ -59,7 +59,7 @@ class CommandParser(ArgumentParser):
         """Parse as jsonargparse does. Raises SpvitError: an option or value is wrong, or names code to import."""
         _check_contradictions(args)
         options = [word.partition("=")[0] for word in args]
-        self._lines = {recipe: lines_of(recipe) for recipe in _values(args, "--recipe")}
+        self._lines = {recipe: lines_of(recipe) for recipe in given(args, "--recipe")}
         self._typed = {option[2:].replace("-", "_") for option in options if option.startswith("--")}
         try:
             return super().parse_args(_joined(args), **kwargs)
@@ -92,7 +92,7 @@ class CommandParser(ArgumentParser):
         return lines[-1] if lines and key not in self._typed else ""
 
 
-def _values(words: Sequence[str], option: str) -> list[str]:
+def given(words: Sequence[str], option: str) -> list[str]:
     """Return what is given for an option, each time."""
     after = [value for word, value in itertools.pairwise(words) if word == option]
     return [*after, *(word.partition("=")[2] for word in words if word.startswith(f"{option}="))]

@@ -28,7 +28,7 @@ from spvit.train.compress import check_compress, search_phase
 from spvit.train.data import find_images, training_loader
 from spvit.train.figures import reference_of
 from spvit.train.loop import Loop, Phase, Run
-from spvit.train.optimizers import GATES, tensors_of
+from spvit.train.optimizers import groups_of, tensors_of
 from spvit.train.run_folder import DENSE, FINETUNE, RunFolder
 from spvit.train.settings import ImageConfig
 
@@ -45,7 +45,7 @@ def print_plan(options: CompressCommand, console: Console) -> None:
         options, options.dense.epochs > 0, weights=False, find=_found_or_noise, unlabelled=True
     )
     host, costs = opened.model, network_costs(opened.model)
-    run = Run(images, RunFolder(os.devnull), options)
+    run = Run(images, RunFolder(os.devnull), replace(options, compile=False))
     if not images.classes:
         few = replace(images, validation=Subset(images.validation, range(min(FEW, len(images.validation)))))  # type: ignore[arg-type]
         run = replace(run, reference=reference_of(host, few, options, options.objective))
@@ -82,6 +82,7 @@ def print_plan(options: CompressCommand, console: Console) -> None:
 def _planned(phase: Phase, run: Run, share: float) -> dict[str, str]:
     """Return a phase's column of the table. A few steps on small batches, which are measured, train its model."""
     loop, images = Loop(phase, run), run.images
+    accumulate, loop.accumulate = loop.accumulate, 1
     whole, workers, config = images.config.batch_size, images.config.workers, phase.config
     batch = whole if torch.accelerator.is_available() else min(whole, BATCH_ON_CPU)
     modules = [module.state_dict() for module in (loop.model, loop.teacher, loop.average) if module is not None]
@@ -99,7 +100,8 @@ def _planned(phase: Phase, run: Run, share: float) -> dict[str, str]:
         read_s, started = time.perf_counter() - started, time.perf_counter()
         needed.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loop.step(pictures.to(device), targets.to(device), 0)
+            losses = loop.step([(pictures.to(device), targets.to(device))], 0)
+        losses["loss"].item()  # waits for the device
         step_s, started = time.perf_counter() - started, time.perf_counter()
     moments = tensors_of(loop.optimizer).values()
     gradients = [parameter for parameter in loop.model.parameters() if parameter.requires_grad]
@@ -109,13 +111,13 @@ def _planned(phase: Phase, run: Run, share: float) -> dict[str, str]:
     seconds = config.epochs * whole * image_s * (len(loop.train) + len(loop.validation) / 3)
     return {
         "images": f"{len(images.train):,}",  # type: ignore[arg-type]
-        "images a step": f"{loop.batch}",
+        "images a step": f"{loop.batch}{f', {accumulate} batches' if accumulate > 1 else ''}",
         "epochs": f"{config.epochs}",
-        "steps an epoch": f"{len(loop.train):,}",
+        "steps an epoch": f"{loop.steps:,}",
         "steps": f"{loop.total:,}",
         "learning rate, peak": f"{loop.scale * loop.rates[1]:.3g}",
         "learning rate, end": f"{loop.scale * min(loop.rates[1:]):.3g}",
-        "gate learning rate": ", ".join(f"{group['lr']:.3g}" for group in loop.optimizer.param_groups[GATES]),
+        "gate learning rate": ", ".join(f"{group['lr']:.3g}" for group in groups_of(loop.optimizer, True)),
         "teacher": "" if loop.teacher is None else config.teacher or "dense model",
         "memory a device": f"{human(memory)}B",
         "time": str(timedelta(seconds=round(seconds * share if phase.name == FINETUNE else seconds))),

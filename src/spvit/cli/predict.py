@@ -19,6 +19,7 @@ from spvit.hosts.host import logits_of
 from spvit.hosts.recognise import family_of
 from spvit.models import open_model
 from spvit.train.data import transform
+from spvit.train.processes import processes
 
 FEW = 16
 """Images that need no bar."""
@@ -29,8 +30,8 @@ def predict_command(options: PredictCommand, console: Console) -> None:
     """Print the classes of every image that can be read. Raises DataError at the end when others cannot."""
     if options.top < 1:
         raise DataError(f"top is {options.top}, expected 1 or more")
-    opened = open_model(options, code=True)
-    model, count = opened.model.eval(), family_of(opened.model).classes(opened.model)
+    opened, device = open_model(options, code=True), processes().device
+    model, count = opened.model.to(device).eval(), family_of(opened.model).classes(opened.model)
     if count < 2:
         advice = f'for its features see docs/backbones.md: spvit.load("{options.model}")(images)'
         raise ModelError(f"{options.model} has no classes to predict; {advice}")
@@ -42,7 +43,7 @@ def predict_command(options: PredictCommand, console: Console) -> None:
     problems = Console(stderr=True)
     for path in track(paths, "predict", console=problems, transient=True, disable=len(paths) <= FEW):
         try:
-            logits = logits_of(model(prepare(path)[None]))
+            logits = logits_of(model(prepare(path)[None].to(device)))
         except DataError as error:
             say(problems, f"spvit: {error}")
             continue

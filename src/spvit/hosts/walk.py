@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,18 @@ from spvit.hosts.sites import BlockSites
 Report = Callable[[str, int, int, Mapping[str, float]], object]
 """What long work calls as it goes: with its phase, the steps done, the steps in all, and figures by name."""
 BATCH = 64
+
+Part = tuple[dict[str, Any], dict[str, Tensor]]
+"""What long work finished of a block: values for JSON, and tensors on the CPU."""
+
+
+class Finished(Protocol):
+    """What long work finished, by block, for a call with the same arguments to go on from: a dictionary, or files."""
+
+    def get(self, block: int, /) -> Part | None:
+        """Return what was finished of a block, if it was."""
+
+    def __setitem__(self, block: int, part: Part, /) -> None: ...
 
 
 def calibration_batches(host: Host, images: Tensor | Iterable[Any]) -> Iterator[Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spvit.architecture import Architecture, Block
 from spvit.hosts.calling import inside
 from spvit.hosts.host import Host
-from spvit.hosts.walk import BlockPair, Report, advance, calibration_batches, evaluating, first_inputs
+from spvit.hosts.walk import BlockPair, Finished, Report, advance, calibration_batches, evaluating, first_inputs
 from spvit.replacements import replacement
 from spvit.replacements.ffn import fit_ffn
 
@@ -34,24 +34,35 @@ def repair(
     architecture: Architecture,
     images: Tensor | Iterable[Any],
     report: Report | None = None,
+    finished: Finished | None = None,
 ) -> None:
     """Set the weights of a model that was pruned to an architecture, in place, so that it does what the host does.
 
     What pruning left whole keeps its weights, bit for bit, but for the second linear layer of FFNs behind the first
-    change, which mend it. A warning is logged where more images would help.
+    change, which mend it. A warning is logged where more images would help. Blocks that are finished, by a call with
+    the same arguments that was cut short, are taken as they are; where all are, no image is read.
 
     Raises:
         CalibrationError: the images do not fit the host, are too few, or lead to activations that are not finite.
     """
-    pruned = host.on(model)
+    pruned, finished = host.on(model), {} if finished is None else finished
+    parts = [finished.get(index) for index in range(len(host.blocks))]
     with evaluating(model, host.model):
-        dense_inputs = first_inputs(host, calibration_batches(host, images))
+        dense_inputs = first_inputs(host, calibration_batches(host, images)) if None in parts else []
         inputs, untouched = list(dense_inputs), True
         excess: list[float] = []
         for index, kept in enumerate(architecture.blocks):
             untouched = untouched and not changed(kept)
-            pair = BlockPair(model, host, index, inputs, dense_inputs, excess=excess)
-            repair_block(pair, kept, mend=not untouched)
+            pair, before = BlockPair(model, host, index, inputs, dense_inputs, excess=excess), len(excess)
+            block, part = model.get_submodule(host.blocks[index].path), parts[index]
+            if part is None:
+                repair_block(pair, kept, mend=not untouched)
+                state = {} if untouched else block.state_dict()
+                tensors = {name: value.cpu().contiguous().clone() for name, value in state.items()}
+                finished[index] = {"excess": excess[before:]}, tensors
+            elif not untouched:
+                block.load_state_dict(part[1])
+                excess += part[0]["excess"]
             if report is not None:
                 report("repair", index + 1, len(host.blocks), {})
             if index + 1 == len(host.blocks):
@@ -61,7 +72,7 @@ def repair(
             advance(host, index, dense_inputs)
             if untouched:
                 inputs = list(dense_inputs)
-    if excess and mean(excess) > EXCESS:
+    if dense_inputs and excess and mean(excess) > EXCESS:
         logger.warning(
             "the repair misses %.0f %% more on held-out images than on those that it is fitted to: "
             "more than %d calibration images would help; 1,000 are advised",

@@ -26,7 +26,18 @@ from spvit.architecture import DEFAULT_MULTIPLE, FFN, KINDS, Attention, Block, a
 from spvit.budget import check_multiple
 from spvit.errors import ArchitectureError, CalibrationError
 from spvit.hosts.host import Host
-from spvit.hosts.walk import BATCH, BlockPair, Report, advance, calibration_batches, evaluating, first_inputs, reached
+from spvit.hosts.walk import (
+    BATCH,
+    BlockPair,
+    Finished,
+    Part,
+    Report,
+    advance,
+    calibration_batches,
+    evaluating,
+    first_inputs,
+    reached,
+)
 from spvit.moments import Moments, ridge_for
 from spvit.repair.errors import Ranking, attention_errors, paired_ranks, rank_units
 from spvit.repair.gradients import gradients, metric
@@ -60,6 +71,26 @@ class BlockScores:
     """The FFN's units, the most needed first."""
     ffn: tuple[float, ...]
     """Scores by how many units are kept, 0 to all."""
+
+    def part(self) -> Part:
+        """Return the scores as values for JSON and tensors, without loss."""
+        numbers = {
+            "attention": [score for _, score in self.attention],
+            "errors": self.ranking.errors,
+            "ffn": self.ffn,
+        }
+        tensors = {name: torch.tensor(own, dtype=torch.float64) for name, own in numbers.items()}
+        tensors["units"] = torch.tensor(self.ranking.units)
+        return {"attention": [attention.to_dict() for attention, _ in self.attention]}, tensors
+
+    @staticmethod
+    def of_part(part: Part, where: str) -> BlockScores:
+        """Return the scores that `part` returned; `where` is what errors name them by."""
+        values, tensors = part
+        own = {name: tensors[name].tolist() for name in ("attention", "errors", "ffn", "units")}
+        attention = [attention_from_dict(item, f"{where} attention") for item in values["attention"]]
+        pairs = tuple(zip(attention, own["attention"], strict=True))
+        return BlockScores(pairs, Ranking(tuple(own["units"]), tuple(own["errors"])), tuple(own["ffn"]))
 
 
 @dataclass(frozen=True)
@@ -97,14 +128,9 @@ class Scores:
         tensors: dict[str, Tensor] = {}
         candidates = []
         for index, block in enumerate(self.blocks):
-            candidates.append([attention.to_dict() for attention, _ in block.attention])
-            numbers = {
-                "attention": [score for _, score in block.attention],
-                "errors": block.ranking.errors,
-                "ffn": block.ffn,
-            }
-            tensors |= {f"{index}.{name}": torch.tensor(own, dtype=torch.float64) for name, own in numbers.items()}
-            tensors[f"{index}.units"] = torch.tensor(block.ranking.units)
+            values, own = block.part()
+            candidates.append(values["attention"])
+            tensors |= {f"{index}.{name}": tensor for name, tensor in own.items()}
         data = {"format": FORMAT, "version": VERSION, "multiple": self.multiple, "weights": self.weights}
         data["objective"] = self.objective
         save_file(tensors, folder / TENSORS)
@@ -120,11 +146,8 @@ class Scores:
                 raise ValueError(f'expected "format": "{FORMAT}", "version": {VERSION}')
             blocks = []
             for index, candidates in enumerate(data["attention"]):
-                own = {name: tensors[f"{index}.{name}"].tolist() for name in ("attention", "errors", "ffn", "units")}
-                attention = [attention_from_dict(item, f"block {index} attention") for item in candidates]
-                ranking = Ranking(tuple(own["units"]), tuple(own["errors"]))
-                pairs = tuple(zip(attention, own["attention"], strict=True))
-                blocks.append(BlockScores(pairs, ranking, tuple(own["ffn"])))
+                own = {name: tensors[f"{index}.{name}"] for name in ("attention", "errors", "ffn", "units")}
+                blocks.append(BlockScores.of_part(({"attention": candidates}, own), f"block {index}"))
             return Scores(tuple(blocks), int(data["multiple"]), str(data["weights"]), str(data.get("objective", "")))
         except (OSError, ValueError, KeyError, TypeError, ArchitectureError, SafetensorError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
@@ -168,6 +191,7 @@ def score(
     multiple: int = DEFAULT_MULTIPLE,
     objective: Asked = "auto",
     report: Report | None = None,
+    finished: Finished | None = None,
 ) -> Scores:
     """Return the scores of every block's candidates, once for any number of budgets.
 
@@ -182,6 +206,8 @@ def score(
             through which gradients pass.
             `auto`: logits where the model tells two classes or more apart, features where it has no head.
         report: called after each block with ("score", blocks scored, blocks, {}).
+        finished: gets each block's scores as they are found, and those of a call that was cut short are taken from it;
+            a dictionary will do. The other arguments must be the same.
 
     Raises:
         BudgetError: the multiple is not 1 or more.
@@ -191,7 +217,7 @@ def score(
     """
     check_multiple(multiple)
     name_of(objective)
-    host = Host.of(host)
+    host, finished = Host.of(host), {} if finished is None else finished
     with evaluating(host.model):
         site = host.blocks[0].attention
         # Of a prefix token an image has but one, and its linear map has the host's width of inputs.
@@ -203,9 +229,12 @@ def score(
         bench = _Bench(twin, gradients(host, counted, batches[1]))
         blocks = []
         for index in range(len(host.blocks)):
-            pairs = [BlockPair(twin.model, host, index, inputs, inputs) for inputs in (fitting, measuring)]
-            attention = _score_attention(bench, pairs[0], pairs[1], multiple)
-            blocks.append(BlockScores(attention, *_score_ffn(bench, pairs[0], pairs[1])))
+            part = finished.get(index)
+            if part is None:
+                pairs = [BlockPair(twin.model, host, index, inputs, inputs) for inputs in (fitting, measuring)]
+                attention = _score_attention(bench, pairs[0], pairs[1], multiple)
+                finished[index] = part = BlockScores(attention, *_score_ffn(bench, pairs[0], pairs[1])).part()
+            blocks.append(BlockScores.of_part(part, f"block {index}"))
             if report is not None:
                 report("score", index + 1, len(host.blocks), {})
             if index + 1 < len(host.blocks):

@@ -6,8 +6,8 @@
 import copy
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from spvit.architecture import DEFAULT_MULTIPLE, Architecture
 from spvit.budget import Budget, check_multiple
-from spvit.checkpoint import Preprocessing, save, write_text
+from spvit.checkpoint import Preprocessing, plain_state, save, write_text
 from spvit.decide import decide
 from spvit.errors import CalibrationError, DataError
 from spvit.hosts.host import Host, input_size
@@ -37,11 +37,12 @@ from spvit.surgery import fold, prune, pruned_record
 from spvit.train.data import Images, load_images, training_loader
 from spvit.train.figures import Figures, figures_of, reference_of
 from spvit.train.loop import Phase, Run, run_phase
-from spvit.train.processes import by_the_first, processes
+from spvit.train.processes import by_the_first, processes, use_device
 from spvit.train.progress import PhaseProgress
 from spvit.train.rate import with_rate
-from spvit.train.run_folder import DENSE, FINETUNE, SEARCH, RunFolder
+from spvit.train.run_folder import DENSE, FINETUNE, REPAIR, SCORE, SEARCH, RunFolder
 from spvit.train.settings import CompressConfig, ImageConfig, ScoresConfig, SearchConfig
+from spvit.train.states import BlockStates, checksum
 
 
 @dataclass(frozen=True)
@@ -87,16 +88,17 @@ def compress(
         resume: continue the run that `output` holds.
         console: a rich console to show progress on; None is silent.
         report: called, in the first process, with (phase, steps done, steps in all, figures) after each step of
-            `dense`, `score`, `search`, `repair` and `finetune`: figures are the losses of a step of training, and after
-            each epoch, once more, those of its evaluation. What it raises ends the run.
+            `dense`, `score`, `search`, `repair` and `finetune`: figures are the losses of training known last, and
+            after each epoch, once more, those of its evaluation. What it raises ends the run.
 
     Raises:
-        BudgetError, DataError, UnsupportedHostError, RunFolderError: bad input, before anything is trained.
+        BudgetError, DataError, ModelError, UnsupportedHostError, RunFolderError: bad input, before anything is trained.
         RunError: training failed; the run folder keeps the last good state.
     """
     half = macs is None and params is None and latency is None
     budget = Budget.parse("50%" if half else macs, params, latency)
     settings = config or CompressConfig()
+    use_device(settings.device)
     if isinstance(data, str):
         data = load_images(data, images or ImageConfig(), input_size(host), preprocessing or Preprocessing())
     with tempfile.TemporaryDirectory() as temporary:
@@ -125,13 +127,12 @@ def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: R
         net, architecture = search(dense, limits, config.search, run, config.multiple)
     else:
         architecture = decided(run.folder, lambda: _by_scores(dense, limits, config, run))
-    set_seed(config.seed)  # a continued run starts from the same weights where they are drawn
     weights = net if config.initialise == "search" else None
-    views = calibration(run.images, config.seed, config.repair_views * config.calibration_images)
-    with run.progress.bar("repair", len(architecture.blocks) if config.repair else 0):
-        pruned = prune(
-            dense, architecture, weights=weights, repair=views if config.repair else None, report=run.progress.count
-        )
+    if config.repair:
+        pruned = _repaired(dense, architecture, weights, config, run)
+    else:
+        set_seed(config.seed)  # a continued run starts from the same weights where they are drawn
+        pruned = prune(dense, architecture, weights=weights)
     after_pruning = figures = figures_of(pruned, run.images, config, run.reference)
     run.progress.note(f"after pruning{' and repair' if config.repair else ''}: {after_pruning.words}")
     if config.finetuning.epochs > 0:
@@ -234,6 +235,31 @@ def calibration(images: Images, seed: int, count: int) -> Iterator[Tensor]:
         count -= len(batch)
 
 
+def _repaired(
+    dense: nn.Module, architecture: Architecture, weights: nn.Module | None, config: CompressConfig, run: Run
+) -> nn.Module:
+    """Return a pruned model as the first process repairs it, block by block in the run folder."""
+    finished = _finished(REPAIR, dense if weights is None else weights, config, run, architecture.to_json())
+
+    def repair(views: Iterable[Tensor], report: Report | None = None) -> nn.Module:
+        set_seed(config.seed)  # a continued run starts from the same weights where they are drawn
+        return prune(dense, architecture, weights=weights, repair=views, report=report, finished=finished)
+
+    views = calibration(run.images, config.seed, config.repair_views * config.calibration_images)
+    with run.progress.bar(REPAIR, len(architecture.blocks)):
+        by_the_first(lambda: repair(views, run.progress.count))
+    return repair(())  # all blocks are finished, which takes no images
+
+
+def _finished(phase: str, model: nn.Module, config: ScoresConfig, run: Run, *more: str) -> BlockStates:
+    """Return what a run has finished of scores or a repair, with the same weights and by the same images."""
+    images: Any = run.images
+    drawn = [asdict(images.config), asdict(images.preprocessing), len(images.views), config.seed]
+    settings = [config.calibration_images, config.repair_views, config.multiple, config.objective]
+    key = checksum(plain_state(model), {"of": [*drawn, *settings, *more]})
+    return BlockStates(run.folder.states(phase), key)
+
+
 def _by_scores(host: nn.Module, limits: dict[str, Any], config: CompressConfig, run: Run) -> Architecture:
     """Return the architecture that scores choose."""
     dense, budget = Host.of(host), Budget.parse(**limits)
@@ -278,12 +304,14 @@ def scored(host: Host, config: ScoresConfig, run: Run) -> None:
     if config.scores is not None:
         run.folder.write_scores(Scores.load(config.scores))
     elif not run.folder.scores.is_file():
-        with run.progress.bar("score", len(host.blocks)):
+        finished = _finished(SCORE, host.model, config, run)
+        with run.progress.bar(SCORE, len(host.blocks)):
             multiple = config.multiple or DEFAULT_MULTIPLE
             most = config.repair_views * len(run.images.views)  # type: ignore[arg-type]
             count = min(config.calibration_images, most)
             images = calibration(run.images, config.seed, count)
-            found = score(host, images, multiple=multiple, objective=config.objective, report=run.progress.count)
+            more: Any = {"objective": config.objective, "report": run.progress.count, "finished": finished}
+            found = score(host, images, multiple=multiple, **more)
         run.folder.write_scores(found)
 
 

@@ -286,7 +286,9 @@ def training_loader(images: Images, sampler: Iterable[Any] | None = None, proces
     """Return the loader of the training images in whole batches: as a sampler draws them, or shuffled, each once."""
     count: int = len(sampler if isinstance(sampler, list) else images.train)  # type: ignore[arg-type]
     size, each = images.config.batch_size, "" if processes == 1 else f" times {processes} processes"
-    if count < size * processes:
+    times = images.config.accumulate if isinstance(sampler, Draws) else 1
+    each += "" if times == 1 else f" times images.accumulate {times}"
+    if count < size * processes * times:
         raise DataError(f"there are {count} training images, fewer than images.batch_size {size}{each}; lower it")
     order: dict[str, Any] = {"shuffle": True} if sampler is None else {"sampler": sampler}
     return DataLoader(images.train, drop_last=True, collate_fn=_stacked, **order, **_loading(images.config))
@@ -299,7 +301,7 @@ def epoch_loader(images: Images, processes: int, process: int) -> DataLoader[Any
 
 
 class Draws(Sampler[Draw]):
-    """A process's images of an epoch in their order, each with the seed of its augmentation.
+    """A process's images of an epoch's whole steps in their order, each with the seed of its augmentation.
 
     All of it follows from the seed of the epoch, so a run can go on from any place. The repeats of repeated
     augmentation go to different processes in a step.
@@ -314,6 +316,8 @@ class Draws(Sampler[Draw]):
             else DistributedSampler(*order, drop_last=True)
         )
         self.process = process
+        step = images.config.batch_size * images.config.accumulate
+        self.count = len(self.sampler) // step * step
         self.begin(0)
 
     def begin(self, seed: int, start: int = 0) -> None:
@@ -321,11 +325,11 @@ class Draws(Sampler[Draw]):
         self.seed, self.start = seed, start
 
     def __len__(self) -> int:
-        return len(self.sampler)
+        return self.count
 
     def __iter__(self) -> Iterator[Draw]:
         self.sampler.set_epoch(self.seed)
-        for place, index in islice(enumerate(self.sampler), self.start, None):
+        for place, index in islice(enumerate(self.sampler), self.start, self.count):
             yield index, seed_of(self.seed, self.process, place)
 
 

@@ -36,7 +36,7 @@ from spvit.train.figures import Figures, figures_of, reference_of
 from spvit.train.loop import Run
 from spvit.train.plot import plot_frontier
 from spvit.train.points import DENSE, FILE, Frontier, Point
-from spvit.train.processes import by_the_first, processes
+from spvit.train.processes import by_the_first, processes, use_device
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import FrontierConfig, ImageConfig
@@ -76,9 +76,10 @@ def frontier(
 
     Raises:
         BudgetError: a budget is malformed, or none can be reached.
-        DataError, UnsupportedHostError, RunFolderError: bad input.
+        DataError, ModelError, UnsupportedHostError, RunFolderError: bad input.
     """
     settings = config or FrontierConfig()
+    use_device(settings.device)
     if isinstance(data, str):
         data = load_images(data, images or ImageConfig(), input_size(host), preprocessing or Preprocessing())
     folder = RunFolder.open(output, resume)

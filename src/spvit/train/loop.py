@@ -8,7 +8,8 @@ import math
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,12 +29,13 @@ from spvit.search.network import gate_parameters
 from spvit.train.data import Images, epoch_loader, mixup_of, seed_of, validation_loader
 from spvit.train.figures import Answering, Figures, Reference, autocast, evaluate, figures_from, finite, is_finite
 from spvit.train.losses import agreement_loss, open_teacher, task_loss
-from spvit.train.optimizers import WEIGHTS, learning_rate_at, load_tensors, optimizer_of, tensors_of
-from spvit.train.processes import by_the_first, make_accelerator, summed
+from spvit.train.optimizers import groups_of, learning_rate_at, load_tensors, optimizer_of, tensors_of
+from spvit.train.processes import by_the_first, make_accelerator, share_buffers, summed
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig
 from spvit.train.signals import deferred
+from spvit.train.steps import compiled, groups
 from spvit.train.tracking import Tracking
 
 
@@ -99,24 +101,34 @@ class Loop:
         self.draws: Any = loader.sampler
         # The sampler shares out the images itself.
         self.train = prepare_data_loader(loader, self.accelerator.device, 1, 0, put_on_device=True)
-        self.total = max(1, settings.epochs * len(self.train))
+        self.accumulate = run.images.config.accumulate
+        self.steps = len(self.train) // self.accumulate  # of an epoch
+        self.total = max(1, settings.epochs * self.steps)
         optimizer, validation = optimizer_of(phase.model, settings, self.total), validation_loader(run.images)
         self.model, self.validation, self.optimizer = self.accelerator.prepare(
             self._answering(phase.model), validation, optimizer
         )
+        # Evaluation runs as it is: for its mode, and for its last batch, it would be compiled again.
+        self.forward: Callable[[Tensor], Any] = self.model
+        if run.config.compile and phase.budget is None:
+            self.forward = compiled(self.model)
+        elif run.config.compile:
+            self.progress.note(f"{phase.name} is not compiled: each step draws gates, which choose what runs")
         self.teacher = self._teacher(run)
-        self.batch = run.images.config.batch_size * processes
+        self.batch = run.images.config.batch_size * self.accumulate * processes
         self.scale = self.batch / settings.reference_batch if settings.reference_batch else 1.0
-        warmup = int(settings.warmup_epochs * len(self.train))
+        warmup = int(settings.warmup_epochs * self.steps)
         self.rates = warmup, settings.peak_learning_rate, settings.minimum_learning_rate
         self.parts: dict[str, Any] = {"model": phase.model, "optimizer": self.optimizer}  # what a state holds
+        # The losses of the last step and the sum of all, since they were read; the first and last step of these.
+        self.unread: tuple[dict[str, Tensor], Tensor, int, int] | None = None
         self.average: ModelEmaV3 | None = None
         # The same weights: evaluated by all processes, and saved by the first.
         self.judged: nn.Module = self.model
         self.kept = phase.model
         if settings.averaging_epochs > 0:
             # After so many epochs as the average reaches back, 1/e of it is left of where it started.
-            self.average = ModelEmaV3(phase.model, decay=math.exp(-1 / (settings.averaging_epochs * len(self.train))))
+            self.average = ModelEmaV3(phase.model, decay=math.exp(-1 / (settings.averaging_epochs * self.steps)))
             self.kept = self.parts["average"] = self.average.module
             self.judged = self._answering(self.kept)
 
@@ -136,7 +148,7 @@ class Loop:
 
     def run(self) -> Figures:
         """Train from the last saved state to the end and return the final figures."""
-        figures, epochs, steps = self._resume(), self.settings.epochs, len(self.train)
+        figures, epochs, steps = self._resume(), self.settings.epochs, self.steps
         done, start = self.place
         if self.place == (0, 0) and self.settings.keep_best:
             figures = self._evaluate(0)
@@ -145,7 +157,7 @@ class Loop:
                 self._epoch(epoch, start if epoch == done else 0)
                 figures = self._evaluate(epoch + 1)
                 self._record("evaluation", epoch, vars(figures))
-                over = self._over()
+                over = self._over() or self._stale(epoch + 1)
                 self.place = epochs if over else epoch + 1, 0
                 if is_finite(figures):
                     self._save(figures)
@@ -155,18 +167,19 @@ class Loop:
         figures = self._evaluate() if figures is None else figures
         if self.kept is not self.phase.model:
             self.phase.model.load_state_dict(self.kept.state_dict())
-        epoch, quality, best = self.folder.best(self.phase.name)
-        if self.settings.keep_best and quality > figures.quality:
-            fit_state(self.phase.model, read_weights(best), "of the best weights")
+        best, path = self.folder.best(self.phase.name)
+        if self.settings.keep_best and best["accuracy"] > figures.quality:
+            fit_state(self.phase.model, read_weights(path), "of the best weights")
             self.judged = self._answering(self.phase.model)
             figures = self._evaluate()
-            which = f"epoch {epoch}" if epoch > 0 else "what it started from"
+            which = f"epoch {best['epoch']}" if best["epoch"] > 0 else "what it started from"
             self.progress.note(f"{self.phase.name}: {which} was the best on the validation images and is kept")
         self.accelerator.free_memory()
         return finite(figures, self.phase.model)
 
     def _evaluate(self, epoch: int | None = None) -> Figures:
         """Return the figures now; of an epoch its weights are kept, if they are the best and that is asked for."""
+        share_buffers(self.kept)
         figures = evaluate(
             *(self.judged, self.validation, self.accelerator, self.config.precision, self.reference),
             after_batch=self._stop_or_save,
@@ -181,23 +194,37 @@ class Loop:
         self.draws.begin(seed, start * self.batch // self.accelerator.num_processes)
         self.model.train()
         started = time.perf_counter()
-        for index, (images, targets) in enumerate(self.train, start):
-            step = epoch * len(self.train) + index
+        values: dict[str, float] = {}
+        for index, batches in enumerate(groups(self.train, self.accumulate), start):
+            step = epoch * self.steps + index
             set_seed(seed_of(seed, process, "step", index))
-            values = self.step(images, targets, step)
-            self.progress.step(values)
-            if (step + 1) % self.config.log_every == 0 or index + 1 == len(self.train):
+            self._keep_unread(self.step(batches, step), step)
+            logs = (step + 1) % self.config.log_every == 0 or index + 1 == self.steps
+            if logs:
+                values = self._read()
                 rate = self.batch * (index + 1 - start) / (time.perf_counter() - started)
-                more = {"learning_rate": self.optimizer.param_groups[0]["lr"], "images_per_s": round(rate, 2)}
+                more = {"learning_rate": groups_of(self.optimizer)[-1]["lr"], "images_per_s": round(rate, 2)}
                 self._record("step", epoch, {"step": step + 1, **values, **more})
+            self.progress.step(values)
             self.place = epoch, index + 1
-            self._stop_or_save()
-            if self._over():
-                break
+            # Where there are several processes, to ask the others is to wait for the device.
+            if logs or self.accelerator.num_processes == 1:
+                self._stop_or_save()
+                if self._over():
+                    self._read()
+                    break
 
     def _over(self) -> bool:
         """Return whether the minutes of the phase are over, to any process."""
         return self.ends_at < math.inf and summed(time.monotonic() > self.ends_at)[0] > 0
+
+    def _stale(self, epoch: int) -> bool:
+        """Return whether so many epochs as there is patience for have brought nothing better."""
+        patience = self.settings.patience
+        if patience == 0 or epoch - self.folder.best(self.phase.name)[0]["gained"] < patience:
+            return False
+        self.progress.note(f"{self.phase.name} ends: {patience} epochs without a better validation figure")
+        return True
 
     def _stop_or_save(self) -> None:
         """Save the state if it is time, and if a signal asked to stop raise RunStoppedError."""
@@ -205,6 +232,7 @@ class Loop:
         due = 0 < 60 * minutes < time.monotonic() - self.saved_at and self.accelerator.is_main_process
         stop, save = summed(number, due)
         if stop or save:
+            self._read()
             self._save()
         if stop:
             (epoch, step), name = self.place, self.phase.name
@@ -212,37 +240,59 @@ class Loop:
             signals = signal.Signals(number).name if number else "a signal to another process"
             raise RunStoppedError(f"stopped by {signals} {at}; continue with --resume", number or signal.SIGTERM)
 
-    def step(self, images: Tensor, targets: Tensor, step: int) -> dict[str, float]:
-        """Take one optimizer step on images [B, channels, height, width] and targets [B]; return its losses by name."""
-        for group in self.optimizer.param_groups[WEIGHTS]:
-            group["lr"] = self.scale * learning_rate_at(step, self.total, *self.rates)
-        labels = targets
-        if self.mixup is not None and len(images) % 2 == 0:
-            images, labels = self.mixup(images, targets)
-        loss, values = self._loss(images, labels)
-        if self.phase.budget is not None:
-            budget_loss = self._budget_share(step) * self.phase.budget()
-            values["budget_loss"] = budget_loss.detach()
-            loss = loss + budget_loss.to(loss.dtype)
-        values["loss"] = loss.detach()
-        # One transfer brings all figures of the step to the host.
-        figures = dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist()))
-        if not math.isfinite(figures["loss"]):
-            self._stop_diverged(figures["loss"], step)
-        self.accelerator.backward(loss)
+    def step(self, batches: Iterable[tuple[Tensor, Tensor]], step: int) -> dict[str, Tensor]:
+        """Take one optimizer step on `images.accumulate` batches; return its losses by name, on the device.
+
+        batches: images [B, channels, height, width] and targets [B].
+        """
+        rate = self.scale * learning_rate_at(step, self.total, *self.rates)
+        for group in groups_of(self.optimizer):
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        sums: dict[str, Tensor] = {}
+        for number, (images, targets) in enumerate(batches, 1):
+            last = number == self.accumulate
+            if self.mixup is not None and len(images) % 2 == 0:
+                images, targets = self.mixup(images, targets)
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss, values = self._loss(images, targets)
+                loss, values = loss / self.accumulate, {name: own / self.accumulate for name, own in values.items()}
+                if last and self.phase.budget is not None:
+                    budget_loss = self._budget_share(step) * self.phase.budget()
+                    values["budget_loss"] = budget_loss.detach()
+                    loss = loss + budget_loss.to(loss.dtype)
+                self.accelerator.backward(loss)
+            values["loss"] = loss.detach()
+            sums = {name: own + sums[name] if name in sums else own for name, own in values.items()}
         if self.settings.clip_gradient > 0:
-            held = [parameter for group in self.optimizer.param_groups[WEIGHTS] for parameter in group["params"]]
+            held = [parameter for group in groups_of(self.optimizer) for parameter in group["params"]]
             self.accelerator.clip_grad_norm_(held, self.settings.clip_gradient)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update(self.phase.model)
-        return figures
+        return sums
+
+    def _keep_unread(self, losses: dict[str, Tensor], step: int) -> None:
+        """Keep a step's losses on the device, which need not be waited for until they are read."""
+        _, total, first, _ = self.unread or ({}, torch.zeros_like(losses["loss"]), step, step)
+        self.unread = losses, total + losses["loss"], first, step
+
+    def _read(self) -> dict[str, float]:
+        """Return the losses of the last step. Raises RunError when one since they were last read was not finite."""
+        if self.unread is None:
+            return {}
+        losses, total, first, last = self.unread
+        *found, seen = torch.stack([value.float() for value in (*losses.values(), total)]).tolist()
+        if summed(not math.isfinite(seen))[0] > 0:
+            where = f"step {last + 1}" if first == last else f"one of steps {first + 1} to {last + 1}"
+            self._stop_diverged(f"the loss became {seen} at {where}", last)
+        self.unread = None
+        return dict(zip(losses, found))
 
     def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a batch without the budget's, and what to record of it."""
         with autocast(self.accelerator.device, self.config.precision):
-            outputs = self.model(images)
+            outputs = self.forward(images)
             wanted = None if self.reference is None else self.reference.parts(images)
         if self.reference is not None and wanted is not None:
             loss = self.reference.loss(outputs, wanted, self.settings)
@@ -278,10 +328,13 @@ class Loop:
         if self.accelerator.is_main_process:
             figures = {**values, **standing}
             self.folder.record({"phase": self.phase.name, "event": event, "epoch": epoch + 1, **figures})
-            self.tracking.log(event, values.get("step", (epoch + 1) * len(self.train)), figures)
+            self.tracking.log(event, values.get("step", (epoch + 1) * self.steps), figures)
 
     def _save(self, figures: Figures | None = None) -> None:
         def save() -> None:
+            if not all(parameter.isfinite().all() for parameter in self.phase.model.parameters()):
+                epoch, step = self.place
+                self._stop_diverged("a weight is not finite after the last step", epoch * self.steps + step - 1)
             found = {name: tensors_of(part) for name, part in self.parts.items()}
             tensors = {f"{name}.{key}": value for name, own in found.items() for key, value in own.items()}
             self.folder.save_state(self.phase.name, *self.place, tensors, vars(figures) if figures else {})
@@ -294,7 +347,7 @@ class Loop:
         about, tensors = self.folder.read_state(self.phase.name)
         epoch, step = self.place = about["epoch"], about["step"]
         if self.accelerator.is_main_process:
-            self.folder.rewind(self.phase.name, epoch, step, epoch * len(self.train) + step)
+            self.folder.rewind(self.phase.name, epoch, step, epoch * self.steps + step)
             self.folder.drop_damaged_best(self.phase.name)
         for name, part in self.parts.items() if tensors else ():
             prefix = f"{name}."
@@ -302,17 +355,16 @@ class Loop:
             load_tensors(part, own, f"of epoch {epoch} of {self.phase.name}")
         return figures_from(about["figures"]) if about["figures"] else None
 
-    def _stop_diverged(self, loss: float, step: int) -> None:
-        name, (weights, _, *gates) = self.phase.name, self.optimizer.param_groups
-        standing = ""
+    def _stop_diverged(self, problem: str, step: int) -> None:
+        name, standing = self.phase.name, ""
         if self.phase.budget is not None:
             logits = torch.cat([parameter.detach().flatten() for parameter in gate_parameters(self.phase.model)])
             kinds = ", ".join(f"{count} {kind}" for kind, count in self._standing()["kinds"].items())
             standing = f", attention {kinds}, gate logits {logits.min().item():.3g} to {logits.max().item():.3g}"
-            standing += "".join(f", gate learning rate {group['lr']:.3g}" for group in gates)
+            standing += "".join(f", gate learning rate {group['lr']:.3g}" for group in groups_of(self.optimizer, True))
         saved = self.folder.newest_state(name)
         kept = f"the last good state is {saved}" if saved else "none was saved yet"
-        raise RunError(
-            f"the loss became {loss} at step {step + 1} of {name} (epoch {step // len(self.train) + 1}): learning rate "
-            f"{weights['lr']:.3g}{standing}; {kept}; lower --{name}.learning_rate and continue with --resume"
-        )
+        at = f"{problem} of {name} (epoch {step // self.steps + 1})"
+        advice = f"lower --{name}.learning_rate and continue with --resume"
+        rate = groups_of(self.optimizer)[-1]["lr"]
+        raise RunError(f"{at}: learning rate {rate:.3g}{standing}; {kept}; {advice}")

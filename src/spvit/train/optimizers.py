@@ -4,19 +4,19 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from spvit.checkpoint import fit_state, plain_state
+from spvit.errors import DataError
 from spvit.models import undecayed
 from spvit.search.network import gate_parameters
 from spvit.train.settings import PhaseConfig, SearchConfig
 
 PUBLISHED_GATE_TRAVEL = 12.5  # learning rate 1e-3 over 10 epochs of 1,250 steps (paper section 4)
 LARGEST_GATE_LEARNING_RATE = 0.05
-WEIGHTS, GATES = slice(0, 2), slice(2, None)
-"""Which groups of the optimizer are the weights', undecayed and decayed, and which the gates', if they are trained."""
 
 
 def optimizer_of(model: nn.Module, settings: PhaseConfig, steps: int) -> AdamW:
@@ -28,8 +28,27 @@ def optimizer_of(model: nn.Module, settings: PhaseConfig, steps: int) -> AdamW:
         for group in groups:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
         rate = min(PUBLISHED_GATE_TRAVEL / steps, LARGEST_GATE_LEARNING_RATE) if rate is None else rate
-        groups.append({"params": gates, "lr": rate, "weight_decay": 0.0})
+        groups.append({"params": gates, "lr": rate, "weight_decay": 0.0, "gates": True})
+    if settings.layer_decay < 1:
+        groups = [part for group in groups for part in _by_layer(model, group, settings.layer_decay)]
     return AdamW(groups, lr=settings.peak_learning_rate)
+
+
+def _by_layer(model: Any, group: dict[str, Any], decay: float) -> list[dict[str, Any]]:
+    """Return a group in parts, one a layer, whose learning rates fall by a factor from each layer to the one before."""
+    if not hasattr(model, "group_matcher"):
+        raise DataError(f"layer_decay is {decay}, but only timm's models say which layer is which; leave it out")
+    layers = {} if "gates" in group else group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    last, parts = max(layers.values(), default=0), dict[int, list[Any]]()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for parameter in group["params"]:
+        parts.setdefault(layers.get(names[id(parameter)], last), []).append(parameter)
+    return [{**group, "params": parts[layer], "lr_scale": decay ** (last - layer)} for layer in sorted(parts)]
+
+
+def groups_of(optimizer: Optimizer, gates: bool = False) -> list[dict[str, Any]]:
+    """Return the groups of an optimizer that are of weights, or those of gates, if they are trained."""
+    return [group for group in optimizer.param_groups if group.get("gates", False) == gates]
 
 
 def learning_rate_at(step: int, total: int, warmup: int, peak: float, minimum: float) -> float:

@@ -43,10 +43,10 @@ class PhaseProgress:
             yield
 
     def step(self, losses: dict[str, float] | None = None) -> None:
-        """Count one step, with its losses by name."""
-        losses, speed = losses or {}, self._bar.tasks[0].speed
+        """Count one step; of training with the losses by name that are known last."""
+        trains, losses, speed = losses is not None, losses or {}, self._bar.tasks[0].speed
         shown = [f"{name.replace('_', ' ')} {losses[name]:.3g}" for name in ("loss", "budget_loss") if name in losses]
-        rate = f"{speed:.1f} steps/s" if speed and losses else ""
+        rate = f"{speed:.1f} steps/s" if speed and trains else ""
         text = "  ".join([*shown, self._standing])
         self._bar.update(self._task, advance=1, text=text, rate=rate)
         now, task = time.monotonic(), self._bar.tasks[0]

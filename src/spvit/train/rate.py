@@ -51,13 +51,19 @@ def _trial(phase: Phase, run: Run, rate: float, folder: RunFolder) -> float:
     """Return the quality of a copy of the model after some steps at a constant rate."""
     train: Any = run.images.train
     validation: Any = run.images.validation
-    count = STEPS * run.images.config.batch_size
+    count = STEPS * run.images.config.batch_size * run.images.config.accumulate
     images = replace(
         run.images,
         train=Subset(train, list(islice(cycle(range(len(train))), count))),
         validation=Subset(validation, range(min(VALIDATED, len(validation)))),
     )
-    plain: dict[str, Any] = {"minutes": None, "reference_batch": 0, "averaging_epochs": 0, "keep_best": False}
+    plain: dict[str, Any] = {
+        "minutes": None,
+        "reference_batch": 0,
+        "averaging_epochs": 0,
+        "keep_best": False,
+        "patience": 0,
+    }
     short = replace(phase.config, epochs=1, learning_rate=rate, **plain)
     name = f"rate {rate:.2g}"
     tried = replace(phase, name=name, model=copy.deepcopy(phase.model), config=replace(short, warmup_epochs=0))

@@ -51,6 +51,8 @@ class ImageConfig:
 
     batch_size: int = within(64, 1)
     """Images a step on each device."""
+    accumulate: int = within(1, 1)
+    """Such batches an optimizer step: their gradients add up, in the memory of one."""
     workers: int = within(0, 0)
     """Processes that read images beside the training process."""
     root: str = "data"
@@ -99,15 +101,27 @@ class ImageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopConfig:
+class DeviceConfig:
+    """Where models run."""
+
+    device: str | None = None
+    """Where the model runs: cpu, cuda, cuda:1, mps; when absent on the accelerator, or where there is none on the CPU.
+    Of several processes each takes its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig(DeviceConfig):
     """Settings of a run that all its phases share."""
 
     seed: int = within(0, 0, 2**32 - 1)
     """Seed of everything random."""
     precision: str = one_of("fp32", "fp32", "bf16")
     """`fp32`, or `bf16` for mixed precision."""
+    compile: bool = False
+    """Compile dense training and fine-tuning with torch.compile, which takes minutes at the start of each."""
     log_every: int = within(20, 1)
-    """Steps between two lines of metrics.jsonl."""
+    """Steps between two lines of metrics.jsonl. At these the losses are fetched from the device, and looked at; several
+    processes also see signals then."""
     save_minutes: float = within(10.0, 0)
     """Minutes between states within an epoch, which a killed run continues from; 0 saves at the ends of epochs only."""
     track: str | tuple[str, ...] | None = None
@@ -161,14 +175,20 @@ class PhaseConfig:
     normalised as its own, and resized when its input size is fixed. When absent, the dense model teaches."""
     averaging_epochs: float = within(0.0, 0)
     """Epochs that a running average of the weights reaches back; the average becomes the result. 0 for no average."""
+    layer_decay: float = within(1.0, 0, 1, above=True)
+    """Learning rate of each layer of a timm model by that of the next one (BEiT: 0.65); 1 for the same in all."""
     keep_best: bool = False
     """Keep the weights with the best validation accuracy, including those from before the phase."""
+    patience: int = within(0, 0)
+    """End after so many epochs without a better one, with keep_best; 0 goes on to the last."""
 
     def __post_init__(self) -> None:
         check_settings(self)
         if self.teacher is not None and self.distillation == 0:
             why = f"the teacher is {self.teacher}, but distillation is 0"
             raise DataError(f"{why}; give its share of the loss, such as 0.5")
+        if self.patience > 0 and not self.keep_best:
+            raise DataError(f"patience is {self.patience}, but no weights are kept to return to; give keep_best too")
 
     @property
     def peak_learning_rate(self) -> float:

@@ -35,6 +35,24 @@ def deferred() -> Iterator[Callable[[], int]]:
             os.kill(os.getpid(), came[0])
 
 
+@contextmanager
+def time_limit(hours: float | None, say: Callable[[str], None]) -> Iterator[None]:
+    """Send SIGTERM to this process when so many hours are over; None never does."""
+
+    def end() -> None:
+        say(f"max-hours: {hours:g} are over")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    timer = threading.Timer(3600 * (hours or 0), end)
+    timer.daemon = True
+    if hours is not None:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 @atexit.register
 def _end_workers() -> None:
     """Kill workers that an error left behind, before Python's own end of them by SIGTERM, which they ignore."""
