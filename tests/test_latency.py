@@ -56,7 +56,7 @@ def test_the_table_prices_what_was_measured_and_the_smallest_network(monkeypatch
     table = measure(host, 2, report=lambda name, done, total, _: told.append((name, done, total)))
     assert host.training
     host.eval()
-    assert told == [("latency", done + 1, len(turns)) for done in range(len(turns))]  # blocks alike are measured once
+    assert told == [("latency", done, len(turns) - 1) for done in range(1, len(turns))]  # blocks alike are measured once
     macs, own = spvit.cost(host)["macs"], table.cost
     assert own.dense == pytest.approx(2e3 * macs, rel=0.01)
     assert own.metric == "latency"
@@ -193,5 +193,5 @@ def test_real_times_of_a_pass_are_measured(monkeypatch) -> None:
     monkeypatch.setattr("spvit.latency.CALM_TRIES", 1)
     host = make_host("average_pooling", torch.float32)
     table = measure(host)
-    assert table.cost.dense > table.cost.fixed >= 0
+    assert table.cost.dense >= table.cost.fixed >= 0
     assert table.timing(spvit.Host.of(host), spvit.decide(host, macs="70%", calibration=images(host, 24))).ns > 0
