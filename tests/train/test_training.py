@@ -310,7 +310,7 @@ def test_compress_without_a_folder_returns_a_plain_model(monkeypatch: pytest.Mon
     host, config = micro_host(), CompressConfig(epochs=0, calibration_images=128)
     small = compress(host, digits(), params="80%", config=config)
     assert spvit.cost(host)["params"] * 0.8 == pytest.approx(count_params(small), rel=0.005)
-    with pytest.raises(BudgetError, match="one of macs or params, found both"):
+    with pytest.raises(BudgetError, match="one of macs, params or latency, found macs and params"):
         compress(host, digits(), "50%", params="50%")
     assert not list(tmp_path.iterdir())
 

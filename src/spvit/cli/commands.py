@@ -115,7 +115,8 @@ def compress_command(options: cli.CompressCommand, console: Console) -> None:
     if not processes().is_main_process:
         return
     costs = network_costs(result.host)
-    latencies = latencies_of({"dense": result.host, "pruned": result.model}, options.batches, console)
+    batches = options.batches if options.latency is None else dict.fromkeys((options.latency_batch, *options.batches))
+    latencies = latencies_of({"dense": result.host, "pruned": result.model}, [*batches], console)
     console.print(block_table(result.architecture, costs, "architecture"), comparison_table(result, costs))
     console.print(latency_table(latencies))
     after = f"right after pruning {result.after_pruning.words}"

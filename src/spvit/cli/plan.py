@@ -50,8 +50,10 @@ def print_plan(options: CompressCommand, console: Console) -> None:
     if not images.classes:
         few = replace(images, validation=Subset(images.validation, range(min(FEW, len(images.validation)))))  # type: ignore[arg-type]
         run = replace(run, reference=reference_of(host, few, options, options.objective))
-    limits = check_compress(host, options.budget(), options, run, weights=False)
-    [(budgeted, share)] = [(metric, target / costs[metric].dense) for metric, target in limits.items()]
+    budget = options.budget()
+    limits = check_compress(host, budget, options, run, weights=False)
+    [(budgeted, target)] = limits.items()
+    share = budget.fraction or 1.0 if budgeted == "latency" else target / costs[budgeted].dense
     phases = [
         Phase(DENSE, copy.deepcopy(host), options.dense),
         *([search_phase(host, limits, options.search)] if options.search.epochs > 0 else []),
@@ -61,6 +63,8 @@ def print_plan(options: CompressCommand, console: Console) -> None:
     say(console, f"plan of spvit compress to {options.output}; nothing is written", f"model: {options.model}")
     if options.given():
         say(console, f"constraints: {'; '.join(options.given().values())}")
+    if budgeted == "latency":
+        say(console, f"latency: {target} asked, measured at the start of the run; below, MACs as if of the same share")
     for metric, cost in costs.items():
         after = f"{'' if metric == budgeted else 'about '}{human(share * cost.dense)} ({share:.1%}) after"
         say(console, f"{metric}: {human(cost.dense)} before, {after}")

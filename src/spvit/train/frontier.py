@@ -25,11 +25,12 @@ from spvit.decide import decide
 from spvit.errors import BudgetError
 from spvit.hosts.host import Host, input_size
 from spvit.hosts.sources import can_build
+from spvit.latency import LatencyTable
 from spvit.repair.choose import check_reachable
 from spvit.repair.scores import Scores
 from spvit.replacements.costs import network_costs
 from spvit.surgery import prune
-from spvit.train.compress import calibration, check_classes, decided, deployed, fitting, scored, write_model
+from spvit.train.compress import calibration, check_classes, decided, deployed, fitting, scored, timed, write_model
 from spvit.train.data import Images, load_images
 from spvit.train.figures import Figures, figures_of, reference_of
 from spvit.train.headers import checked
@@ -66,7 +67,7 @@ def frontier(
         host: a trained model of a supported family; it stays as it is.
         data: as in `compress`.
         budgets: shares such as `"50%"`, amounts such as `"1.0G"`, or whole numbers.
-        metric: what budgets are of: `macs` or `params`.
+        metric: what budgets are of: `macs`, `params` or `latency`.
         output: folder to write, new or empty.
         config: settings of scores, repair and measurement.
         images: how `data` is read and augmented.
@@ -97,7 +98,13 @@ def run_frontier(
     folder = run.folder.path
     known = Frontier.load(folder).points if (folder / FILE).is_file() else ()
     done = {point.budget: point for point in known if (folder / str(point.folder) / DESCRIPTION).is_file()}
-    asked, unreached = _reachable(dense, [*budgets, *done], metric, config)
+    table = None
+    if metric == "latency":
+        if processes().num_processes > 1:
+            raise BudgetError("budgets of latency are measured in one process; start the frontier without others")
+        folder.mkdir(parents=True, exist_ok=True)
+        table = timed(dense, config, run)
+    asked, unreached = _reachable(dense, [*budgets, *done], metric, config, table)
     folder.mkdir(parents=True, exist_ok=True)
     run = checked(run)
     if not importlib.util.find_spec("matplotlib"):
@@ -124,7 +131,7 @@ def run_frontier(
                     calibration(run.images, config.seed, config.repair_views * config.calibration_images)
                 )
                 try:
-                    done[text] = _made(text, metric, dense, scores, views, judge, config, run)
+                    done[text] = _made(text, metric, dense, scores, views, judge, config, run, table)
                 except BudgetError as error:  # it lies between what widths in whole steps can land on
                     unreached[text] = str(error)
                     continue
@@ -148,10 +155,14 @@ def _made(
     judge: Callable[[nn.Module], Figures],
     config: FrontierConfig,
     run: Run,
+    table: LatencyTable | None,
 ) -> Point:
     """Return the point of a budget, whose model is written. Raises BudgetError when no architecture lands on it."""
     started, limit = time.perf_counter(), {metric: text}  # type: float, dict[str, Any]
-    found = decide(host, multiple=config.multiple, scores=scores, constraints=config, **limit)
+    found = decide(host, multiple=config.multiple, scores=scores, constraints=config, table=table, **limit)
+    if table is not None:
+        run.progress.note(f"{text}: {table.timing(host, found)}")
+        table.save(run.folder.latency_table)
     folder = RunFolder(run.folder.path / text.replace("%", "pct"))
     folder.path.mkdir(exist_ok=True)
     architecture = decided(folder, lambda: found)
@@ -175,9 +186,10 @@ def _measured(found: Frontier, host: Host, config: FrontierConfig, run: Run) -> 
         path = folder / str(point.folder)
         given = None if can_build(describe(path).host) else host.model
         programs.append(Program.of(point.budget, load(path, host=given).to(processes().device)))
-    with run.progress.bar("latency", len(config.batches)):
+    batches = config.batches if found.metric != "latency" else dict.fromkeys((config.latency_batch, *config.batches))
+    with run.progress.bar("latency", len(batches)):
         by_batch = []
-        for batch in config.batches:
+        for batch in batches:
             by_batch.append(measure_latencies(programs, batch, seconds=0.5))
             run.progress.step()
     points = tuple(replace(point, latency=own) for point, *own in zip(found.points, *by_batch))
@@ -189,17 +201,19 @@ def _measured(found: Frontier, host: Host, config: FrontierConfig, run: Run) -> 
 
 
 def _reachable(
-    host: Host, budgets: Sequence[str | int], metric: str, config: FrontierConfig
+    host: Host, budgets: Sequence[str | int], metric: str, config: FrontierConfig, table: LatencyTable | None
 ) -> tuple[list[str], dict[str, str]]:
     """Return the budgets that can be reached, the largest first, each once, and why others cannot."""
-    if metric not in METRICS or not budgets:
-        raise BudgetError(f"budgets are {list(budgets)} of {metric!r}, expected one or more, of {' or '.join(METRICS)}")
+    if metric not in (*METRICS, "latency") or not budgets:
+        known = ", ".join((*METRICS, "latency"))
+        raise BudgetError(f"budgets are {list(budgets)} of {metric!r}, expected one or more, of {known}")
     targets: dict[int, str] = {}
+    priced = None if table is None else table.cost
     unreached = {}
     for text in map(str, budgets):
         budget = Budget.parse(**{metric: text})
         try:
-            target = check_reachable(host, budget, config.multiple, config, objective=config.objective)
+            target = check_reachable(host, budget, config.multiple, config, None, config.objective, priced)
             targets.setdefault(target, text)
         except BudgetError as error:
             unreached[text] = str(error)

@@ -4,6 +4,7 @@
     metrics.jsonl                       figures every few steps and after every epoch
     tracking.json                       which runs of trackers get the same figures
     scores.json, scores.safetensors     what scoring measured
+    latency_table.json                  what latency was measured for a latency budget
     architecture.json                   what the run decided to keep
     state/config.yaml                   the settings as the run last used them, which edits are compared with
     state/images/headers.safetensors    which image files were looked at, and which of them cannot be read
@@ -49,7 +50,7 @@ KEPT_STATES = 2
 FIXED = (
     *("model", "model_args", "pretrained", "checkpoint", "data", "macs", "params", "seed", "architecture", "scores"),
     *("initialise", "repair", "calibration_images", "repair_views", "multiple", "objective"),
-    *("keep", "only", "forbid", "smallest_width", "keep_patches", "metric"),
+    *("keep", "only", "forbid", "smallest_width", "keep_patches", "metric", "latency", "latency_batch"),
 )
 
 logger = logging.getLogger("spvit")
@@ -68,6 +69,7 @@ class RunFolder:
         self.tracking = self.path / "tracking.json"
         self.architecture = self.path / "architecture.json"
         self.scores = self.path / "scores.json"
+        self.latency_table = self.path / "latency_table.json"
         self.dense = self.path / "dense"
         self.summary = self.path / "summary.json"
         self.latency = self.path / "latency.json"
@@ -104,7 +106,7 @@ class RunFolder:
         )  # brings Accelerate, which who only reads a folder needs not
 
         made, fresh = [folder for folder in (self.path, *self.path.parents) if not folder.exists()], not self.used
-        first = {self.settings, self.settings_kept, self.headers, self.unreadable}
+        first = {self.settings, self.settings_kept, self.headers, self.unreadable, self.latency_table}
         first |= {self.scores, self.scores.with_suffix(".safetensors")}
         with ExitStack() as lock:
             by_the_first(lambda: lock.enter_context(locked(self.path)))

@@ -240,6 +240,8 @@ class ScoresConfig(Constraints, LoopConfig):
     `features` (both); `auto` is logits where it has classes, or what given scores were made with."""
     multiple: int | None = None
     """FFN widths and ranks of attention are multiples of it; when absent 8, or less for very small models."""
+    latency_batch: int = within(1, 1)
+    """Images in one pass where a latency budget is measured: on the device of the run, in single precision."""
 
     def __post_init__(self) -> None:
         Constraints.__post_init__(self)
