@@ -147,7 +147,7 @@ class Bench:
             metrics = {"seconds": time.perf_counter() - started}
             spvit.save(model, folder, preprocessing=self.images.preprocessing, metrics=metrics)
         dense, seconds = spvit.load(folder), spvit.describe(folder).metrics["seconds"]
-        accuracy = figures_of(dense, self.images, self.loop).accuracy
+        accuracy = figures_of([dense], self.images, self.loop)[0].accuracy
         self.note(f"dense model of {folder}: accuracy {accuracy:.2%}, trained in {seconds:.0f} s")
         return dense, accuracy, seconds
 
@@ -169,7 +169,7 @@ class Bench:
     ) -> Row:
         """Fine-tune a pruned model, with the dense one as teacher if the settings distil, and record its row."""
         config = config or self.finetuning
-        before = figures_of(model, self.images, self.loop)
+        [before] = figures_of([model], self.images, self.loop)
         teacher = self.dense if config.distillation > 0 else None
         after = before
         if config.epochs > 0:

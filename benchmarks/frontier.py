@@ -1,19 +1,19 @@
-"""What eight budgets take in one frontier, and what one budget takes: seconds of the processor, both sides.
+"""What eight budgets take in one frontier, and what one budget takes: seconds of the processor, each in its process.
 
 python benchmarks/frontier.py --host FOLDER --data digits [--threads 1] [--json FILE]
 python benchmarks/frontier.py --photographs FOLDER [--weights FILE] [--size 98] [--crops 256] [--json FILE]
 
 The host is a folder that spvit wrote (`spvit demo` leaves one in dense/), or DINOv2-S on crops of photographs, three
-quarters of which are for training views. `one` does for a single budget what a frontier does for each; `compress` does
-what `spvit compress --no-train` does, which repairs on four times as many views.
+quarters of which are for training views. Both sides repair on as many views, evaluate, measure latency, write and plot.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 import tempfile
 import time
-from dataclasses import replace
 from typing import Any
 
 import timm
@@ -23,12 +23,11 @@ from torch.utils.data import TensorDataset
 
 import spvit
 from backbone import crops, load_model, load_photographs
-from reporting import check_free, machine, write_results
+from reporting import check_free, figures_of_process, machine, peak_bytes, write_results
 from spvit.train.data import load_images
 
 EIGHT = ("90%", "75%", "60%", "50%", "40%", "35%", "25%", "15%")
-SIDES = {"eight": (EIGHT, 1), "one": (EIGHT[3:4], 1), "compress": (EIGHT[3:4], 4)}
-"""Budgets, and views of each calibration image for the repair."""
+SIDES = {"eight": EIGHT, "one": EIGHT[3:4]}
 
 
 def subject(options: argparse.Namespace) -> tuple[nn.Module, spvit.Images, int]:
@@ -61,26 +60,37 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=98, help="pixels of the sides of crops (default: %(default)s)")
     parser.add_argument("--crops", type=int, default=256, help="calibration crops (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of the processor (default: %(default)s)")
+    parser.add_argument("--repair-views", type=int, default=1, help="of each calibration image (default: %(default)s)")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--json", help="file to write the rows to")
     options = parser.parse_args()
     options.device = "cpu"
     if (options.host is None) == (options.photographs is None):
         parser.error("name a model with --host, or a folder with --photographs")
     check_free(options.json)
+    if options.side is not None:
+        print(json.dumps(measured(options)))
+        return
+    rows = [{"side": side, **figures_of_process([*sys.argv, "--side", side], {})} for side in SIDES]
+    for row in rows:
+        print(f"{row['side']}: {row['cpu_s']:.1f} s, of which scores {row['scores_s']:.1f} (clock)", row["points"])
+    ratio, held = (rows[0][name] / rows[1][name] for name in ("cpu_s", "peak_bytes"))
+    print(f"eight / one: {ratio:.2f} of the seconds, {held:.2f} of the memory; {machine()}")
+    write_results(options.json, "frontier", rows, ratio=ratio)
+
+
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the seconds of one side, and what it found."""
     torch.set_num_threads(options.threads)
     host, images, count = subject(options)
-    rows, config = [], spvit.FrontierConfig(calibration_images=count)
-    for name, (budgets, views) in SIDES.items():
-        started = time.process_time()
-        with tempfile.TemporaryDirectory() as folder:
-            found = spvit.frontier(host, images, budgets, output=folder, config=replace(config, repair_views=views))
-        seconds = time.process_time() - started
-        rows.append({"side": name, "budgets": len(found.points) - 1, "repair_views": views, "cpu_s": seconds})
-        figures = ", ".join(f"{point.budget} {point.words}" for point in found.points)
-        print(f"{name}: {seconds:.1f} s, of which scores {found.seconds['scores']:.1f} (clock); {figures}", flush=True)
-    eight, one, compress = (row["cpu_s"] for row in rows)
-    print(f"eight / one {eight / one:.2f}, eight / compress {eight / compress:.2f}; {machine()}")
-    write_results(options.json, "frontier", rows, ratios={"one": eight / one, "compress": eight / compress})
+    config = spvit.FrontierConfig(calibration_images=count, repair_views=options.repair_views)
+    started = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        found = spvit.frontier(host, images, SIDES[options.side], output=folder, config=config)
+    seconds = time.process_time() - started
+    points = [f"{point.budget} {point.words}" for point in found.points]
+    own = {"cpu_s": seconds, "scores_s": found.seconds["scores"], "peak_bytes": peak_bytes(), "points": points}
+    return {"repair_views": options.repair_views, **own}
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class Case:
 
     def figures(self, model: nn.Module) -> Evaluation:
         """Return a model's figures on the validation images."""
-        return figures_of(model, self.images, self.loop)
+        return figures_of([model], self.images, self.loop)[0]
 
     def train(self, model: nn.Module, config: PhaseConfig, budget: BudgetLoss | None = None) -> Evaluation:
         """Fine-tune a model in place, or search one to a budget, by the dense one too if the settings distil."""

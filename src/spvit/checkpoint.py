@@ -15,7 +15,7 @@ import re
 import stat
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from spvit.hosts.recognise import family_of
 from spvit.hosts.site_files import from_data, to_data
 from spvit.hosts.sources import build, can_build, source_of
 from spvit.hub import downloaded
-from spvit.surgery import fold, prune, pruned_record
+from spvit.surgery import cut, fold, pruned_record
 
 FORMAT = "spvit-model"
 VERSION = 1
@@ -272,7 +272,9 @@ def _built(
             _check_frame(host, state or {})
         model = host.model
         if description.architecture is not None:
-            model = prune(host, description.architecture, inplace=True)
+            with ExitStack() as undo:
+                cut([host], host, [description.architecture], undo, fitted=True)
+                undo.pop_all()
         return fold(model, inplace=True) if description.folded else model
 
     return _rebuilding(path, make)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
@@ -15,7 +15,7 @@ from spvit.errors import NotSearchableError, UnsupportedHostError
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host
 from spvit.hosts.recognise import RECORD, family_of
-from spvit.hosts.walk import Finished, Report, calibration_batches, where_float64_is
+from spvit.hosts.walk import Finished, Report, where_float64_is
 from spvit.repair.repair import repair as repair_in_place
 from spvit.replacements.bottleneck import BottleneckConv
 from spvit.replacements.install import check_fits, narrow_ffn, replace_attention, whole_grids
@@ -77,10 +77,8 @@ def prune(
     if getattr(host.model if isinstance(host, Host) else host, RECORD, None) is not None:
         raise NotSearchableError("prune takes the dense host; pass a searchable network as weights=")
     dense = Host.of(host)
-    check_fits(dense, architecture)
-    searched = None if weights is None else [attention for attention, _ in gated_layers(weights)]
+    searched = None if weights is None else gated_layers(weights)
     trained = None if weights is None else _trained_state(dense.model, weights)
-    batches = None if repair is None else calibration_batches(dense, repair)
     pruned = dense if inplace else dense.on(copy.deepcopy(dense.model))
     model = pruned.model
     with ExitStack() as undo:
@@ -90,24 +88,63 @@ def prune(
             _forget(model)
         # What the repair aims at: the model before it loses anything, with the weights that it has by now.
         target = dense
-        if batches is not None and (inplace or trained is not None):
+        if repair is not None and (inplace or trained is not None):
             target = dense.on(copy.deepcopy(model))
+        states = None if finished is None else [finished]
+        cut([pruned], target, [architecture], undo, repair, report, states, searched)
+        undo.pop_all()
+    return cast(Model, model)
+
+
+def prune_each(
+    host: Host, architectures: Sequence[Architecture], repair: Tensor | Iterable[Any], report: Report | None = None
+) -> list[nn.Module]:
+    """Return a host cut down to each of several architectures as `prune` does it, repaired side by side.
+
+    The host runs once for all. Each model takes the memory of its tokens of all images, and so do what the host
+    answers, three times, and one model's next tokens.
+    """
+    pruned = [host.on(copy.deepcopy(host.model)) for _ in architectures]
+    with ExitStack() as undo:
+        cut(pruned, host, architectures, undo, repair, report)
+        undo.pop_all()
+    return [own.model for own in pruned]
+
+
+def cut(
+    pruned: Sequence[Host],
+    target: Host,
+    architectures: Sequence[Architecture],
+    undo: ExitStack,
+    repair: Tensor | Iterable[Any] | None = None,
+    report: Report | None = None,
+    finished: Sequence[Finished] | None = None,
+    searched: Sequence[Any] | None = None,
+    fitted: bool = False,
+) -> None:
+    """Cut models of one host down to an architecture each, in place, and repair them towards the target.
+
+    fitted: whether narrow layers get their weights later, as they do from a repair.
+    """
+    grids = []
+    for own, architecture in zip(pruned, architectures):
+        check_fits(own, architecture)
         blocks = architecture.blocks
         replaced = [index for index, kept in enumerate(blocks) if kept.attention.kind != "msa" or kept.tokens != "all"]
-        grids = whole_grids(pruned, replaced, undo)
-        with where_float64_is(model):
+        grids.append(whole_grids(own, replaced, undo))
+        with where_float64_is(own.model):
             for index, kept in enumerate(blocks):
-                found = None if searched is None else searched[index].searched(kept.attention.kind)
-                hints = {"searched": found, "fitted": batches is not None, "tokens": kept.tokens}
-                replace_attention(pruned, index, kept.attention, architecture.rules, grids, undo, **hints)
-                narrow_ffn(pruned, index, kept.ffn, undo)
-        if batches is not None:
-            repair_in_place(model, target, architecture, batches, report, finished)
-        if blocks[-1].tokens == "prefix":
-            answer_prefix(pruned, len(blocks) - 1, grids[len(blocks) - 1], undo)
-        undo.pop_all()
-    setattr(model, RECORD, PrunedRecord(architecture, False, dense.family))
-    return cast(Model, model)
+                found = None if searched is None else searched[index][0].searched(kept.attention.kind)
+                hints = {"searched": found, "fitted": fitted or repair is not None, "tokens": kept.tokens}
+                replace_attention(own, index, kept.attention, architecture.rules, grids[-1], undo, **hints)
+                narrow_ffn(own, index, kept.ffn, undo)
+    if repair is not None:
+        repair_in_place([own.model for own in pruned], target, architectures, repair, report, finished)
+    for own, architecture, grid in zip(pruned, architectures, grids):
+        last = len(architecture.blocks) - 1
+        if architecture.blocks[last].tokens == "prefix":
+            answer_prefix(own, last, grid[last], undo)
+        setattr(own.model, RECORD, PrunedRecord(architecture, False, own.family))
 
 
 def _forget(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import reference
 import spvit
-from spvit.architecture import FFN, Architecture, Attention, Block
+from spvit.architecture import FFN, Architecture, Attention, Block, dense
 from spvit.errors import CalibrationError
 from spvit.hosts.host import Host
 from spvit.hosts.sites import BlockSites
@@ -22,16 +23,20 @@ from spvit.moments import RIDGE, WANTED_TOKENS
 from spvit.repair.repair import changed
 from spvit.replacements.bottleneck import LINEAR_SIDE
 from spvit.replacements.narrow import JITTER, NarrowAttention
+from spvit.surgery import prune_each
 from tiny import (
     BOTH,
     EVERYTHING,
     WIDTH,
+    assert_all_close,
     assert_close,
     assert_differ,
+    ffn_widths,
     images,
     logits,
     make_host,
     make_net,
+    with_kinds,
 )
 
 UNITS = (tuple(range(0, 72, 3)), tuple(range(40)), (5, 9, 70, 71), tuple(range(71)))
@@ -437,7 +442,7 @@ def test_a_repair_that_was_cut_short_goes_on_to_the_same_weights(name: str) -> N
     torch.manual_seed(1)
     with pytest.raises(KeyboardInterrupt):
         spvit.prune(host, kept, repair=x, report=cut, finished=finished)
-    assert [len(tensors) > 0 for _, tensors in finished.values()] == [False, True]  # the first block is whole
+    assert list(finished) == [1]  # the first block is whole
     for images_left in (x, ()):  # at last all blocks are finished, which takes no images
         torch.manual_seed(1)
         continued = spvit.prune(host, kept, repair=images_left, finished=finished)
@@ -516,3 +521,27 @@ def test_decision_and_repair_on_an_accelerator_are_those_of_the_cpu() -> None:
     found = spvit.prune(there, architecture, repair=x)
     assert {parameter.device.type for parameter in found.parameters()} == {device.type}
     assert_close(logits(found.cpu(), x), logits(expected, x))
+
+
+@pytest.mark.parametrize("name", ["class_token", "huggingface", "swin_padded"])
+def test_networks_that_are_repaired_side_by_side_are_as_if_alone(name: str) -> None:
+    model = make_host(name)
+    host, x, whole = spvit.recognise(model), images(model, 24), dense(ffn_widths(model))
+    late = (*whole.blocks[:-1], replace(whole.blocks[-1], ffn=FFN(ffn_widths(model)[-1], (0, 3))))
+    half = tuple(
+        replace(block, ffn=FFN(block.ffn.width, tuple(range(0, block.ffn.width, 2)))) for block in whole.blocks
+    )
+    narrow = tuple(replace(block, attention=Attention(heads=(0, 2), value_rank=4)) for block in half)
+    architectures = [
+        with_kinds(whole, "conv3", "skip", "conv1", "msa"),
+        *(replace(whole, blocks=blocks) for blocks in (late, half, narrow)),
+    ]
+    alone = [spvit.prune(host, architecture, repair=x) for architecture in architectures]
+    reports: list[int] = []
+    found = prune_each(host, architectures, x, lambda name, done, *rest: reports.append(done))
+    assert reports == [1, 2, 3, 4]
+    for own, other in zip(found, alone):
+        states = (
+            {key: value for key, value in each.state_dict().items() if "num_" not in key} for each in (own, other)
+        )
+        assert_all_close(*states)

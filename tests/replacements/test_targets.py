@@ -80,6 +80,13 @@ def answering(block: nn.Module, module: nn.Module, answer: Tensor, x: Tensor) ->
     return out
 
 
+def aims_of(pair: BlockPair, path: str) -> Iterator[targets.Target]:
+    """Yield the targets of a layer."""
+    if path == pair.sites.attention.path:
+        return targets.attention_targets(pair)
+    return ((own, missing) for _, own, missing in targets.ffn_targets(pair))
+
+
 def all_of(own: Tensor, missing: Tensor | None) -> Tensor:
     """Return the target that brings the stream back."""
     return own if missing is None else own + missing
@@ -91,8 +98,8 @@ def test_targets_are_those_of_the_formulas(name: str) -> None:
         pair = pair_of(name, index)
         dense, pruned = blocks(pair)
         grid = pair.sites.attention.layout
-        attention = list(targets.targets(pair, pair.sites.attention.path))
-        ffn = list(targets.targets(pair, pair.sites.ffn.second))
+        attention = list(aims_of(pair, pair.sites.attention.path))
+        ffn = list(aims_of(pair, pair.sites.ffn.second))
         assert len(attention) == len(ffn) == 2
         for number, (x, dense_x) in enumerate(zip(pair.inputs, pair.dense_inputs)):
             streams = behind_attention(dense, dense_x), behind_attention(pruned, x)
@@ -114,7 +121,7 @@ def test_a_layer_that_meets_the_stream_target_brings_the_stream_back(
     pair = pair_of(name)
     dense, pruned = blocks(pair)
     attention, second = (pair.model.get_submodule(path) for path in (pair.sites.attention.path, pair.sites.ffn.second))
-    corrected = zip(targets.targets(pair, pair.sites.attention.path), targets.targets(pair, pair.sites.ffn.second))
+    corrected = zip(aims_of(pair, pair.sites.attention.path), aims_of(pair, pair.sites.ffn.second))
     for x, dense_x, both in zip(pair.inputs, pair.dense_inputs, corrected):
         after_attention, after_ffn = (all_of(*target) for target in both)
         wanted = dense(dense_x)
@@ -161,12 +168,12 @@ def test_without_a_scale_a_layer_is_fitted_to_its_own_output(name: str) -> None:
     if name == "options":
         dense.ls1.gamma.zero_()
     assert targets._scale(pair, pair.sites.attention.path) is None
-    for x, (found, missing) in zip(pair.inputs, targets.targets(pair, pair.sites.attention.path)):
+    for x, (found, missing) in zip(pair.inputs, aims_of(pair, pair.sites.attention.path)):
         assert missing is None
         assert_close(found, reference.attention_answer(dense, x))
     if name == "residual_post_norm":
         assert targets._scale(pair, pair.sites.ffn.second) is None
-        for x, (found, missing) in zip(pair.inputs, targets.targets(pair, pair.sites.ffn.second)):
+        for x, (found, missing) in zip(pair.inputs, aims_of(pair, pair.sites.ffn.second)):
             assert missing is None
             assert_close(found, reference.ffn_answer(dense, behind_attention(pruned, x)))
 
@@ -177,7 +184,7 @@ def test_where_nothing_was_pruned_before_layers_are_fitted_to_their_own_output(n
     same = copy.deepcopy(other.host.model)
     pair = BlockPair(same, other.host, SHIFTED, list(other.dense_inputs), other.dense_inputs)
     for path in (pair.sites.attention.path, pair.sites.ffn.second):
-        for x, target in zip(pair.wanted(path), targets.targets(pair, path)):
+        for x, target in zip(pair.wanted(path), aims_of(pair, path)):
             assert_close(all_of(*target), x)
             assert path == pair.sites.ffn.second or target[1] is None
 
@@ -200,7 +207,7 @@ def test_hooks_are_gone_afterwards_even_when_a_module_raises(name: str, broken: 
     for path in (pair.sites.attention.path, pair.sites.ffn.second):
         reaches_it = broken is not None and (broken != "pruned mlp.act" or path == pair.sites.ffn.second)
         with pytest.raises(ZeroDivisionError) if reaches_it else nullcontext():
-            list(targets.targets(pair, path))
+            list(aims_of(pair, path))
         for model, kept in zip(models, before):
             assert_untouched(model, kept)
 
@@ -281,9 +288,13 @@ def test_the_repaired_network_is_nearer_to_the_dense_one_on_new_images(
     with monkeypatch.context() as patch:
         patch.setattr(targets.Gathered, "moments", half_of_it)
         assert own < 1.02 * error()
-    for kind in ("ffn", "narrow"):
-        module = importlib.import_module(f"spvit.replacements.{kind}")
-        monkeypatch.setattr(module, "targets", lambda pair, path: ((answer, None) for answer in pair.wanted(path)))
+    dense = lambda pair, path: ((answer, None) for answer in pair.wanted(path))  # noqa: E731
+    ffn, narrow = (importlib.import_module(f"spvit.replacements.{kind}") for kind in ("ffn", "narrow"))
+    monkeypatch.setattr(narrow, "attention_targets", lambda pair: dense(pair, pair.sites.attention.path))
+    both = lambda pair, path: zip(pair.arriving(path), dense(pair, path))  # noqa: E731
+    monkeypatch.setattr(
+        ffn, "ffn_targets", lambda pair: ((x, *target) for x, target in both(pair, pair.sites.ffn.second))
+    )
     assert own < 0.93 * error()
 
 

@@ -167,10 +167,24 @@ def test_a_frontier_and_a_budget_of_it(searched: Path, tmp_path: Path) -> None:
     (tmp_path / "50pct" / "config.yaml").rename(tmp_path / "config.yaml")
     figures = {"latency_ms": 2.0, "spread_ms": 0.1, "batch": 8, "device": "cpu", "dtype": "float32", "threads": 1}
     dense = {"budget": "dense", "folder": None, "macs": 200, "params": 90, "accuracy": 0.9, "agreement": None}
-    figures |= {"repeats": 9, "within_noise": True, "speed_up": 1.0, "speed_up_range": [0.9, 1.1]}
+    figures |= {
+        "images_per_s": 4000.0,
+        "backend": "torch",
+        "repeats": 9,
+        "within_noise": True,
+        "speed_up": 1.0,
+        "speed_up_range": [0.9, 1.1],
+    }
     dense["latency"] = [figures]
     half = {**dense, "budget": "50%", "folder": "50pct", "macs": 100, "accuracy": 0.8}
-    found = {"metric": "macs", "images": 1000, "points": [dense, half]}
+    found = {
+        "format": "spvit-frontier",
+        "version": 1,
+        "model": "ViT",
+        "metric": "macs",
+        "images": 1000,
+        "points": [dense, half],
+    }
     (tmp_path / "frontier.json").write_text(json.dumps(found))
     page = spvit.report(tmp_path)
     assert "at 50% of the MACs the accuracy is 80.00%, of the dense network 90.00%, on 1,000 validation" in text_of(

@@ -93,15 +93,16 @@ def test_a_killed_frontier_does_not_repeat_what_is_done(monkeypatch, tmp_path: P
     from spvit.train import compress as compressing
     from spvit.train import frontier as made
 
-    prune, score = made.prune, compressing.score
+    prune, score = made.prune_each, compressing.score
 
-    def dying(*args: object, **named: object) -> torch.nn.Module:
+    def dying(*args: object, **named: object) -> list[torch.nn.Module]:
         if len(calls) == 2:
             raise KeyboardInterrupt
         calls.append("prune")
         return prune(*args, **named)
 
-    monkeypatch.setattr(made, "prune", dying)
+    monkeypatch.setattr(made, "MEMORY", 0)  # which holds one budget at a time
+    monkeypatch.setattr(made, "prune_each", dying)
     monkeypatch.setattr(compressing, "score", lambda *args, **named: calls.append("score") or score(*args, **named))
     with pytest.raises(KeyboardInterrupt):
         spvit.frontier(host, images, ("70%", "40%"), output=out, config=SHORT)

@@ -85,13 +85,13 @@ def test_agreement_of_features_is_the_mean_centred_cosine(batch: int) -> None:
             mean = part.flatten(0, -2).mean(0)
             cosines.append(F.cosine_similarity(own - mean, part - mean, dim=-1).mean())
             error += (own - part).square().mean() / (part - mean).square().mean() / 3
-        figures = figures_of(other, images, LoopConfig(), reference)
+        [figures] = figures_of([other], images, LoopConfig(), reference)
         loss = reference.loss(Answering(other, reference)(stacked), reference.parts(stacked), PhaseConfig())
     assert isinstance(figures, Agreement)
     assert figures.images == 30
     assert figures.agreement == pytest.approx(float(torch.stack(cosines).mean()), abs=1e-5)
     assert float(loss) == pytest.approx(float(error), rel=1e-4)
-    assert figures_of(dense, images, LoopConfig(), reference).quality == pytest.approx(1, abs=1e-5)
+    assert figures_of([dense], images, LoopConfig(), reference) == [Agreement(1.0, len(images.validation))]
 
 
 def test_agreement_of_classifiers_is_the_share_of_equal_first_guesses() -> None:
@@ -99,7 +99,7 @@ def test_agreement_of_classifiers_is_the_share_of_equal_first_guesses() -> None:
     dense, other = (micro_host(seed).eval() for seed in (0, 1))
     stacked = torch.stack([images.validation[index][0] for index in range(360)])
     share = (dense(stacked).argmax(1) == other(stacked).argmax(1)).float().mean()
-    figures = figures_of(other, images, LoopConfig(), reference_of(dense, images, LoopConfig()))
+    [figures] = figures_of([other], images, LoopConfig(), reference_of(dense, images, LoopConfig()))
     assert 0 < figures.quality < 1
     assert figures.quality == pytest.approx(float(share))
     assert figures.words == f"agreement {float(share):.4f}"
@@ -113,11 +113,11 @@ def _run(folder: Path, images: Images, reference: Reference) -> Run:
 def test_distillation_without_labels_brings_a_model_nearer_to_the_dense_one(tmp_path: Path, classes: int) -> None:
     images, dense, model = unlabelled(), micro_host(0, num_classes=classes), micro_host(1, num_classes=classes)
     run = _run(tmp_path, images, reference_of(dense, images, LoopConfig()))
-    before = figures_of(model, images, LoopConfig(), run.reference)
+    [before] = figures_of([model], images, LoopConfig(), run.reference)
     phase = Phase("finetune", model, short(3, averaging_epochs=0.1, keep_best=True), teacher=dense)
     after = run_phase(phase, run)
     assert after.quality > before.quality + 0.05
-    found = figures_of(model, images, LoopConfig(), run.reference)
+    [found] = figures_of([model], images, LoopConfig(), run.reference)
     assert found == after  # the model is left with the weights of these figures
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["agreement"] for line in lines if line["event"] == "evaluation"][-1] <= after.quality

@@ -87,7 +87,7 @@ def search_command(options: cli.SearchCommand, console: Console) -> None:
     net, architecture = search(host, limits, options.search, run, options.multiple)
     console.print(block_table(architecture, network_costs(host), "architecture"))
     pruned = prune(host, architecture, weights=net)
-    _write(pruned, figures_of(pruned, run.images, options), run, console, " before fine-tuning")
+    _write(pruned, figures_of([pruned], run.images, options)[0], run, console, " before fine-tuning")
 
 
 def finetune_command(options: cli.FinetuneCommand, console: Console) -> None:
@@ -129,7 +129,7 @@ def compress_command(options: cli.CompressCommand, console: Console) -> None:
 def evaluate_command(options: cli.EvaluateCommand, console: Console) -> None:
     """Print a model's figures on the validation images."""
     opened, images = model_and_images(options)
-    figures = figures_of(opened.model, images, LoopConfig(precision=options.precision))
+    [figures] = figures_of([opened.model], images, LoopConfig(precision=options.precision))
     assert isinstance(figures, Evaluation)  # images that this command takes have labels
     more = f"top-5 {figures.accuracy_top5:.2%}, loss {figures.loss:.4f}, {figures.images:,} images"
     say(console, f"{figures.words}, {more}")

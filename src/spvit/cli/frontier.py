@@ -11,7 +11,6 @@ from spvit.cli.options import FrontierCommand
 from spvit.cli.report import report_at_the_end
 from spvit.cli.show import latency_table, right, say
 from spvit.train.frontier import run_frontier
-from spvit.train.plot import SUFFIXES
 from spvit.train.points import Frontier
 from spvit.train.processes import processes
 
@@ -24,7 +23,7 @@ def frontier_command(options: FrontierCommand, console: Console) -> None:
         return
     console.print(_table(found), latency_table({point.budget: point.latency for point in found.points}))
     folder, dense = run.folder.path, found.points[0]
-    drawn = [f"frontier{suffix}" for suffix in SUFFIXES if (folder / f"frontier{suffix}").is_file()]
+    drawn = [f"frontier{suffix}" for suffix in (".svg", ".png") if (folder / f"frontier{suffix}").is_file()]
     say(
         console,
         f"{dense.words.split()[0]} on {found.images:,} validation images; nothing was trained",

@@ -34,10 +34,11 @@ def model_and_images(
     if not classes and not unlabelled:
         expected = "expected train/ and val/, with a folder a class in each"
         raise DataError(f"{options.data} has no labels, which this command needs; {expected}")
-    if unlabelled and (not classes or _tells_none_apart(options)):
-        opened = open_model(options, weights=weights, code=True)
+    opened = open_model(options, None if unlabelled else len(classes), weights=weights, code=True)
+    if unlabelled and (not classes or family_of(opened.model).classes(opened.model) < 2):
         return opened, images_of((*found[:-1], ()), options.images, input_size(opened.model), opened.preprocessing)
-    opened = open_model(options, len(classes), weights=weights, code=True)
+    if number_of_classes(opened.model) != len(classes):
+        opened = open_model(options, len(classes), weights=weights, code=True)
     count = number_of_classes(opened.model)
     if count != len(classes):
         problem = f"{options.data} has {len(classes)} classes, but {options.model} was made for {count}"
@@ -49,11 +50,6 @@ def model_and_images(
         raise ModelError(f"{options.model} has no trained weights for these {count} classes; {advice}")
     size = input_size(opened.model)
     return opened, images_of(found, options.images, size, opened.preprocessing)
-
-
-def _tells_none_apart(options: RunCommand | EvaluateCommand) -> bool:
-    model = open_model(options, weights=False, code=True).model
-    return family_of(model).classes(model) < 2
 
 
 def _compare_classes(own: tuple[str, ...], found: tuple[str, ...], options: RunCommand | EvaluateCommand) -> None:

@@ -83,6 +83,11 @@ class Host:
         return calls_of(self.model, self.blocks, self.input_size)
 
     @cached_property
+    def unread(self) -> dict[str, bool]:
+        """Whether nothing reads the last block's patch tokens, by the objectives for which that was found out."""
+        return {}
+
+    @cached_property
     def totals(self) -> dict[str, int]:
         """What the whole model costs, by metric: MACs of one image, counted, and parameters."""
         return {"macs": macs_of_image(self), "params": count_params(self.model)}

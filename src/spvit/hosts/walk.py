@@ -6,10 +6,11 @@ Shapes: B batch, N tokens = P prefix tokens + G grid tokens, D width.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from spvit.hosts.sites import BlockSites
 Report = Callable[[str, int, int, Mapping[str, float]], object]
 """What long work calls as it goes: with its phase, the steps done, the steps in all, and figures by name."""
 BATCH = 64
+FULL = 8192
+"""Tokens of the first block that a batch of small images is filled up to."""
+Found = TypeVar("Found")
 
 Part = tuple[dict[str, Any], dict[str, Tensor]]
 """What long work finished of a block: values for JSON, and tensors on the CPU."""
@@ -51,13 +55,17 @@ def calibration_batches(host: Host, images: Tensor | Iterable[Any]) -> Iterator[
     check_values(parameter)
     if not isinstance(images, Iterable):
         raise CalibrationError(f"calibration images are {type(images).__name__}, expected a tensor, or batches of them")
-    empty = True
+    site, held, empty = host.blocks[0].attention, [], True
     for batch in images.split(BATCH) if isinstance(images, Tensor) else images:
         tensor = _images_of(batch, host.input_size)
-        if len(tensor):
-            empty = False
-            yield tensor.to(parameter)
-    if empty:
+        held += [tensor.to(parameter)] if len(tensor) else []
+        # Calls of layers would take longer than their arithmetic on a few small images.
+        if sum(map(len, held)) * (math.prod(site.grid) + site.prefix_tokens) >= FULL:
+            yield held[0] if len(held) == 1 else torch.cat(held)
+            held, empty = [], False
+    if held:
+        yield torch.cat(held)
+    elif empty:
         raise CalibrationError("there are no calibration images; give a few hundred or more")
 
 
@@ -170,8 +178,8 @@ class BlockPair:
     index: int
     inputs: list[Tensor]
     dense_inputs: list[Tensor]
-    known: Mapping[str, list[Tensor]] = field(default_factory=dict)
-    """Outputs of modules of the dense block, by path, for those that need not run again."""
+    known: dict[str, list[Any]] | None = None
+    """What was found of the dense block, a batch each, for several fits that ask for it; None: it is found anew."""
     prefix: int = 0
     """Prefix tokens that weigh more in fits than all others together, where nothing reads those; 0: all alike."""
 
@@ -203,7 +211,7 @@ class BlockPair:
         # What is known may be in windows, several an image.
         known = {
             path: [out.unflatten(0, (count, -1))[some].flatten(0, 1) for out, count in zip(outputs, self.counts)]
-            for path, outputs in self.known.items()
+            for path, outputs in (self.known or {}).items()
         }
         return replace(self, inputs=inputs, dense_inputs=inputs, known=known)
 
@@ -230,9 +238,16 @@ class BlockPair:
 
     def wanted(self, path: str) -> Iterator[Tensor]:
         """Yield the output of a module of the dense block, [B, N, ...]."""
-        if path in self.known:
-            return iter(self.known[path])
-        return self._passing(self.dense_inputs, self.dense_block, self.host.model.get_submodule(path), output=True)
+        block, module = self.dense_block, self.host.model.get_submodule(path)
+        return self.of_dense(path, lambda x: batch_first(self.sites.attention, reached(block, x, module, output=True)))
+
+    def of_dense(self, name: str, find: Callable[[Tensor], Found]) -> Iterator[Found]:
+        """Yield what is found for each batch of the dense inputs; by name, what is known already."""
+        if self.known is None:
+            return map(find, self.dense_inputs)
+        if name not in self.known:
+            self.known[name] = [find(x) for x in self.dense_inputs]
+        return iter(self.known[name])
 
     def _passing(
         self, inputs: list[Tensor], block: Callable[[Tensor], Tensor], module: nn.Module, output: bool

@@ -8,7 +8,8 @@ moments are summed up as they do.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from statistics import mean
 from typing import Any
@@ -29,55 +30,66 @@ logger = logging.getLogger("spvit")
 
 
 def repair(
-    model: nn.Module,
+    models: Sequence[nn.Module],
     host: Host,
-    architecture: Architecture,
+    architectures: Sequence[Architecture],
     images: Tensor | Iterable[Any],
     report: Report | None = None,
-    finished: Finished | None = None,
+    finished: Sequence[Finished] | None = None,
 ) -> None:
-    """Set the weights of a model that was pruned to an architecture, in place, so that it does what the host does.
+    """Set the weights of models that were pruned to architectures, in place, so that they do what the host does.
 
     What pruning left whole keeps its weights, bit for bit, but for the second linear layer of FFNs behind the first
-    change, which mend it. A warning is logged where more images would help. Blocks that are finished, by a call with
-    the same arguments that was cut short, are taken as they are; where all are, no image is read.
+    change, which mend it. The host runs once for all models, and what it answers in a block is kept if there are
+    several. A warning is logged where more images would help. Blocks that are finished, by a call with the same
+    arguments that was cut short, are taken as they are, for each model; where all are, no image is read.
 
     Raises:
         CalibrationError: the images do not fit the host, are too few, or lead to activations that are not finite.
     """
-    pruned, finished = host.on(model), {} if finished is None else finished
-    parts = [finished.get(index) for index in range(len(host.blocks))]
-    with evaluating(model, host.model):
-        dense_inputs = first_inputs(host, calibration_batches(host, images)) if None in parts else []
-        inputs, untouched = list(dense_inputs), True
-        excess: list[float] = []
-        for index, kept in enumerate(architecture.blocks):
-            untouched = untouched and not changed(kept)
-            pair, before = BlockPair(model, host, index, inputs, dense_inputs, excess=excess), len(excess)
-            block, part = model.get_submodule(host.blocks[index].path), parts[index]
-            if part is None:
-                repair_block(pair, kept, mend=not untouched)
-                state = {} if untouched else block.state_dict()
-                tensors = {name: value.cpu().contiguous().clone() for name, value in state.items()}
-                finished[index] = {"excess": excess[before:]}, tensors
-            elif not untouched:
-                block.load_state_dict(part[1])
-                excess += part[0]["excess"]
+    places = range(len(host.blocks))
+    # Until something is pruned both networks are one.
+    firsts = [next((at for at in places if changed(own.blocks[at])), len(places)) for own in architectures]
+    nothing: Finished = {}
+    parts = [
+        {at: own.get(at) for at in places[first:]} for first, own in zip(firsts, finished or [nothing] * len(models))
+    ]
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(evaluating(model, host.model))
+        reads = any(None in own.values() for own in parts)
+        dense_inputs = first_inputs(host, calibration_batches(host, images)) if reads else []
+        count = sum(BlockPair(host.model, host, 0, dense_inputs, dense_inputs).counts)
+        streams = [dense_inputs for _ in models]
+        excess: list[list[float]] = [[] for _ in models]
+        for index in places:
+            known: dict[str, list[Any]] | None = {} if len(models) > 1 else None
+            for number in (number for number, first in enumerate(firsts) if index >= first):
+                model, before, part = models[number], len(excess[number]), parts[number][index]
+                inputs, block = list(streams[number]), model.get_submodule(host.blocks[index].path)
+                if part is None:
+                    pair = BlockPair(model, host, index, inputs, dense_inputs, known, excess=excess[number])
+                    repair_block(pair, architectures[number].blocks[index], mend=True)
+                    if finished is not None:
+                        state = {name: value.cpu().contiguous().clone() for name, value in block.state_dict().items()}
+                        finished[number][index] = {"excess": excess[number][before:]}, state
+                else:
+                    block.load_state_dict(part[1])
+                    excess[number] += part[0]["excess"]
+                if index + 1 < len(places):
+                    advance(host.on(model), index, inputs)
+                    streams[number] = inputs
+            if index + 1 < len(places):
+                advance(host, index, dense_inputs)
             if report is not None:
-                report("repair", index + 1, len(host.blocks), {})
-            if index + 1 == len(host.blocks):
-                break
-            if not untouched:  # until something is pruned both networks are one
-                advance(pruned, index, inputs)
-            advance(host, index, dense_inputs)
-            if untouched:
-                inputs = list(dense_inputs)
-    if dense_inputs and excess and mean(excess) > EXCESS:
+                report("repair", index + 1, len(places), {})
+    worst = max((mean(own) for own in excess if own), default=0.0)
+    if reads and worst > EXCESS:
         logger.warning(
             "the repair misses %.0f %% more on held-out images than on those that it is fitted to: "
             "more than %d calibration images would help; 1,000 are advised",
-            100 * mean(excess),
-            sum(pair.counts),
+            100 * worst,
+            count,
         )
 
 

@@ -171,7 +171,7 @@ class _Bench:
         site, moved = pair.sites.attention, 0.0
         with installed(self.copy, pair.index, kept) as grid:
             fit()
-            answers = replace(pair, host=self.copy, known={}).wanted(path)
+            answers = replace(pair, host=self.copy, known=None).wanted(path)
             for gradient, own, dense in zip(self.gradients[path], answers, pair.wanted(path)):
                 if grid is not None and not site.prefix_tokens:  # it may get the map whole, the dense layer in windows
                     own = site.own_grid().scatter(grid.gather(own, 0))

@@ -35,6 +35,12 @@ def patches_unread(host: Host, objective: Asked) -> bool:
     counted = Objective.of(objective or "auto", host)
     if counted.name == "features":
         return False
+    if counted.name not in host.unread:
+        host.unread[counted.name] = _found_unread(host, counted)
+    return host.unread[counted.name]
+
+
+def _found_unread(host: Host, counted: Objective) -> bool:
     parameter = next(host.model.parameters())
     if parameter.is_meta:  # which cannot be told without values
         return False

@@ -26,7 +26,7 @@ from spvit.hosts.walk import BlockPair
 from spvit.hosts.weights import read_weights
 from spvit.moments import low_rank_regression, ridge_for
 from spvit.replacements.kernels import POSITIONS, BottleneckWeights, conv1_weights, conv3_weights, head_mix
-from spvit.replacements.targets import Gathered, targets
+from spvit.replacements.targets import Gathered, attention_targets
 
 LINEAR_SIDE = 4.0
 """Standard deviations by which a repaired convolution's activations are moved to where ReLU is linear."""
@@ -170,7 +170,7 @@ class _Bottleneck:
         site = pair.sites.attention
         prefix = site.prefix_tokens
         gathered, gathered_prefix = Gathered(pair), Gathered(pair)
-        for x, (own, missing) in zip(pair.arriving(site.path), targets(pair, site.path)):
+        for x, (own, missing) in zip(pair.arriving(site.path), attention_targets(pair)):
             tokens = module.grid.gather(x, prefix)
             if isinstance(module.conv_in, nn.Conv2d):
                 tokens = F.unfold(module.grid.as_map(tokens), 3, padding=1).transpose(1, 2)  # [B, G, 9 D]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spvit.hosts.walk import BlockPair
 from spvit.moments import Moments, regression, ridge_for
-from spvit.replacements.targets import Gathered, targets
+from spvit.replacements.targets import Gathered, ffn_targets
 
 
 def narrow_linear(linear: nn.Linear, units: Tensor, axis: int) -> nn.Linear:
@@ -44,7 +44,7 @@ def fit_ffn(pair: BlockPair) -> None:
     assert isinstance(linear, nn.Linear)
     whole = linear.in_features == pair.sites.ffn.units
     gathered = Gathered(pair)
-    for x, (own, missing) in zip(pair.arriving(path), targets(pair, path)):
+    for x, own, missing in ffn_targets(pair):
         gathered.add(x, torch.zeros_like(own) if whole else own - linear(x), missing, pair.prefix)
     correct(linear, gathered.moments(linear.bias is not None))
 

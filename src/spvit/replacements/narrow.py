@@ -29,7 +29,7 @@ from spvit.hosts.walk import BlockPair
 from spvit.hosts.weights import AttentionWeights, read_weights
 from spvit.moments import Moments, cholesky, regression, ridge_for
 from spvit.replacements.narrow_attention import NarrowAttention, has_biases
-from spvit.replacements.targets import Gathered, targets
+from spvit.replacements.targets import Gathered, attention_targets
 
 JITTER = 1e-7
 LONGEST = 10.0
@@ -135,7 +135,7 @@ def rotated_queries(pair: BlockPair, kept: Attention, second_moment: Tensor) -> 
     whole.load(weights)
     gathered = Gathered(pair)
     with called_with(pair.model.get_submodule(site.path), site) as named:
-        for x, target in zip(pair.arriving(site.path), targets(pair, site.path)):
+        for x, target in zip(pair.arriving(site.path), attention_targets(pair)):
             gathered.add(whole.heads_out(x, **named), *target, pair.prefix)
     return weights, gathered.moments(weights.out_bias is not None)
 

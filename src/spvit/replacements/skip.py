@@ -19,7 +19,7 @@ from spvit.hosts.host import Host
 from spvit.hosts.sites import AttentionSite
 from spvit.hosts.walk import BlockPair
 from spvit.moments import NOT_FINITE
-from spvit.replacements.targets import targets
+from spvit.replacements.targets import attention_targets
 
 
 class Skip(nn.Module):
@@ -92,7 +92,7 @@ class _Skip:
         if module.mean is None:
             return
         site, total, count = pair.sites.attention, torch.zeros(()), 0
-        for own, missing in targets(pair, site.path):
+        for own, missing in attention_targets(pair):
             wanted = own if missing is None else own + missing
             grid = site.own_grid().gather(wanted, site.prefix_tokens).double().mean(dim=1, keepdim=True)
             # Without prefix tokens windows may outnumber images in what stands for them.

@@ -19,6 +19,7 @@ Shapes: B batch, N tokens, D width.
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spvit.hosts.calling import batch_first
+from spvit.hosts.calling import answering, batch_first
 from spvit.hosts.walk import BlockPair, reached, tokens_of
 from spvit.moments import Moments, regression
 
@@ -110,19 +111,16 @@ class Gathered:
         return 2 * share / (1 + share)
 
 
-def targets(pair: BlockPair, path: str) -> Iterator[Target]:
-    """Yield what a layer of the pruned block is to answer, a batch each: an attention layer, or an FFN's second.
+def attention_targets(pair: BlockPair) -> Iterator[Target]:
+    """Yield what the attention layer of the pruned block is to answer, a batch each.
 
-    For an attention layer behind which both networks are one, it is the dense layer's output, and nothing is missing.
+    Where both networks are one before it, it is the dense layer's output, and nothing is missing.
     """
-    if path == pair.sites.ffn.second:
-        return _ffn(pair)
-    same = all(own is dense for own, dense in zip(pair.inputs, pair.dense_inputs))
-    return ((answer, None) for answer in pair.wanted(path)) if same else _attention(pair)
-
-
-def _attention(pair: BlockPair) -> Iterator[Target]:
-    site, scale = pair.sites.attention, _scale(pair, pair.sites.attention.path)
+    site = pair.sites.attention
+    if all(own is dense for own, dense in zip(pair.inputs, pair.dense_inputs)):
+        yield from ((answer, None) for answer in pair.wanted(site.path))
+        return
+    scale = _scale(pair, site.path)
     layer = pair.host.model.get_submodule(site.path)
     for x, dense_x, answer in zip(pair.inputs, pair.dense_inputs, pair.wanted(site.path)):
         own, missing = batch_first(site, reached(pair.dense_block, x, layer, output=True)), None
@@ -134,25 +132,55 @@ def _attention(pair: BlockPair) -> Iterator[Target]:
         yield own, missing
 
 
-def _ffn(pair: BlockPair) -> Iterator[Target]:
-    site, scale = pair.sites.ffn, _scale(pair, pair.sites.ffn.second)
-    dense, pruned = pair.dense_block, pair.block
-    firsts = [pair.host.model.get_submodule(path) for path in site.linears]
-    arriving, corrected = (pair.model.get_submodule(path) for path in (site.linears[0], site.second))
-    second = pair.host.model.get_submodule(site.second)
-    for x, dense_x in zip(pair.inputs, pair.dense_inputs):
-        hidden, missing = reached(pruned, x, arriving, output=False), None
-        with ExitStack() as stack:
-            for first in firsts:
-                hook = first.register_forward_pre_hook(lambda module, args, given=hidden: (given,))
-                stack.callback(hook.remove)
-            own = reached(dense, x, second, output=True)
+def ffn_targets(pair: BlockPair) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Yield what arrives at the second linear layer of the pruned block's FFN, [B, N, X], and its target, a batch each.
+
+    For the pruned tokens attention runs once, in the pruned block, and the dense block's FFN.
+    """
+    attention, scale = pair.sites.attention, _scale(pair, pair.sites.ffn.second)
+    second = pair.host.model.get_submodule(pair.sites.ffn.second)
+
+    def beside(x: Tensor) -> tuple[Tensor, Tensor]:
+        with _answering({second: x.new_zeros(())}) as answers:
+            return pair.dense_block(x), answers[second]
+
+    aims: Iterator[Any] = itertools.repeat((None, None)) if scale is None else pair.of_dense("beside", beside)
+    for x, (aim, answer) in zip(pair.inputs, aims):
+        rest, seen = _without_second(pair, x)
+        own, missing = _unpruned_ffn(pair, x, seen), None
         if scale is not None:
-            nothing = torch.zeros_like(own)
-            with _answering({second: nothing, corrected: nothing}) as answers:
-                missing = (dense(dense_x) - pruned(x)).reshape(own.shape) * scale
-            missing = batch_first(pair.sites.attention, missing + answers[second] - own)
-        yield batch_first(pair.sites.attention, own), missing
+            missing = batch_first(attention, (aim - rest).reshape(own.shape) * scale + answer - own)
+        yield batch_first(attention, seen["units"]), batch_first(attention, own), missing
+
+
+def _without_second(pair: BlockPair, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """Return what the pruned block answers when its FFN's second layer answers zeros, and what is seen on the way."""
+    seen: dict[str, Any] = {}
+    paths = (pair.sites.attention.path, pair.sites.ffn.linears[0], pair.sites.ffn.second)
+    attention, first, second = (pair.model.get_submodule(path) for path in paths)
+
+    def zeros(units: Tensor) -> Tensor:
+        seen["units"] = units
+        return units.new_zeros(*units.shape[:-1], pair.sites.attention.dim)
+
+    with (
+        attention.register_forward_hook(lambda module, args, output: seen.update(attention=output)),
+        first.register_forward_pre_hook(lambda module, args: seen.update(tokens=args[0].clone())),
+        answering(second, zeros),
+    ):
+        return pair.block(x), seen
+
+
+def _unpruned_ffn(pair: BlockPair, x: Tensor, seen: dict[str, Any]) -> Tensor:
+    """Return what the dense FFN's second layer answers to the tokens that arrived at the pruned FFN."""
+    site, get = pair.sites.attention, pair.host.model.get_submodule
+    with ExitStack() as stack:
+        if site.layout is None:  # else what stands for attention may answer for the map, attention for windows
+            stack.enter_context(answering(get(site.path), lambda *args, **kwargs: seen["attention"]))
+        for path in pair.sites.ffn.linears:
+            hook = get(path).register_forward_pre_hook(lambda module, args: (seen["tokens"],))
+            stack.callback(hook.remove)
+        return reached(pair.dense_block, x, get(pair.sites.ffn.second), output=True)
 
 
 def _scale(pair: BlockPair, path: str) -> Tensor | None:

@@ -11,8 +11,10 @@ from typing import Any
 from spvit.architecture import KINDS, Architecture, Attention, Block
 from spvit.budget import human
 from spvit.cost import BlockCost
-from spvit.report.picture import Mark, Picture, Series, box, chart, short, word
 from spvit.report.reading import Reading, attempted, quality, said
+from spvit.train.drawing import Mark, Picture, Series, box, chart, word
+from spvit.train.plot import frontier_pictures
+from spvit.train.points import Frontier
 
 NAMES = {
     "msa": "attention",
@@ -196,26 +198,8 @@ def _objective(name: str) -> str:
 
 def _frontier(reading: Reading) -> Iterator[Picture]:
     """Yield accuracy, or agreement of a backbone, against MACs, and against latency at each batch size."""
-    points = reading.frontier.get("points", [])
-    if not points:
-        return
-    name, (whole, *heights) = quality(points[0])[0], [quality(point)[1] for point in points]
-    batches = [one["batch"] for one in points[0].get("latency", ())]
-    costs = {"MACs": [point["macs"] for point in points]}
-    for index, batch in enumerate(batches):
-        costs[f"ms at batch {batch}"] = [point["latency"][index]["latency_ms"] for point in points]
-    for axis, values in costs.items():
-        found = list(zip(values, [whole, *heights]))
-        told = [f"{point['budget']}: {name} {said(point)}" for point in points]
-        hover = [f"{words}, {short(value)} {axis}" for words, value in zip(told, values)]
-        series = [
-            Series("soft", [(min(values), whole), (max(values), whole)], "the dense model", style="dashed"),
-            Series("msa", found[1:], "budgets", hover=hover[1:], labels=[point["budget"] for point in points[1:]]),
-            Series("soft", found[:1], form="dot", hover=hover[:1]),
-        ]
-        where = ("macs", "MACs of an image") if axis == "MACs" else (axis.split()[-1], "latency")
-        title = f"{name.capitalize()} against {where[1]}"
-        yield chart(f"frontier-{where[0]}", title, "", series, (axis, ""), percent=True, whole=False)
+    if reading.frontier:
+        yield from frontier_pictures(Frontier.load(reading.folder.path))
 
 
 def _curves(reading: Reading) -> Iterator[Picture]:

@@ -22,8 +22,8 @@ from spvit.hosts.sources import can_build
 from spvit.models import names_code
 from spvit.report.comparison import Compared, compared
 from spvit.report.figures import block_name, pictures
-from spvit.report.picture import COLOURS, Picture, framed, write_png
 from spvit.report.reading import Reading, attempted, quality, read, said
+from spvit.train.drawing import COLOURS, Picture, framed, templates, write_png, write_svg
 
 MARK = '<meta name="generator" content="spvit">'
 """What tells a page of spvit from other files, which stay."""
@@ -76,22 +76,15 @@ def write_report(
         found = attempted(reading.problems, name, lambda: compared(reading, host, images), None)
     parts["images"] = [] if found is None else list(found.pictures)
     path.parent.mkdir(parents=True, exist_ok=True)
-    templates = _templates()
-    write_text(path, templates.get_template("page.html").render(**_content(reading, parts, found)))
+    page = templates(Path(__file__).parent).get_template("page.html")
+    write_text(path, page.render(**_content(reading, parts, found)))
     for picture in (picture for own in parts.values() for picture in own):
         whole, beside = framed(picture), path.with_name(f"{path.stem}-{picture.name}")
         if svg:
-            write_text(beside.with_suffix(".svg"), templates.get_template("picture.svg").module.alone(whole, COLOURS))
+            write_svg(whole, beside.with_suffix(".svg"))
         if png:
             write_png(whole, beside.with_suffix(".png"))
     return path
-
-
-def _templates() -> Any:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    loader = FileSystemLoader(Path(__file__).parent)
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
 def _content(reading: Reading, parts: dict[str, list[Picture]], found: Compared | None) -> dict[str, Any]:

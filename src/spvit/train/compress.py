@@ -116,13 +116,11 @@ def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: R
     run.folder.path.mkdir(parents=True, exist_ok=True)
     run = checked(run)
     dense = copy.deepcopy(host).to(processes().device)
-    if not run.images.classes:
-        run = replace(run, reference=reference_of(dense, run.images, config, config.objective))
     if config.dense.epochs > 0:
         dense_figures = run_phase(Phase(DENSE, dense, config.dense), run)
         write_model(dense, dense_figures, run.images, run.folder.dense)
     else:
-        dense_figures = figures_of(dense, run.images, config, run.reference)
+        run, dense_figures = judged(dense, config, run)
         run.progress.note(f"dense model: {dense_figures.words}")
     net = None
     if config.search.epochs > 0:
@@ -135,7 +133,7 @@ def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: R
     else:
         set_seed(config.seed)  # a continued run starts from the same weights where they are drawn
         pruned = prune(dense, architecture, weights=weights)
-    after_pruning = figures = figures_of(pruned, run.images, config, run.reference)
+    [after_pruning] = [figures] = figures_of([pruned], run.images, config, run.reference)
     run.progress.note(f"after pruning{' and repair' if config.repair else ''}: {after_pruning.words}")
     if config.finetuning.epochs > 0:
         figures = run_phase(with_rate(Phase(FINETUNE, pruned, config.finetuning, teacher=dense), run), run)
@@ -164,7 +162,6 @@ def check_compress(
             known = scores.blocks
     if not searched and budget.metric != "latency":  # which is measured first
         check_reachable(Host.of(host), budget, config.multiple, config, known, objective)
-    check_classes(host, run.images)
     if not run.images.classes:
         _check_unlabelled(config)
     for phase in (config.dense, config.search, config.finetuning):
@@ -174,15 +171,21 @@ def check_compress(
 
 
 def fitting(images: Images, host: nn.Module) -> Images:
-    """Return images without their classes for a host that tells none apart."""
-    return replace(images, classes=()) if family_of(host).classes(host) < 2 else images
-
-
-def check_classes(host: nn.Module, images: Images) -> None:
-    """Raise DataError when a host tells other classes apart than those of the images."""
+    """Return images without their classes for a host that tells none apart. Raises DataError: it tells others apart."""
+    if family_of(host).classes(host) < 2:
+        return replace(images, classes=())
     if images.classes and number_of_classes(host) != (count := len(images.classes)):
         found = f"the images have {count} classes, but the host tells {number_of_classes(host)} apart"
         raise DataError(f"{found}; give it a head of as many")
+    return images
+
+
+def judged(dense: nn.Module | Host, config: ScoresConfig, run: Run) -> tuple[Run, Figures]:
+    """Return a run with the dense model to agree with, where the images have no classes, and the model's figures."""
+    if not run.images.classes:
+        run = replace(run, reference=reference_of(dense, run.images, config, config.objective))
+    [figures] = figures_of([Host.of(dense).model], run.images, config, run.reference)
+    return run, figures
 
 
 def _check_unlabelled(config: CompressConfig) -> None:
@@ -325,7 +328,7 @@ def decided(folder: RunFolder, make: Callable[[], Architecture]) -> Architecture
 
 def deployed(model: nn.Module) -> nn.Module:
     """Return the form to deploy: folded if pruned, in evaluation mode."""
-    return fold(model).eval() if pruned_record(model) is not None else model.eval()
+    return fold(model, inplace=True).eval() if pruned_record(model) is not None else model.eval()
 
 
 def write_model(model: nn.Module, figures: Figures, images: Images, folder: Path) -> None:

@@ -6,7 +6,7 @@ Shapes: images [B, channels, height, width]; targets [B]; parts of an answer, se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,12 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spvit.errors import RunError
+from spvit.hosts.calling import in_mode
 from spvit.hosts.host import Host, logits_of
 from spvit.repair.objective import Asked, Objective, answer_of
 from spvit.train.data import UNREAD, Images, validation_loader
 from spvit.train.losses import agreement_loss
 from spvit.train.processes import make_accelerator
 from spvit.train.settings import LoopConfig, PhaseConfig
+
+KEPT = 2**30
+"""Bytes of the dense model's answers that are kept: others, of many images to many features, are found anew."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,19 @@ class Reference:
     """Of every part of features, over images and tokens: [D]."""
     variances: tuple[float, ...] = ()
     """Of every part, the mean squared deviation."""
+    images: int = 0
+    """Validation images that can be read."""
+    known: tuple[list[Tensor], ...] = ()
+    """Parts of the answers to the first batches of validation images: as many as KEPT bytes hold."""
 
     @torch.no_grad()
     def parts(self, images: Tensor) -> list[Tensor]:
         """Return the parts of the dense model's answer."""
         return self.objective.parts(answer_of(self.host, images))
+
+    def validation(self, number: int, images: Tensor) -> list[Tensor]:
+        """Return the parts of the dense model's answer to a batch of validation images, by its number."""
+        return self.known[number] if number < len(self.known) else self.parts(images)
 
     def agreement(self, parts: list[Tensor], wanted: list[Tensor]) -> Tensor:
         """Return the agreement on each image, [B]."""
@@ -124,22 +136,28 @@ class Answering(nn.Module):
 
 
 def reference_of(dense: nn.Module | Host, images: Images, config: LoopConfig, asked: Asked = "auto") -> Reference:
-    """Return a dense model as the reference for others, with the means of its features on the validation images."""
+    """Return a dense model as the reference for others, with its answers to the validation images, and their means."""
     host = Host.of(dense)
     found = Reference(host.on(host.model.eval()), Objective.of(asked, host))
-    if found.objective.name == "logits":
-        return found
-    accelerator = make_accelerator()
+    accelerator, known, left = make_accelerator(), [], KEPT  # type: Accelerator, list[list[Tensor]], int
     sums: list[Any] = []
     for batch, targets in accelerator.prepare(validation_loader(images)):
         with autocast(accelerator.device, config.precision):
-            parts = [part.double().reshape(len(part), -1, part.shape[-1]) for part in found.parts(batch)]
+            answers = found.parts(batch)
+        left -= sum(part.nbytes for part in answers)
+        known += [answers] if left >= 0 else []
+        parts = [part.double().reshape(len(part), -1, part.shape[-1]) for part in answers]
         read = (targets != UNREAD).double()[:, None]
         squares = [part.square().mean((1, 2))[:, None] for part in parts]
         rows = [torch.cat([part.mean(1), square, read], dim=1) * read for part, square in zip(parts, squares)]
         gathered = [accelerator.gather_for_metrics(row).sum(0) for row in rows]
         sums = [own + new for own, new in zip(sums, gathered)] if sums else gathered
     accelerator.free_memory()
+    found = replace(found, images=int(sums[0][-1]), known=tuple(known))
+    if not all(total.isfinite().all() for total in sums):
+        raise not_finite(host.model)
+    if found.objective.name == "logits":
+        return found
     means = tuple(total[:-2] / total[-1].clamp(min=1) for total in sums)
     variances = tuple(
         max(1e-12, float(total[-2] / total[-1] - mean.square().mean())) for total, mean in zip(sums, means)
@@ -147,17 +165,21 @@ def reference_of(dense: nn.Module | Host, images: Images, config: LoopConfig, as
     return replace(found, means=tuple(mean.float() for mean in means), variances=variances)
 
 
-def figures_of(model: nn.Module, images: Images, config: LoopConfig, reference: Reference | None = None) -> Figures:
-    """Return a model's figures on the validation images; with a reference, its agreement with that.
+def figures_of(
+    models: Sequence[nn.Module], images: Images, config: LoopConfig, reference: Reference | None = None
+) -> list[Figures]:
+    """Return models' figures on the validation images, read once; with a reference, their agreement with that.
 
-    Raises RunError when its outputs are not finite.
+    Raises RunError when outputs are not finite.
     """
+    if reference is not None and list(models) == [reference.host.model]:
+        return [Agreement(1.0, reference.images)]
     accelerator = make_accelerator()
-    answering = model if reference is None else Answering(model, reference)
-    prepared, loader = accelerator.prepare(answering, validation_loader(images))
-    figures = evaluate(prepared, loader, accelerator, config.precision, reference)
+    answering = models if reference is None else [Answering(model, reference) for model in models]
+    loader, *prepared = accelerator.prepare(validation_loader(images), *answering)
+    found = evaluate(prepared, loader, accelerator, config.precision, reference)
     accelerator.free_memory()
-    return finite(figures, model)
+    return [finite(figures, model) for figures, model in zip(found, models)]
 
 
 def is_finite(figures: Figures) -> bool:
@@ -169,47 +191,60 @@ def finite(figures: Figures, model: nn.Module) -> Figures:
     """Return a model's figures. Raises RunError when they are of outputs that are not finite."""
     if is_finite(figures):
         return figures
+    raise not_finite(model)
+
+
+def not_finite(model: nn.Module) -> RunError:
+    """Return the error about a model whose outputs are not finite."""
     found = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
     more = f" and of {len(found) - 1} more tensors" if len(found) > 1 else ""
     cause = f"nor are weights of {found[0]}{more}" if found else "though its weights are: it overflows"
-    raise RunError(f"the model's outputs are not finite, {cause}; use weights from before")
+    return RunError(f"the model's outputs are not finite, {cause}; use weights from before")
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    models: Sequence[nn.Module],
     loader: Iterable[Any],
     accelerator: Accelerator,
     precision: str,
     reference: Reference | None = None,
     after_batch: Callable[[], None] = lambda: None,
-) -> Figures:
-    """Return a model's figures over a loader, across all processes. The model's training flag survives.
+) -> list[Figures]:
+    """Return models' figures over a loader, across all processes. The models' training flags survive.
 
-    With a reference, the model is an `Answering` one. `after_batch` is called after each batch.
+    With a reference, the models are `Answering` ones, and the loader is of the validation images. `after_batch` is
+    called after each batch.
     """
-    was_training = model.training
-    model.eval()
-    columns = 4 if reference is None else 2
-    sums = torch.zeros(columns, dtype=torch.float64)
-    for images, targets in loader:
-        with autocast(accelerator.device, precision):
-            outputs = model(images)
-            wanted = [] if reference is None else reference.parts(images)
-        read = (targets != UNREAD).float()
-        if reference is None:
-            logits = logits_of(outputs).float()
-            losses = F.cross_entropy(logits, targets, reduction="none", ignore_index=UNREAD)
-            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-            figures = torch.stack([ranked[:, 0].float(), ranked.any(1).float(), losses, read], dim=1)
-        else:
-            figures = torch.stack([reference.agreement(outputs, wanted) * read, read], dim=1)
-        sums += accelerator.gather_for_metrics(figures).cpu().double().sum(0)
-        after_batch()
-    model.train(was_training)
-    count = int(sums[-1])
-    means = (sums[:-1] / max(count, 1)).tolist()
-    return Agreement(means[0], count) if reference is not None else Evaluation(means[0], means[1], means[2], count)
+    sums = torch.zeros(len(models), 4 if reference is None else 2, dtype=torch.float64)
+    with in_mode(False, *models):
+        for number, (images, targets) in enumerate(loader):
+            with autocast(accelerator.device, precision):
+                wanted = [] if reference is None else reference.validation(number, images)
+                answers = [model(images) for model in models]
+            read = (targets != UNREAD).float()
+            for total, outputs in zip(sums, answers):
+                if reference is None:
+                    columns = [*_guesses(logits_of(outputs).float(), targets), read]
+                else:
+                    columns = [reference.agreement(outputs, wanted) * read, read]
+                total += accelerator.gather_for_metrics(torch.stack(columns, dim=1)).cpu().double().sum(0)
+            after_batch()
+    found: list[Figures] = []
+    for total in sums:
+        count = int(total[-1])
+        means = (total[:-1] / max(count, 1)).tolist()
+        found.append(
+            Agreement(means[0], count) if reference is not None else Evaluation(means[0], means[1], means[2], count)
+        )
+    return found
+
+
+def _guesses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return whether the class is the first guess, and whether it is among five, and the cross entropy, [B] each."""
+    losses = F.cross_entropy(logits, targets, reduction="none", ignore_index=UNREAD)
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+    return ranked[:, 0].float(), ranked.any(1).float(), losses
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor, nn
 
+from spvit.architecture import Architecture
 from spvit.benchmark import Program, measure_latencies
 from spvit.budget import Budget
 from spvit.checkpoint import DESCRIPTION, Preprocessing, describe, load
@@ -29,10 +31,10 @@ from spvit.latency import LatencyTable
 from spvit.repair.choose import check_reachable
 from spvit.repair.scores import Scores
 from spvit.replacements.costs import network_costs
-from spvit.surgery import prune
-from spvit.train.compress import calibration, check_classes, decided, deployed, fitting, scored, timed, write_model
+from spvit.surgery import prune_each
+from spvit.train.compress import calibration, decided, deployed, fitting, judged, scored, timed, write_model
 from spvit.train.data import Images, load_images
-from spvit.train.figures import Figures, figures_of, reference_of
+from spvit.train.figures import Figures, figures_of
 from spvit.train.headers import checked
 from spvit.train.loop import Run
 from spvit.train.plot import plot_frontier
@@ -42,6 +44,8 @@ from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import FrontierConfig, ImageConfig
 
+MEMORY, BESIDE = 6 * 2**30, 5
+"""Bytes of tokens that a repair may hold, and how many models' tokens it takes beside those of each model."""
 BUDGETS = ("75%", "60%", "50%", "35%", "25%")
 
 
@@ -94,7 +98,6 @@ def run_frontier(
     """Fill a run folder with a frontier, continuing from what the folder has. The host itself is not changed."""
     dense = Host.of(copy.deepcopy(host).to(processes().device).eval())
     run = replace(run, images=fitting(run.images, dense.model))
-    check_classes(dense.model, run.images)
     folder = run.folder.path
     known = Frontier.load(folder).points if (folder / FILE).is_file() else ()
     done = {point.budget: point for point in known if (folder / str(point.folder) / DESCRIPTION).is_file()}
@@ -107,70 +110,75 @@ def run_frontier(
     asked, unreached = _reachable(dense, [*budgets, *done], metric, config, table)
     folder.mkdir(parents=True, exist_ok=True)
     run = checked(run)
-    if not importlib.util.find_spec("matplotlib"):
-        run.progress.note("there will be no plot, since matplotlib is not installed: pip install 'spvit[report]'")
+    if not _draws():
+        run.progress.note("there will be no plot: pip install 'spvit[report]'")
     started = time.perf_counter()
     by_the_first(lambda: scored(dense, config, run))
     times, scores = {"scores": time.perf_counter() - started}, Scores.load(folder)
     scores.check(dense)
-    if not run.images.classes:
-        run = replace(run, reference=reference_of(dense, run.images, config, config.objective))
-
-    def judge(model: nn.Module) -> Figures:
-        return figures_of(model, run.images, config, run.reference)
-
-    figures = judge(dense.model)
+    run, figures = judged(dense, config, run)
     found = Frontier(type(host).__name__, metric, figures.images, (), unreached, times)
-    found = replace(found, points=(_point(DENSE, None, dense.totals, figures),))
-    run.progress.note(f"scores {times['scores']:.1f} s; dense model: {found.points[0].words}")
-    views: list[Tensor] = []
-    with run.progress.bar("budgets", len(asked)):
-        for text in asked:
-            if text not in done:
-                views = views or list(
-                    calibration(run.images, config.seed, config.repair_views * config.calibration_images)
-                )
-                try:
-                    done[text] = _made(text, metric, dense, scores, views, judge, config, run, table)
-                except BudgetError as error:  # it lies between what widths in whole steps can land on
-                    unreached[text] = str(error)
-                    continue
-            found = replace(found, points=(*found.points, done[text]))
-            by_the_first(partial(found.save, folder))
-            run.progress.step()
-            run.progress.note(f"{text}: {done[text].words}, {done[text].seconds:.1f} s")
+    whole = _point(DENSE, None, dense.totals, figures)
+    run.progress.note(f"scores {times['scores']:.1f} s; dense model: {whole.words}")
+    waiting: dict[str, Architecture] = {}
+    for text in (text for text in asked if text not in done):
+        limit: dict[str, Any] = {metric: text}
+        try:
+            architecture = decide(
+                dense, multiple=config.multiple, scores=scores, constraints=config, table=table, **limit
+            )
+        except BudgetError as error:  # it lies between what widths in whole steps can land on
+            unreached[text] = str(error)
+            continue
+        waiting[text] = architecture
+        if table is not None:
+            run.progress.note(f"{text}: {table.timing(dense, architecture)}")
+            table.save(run.folder.latency_table)
+    models: dict[str, nn.Module] = {}
+    for points, made in _groups(waiting, dense, config, run):
+        done, models = done | points, models | made
+        found = replace(found, points=(whole, *(done[text] for text in asked if text in done)))
+        by_the_first(partial(found.save, folder))
     for text, reason in unreached.items():
         run.progress.note(f"{text} is left out: {reason}")
+    found = replace(found, points=(whole, *(done[text] for text in asked if text in done)))
     if len(found.points) == 1:
         raise BudgetError(next(iter(unreached.values())))
-    return _measured(found, dense, config, run) if processes().is_main_process else found
+    return _measured(found, dense, models, config, run) if processes().is_main_process else found
 
 
-def _made(
-    text: str,
-    metric: str,
-    host: Host,
-    scores: Scores,
-    views: list[Tensor],
-    judge: Callable[[nn.Module], Figures],
-    config: FrontierConfig,
-    run: Run,
-    table: LatencyTable | None,
-) -> Point:
-    """Return the point of a budget, whose model is written. Raises BudgetError when no architecture lands on it."""
-    started, limit = time.perf_counter(), {metric: text}  # type: float, dict[str, Any]
-    found = decide(host, multiple=config.multiple, scores=scores, constraints=config, table=table, **limit)
-    if table is not None:
-        run.progress.note(f"{text}: {table.timing(host, found)}")
-        table.save(run.folder.latency_table)
-    folder = RunFolder(run.folder.path / text.replace("%", "pct"))
-    folder.path.mkdir(exist_ok=True)
-    architecture = decided(folder, lambda: found)
-    model = deployed(prune(host, architecture, repair=views))
-    figures = judge(model)
-    write_model(model, figures, run.images, folder.path)
-    costs = {name: cost.of(architecture) for name, cost in network_costs(host).items()}
-    return _point(text, folder.path.name, costs, figures, time.perf_counter() - started)
+def _groups(
+    waiting: Mapping[str, Architecture], host: Host, config: FrontierConfig, run: Run
+) -> Iterator[tuple[dict[str, Point], dict[str, nn.Module]]]:
+    """Yield the points and models of some budgets, repaired and judged side by side, and written: as many as fit."""
+    views: list[Tensor] = []
+    size = _side_by_side(host, config.repair_views * config.calibration_images)
+    for start in range(0, len(waiting), size):
+        group, started = dict(list(waiting.items())[start : start + size]), time.perf_counter()
+        folders = {text: RunFolder(run.folder.path / text.replace("%", "pct")) for text in group}
+        for text, folder in folders.items():
+            folder.path.mkdir(exist_ok=True)
+            group[text] = decided(folder, partial(group.__getitem__, text))
+        views = views or list(calibration(run.images, config.seed, config.repair_views * config.calibration_images))
+        with run.progress.bar("repair", len(host.blocks)):
+            models = [deployed(own) for own in prune_each(host, list(group.values()), views, run.progress.count)]
+        found = figures_of(models, run.images, config, run.reference)
+        points = {}
+        for (text, architecture), model, figures in zip(group.items(), models, found):
+            write_model(model, figures, run.images, folders[text].path)
+            costs = {name: cost.of(architecture) for name, cost in network_costs(host).items()}
+            seconds = (time.perf_counter() - started) / len(group)
+            points[text] = _point(text, folders[text].path.name, costs, figures, seconds)
+            run.progress.note(f"{text}: {points[text].words}")
+        yield points, dict(zip(group, models))
+
+
+def _side_by_side(host: Host, images: int) -> int:
+    """Return how many models are repaired side by side, whose tokens fit beside those of the dense network."""
+    tokens = max(math.prod(block.attention.grid) + block.attention.prefix_tokens for block in host.blocks)
+    width = max(block.attention.dim for block in host.blocks)
+    stream = images * tokens * width * next(host.model.parameters()).element_size()
+    return max(1, MEMORY // stream - BESIDE)
 
 
 def _point(text: str, folder: str | None, costs: Mapping[str, int], figures: Figures, seconds: float = 0.0) -> Point:
@@ -178,26 +186,35 @@ def _point(text: str, folder: str | None, costs: Mapping[str, int], figures: Fig
     return Point(text, folder, costs["macs"], costs["params"], **quality, seconds=seconds)
 
 
-def _measured(found: Frontier, host: Host, config: FrontierConfig, run: Run) -> Frontier:
+def _measured(
+    found: Frontier, host: Host, models: Mapping[str, nn.Module], config: FrontierConfig, run: Run
+) -> Frontier:
     """Return a frontier with the latency of every point, measured in turns; write it and its plot."""
     started, folder = time.perf_counter(), run.folder.path
     programs = [Program.of(DENSE, host.model)]
     for point in found.points[1:]:
-        path = folder / str(point.folder)
-        given = None if can_build(describe(path).host) else host.model
-        programs.append(Program.of(point.budget, load(path, host=given).to(processes().device)))
+        model = models.get(point.budget)
+        if model is None:
+            path = folder / str(point.folder)
+            given = None if can_build(describe(path).host) else host.model
+            model = load(path, host=given).to(processes().device)
+        programs.append(Program.of(point.budget, model))
     batches = config.batches if found.metric != "latency" else dict.fromkeys((config.latency_batch, *config.batches))
     with run.progress.bar("latency", len(batches)):
         by_batch = []
         for batch in batches:
-            by_batch.append(measure_latencies(programs, batch, seconds=0.5))
+            by_batch.append(measure_latencies(programs, batch, seconds=0.3))
             run.progress.step()
     points = tuple(replace(point, latency=own) for point, *own in zip(found.points, *by_batch))
     found = replace(found, points=points, seconds={**found.seconds, "latency": time.perf_counter() - started})
     found.save(folder)
-    if importlib.util.find_spec("matplotlib"):
+    if _draws():
         plot_frontier(found, folder)
     return found
+
+
+def _draws() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("jinja2", "matplotlib"))
 
 
 def _reachable(

@@ -183,8 +183,8 @@ class Loop:
     def _evaluate(self, epoch: int | None = None) -> Figures:
         """Return the figures now; of an epoch its weights are kept, if they are the best and that is asked for."""
         share_buffers(self.kept)
-        figures = evaluate(
-            *(self.judged, self.validation, self.accelerator, self.config.precision, self.reference),
+        [figures] = evaluate(
+            *([self.judged], self.validation, self.accelerator, self.config.precision, self.reference),
             after_batch=self._stop_or_save,
         )
         if self.settings.keep_best and epoch is not None and is_finite(figures):

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from spvit.checkpoint import write_text
+
 COLOURS = {
     "msa": ("#0072b2", "#4aa8e0"),
     "conv3": ("#e69f00", "#f0b73f"),
@@ -187,15 +189,37 @@ def framed(picture: Picture) -> Picture:
         marks += [box(role, place, picture.height + 62, 11, 11, style=style)]
         marks += [word(name, place + 17, picture.height + 72, "ink", "start")]
         place += 34 + 6.4 * len(name)
-    moved = [replace(mark, points=_moved(mark)) for mark in picture.marks]
+    moved = [replace(mark, points=_moved(mark, 24, 48)) for mark in picture.marks]
     height = picture.height + (90 if picture.legend else 66)
     return replace(picture, width=picture.width + 48, height=height, marks=(*marks, *moved))
 
 
-def _moved(mark: Mark) -> tuple[tuple[float, float], ...]:
-    """Return the places of a mark in a frame; the second of a box is its size."""
+def _moved(mark: Mark, right: float, down: float) -> tuple[tuple[float, float], ...]:
+    """Return the places of a mark that is moved; the second of a box is its size."""
     corners = mark.points[:1] if mark.form in ("box", "image") else mark.points
-    return (*((x + 24, y + 48) for x, y in corners), *mark.points[len(corners) :])
+    return (*((x + right, y + down) for x, y in corners), *mark.points[len(corners) :])
+
+
+def in_a_row(name: str, pictures: Sequence[Picture]) -> Picture:
+    """Return pictures in frames, side by side, as one."""
+    marks, place = [], 0.0
+    for picture in map(framed, pictures):
+        marks += [replace(mark, points=_moved(mark, place, 0)) for mark in picture.marks]
+        place += picture.width
+    return Picture(name, "", "", place, max(framed(picture).height for picture in pictures), tuple(marks))
+
+
+def templates(*folders: Path) -> Any:
+    """Return what renders the templates in folders and the one of pictures."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader([*folders, Path(__file__).parent])
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def write_svg(picture: Picture, path: Path) -> None:
+    """Write a picture as SVG, with hover, in the colours of the reader's theme."""
+    write_text(path, templates().get_template("picture.svg").module.alone(picture, COLOURS))
 
 
 def write_png(picture: Picture, path: Path) -> None:
