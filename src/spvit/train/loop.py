@@ -290,7 +290,7 @@ class Loop:
         *found, seen = torch.stack([value.float() for value in (*losses.values(), total)]).tolist()
         if summed(not math.isfinite(seen))[0] > 0:
             where = f"step {last + 1}" if first == last else f"one of steps {first + 1} to {last + 1}"
-            self._stop_diverged(f"the loss became {seen} at {where}", last)
+            self._stop_diverged(f"the loss became {seen} at {where}", first)
         self.unread = None
         return dict(zip(losses, found))
 
@@ -371,5 +371,5 @@ class Loop:
         kept = f"the last good state is {saved}" if saved else "none was saved yet"
         at = f"{problem} of {name} (epoch {step // self.steps + 1})"
         advice = f"lower --{name}.learning_rate and continue with --resume"
-        rate = groups_of(self.optimizer)[-1]["lr"]
+        rate = self.scale * learning_rate_at(step, self.total, *self.rates)
         raise RunError(f"{at}: learning rate {rate:.3g}{standing}; {kept}; {advice}")
