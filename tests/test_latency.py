@@ -56,8 +56,7 @@ def test_the_table_prices_what_was_measured_and_the_smallest_network(monkeypatch
     table = measure(host, 2, report=lambda name, done, total, _: told.append((name, done, total)))
     assert host.training
     host.eval()
-    # Blocks alike are measured once.
-    assert told == [("latency", done, len(turns) - 1) for done in range(1, len(turns))]
+    assert told == [("latency", done, len(turns) - 1) for done in range(1, len(turns))]  # blocks alike: once
     macs, own = spvit.cost(host)["macs"], table.cost
     assert own.dense == pytest.approx(2e3 * macs, rel=0.01)
     assert own.metric == "latency"
