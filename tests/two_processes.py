@@ -38,14 +38,15 @@ PLAIN = {"flip": 0.0, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}  # a v
 COUNTED = 353  # images to validate on, not alike in number for two processes
 
 
-def halved(folder: Path, batch_size: int) -> dict[str, Any]:
+def halved(folder: Path, batch_size: int, accumulate: int = 1) -> dict[str, Any]:
     """Train where nothing is drawn but the images' order, and return the figures; the first process writes weights."""
-    model, images = micro_host(), digits(batch_size=batch_size, **PLAIN)
+    model, images = micro_host(), digits(batch_size=batch_size, accumulate=accumulate, **PLAIN)
     images = replace(images, validation=Subset(images.validation, range(COUNTED)))
-    (folder / "halved").mkdir(exist_ok=True)
-    figures = run_phase(Phase("dense", model, short(1)), run_in(folder / "halved", images))
+    name = f"halved{accumulate}"
+    (folder / name).mkdir(exist_ok=True)
+    figures = run_phase(Phase("dense", model, short(1)), run_in(folder / name, images))
     if processes().is_main_process:
-        save_file(plain_state(model), folder / "halved.safetensors")
+        save_file(plain_state(model), folder / f"{name}.safetensors")
     return vars(figures)
 
 
@@ -85,7 +86,7 @@ def searched(folder: Path, stops: dict[int, tuple[int, int]], draws: list[Any], 
 def main(folder: Path) -> None:
     """Run all cases and write what this process found."""
     rank, draws = processes().process_index, []  # type: ignore[var-annotated]
-    found: dict[str, Any] = {"halved": halved(folder, 64)}
+    found: dict[str, Any] = {"halved": halved(folder, 64), "quartered": halved(folder, 32, accumulate=2)}
     whole = searched(folder / "whole", {}, draws)
     stops = {3: (signal.SIGTERM, 1), 15: (signal.SIGUSR1, 0)}  # to the second process; to both
     found["continued"] = states_equal(searched(folder / "cut", stops, [], workers=1), whole)

@@ -80,11 +80,14 @@ def test_each_image_is_counted_once(both: Any) -> None:
 
 
 def test_two_processes_of_half_the_batch_are_one_of_the_whole(both: Any, tmp_path: Path) -> None:
+    """Also when each takes that half in two batches, whose gradients add up before they are exchanged."""
     folder, found = both
-    assert found[0]["halved"] == found[1]["halved"] == pytest.approx(halved(tmp_path, 128), rel=1e-6)
-    one, two = (load_file(where / "halved.safetensors") for where in (tmp_path, folder))
-    for key, value in one.items():  # but for keys' biases, which have no gradient but rounding
-        assert torch.allclose(two[key], value, rtol=1e-5, atol=5e-6 if key.endswith("qkv.bias") else 5e-8), key
+    one = halved(tmp_path, 128)
+    for name, file in (("halved", "halved1"), ("quartered", "halved2")):
+        assert found[0][name] == found[1][name] == pytest.approx(one, rel=1e-6)
+        alone, two = load_file(tmp_path / "halved1.safetensors"), load_file(folder / f"{file}.safetensors")
+        for key, value in alone.items():  # but for keys' biases, which have no gradient but rounding
+            assert torch.allclose(two[key], value, rtol=1e-5, atol=5e-6 if key.endswith("qkv.bias") else 5e-8), key
 
 
 def test_a_process_that_fails_ends_the_run_with_one_message_and_a_state(tmp_path: Path) -> None:
