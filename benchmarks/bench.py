@@ -86,7 +86,7 @@ def make_dense(host: str) -> nn.Module:
 def open_images(options: argparse.Namespace) -> Images:
     """Return Fashion-MNIST as every method sees it, limited as the options say."""
     if options.data is not None:
-        _unpack(Path(options.data), Path(options.cache))
+        unpack(Path(options.data), Path(options.cache))
     config = ImageConfig(
         root=options.cache,
         download=options.data is None,
@@ -102,7 +102,7 @@ def open_images(options: argparse.Namespace) -> Images:
     return replace(images, train=train, views=views, validation=_first(images.validation, options.limit))
 
 
-def _unpack(source: Path, cache: Path) -> None:
+def unpack(source: Path, cache: Path) -> None:
     """Unpack the .gz files of a folder to where torchvision looks for them, unless they are there."""
     raw = cache / "FashionMNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)

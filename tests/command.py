@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from spvit.benchmark import measure_latencies
+from spvit.benchmark import Latency, Program, measure_latencies
 from spvit.cli.main import main
+from spvit.cost import NetworkCost
+from spvit.replacements.costs import network_costs
+from spvit.surgery import pruned_record
 from training import MODEL, MODEL_ARGS, micro_host
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -70,3 +74,27 @@ def measure_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
             f"{module}.measure_latencies", lambda programs, batch, **_: measure_latencies(programs, 1, 0.0)
         )
+
+
+def time_by_macs(
+    monkeypatch: pytest.MonkeyPatch, spread: float = 0.01, power: float = 0.8, ms: float = 1e-3
+) -> list[int]:
+    """Let MACs stand for time in latency budgets, a power of them so that savings do not add up.
+
+    Returns the numbers of networks measured together, of which one is the dense network, as they are measured.
+    """
+    turns: list[int] = []
+    costs: dict[Any, NetworkCost] = {}
+
+    def measured(programs: Sequence[Program], batch: int, seconds: float) -> list[Latency]:
+        turns.append(len(programs))
+        host, *pruned = (program.run for program in programs)
+        cost = costs.get(host) or network_costs(host)["macs"]
+        costs[host] = cost
+        macs = [cost.dense, *(cost.of(pruned_record(model).architecture) for model in pruned)]
+        times = [ms * batch * own**power for own in macs]
+        about = {"batch": batch, "device": "cpu", "dtype": "float32", "backend": "torch", "threads": 1, "repeats": 7}
+        return [Latency(own, spread * own, 1000 / own, times[0] / own, (1.0, 1.0), False, **about) for own in times]
+
+    monkeypatch.setattr("spvit.latency.measure_latencies", measured)
+    return turns

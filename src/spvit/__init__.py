@@ -49,6 +49,7 @@ from spvit.hosts.declared import Sites
 from spvit.hosts.host import Host, recognise
 from spvit.hosts.recognise import register
 from spvit.hosts.sites import Rows, UnitRows
+from spvit.latency import LatencyTable, measure
 from spvit.publish import push
 from spvit.repair.constraints import Constraints
 from spvit.repair.scores import Scores, score
@@ -71,13 +72,13 @@ _LATER = {
 
 __all__ = [
     "Architecture", "ArchitectureError", "Benchmark", "BudgetError", "BudgetLoss", "CalibrationError",
-    "CheckpointError", "CompressConfig", "ConstraintError", "Constraints", "DataError", "Description", "ExportError",
-    "Exported", "FrontierConfig", "GridError", "Host", "HubError", "ImageConfig", "Images", "Latency", "ModelError",
-    "NotSearchableError", "PhaseConfig", "Preprocessing", "ReportError", "Rows", "RunError", "RunFolderError",
-    "RunStoppedError", "Scores", "SearchConfig", "Sites", "SpvitError", "UnitRows", "UnknownPartError",
-    "UnsupportedHostError", "ZooError", "architectures", "benchmark", "compress", "cost", "create_model", "decide",
-    "describe", "export", "fold", "frontier", "gate_parameters", "load", "make_searchable", "prune", "push",
-    "recognise", "register", "report", "save", "score", "transform",
+    "CheckpointError", "CompressConfig", "ConstraintError", "Constraints", "DataError", "Description",
+    "ExportError", "Exported", "FrontierConfig", "GridError", "Host", "HubError", "ImageConfig", "Images",
+    "Latency", "LatencyTable", "ModelError", "NotSearchableError", "PhaseConfig", "Preprocessing", "ReportError",
+    "Rows", "RunError", "RunFolderError", "RunStoppedError", "Scores", "SearchConfig", "Sites", "SpvitError",
+    "UnitRows", "UnknownPartError", "UnsupportedHostError", "ZooError", "architectures", "benchmark", "compress",
+    "cost", "create_model", "decide", "describe", "export", "fold", "frontier", "gate_parameters", "load",
+    "make_searchable", "measure", "prune", "push", "recognise", "register", "report", "save", "score", "transform",
 ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""MACs and parameters of a network by what its blocks keep.
+"""MACs, parameters and latency of a network by what its blocks keep.
 
 One table of costs serves architectures (integers) and the expectation of gates (tensors). Costs are MACs of one image,
-or parameters, of the deployed network (batch norms folded).
+parameters, or measured nanoseconds of one pass, of the deployed network (batch norms folded).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class AttentionCost:
 
 @dataclass(frozen=True)
 class BlockCost:
-    """What the parts of one block cost, in MACs or parameters."""
+    """What the parts of one block cost, in one metric."""
 
     kinds: Mapping[str, AttentionCost]
     """By kind of what stands where the attention layer was."""
@@ -83,9 +83,11 @@ class NetworkCost:
     """What a network costs: a fixed part, and what each block's gates decide (paper section 3.4)."""
 
     metric: str
-    """`macs` or `params`."""
+    """`macs`, `params` or `latency`."""
     fixed: int
     blocks: tuple[BlockCost, ...]
+    note: str = ""
+    """What to know where a budget cannot be reached."""
 
     def of(self, architecture: Architecture) -> int:
         """Return the cost of an architecture."""

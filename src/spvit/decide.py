@@ -12,6 +12,7 @@ from spvit.budget import Budget, check_multiple
 from spvit.errors import CalibrationError, ConstraintError, NotSearchableError
 from spvit.hosts.host import Host
 from spvit.hosts.walk import Report
+from spvit.latency import LatencyTable, decide_by_latency, measure
 from spvit.repair.choose import check_reachable, decide_by_scores
 from spvit.repair.constraints import Constraints
 from spvit.repair.objective import Asked
@@ -25,6 +26,8 @@ def decide(
     *,
     macs: str | int | None = None,
     params: str | int | None = None,
+    latency: str | None = None,
+    table: LatencyTable | None = None,
     multiple: int | None = None,
     scores: Scores | None = None,
     calibration: Tensor | Iterable[Any] | None = None,
@@ -46,25 +49,29 @@ def decide(
     Args:
         net: a dense host, with scores or calibration images; or what `make_searchable` returned, searched.
         macs: budget: `"50%"` of the host's cost, `"1.0G"` or a whole number.
-        params: the same in parameters; give at most one of the two.
+        params: the same in parameters; give at most one of the three.
+        latency: `"60%"` of the host's latency, or `"8ms"` (s, ms, us, ns), of one pass; met within 3 %, measured.
+        table: with a latency budget, what `measure(host, batch=...)` returned; None measures now, at batch 1. Whole
+            networks that are measured on the way are added to it, so that the same decision needs no measurement.
         multiple: FFN widths, and ranks of attention, are multiples of it. Default: with a budget 8, or the largest of
             4, 2, 1 that lands within 0.5 % where 8 is too coarse (very small hosts); by gates without a budget 1.
         scores: what `score(host, images)` returned.
         calibration: images to score the host with now, as in `score`: the short form for a single budget.
         constraints: what the scores' choice leaves alone, such as `Constraints(keep=(0, -1), forbid="skip")`.
         objective: with calibration images, what counts of the outputs, as in `score`; scores must be by the same.
-        report: with calibration images, called as by `score`.
+        report: with calibration images, called as by `score`; where latency is measured, as by `measure`.
 
     Raises:
         BudgetError: the budget is malformed, or cannot be reached; names the smallest or largest cost that can.
-        CalibrationError: the scores are of another model or objective, the images cannot be used, or both are given.
+        CalibrationError: the scores are of another model or objective, the images cannot be used, or both are given;
+            or the table is of another model, device or setting.
         ConstraintError: constraints name what the host does not have, or are given for the gates of a search.
         UnsupportedHostError: the model's family, or a part of it, is not known.
         NotSearchableError: the network has no gates and there are neither scores nor images.
     """
     check_multiple(multiple)
     if scores is None and calibration is None:
-        budget = None if macs is None and params is None else Budget.parse(macs, params)
+        budget = None if macs is None and params is None and latency is None else Budget.parse(macs, params, latency)
         if isinstance(net, Host) or searchable_inside(net) is None:
             raise NotSearchableError(
                 f"this {type(net).__name__} is not searchable; give scores=spvit.score(host, images), "
@@ -77,13 +84,19 @@ def decide(
                 "out, or decide for the dense host with scores=spvit.score(host, images)"
             )
         return decide_by_gates(net, budget, multiple)
-    budget = Budget.parse(macs, params)
+    budget = Budget.parse(macs, params, latency)
     host, constraints = Host.of(net), constraints or Constraints()
+    table = None if latency is None else table or measure(host, report=report)
+    if table is not None:
+        table.check(host)
+    priced = None if table is None else table.cost
     if scores is None:
-        check_reachable(host, budget, multiple, constraints, objective=objective)  # before scoring
+        check_reachable(host, budget, multiple, constraints, None, objective, priced)  # before scoring
         assert calibration is not None
         scores = score(host, calibration, multiple=multiple or DEFAULT_MULTIPLE, objective=objective, report=report)
     elif calibration is not None:
         raise CalibrationError("decide takes scores or calibration images, found both; leave one of the two out")
     scores.check_objective(host, objective)
+    if table is not None:
+        return decide_by_latency(host, scores, budget, table, multiple, constraints)
     return decide_by_scores(host, scores, budget, multiple, constraints)

@@ -16,11 +16,13 @@ import torch
 import yaml
 
 import spvit
-from command import DIGITS, SHORT, digits_recipe, measure_briefly, refused, run, trained_weights
+from command import DIGITS, SHORT, digits_recipe, measure_briefly, refused, run, time_by_macs, trained_weights
 from spvit.architecture import dense
 from spvit.cli.main import main, parse
 from spvit.models import ModelConfig, open_model
-from training import MODEL, MODEL_ARGS, image_folder, micro_host, states_equal
+from spvit.train.compress import timed
+from spvit.train.settings import CompressConfig
+from training import MODEL, MODEL_ARGS, digits, image_folder, micro_host, run_in, states_equal
 
 
 @pytest.fixture
@@ -187,6 +189,43 @@ def test_scores_of_a_run_decide_another_budget(capsys, recipe, trained, tmp_path
     refused(capsys, "objective is 'patch', expected auto or", *words, *again[:-1], "patch")
 
 
+def test_a_latency_budget_keeps_its_table_for_what_follows(
+    capsys, recipe, trained, tmp_path: Path, monkeypatch
+) -> None:
+    time_by_macs(monkeypatch)
+    words = ["compress", "--recipe", recipe(checkpoint=trained, calibration_images=200), "--no-train"]
+    first = [*words, "--output", str(tmp_path / "a"), "--latency", "70%"]
+    code, text, problems = run(capsys, *first)
+    assert (code, problems) == (0, "")
+    assert "of the dense network's" in text
+    path = tmp_path / "a" / "latency_table.json"
+    table = path.read_text()
+    found = [spvit.Architecture.load(tmp_path / "a" / "architecture.json")]
+    assert "budget 70%" in (tmp_path / "a" / "report.html").read_text()
+    (tmp_path / "a" / "architecture.json").unlink()
+    monkeypatch.setattr("spvit.train.compress.measure", None)  # the table is not measured again
+    assert run(capsys, *first, "--resume")[0] == 0
+    assert path.read_text() == table
+    again = [*words, "--scores", str(tmp_path / "a"), "--latency", "60%"]
+    assert run(capsys, *again, "--output", str(tmp_path / "b"))[0] == 0
+    found += [spvit.Architecture.load(tmp_path / name / "architecture.json") for name in "ab"]
+    macs = [spvit.cost(micro_host(), own)["macs"] / spvit.cost(micro_host())["macs"] for own in found]
+    assert found[0] == found[1]
+    assert [share**0.8 for share in macs] == pytest.approx([0.7, 0.7, 0.6], rel=0.03)
+    other = CompressConfig(scores=str(tmp_path / "a"), latency_batch=8)  # whose table is not of that
+    monkeypatch.setattr("spvit.train.compress.measure", lambda *_, **__: spvit.LatencyTable.load(path))
+    timed(spvit.Host.of(micro_host()), other, run_in(tmp_path, digits()))
+    assert (tmp_path / "latency_table.json").is_file()
+    (tmp_path / "a" / "architecture.json").unlink()
+    path.write_text(table.replace('"batch": 1', '"batch": 2'))
+    refused(capsys, "the latency table is of batch 2, but here it is 1", *first, "--resume")
+    words = [*first[:-3], str(tmp_path / "d"), "--latency"]
+    refused(capsys, "a larger batch (spvit.measure(host, batch=8), --latency-batch 8) often", *words, "1%")
+    assert not (tmp_path / "d").exists()
+    assert run(capsys, *words, "60%", "--dry-run")[0] == 0
+    assert not (tmp_path / "d").exists()
+
+
 def test_hugging_face_model_is_compressed_and_loaded(capsys, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
@@ -346,13 +385,14 @@ def test_a_phase_that_others_followed_is_not_changed(capsys, recipe, tmp_path: P
 
 
 def test_what_a_run_has_produced_outlives_a_bad_image(capsys, tmp_path: Path) -> None:
-    root, out = image_folder(tmp_path / "pictures"), tmp_path / "run"
-    (root / "val" / "cat" / "2.png").write_bytes(b"junk")  # met after the first epoch
+    root, out = image_folder(tmp_path / "pictures", size=40), tmp_path / "run"
+    cut = root / "val" / "cat" / "2.png"
+    cut.write_bytes(cut.read_bytes()[:60])  # behind its header; met after the first epoch
     arguments = ["train", "--model", "test_vit", "--pretrained", "false", "--model_args", '{"img_size": 32}']
     arguments += ["--data", str(root), "--images.batch_size", "4", "--dense.epochs", "1", "--output", str(out)]
     refused(capsys, "2.png cannot be read", *arguments)
     assert (out / "metrics.jsonl").is_file()
-    more = ["--images.skip_corrupt", "true"]
+    more = ["--images.skip_corrupt", "true", "--images.most_unreadable", "0.5"]
     assert run(capsys, "train", "--output", str(out), "--resume", *more)[0] == 0
 
 
@@ -382,9 +422,10 @@ def test_corrupt_image_ends_a_run_in_one_line_and_leaves_nothing(capsys, tmp_pat
         out = tmp_path / "run"
         refused(capsys, "2.png cannot be read", *arguments, "--output", str(out), "--images.workers", workers)
         assert not out.exists()
-    code, _, problems = run(capsys, *arguments, "--output", str(tmp_path / "run"), "--images.skip_corrupt", "true")
+    more = ["--images.skip_corrupt", "true", "--images.most_unreadable", "0.5"]
+    code, said, _ = run(capsys, *arguments, "--output", str(tmp_path / "run"), *more)
     assert code == 0
-    assert "left out: image" in problems
+    assert "1 of 16 images cannot be read and are left out" in said
 
 
 def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_path: Path) -> None:
@@ -392,7 +433,7 @@ def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_pat
     settings = recipe(dense={"epochs": 1, "learning_rate": 1e30, "warmup_epochs": 0.0, "clip_gradient": 0.0})
     code, _, problems = run(capsys, "train", "--recipe", settings, "--output", str(out))
     assert code == 1
-    assert "of dense (epoch 1): learning rate 9.8e+29" in problems
+    assert "of dense (epoch 1): learning rate 1e+30" in problems
     assert (out / "metrics.jsonl").exists() or (out / "config.yaml").exists()
 
 
@@ -415,7 +456,7 @@ def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_pat
         ("did you mean deit_tiny_patch16_224", "profile --model deit_tiny_patch16_242"),
         ("no trained weights for these 10 classes", "compress --recipe RECIPE --output OUT"),
         ("macs budget 'half' is malformed", "search --recipe TRAINED --output OUT --macs half"),
-        ("found both", "search --recipe TRAINED --output OUT --macs 1M --params 1M"),
+        ("found macs and params", "search --recipe TRAINED --output OUT --macs 1M --params 1M"),
         ("smallest reachable", "compress --recipe TRAINED --output OUT --macs 0.1%"),
         ("above the dense model's", "search --recipe TRAINED --output OUT --macs 90G"),
         ("multiple is 0, expected 1 or more", "search --recipe TRAINED --output OUT --multiple 0"),
@@ -427,6 +468,12 @@ def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_pat
         ("contradict each other", "compress --recipe TRAINED --output OUT --epochs=1 --finetune.epochs 2"),
         ('write "50%"', "compress --recipe TRAINED --output OUT --macs 50"),
         ('write "50%"', "compress --model deit_tiny_patch16_224 --data digits --output OUT --macs 0.5"),
+        ('or a time like "8ms"', "compress --recipe TRAINED --output OUT --latency half"),
+        ('write "0.5ms", or "50%"', "compress --recipe TRAINED --output OUT --latency 0.5"),
+        ("found macs and latency", "compress --recipe TRAINED --output OUT --latency 50% --macs 50%"),
+        ("latency_batch is 0", "compress --recipe TRAINED --output OUT --latency 50% --latency-batch 0"),
+        ("binds decisions by scores", "compress --recipe TRAINED --output OUT --latency 50% --search.epochs 1"),
+        ("binds decisions by scores", "search --recipe TRAINED --output OUT --latency 50%"),
         ("clip_gradient is -1", "search --recipe TRAINED --output OUT --search.clip_gradient -1"),
         ("is not a folder that exists", "train --recipe RECIPE --output OUT --data nowhere"),
         ("precision is 'fp8'", "train --recipe RECIPE --output OUT --precision fp8"),
@@ -517,7 +564,7 @@ def test_help_lists_the_commands(capsys) -> None:
 def test_help_is_short_and_says_how_to_list_the_rest(capsys, name: str) -> None:
     text = help_of(capsys, name, "--help")
     assert f"usage: spvit {name}" in text
-    assert text.count(" --") <= 25
+    assert text.count(" --") <= 26
     assert "--recipe" in text or name == "demo"
     assert "--help-all" in text or name in ("profile", "convert", "benchmark")
 
@@ -525,7 +572,7 @@ def test_help_is_short_and_says_how_to_list_the_rest(capsys, name: str) -> None:
 def test_help_of_compress_has_groups_units_and_defaults(capsys) -> None:
     text = help_of(capsys, "compress", "--help")
     for words in (
-        "model and data: --model", "budget, one of the two: --macs", "what to do: --scores", "run: --recipe",
+        "model and data: --model", "budget, one of these: --macs", "what to do: --scores", "run: --recipe",
         "Budget in MACs of one image", "Images a step on each device (default: 64)", "--epochs", "--no-train",
         "--dry-run", "--help-all List every option",
     ):  # fmt: skip

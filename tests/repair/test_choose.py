@@ -259,7 +259,7 @@ def test_decisions_that_cannot_be_made_are_refused() -> None:
         spvit.decide(host, macs="97%", multiple=36, calibration=x)
     with pytest.raises(BudgetError, match="multiple is 0, expected 1 or more units"):
         spvit.decide(host, macs="50%", multiple=0, calibration=x)
-    with pytest.raises(BudgetError, match="a budget is one of macs or params, found neither"):
+    with pytest.raises(BudgetError, match="a budget is one of macs, params or latency, found none"):
         spvit.decide(host, calibration=x)
     with pytest.raises(BudgetError, match="cannot be reached: the smallest reachable is"):
         spvit.decide(host, macs="1%", calibration=x)
@@ -267,7 +267,7 @@ def test_decisions_that_cannot_be_made_are_refused() -> None:
         spvit.CalibrationError, match="decide takes scores or calibration images, found both; leave one of "
     ):
         spvit.decide(host, macs="50%", calibration=x, scores=spvit.score(host, x))
-    with pytest.raises(BudgetError, match="a budget is one of macs or params, found both"):
+    with pytest.raises(BudgetError, match="a budget is one of macs, params or latency, found macs and params"):
         spvit.decide(host, macs="50%", params="50%", calibration=x)
     with pytest.raises(BudgetError, match="is above the dense model's"):
         spvit.decide(host, macs="1T", calibration=x)

@@ -210,9 +210,11 @@ def test_keeping_everything_keeps_everything() -> None:
 
 def test_choices_too_coarse_for_a_budget_name_the_nearest() -> None:
     constraints = {"only": "attention", "forbid": "narrow", "keep_patches": True}
-    with pytest.raises(BudgetError, match=r"within 0\.5% of .*; the nearest below is [\d,]+, so ask for .*%$") as error:
+    with pytest.raises(
+        BudgetError, match=r"within 0\.5% of .*; the nearest below is [\d,]+ macs, so ask for .*%$"
+    ) as error:
         decided("class_token", "80%", **constraints)
-    nearest, share = re.search(r"below is ([\d,]+), so ask for (.*)$", str(error.value)).groups()
+    nearest, share = re.search(r"below is ([\d,]+) macs, so ask for (.*)$", str(error.value)).groups()
     host, _ = scored("class_token")
     assert spvit.cost(host, decided("class_token", share, **constraints))["macs"] == int(nearest.replace(",", ""))
 

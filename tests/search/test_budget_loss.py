@@ -85,7 +85,7 @@ def test_budget_loss_refuses_what_has_no_gates_and_budgets_it_cannot_meet() -> N
     host, net = make_net("class_token")
     with pytest.raises(NotSearchableError, match=r"this VisionTransformer is not searchable; pass what "):
         spvit.BudgetLoss(host, macs="50%")
-    with pytest.raises(BudgetError, match="one of macs or params, found neither"):
+    with pytest.raises(BudgetError, match="one of macs, params or latency, found none"):
         spvit.BudgetLoss(net)
     with pytest.raises(BudgetError, match="above the dense model's"):
         spvit.BudgetLoss(net, macs="1T")

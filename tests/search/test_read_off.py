@@ -115,7 +115,7 @@ def test_budgets_that_cannot_be_decided_are_refused() -> None:
         spvit.decide(net, macs="69.5%", multiple=36)
     with pytest.raises(BudgetError, match="multiple is 0, expected 1 or more units"):
         spvit.decide(net, multiple=0)
-    with pytest.raises(BudgetError, match="found both"):
+    with pytest.raises(BudgetError, match="found macs and params"):
         spvit.decide(net, macs="50%", params="50%")
     with pytest.raises(BudgetError, match="malformed"):
         spvit.decide(net, macs="half")

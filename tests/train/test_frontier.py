@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import spvit
-from command import measure_briefly, refused, run
+from command import measure_briefly, refused, run, time_by_macs
 from spvit.errors import BudgetError, DataError, RunFolderError
 from spvit.train.points import Frontier
 from training import digits, micro_host, photographs, states_equal
@@ -147,12 +147,24 @@ def test_no_plot_without_matplotlib_and_the_rest_is_there(monkeypatch, tmp_path:
     assert half.params == pytest.approx(0.5 * dense.params, rel=0.01)
 
 
+def test_budgets_of_latency(capsys, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    time_by_macs(monkeypatch)
+    words = ("--metric", "latency", "--budgets", "60%", "80%", "1%")
+    code, text, _ = run(capsys, *command(dense, tmp_path / "run", *words))
+    assert code == 0
+    assert "1% is left out: a budget of" in text
+    whole, *points = Frontier.load(tmp_path / "run").points
+    assert [point.budget for point in points] == ["80%", "60%"]
+    assert [(point.macs / whole.macs) ** 0.8 for point in points] == pytest.approx([0.8, 0.6], rel=0.03)
+    assert (tmp_path / "run" / "latency_table.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         ("macs budget 'half' is malformed", "--budgets 50% half"),
         ("cannot be reached", "--budgets 1% 2%"),
-        ("of macs or params", "--metric flops"),
+        ("of macs, params, latency", "--metric flops"),
         ("expected one or more", "--budgets []"),
         ("batches is (0,), expected 1 or more", "--batches 0"),
         ("repair_views is 0", "--repair-views 0"),

@@ -39,7 +39,9 @@ def phase_of(kind: str) -> Phase:
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in values.items() if name != "images_per_s"} for values in found]
+    return [
+        {name: value for name, value in values.items() if name not in ("images_per_s", "data_wait")} for values in found
+    ]
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,13 @@ from torch.nn import functional as F
 import spvit
 from spvit.cli.main import main
 from spvit.errors import DataError
-from spvit.train.data import Images, find_images
+from spvit.train.data import Images
 from spvit.train.figures import Agreement, Answering, Reference, figures_of, reference_of
 from spvit.train.loop import Phase, Run, run_phase
 from spvit.train.rate import with_rate
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import CompressConfig, ImageConfig, LoopConfig, PhaseConfig
+from spvit.train.sources import find_images
 from training import GREY, compressed, digits, image_folder, micro_host, short, states_equal
 
 
@@ -42,8 +43,8 @@ def test_a_tenth_of_a_folder_without_labels_validates_the_same_in_every_run(tmp_
     (folder / "notes.txt").write_text("not an image")
     train, validation, classes = find_images(str(folder), ImageConfig())
     assert (len(train), len(validation), classes) == (27, 4, ())
-    assert {path for path, _ in [*train, *validation]} == set(folder.rglob("*.png"))
-    assert find_images(str(folder), ImageConfig()) == (train, validation, ())
+    assert {Path(path) for path, _ in [*train, *validation]} == set(folder.rglob("*.png"))
+    assert list(find_images(str(folder), ImageConfig())[0]) == list(train)
 
 
 def test_train_and_val_without_folders_for_classes_have_no_labels(tmp_path: Path) -> None:
@@ -52,7 +53,7 @@ def test_train_and_val_without_folders_for_classes_have_no_labels(tmp_path: Path
         for index in range(count):
             Image.new("L", (8, 8), 20 * index).save(tmp_path / part / f"{index}.png")
     train, validation, classes = find_images(str(tmp_path), ImageConfig())
-    assert ([path.parent.name for path, _ in validation], len(train), classes) == (["val", "val"], 5, ())
+    assert ([Path(path).parent.name for path, _ in validation], len(train), classes) == (["val", "val"], 5, ())
     for path in (tmp_path / "val").iterdir():
         path.unlink()
     with pytest.raises(DataError, match="5 images in train/ and 0 in val/, expected some in both"):

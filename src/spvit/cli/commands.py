@@ -31,6 +31,7 @@ from spvit.replacements.costs import network_costs
 from spvit.surgery import prune, pruned_record
 from spvit.train.compress import check_decision, deployed, run_compress, search, write_model
 from spvit.train.figures import Evaluation, Figures, figures_of
+from spvit.train.headers import checked
 from spvit.train.loop import Phase, Run, run_phase
 from spvit.train.processes import by_the_first, processes
 from spvit.train.progress import PhaseProgress
@@ -72,7 +73,7 @@ def _say_where(console: Console, folder: Path, *lines: str) -> None:
 def train_command(options: cli.TrainCommand, console: Console) -> None:
     """Train a dense model and write it."""
     model, run = open_run("train", options, True, console)
-    _write(model, run_phase(Phase(DENSE, model, options.dense), run), run, console)
+    _write(model, run_phase(Phase(DENSE, model, options.dense), checked(run)), run, console)
 
 
 def search_command(options: cli.SearchCommand, console: Console) -> None:
@@ -82,6 +83,7 @@ def search_command(options: cli.SearchCommand, console: Console) -> None:
     budget = options.budget()  # before anything is downloaded
     host, run = open_run("search", options, False, console)
     limits = check_decision(host, budget, options.multiple)
+    run = checked(run)
     net, architecture = search(host, limits, options.search, run, options.multiple)
     console.print(block_table(architecture, network_costs(host), "architecture"))
     pruned = prune(host, architecture, weights=net)
@@ -98,7 +100,7 @@ def finetune_command(options: cli.FinetuneCommand, console: Console) -> None:
         model = _pruned_to(model, architecture, options.architecture)
     elif pruned_record(model) is None:
         raise ModelError(f"{options.model} is a dense model; name what to keep with --architecture, or see spvit train")
-    figures = run_phase(Phase(FINETUNE, model, options.finetune, teacher=teacher), run)
+    figures = run_phase(Phase(FINETUNE, model, options.finetune, teacher=teacher), checked(run))
     _write(deployed(model), figures, run, console)
 
 
@@ -113,7 +115,8 @@ def compress_command(options: cli.CompressCommand, console: Console) -> None:
     if not processes().is_main_process:
         return
     costs = network_costs(result.host)
-    latencies = latencies_of({"dense": result.host, "pruned": result.model}, options.batches, console)
+    batches = options.batches if options.latency is None else dict.fromkeys((options.latency_batch, *options.batches))
+    latencies = latencies_of({"dense": result.host, "pruned": result.model}, [*batches], console)
     console.print(block_table(result.architecture, costs, "architecture"), comparison_table(result, costs))
     console.print(latency_table(latencies))
     after = f"right after pruning {result.after_pruning.words}"

@@ -25,8 +25,9 @@ from spvit.models import ModelConfig, OpenedModel, open_model
 from spvit.quantize import CALIBRATION_IMAGES, HELD_OUT, answers
 from spvit.surgery import pruned_record
 from spvit.train.compress import calibration
-from spvit.train.data import UNREAD, Images, find_images, images_of, validation_loader
+from spvit.train.data import UNREAD, Images, images_of, validation_loader
 from spvit.train.run_folder import RunFolder
+from spvit.train.sources import find_images
 from spvit.writers import SUFFIXES, session
 
 COMPARED = {"fp32": 64, "fp16": 500, "int8": 500}

@@ -11,8 +11,9 @@ from spvit.errors import DataError, ModelError
 from spvit.hosts.host import input_size
 from spvit.hosts.recognise import family_of
 from spvit.models import HUGGING_FACE, OpenedModel, number_of_classes, open_model
-from spvit.train.data import Images, find_images, images_of
+from spvit.train.data import Images, images_of
 from spvit.train.settings import ImageConfig
+from spvit.train.sources import find_images
 
 
 def model_and_images(

@@ -28,8 +28,8 @@ class DataOptions:
     """The images."""
 
     data: str
-    """A folder with train/ and val/ (a folder a class in each), a torchvision data set (CIFAR10), or digits; to
-    compress without training by labels, any folder of images."""
+    """A folder with train/ and val/ (a folder a class in each, or tar files), wds/PLACE of tar files, hfds/NAME at
+    Hugging Face, a torchvision data set (CIFAR10), or digits; to compress without labels, any folder of images."""
     images: ImageConfig = field(default_factory=ImageConfig)
     """How images are read, augmented and batched."""
 
@@ -56,17 +56,21 @@ class TrainCommand(RunCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetOptions:
-    """The cost of the pruned model: one of the two, or else half of the MACs."""
+    """The cost of the pruned model: one of them, or else half of the MACs."""
 
     macs: str | int | None = None
     """Budget in MACs of one image: a share of the dense model's (50%), an amount (1.0G, 300M), or a whole number. 50%
     when no budget is given."""
     params: str | int | None = None
     """Budget in parameters, in the same forms."""
+    latency: str | None = None
+    """Budget in time of one pass, measured on this machine: a share of the dense model's (60%), or a time (8ms); not
+    for a search."""
 
     def budget(self) -> Budget:
         """Return the budget; half of the MACs when none is given. Raises BudgetError when it is malformed."""
-        return Budget.parse("50%" if self.macs is None and self.params is None else self.macs, self.params)
+        half = self.macs is None and self.params is None and self.latency is None
+        return Budget.parse("50%" if half else self.macs, self.params, self.latency)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +101,7 @@ class FrontierCommand(FrontierConfig, RunCommand):
     budgets: tuple[str, ...] = BUDGETS
     """Budgets, in the forms of macs: 75% 50% 1.0G."""
     metric: str = "macs"
-    """What the budgets are of: macs or params."""
+    """What the budgets are of: macs, params or latency."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ DEMO = Path(__file__).with_name("digits.yaml")
 # Options of the short help.
 _HEADINGS = {
     "model and data": ("model", "checkpoint", "data", "images.batch-size"),
-    "budget, one of the two": ("macs", "params"),
+    "budget, one of these": ("macs", "params", "latency"),
     "budgets": ("budgets", "metric"),
     "what may change": ("keep", "only", "forbid"),
     "what to do": ("architecture", "scores", "epochs", "minutes", "no-train"),

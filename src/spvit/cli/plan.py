@@ -25,12 +25,13 @@ from spvit.errors import RunFolderError
 from spvit.hosts.host import Host
 from spvit.replacements.costs import network_costs
 from spvit.train.compress import check_compress, search_phase
-from spvit.train.data import find_images, training_loader
+from spvit.train.data import training_loader
 from spvit.train.figures import reference_of
 from spvit.train.loop import Loop, Phase, Run
 from spvit.train.optimizers import groups_of, tensors_of
 from spvit.train.run_folder import DENSE, FINETUNE, RunFolder
 from spvit.train.settings import ImageConfig
+from spvit.train.sources import find_images
 
 IMAGENET_TRAIN, IMAGENET_VALIDATION, IMAGENET_CLASSES = 1_281_167, 50_000, 1000
 STEPS, BATCH_ON_CPU, FEW = 3, 8, 16
@@ -49,8 +50,10 @@ def print_plan(options: CompressCommand, console: Console) -> None:
     if not images.classes:
         few = replace(images, validation=Subset(images.validation, range(min(FEW, len(images.validation)))))  # type: ignore[arg-type]
         run = replace(run, reference=reference_of(host, few, options, options.objective))
-    limits = check_compress(host, options.budget(), options, run, weights=False)
-    [(budgeted, share)] = [(metric, target / costs[metric].dense) for metric, target in limits.items()]
+    budget = options.budget()
+    limits = check_compress(host, budget, options, run, weights=False)
+    [(budgeted, target)] = limits.items()
+    share = budget.fraction or 1.0 if budgeted == "latency" else target / costs[budgeted].dense
     phases = [
         Phase(DENSE, copy.deepcopy(host), options.dense),
         *([search_phase(host, limits, options.search)] if options.search.epochs > 0 else []),
@@ -60,6 +63,8 @@ def print_plan(options: CompressCommand, console: Console) -> None:
     say(console, f"plan of spvit compress to {options.output}; nothing is written", f"model: {options.model}")
     if options.given():
         say(console, f"constraints: {'; '.join(options.given().values())}")
+    if budgeted == "latency":
+        say(console, f"latency: {target} asked, measured at the start of the run; below, MACs as if of the same share")
     for metric, cost in costs.items():
         after = f"{'' if metric == budgeted else 'about '}{human(share * cost.dense)} ({share:.1%}) after"
         say(console, f"{metric}: {human(cost.dense)} before, {after}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from spvit.architecture import DEFAULT_MULTIPLE, FFN, KINDS, REPAIRED, Architecture, Attention, Block
-from spvit.budget import MULTIPLES, TOLERANCE, Budget, human, too_coarse
+from spvit.budget import MULTIPLES, Budget, in_words, least_in_words, tolerance, too_coarse
 from spvit.cost import NetworkCost
 from spvit.errors import BudgetError
 from spvit.hosts.host import Host
@@ -27,9 +27,16 @@ STEPS_PER_SITE = 512
 
 
 def decide_by_scores(
-    host: Host, scores: Scores, budget: Budget, multiple: int | None, constraints: Constraints
+    host: Host,
+    scores: Scores,
+    budget: Budget,
+    multiple: int | None,
+    constraints: Constraints,
+    priced: NetworkCost | None = None,
 ) -> Architecture:
     """Return the architecture with the least sum of scores within a budget and constraints, as `decide` says.
+
+    priced: the costs in the budget's metric, where they are measured.
 
     Raises:
         BudgetError: the budget cannot be reached; names the smallest cost that can, or the nearest below.
@@ -37,18 +44,18 @@ def decide_by_scores(
         ConstraintError: the constraints name what the host does not have.
     """
     scores.check(host)
-    whole = _costs(host, budget, scores.objective)
+    whole = _costs(host, budget, scores.objective, priced)
     target = _reachable(host, whole, budget, multiple, constraints, scores.blocks)
     prefix, allowed = _under(whole, host, constraints), constraints.at(host)
     multiples, attends = MULTIPLES if multiple is None else (multiple,), _attends(host)
     # The best that is affordable is within tolerance nearly always; where all are below, the rest is spent, in the
     # finest steps, which harm least.
-    nearly = math.ceil((1 - TOLERANCE) * target)
+    nearly = math.ceil((1 - tolerance(budget.metric)) * target)
     steps = [*((step, 0) for step in multiples), *((step, nearly) for step in reversed(multiples))]
     costs, found = (prefix, whole)[prefix is whole :], []
     for cost in costs:
         tried = (choose(scores.blocks, cost, target, step, wanted, attends, allowed) for step, wanted in steps)
-        landed = (chosen for chosen in tried if chosen is not None and cost.of(chosen) >= (1 - TOLERANCE) * target)
+        landed = (chosen for chosen in tried if chosen is not None and cost.of(chosen) >= nearly)
         if (chosen := next(landed, None)) is not None:
             last = replace(chosen.blocks[-1], tokens="all" if cost is whole else "prefix")
             found.append(replace(chosen, blocks=(*chosen.blocks[:-1], last)))
@@ -61,8 +68,8 @@ def decide_by_scores(
         variants = _attending(costly) if attends else [costly]
         most += [_least_sum(variant, target - cost.fixed, 0) for variant in variants]
     below = whole.fixed + max(_sum(chosen, 1) for chosen in most if chosen is not None)
-    # A little more than it costs, since costs are counted in steps.
-    nearest = f"the nearest below is {below:,}, so ask for {math.ceil(10025 * below / whole.dense) / 100:.2f}%"
+    share = math.ceil(10025 * below / whole.dense) / 100  # a little more than it costs, as costs are counted in steps
+    nearest = f"the nearest below is {in_words(budget.metric, below, exact=True)}, so ask for {share:.2f}%"
     raise BudgetError(f"{too_coarse(multiples[-1], budget.metric, target)}; {nearest}")
 
 
@@ -79,20 +86,21 @@ def check_reachable(
     constraints: Constraints,
     scores: Sequence[BlockScores] | None = None,
     objective: Asked = "auto",
+    priced: NetworkCost | None = None,
 ) -> int:
-    """Return the target in MACs or parameters. Without scores, what scoring by the objective will find counts.
+    """Return the target in the metric's units. Without scores, what scoring by the objective will find counts.
 
     Raises:
         BudgetError: nothing costs so little; names the smallest reachable cost, and which constraint to loosen.
         ConstraintError: the constraints name what the host does not have.
     """
-    return _reachable(host, _costs(host, budget, objective), budget, multiple, constraints, scores)
+    return _reachable(host, _costs(host, budget, objective, priced), budget, multiple, constraints, scores)
 
 
-def _costs(host: Host, budget: Budget, objective: Asked) -> NetworkCost:
-    """Return the costs of a host, of prefix tokens alone only where the objective reads no others and MACs count."""
-    cost = network_costs(host)[budget.metric]
-    if cost.blocks[-1].prefix_only is None or (budget.metric == "macs" and patches_unread(host, objective)):
+def _costs(host: Host, budget: Budget, objective: Asked, priced: NetworkCost | None) -> NetworkCost:
+    """Return the costs of a host, of prefix tokens alone only where the objective reads no others and it saves some."""
+    cost = priced or network_costs(host)[budget.metric]
+    if cost.blocks[-1].prefix_only is None or (budget.metric != "params" and patches_unread(host, objective)):
         return cost
     return replace(cost, blocks=(*cost.blocks[:-1], replace(cost.blocks[-1], prefix_only=None)))
 
@@ -121,16 +129,17 @@ def _reachable(
         variants = _attending(sites) if _attends(host) else [sites]
         return cost.fixed + min(sum(min(spent for _, spent, _ in site) for site in variant) for variant in variants)
 
-    least, given = smallest(constraints), constraints.given()
-    if target >= least:
+    fewest, given = smallest(constraints), constraints.given()
+    if target >= fewest:
         return target
     under = f", under {'; '.join(given.values())}" if given else ""
     loosened = [(smallest(replace(constraints, **{name: getattr(Constraints, name)})), name) for name in given]
-    advice = f"; loosen {loosest[1]}: without it {human(loosest[0])}" if given and (loosest := min(loosened)) else ""
+    loosest, name = min(loosened, default=(0, ""))
+    advice = f"; loosen {name}: without it {in_words(budget.metric, loosest)}" if given else ""
     raise BudgetError(
-        f"a budget of {human(target)} {budget.metric} ({target / cost.dense:.1%}) cannot be reached with FFN "
-        f"widths that are multiples of {step}{under}: the smallest reachable is {human(least)} "
-        f"({least / cost.dense:.1%}, {least:,} {budget.metric}){advice}"
+        f"a budget of {in_words(budget.metric, target)} ({target / cost.dense:.1%}) cannot be reached with FFN "
+        f"widths that are multiples of {step}{under}: the smallest reachable is "
+        f"{least_in_words(cost, fewest)}{advice}"
     )
 
 

@@ -26,9 +26,10 @@ from spvit.hosts.walk import evaluating
 from spvit.models import open_model
 from spvit.report.reading import Reading, attempted, model_config
 from spvit.surgery import pruned_record
-from spvit.train.data import find_images, images_of
+from spvit.train.data import images_of
 from spvit.train.drawing import Mark, Picture, word
 from spvit.train.settings import ImageConfig
+from spvit.train.sources import find_images
 
 BATCH = 32
 SHOWN, LOOKED_AT = 8, 4

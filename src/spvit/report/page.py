@@ -140,10 +140,11 @@ def _state(reading: Reading) -> str:
 def _sentence(reading: Reading) -> str:
     """Return what came out, in plain words."""
     if points := reading.frontier.get("points"):
-        (dense, *_, last), metric = points, METRICS.get(reading.frontier.get("metric", ""), "cost")
+        (dense, *_, last), metric = points, reading.frontier.get("metric", "cost")
         name, _ = quality(dense)
         return (
-            f"One scoring and {len(points) - 1} budgets: at {last['budget']} of the {metric} the {name} is "
+            f"One scoring and {len(points) - 1} budgets: "
+            f"at {last['budget']} of the {METRICS.get(metric, metric)} the {name} is "
             f"{said(last)}, of the dense network {said(dense)}, on "
             f"{reading.frontier.get('images', 0):,} validation images."
         )
@@ -198,17 +199,17 @@ def _costs(reading: Reading) -> list[Card]:
 
 
 def _latencies(reading: Reading) -> list[Card]:
-    """Return the latency at each batch size, with what it was measured on."""
-    cards = []
+    """Return the latency at each batch size, with what it was measured on, and the budget of one."""
+    cards, settings, asked = [], reading.settings, reading.settings.get("latency")
     for before, now in zip(reading.latency.get("dense", []), reading.latency.get("pruned", [])):
         times, noise = now["speed_up"], "; noise" if now["within_noise"] else ""
         dense, (low, high) = f"dense {before['latency_ms']:.2f} ms", now["speed_up_range"]
         of = f"{times:.2f}x as fast ({low:.2f} to {high:.2f}{noise})"
         threads = f"{now['threads']} thread{'s'[: now['threads'] != 1]}"
         where = f"spread {now['spread_ms']:.2f}; {now['device']}, {now['dtype']}, {threads}, {now['repeats']} rounds"
-        cards.append(
-            Card(f"latency, batch {now['batch']}", f"{now['latency_ms']:.2f} ms", (dense, of, where), 1 / times)
-        )
+        asked = [f"budget {asked}"] if now["batch"] == settings.get("latency_batch", 1) and asked else []
+        notes = (*asked, dense, of, where)
+        cards.append(Card(f"latency, batch {now['batch']}", f"{now['latency_ms']:.2f} ms", notes, 1 / times))
     return cards
 
 

@@ -8,11 +8,20 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from spvit.architecture import FFN, Architecture, Attention, Block
-from spvit.budget import MULTIPLES, TOLERANCE, Budget, human, too_coarse
+from spvit.budget import MULTIPLES, TOLERANCE, Budget, in_words, least_in_words, too_coarse
 from spvit.cost import NetworkCost
 from spvit.errors import BudgetError
 from spvit.search.gates import is_open
 from spvit.search.network import gated_layers, search_record
+
+
+def check_counted(budget: Budget) -> None:
+    """Raise BudgetError for a latency budget: the loss of a search is a sum of costs, which latency is not."""
+    if budget.metric == "latency":
+        raise BudgetError(
+            "a latency budget binds decisions by scores, but the gates of a search learn with MACs or parameters: give "
+            "macs or params, or decide for the dense host by scores"
+        )
 
 
 def decide_by_gates(net: nn.Module, budget: Budget | None, multiple: int | None) -> Architecture:
@@ -28,6 +37,7 @@ def decide_by_gates(net: nn.Module, budget: Budget | None, multiple: int | None)
     if budget is None:
         widths = [_rounded(int(is_open(item).sum()), len(item), multiple or 1) for item in logits]
         return _architecture(kept, logits, widths)
+    check_counted(budget)
     cost = search_record(net).costs[budget.metric]
     attention = sum(block.attention(item) for block, item in zip(cost.blocks, kept))
     multiples = MULTIPLES if multiple is None else (multiple,)
@@ -60,9 +70,9 @@ def _widths_at_budget(
     ):
         if not reached:
             raise BudgetError(
-                f"a budget of {human(target)} {budget.metric} ({target / cost.dense:.1%}) cannot be reached with the "
-                f"attention layers that the gates keep: the {word} reachable is {human(bound)} "
-                f"({bound / cost.dense:.1%}, {bound:,} {budget.metric}); "
+                f"a budget of {in_words(budget.metric, target)} ({target / cost.dense:.1%}) cannot be reached with the "
+                f"attention layers that the gates keep: the {word} reachable is "
+                f"{least_in_words(cost, bound)}; "
                 "search longer or with a larger budget weight, or ask for that"
             )
     groups = []

@@ -21,19 +21,22 @@ from spvit.architecture import DEFAULT_MULTIPLE, Architecture
 from spvit.budget import Budget, check_multiple
 from spvit.checkpoint import Preprocessing, plain_state, save, write_text
 from spvit.decide import decide
-from spvit.errors import DataError
+from spvit.errors import CalibrationError, DataError
 from spvit.hosts.host import Host, input_size
 from spvit.hosts.recognise import family_of
 from spvit.hosts.walk import Report
+from spvit.latency import LatencyTable, measure
 from spvit.models import number_of_classes
 from spvit.repair.choose import check_reachable
 from spvit.repair.scores import Scores, score
 from spvit.replacements.costs import network_costs
 from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import make_searchable
+from spvit.search.read_off import check_counted
 from spvit.surgery import fold, prune, pruned_record
 from spvit.train.data import Images, load_images, training_loader
 from spvit.train.figures import Figures, figures_of, reference_of
+from spvit.train.headers import checked
 from spvit.train.loop import Phase, Run, run_phase
 from spvit.train.processes import by_the_first, processes, use_device
 from spvit.train.progress import PhaseProgress
@@ -61,6 +64,7 @@ def compress(
     macs: str | int | None = None,
     *,
     params: str | int | None = None,
+    latency: str | None = None,
     output: str | Path | None = None,
     config: CompressConfig | None = None,
     images: ImageConfig | None = None,
@@ -73,10 +77,11 @@ def compress(
 
     Args:
         host: a trained model of a supported family; it stays as it is.
-        data: a folder, labelled or not, a torchvision data set by name, `digits`, or loaded Images. Without labels, and
-            for a host without classes, the dense host is what to agree with.
+        data: what `--data` takes, such as a folder, labelled or not, or loaded Images. Without labels, and for a host
+            without classes, the dense host is what to agree with.
         macs: `"50%"` of the host's cost, `"1.0G"` or a whole number of MACs of one image; half when no budget is given.
-        params: the same in parameters; give at most one of the two.
+        params: the same in parameters; give at most one of the three.
+        latency: `"60%"` of the host's, or `"8ms"`, of one pass of `config.latency_batch` images, measured here.
         output: run folder to keep metrics, states and the model in; None keeps nothing but the returned model.
         config: settings of the phases.
         images: how `data` is read and augmented.
@@ -84,14 +89,15 @@ def compress(
         resume: continue the run that `output` holds.
         console: a rich console to show progress on; None is silent.
         report: called, in the first process, with (phase, steps done, steps in all, figures) after each step of
-            `dense`, `score`, `search`, `repair` and `finetune`: figures are the losses of training known last, and
-            after each epoch, once more, those of its evaluation. What it raises ends the run.
+            `headers`, `dense`, `score`, `search`, `repair` and `finetune`: figures are the losses of training known
+            last, and after each epoch, once more, those of its evaluation. What it raises ends the run.
 
     Raises:
         BudgetError, DataError, ModelError, UnsupportedHostError, RunFolderError: bad input, before anything is trained.
         RunError: training failed; the run folder keeps the last good state.
     """
-    budget = Budget.parse("50%" if macs is None and params is None else macs, params)
+    half = macs is None and params is None and latency is None
+    budget = Budget.parse("50%" if half else macs, params, latency)
     settings = config or CompressConfig()
     use_device(settings.device)
     if isinstance(data, str):
@@ -108,6 +114,7 @@ def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: R
     run = replace(run, images=fitting(run.images, host))
     limits = check_compress(host, budget, config, run)
     run.folder.path.mkdir(parents=True, exist_ok=True)
+    run = checked(run)
     dense = copy.deepcopy(host).to(processes().device)
     if config.dense.epochs > 0:
         dense_figures = run_phase(Phase(DENSE, dense, config.dense), run)
@@ -142,9 +149,10 @@ def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: R
 
 def check_compress(
     host: nn.Module, budget: Budget, config: CompressConfig, run: Run, weights: bool = True
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Refuse what cannot work before anything is trained; return the budget, and open the teachers, with `weights`."""
-    limits, known, objective = check_decision(host, budget, config.multiple), None, config.objective
+    searched, known, objective = config.search.epochs > 0, None, config.objective
+    limits = check_decision(host, budget, config.multiple, searched)
     if config.scores is not None:
         scores = Scores.load(config.scores)
         scores.check_objective(Host.of(host), config.objective)
@@ -152,7 +160,7 @@ def check_compress(
         if weights:
             scores.check(Host.of(host))
             known = scores.blocks
-    if config.search.epochs == 0:
+    if not searched and budget.metric != "latency":  # which is measured first
         check_reachable(Host.of(host), budget, config.multiple, config, known, objective)
     if not run.images.classes:
         _check_unlabelled(config)
@@ -189,9 +197,13 @@ def _check_unlabelled(config: CompressConfig) -> None:
             raise DataError(f"{name}.teacher is named, but without labels the dense model teaches; leave it out")
 
 
-def check_decision(host: nn.Module, budget: Budget, multiple: int | None) -> dict[str, int]:
-    """Return the budget as an argument of `decide`, in MACs or parameters. Raises BudgetError when out of reach."""
+def check_decision(host: nn.Module, budget: Budget, multiple: int | None, searched: bool = True) -> dict[str, Any]:
+    """Return the budget as an argument of `decide`. Raises BudgetError when it is out of reach, or not for a search."""
     check_multiple(multiple)
+    if searched:
+        check_counted(budget)
+    if budget.metric == "latency":
+        return budget.stated
     return {budget.metric: budget.target(network_costs(host)[budget.metric])}
 
 
@@ -255,10 +267,41 @@ def _finished(phase: str, model: nn.Module, config: ScoresConfig, run: Run, *mor
 
 def _by_scores(host: nn.Module, limits: dict[str, Any], config: CompressConfig, run: Run) -> Architecture:
     """Return the architecture that scores choose."""
-    dense = Host.of(host)
+    dense, budget = Host.of(host), Budget.parse(**limits)
+    if budget.metric == "latency" and run.folder.architecture.is_file():  # which may be continued on another machine
+        return Architecture.load(run.folder.architecture)
+    table = timed(dense, config, run) if budget.metric == "latency" else None
+    if table is not None:
+        check_reachable(dense, budget, config.multiple, config, None, config.objective, table.cost)
     scored(dense, config, run)
     scores = Scores.load(run.folder.path)
-    return decide(dense, multiple=config.multiple, scores=scores, constraints=config, **limits)
+    found = decide(dense, multiple=config.multiple, scores=scores, constraints=config, table=table, **limits)
+    if table is not None:
+        run.progress.note(f"latency measured: {table.timing(dense, found)}, asked for {limits['latency']}")
+        table.save(run.folder.latency_table)
+    return found
+
+
+def timed(host: Host, config: ScoresConfig, run: Run) -> LatencyTable:
+    """Return a host's latency table: the run folder's, that of a folder whose scores are taken, or a new one.
+
+    Raises CalibrationError when that of the run folder is of another model, device or setting.
+    """
+    own = run.folder.latency_table
+    given = [] if config.scores is None else [RunFolder(config.scores).latency_table]
+    for path in filter(Path.is_file, [own, *given]):
+        try:
+            table = LatencyTable.load(path)
+            table.check(host, config.latency_batch)
+            return table
+        except CalibrationError as error:
+            if path == own:
+                raise
+            run.progress.note(f"{path} is left out: {error}")
+    with run.progress.bar("latency", 0):
+        table = measure(host, config.latency_batch, report=run.progress.count)
+    table.save(own)
+    return table
 
 
 def scored(host: Host, config: ScoresConfig, run: Run) -> None:

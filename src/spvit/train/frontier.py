@@ -27,13 +27,15 @@ from spvit.decide import decide
 from spvit.errors import BudgetError
 from spvit.hosts.host import Host, input_size
 from spvit.hosts.sources import can_build
+from spvit.latency import LatencyTable
 from spvit.repair.choose import check_reachable
 from spvit.repair.scores import Scores
 from spvit.replacements.costs import network_costs
 from spvit.surgery import prune_each
-from spvit.train.compress import calibration, decided, deployed, fitting, judged, scored, write_model
+from spvit.train.compress import calibration, decided, deployed, fitting, judged, scored, timed, write_model
 from spvit.train.data import Images, load_images
 from spvit.train.figures import Figures, figures_of
+from spvit.train.headers import checked
 from spvit.train.loop import Run
 from spvit.train.plot import plot_frontier
 from spvit.train.points import DENSE, FILE, Frontier, Point
@@ -69,7 +71,7 @@ def frontier(
         host: a trained model of a supported family; it stays as it is.
         data: as in `compress`.
         budgets: shares such as `"50%"`, amounts such as `"1.0G"`, or whole numbers.
-        metric: what budgets are of: `macs` or `params`.
+        metric: what budgets are of: `macs`, `params` or `latency`.
         output: folder to write, new or empty.
         config: settings of scores, repair and measurement.
         images: how `data` is read and augmented.
@@ -99,8 +101,15 @@ def run_frontier(
     folder = run.folder.path
     known = Frontier.load(folder).points if (folder / FILE).is_file() else ()
     done = {point.budget: point for point in known if (folder / str(point.folder) / DESCRIPTION).is_file()}
-    asked, unreached = _reachable(dense, [*budgets, *done], metric, config)
+    table = None
+    if metric == "latency":
+        if processes().num_processes > 1:
+            raise BudgetError("budgets of latency are measured in one process; start the frontier without others")
+        folder.mkdir(parents=True, exist_ok=True)
+        table = timed(dense, config, run)
+    asked, unreached = _reachable(dense, [*budgets, *done], metric, config, table)
     folder.mkdir(parents=True, exist_ok=True)
+    run = checked(run)
     if not _draws():
         run.progress.note("there will be no plot: pip install 'spvit[report]'")
     started = time.perf_counter()
@@ -115,9 +124,16 @@ def run_frontier(
     for text in (text for text in asked if text not in done):
         limit: dict[str, Any] = {metric: text}
         try:
-            waiting[text] = decide(dense, multiple=config.multiple, scores=scores, constraints=config, **limit)
+            architecture = decide(
+                dense, multiple=config.multiple, scores=scores, constraints=config, table=table, **limit
+            )
         except BudgetError as error:  # it lies between what widths in whole steps can land on
             unreached[text] = str(error)
+            continue
+        waiting[text] = architecture
+        if table is not None:
+            run.progress.note(f"{text}: {table.timing(dense, architecture)}")
+            table.save(run.folder.latency_table)
     models: dict[str, nn.Module] = {}
     for points, made in _groups(waiting, dense, config, run):
         done, models = done | points, models | made
@@ -183,9 +199,10 @@ def _measured(
             given = None if can_build(describe(path).host) else host.model
             model = load(path, host=given).to(processes().device)
         programs.append(Program.of(point.budget, model))
-    with run.progress.bar("latency", len(config.batches)):
+    batches = config.batches if found.metric != "latency" else dict.fromkeys((config.latency_batch, *config.batches))
+    with run.progress.bar("latency", len(batches)):
         by_batch = []
-        for batch in config.batches:
+        for batch in batches:
             by_batch.append(measure_latencies(programs, batch, seconds=0.3))
             run.progress.step()
     points = tuple(replace(point, latency=own) for point, *own in zip(found.points, *by_batch))
@@ -201,17 +218,19 @@ def _draws() -> bool:
 
 
 def _reachable(
-    host: Host, budgets: Sequence[str | int], metric: str, config: FrontierConfig
+    host: Host, budgets: Sequence[str | int], metric: str, config: FrontierConfig, table: LatencyTable | None
 ) -> tuple[list[str], dict[str, str]]:
     """Return the budgets that can be reached, the largest first, each once, and why others cannot."""
-    if metric not in METRICS or not budgets:
-        raise BudgetError(f"budgets are {list(budgets)} of {metric!r}, expected one or more, of {' or '.join(METRICS)}")
+    if metric not in (*METRICS, "latency") or not budgets:
+        known = ", ".join((*METRICS, "latency"))
+        raise BudgetError(f"budgets are {list(budgets)} of {metric!r}, expected one or more, of {known}")
     targets: dict[int, str] = {}
+    priced = None if table is None else table.cost
     unreached = {}
     for text in map(str, budgets):
         budget = Budget.parse(**{metric: text})
         try:
-            target = check_reachable(host, budget, config.multiple, config, objective=config.objective)
+            target = check_reachable(host, budget, config.multiple, config, None, config.objective, priced)
             targets.setdefault(target, text)
         except BudgetError as error:
             unreached[text] = str(error)

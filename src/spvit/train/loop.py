@@ -32,6 +32,7 @@ from spvit.train.losses import agreement_loss, open_teacher, task_loss
 from spvit.train.optimizers import groups_of, learning_rate_at, load_tensors, optimizer_of, tensors_of
 from spvit.train.processes import by_the_first, make_accelerator, share_buffers, summed
 from spvit.train.progress import PhaseProgress
+from spvit.train.reading import Reading
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig
 from spvit.train.signals import deferred
@@ -91,7 +92,7 @@ class Loop:
         self.ends_at = self.saved_at + 60 * (phase.config.minutes or math.inf)
         self.place = 0, 0  # epochs done, and steps of the next
         self.settings = settings = phase.config
-        self.folder, self.config, self.progress = run.folder, run.config, run.progress
+        self.folder, self.config, self.progress, self.images = run.folder, run.config, run.progress, run.images
         self.accelerator = make_accelerator()
         self.tracking = Tracking(run.config, run.folder, phase.name)
         self.reference = run.reference
@@ -162,6 +163,8 @@ class Loop:
                 if is_finite(figures):
                     self._save(figures)
                 self.progress.epoch(epoch + 1, epoch + 1 if over else epochs, figures.words, vars(figures))
+                where = f"{self.phase.name} epoch {epoch + 1}"
+                self.reading.judge(self.images, figures.images, where, self.folder, self.progress)
                 if over:
                     break
         figures = self._evaluate() if figures is None else figures
@@ -195,7 +198,8 @@ class Loop:
         self.model.train()
         started = time.perf_counter()
         values: dict[str, float] = {}
-        for index, batches in enumerate(groups(self.train, self.accumulate), start):
+        self.reading = Reading(self.train, self.accelerator.device)
+        for index, batches in enumerate(groups(self.reading, self.accumulate), start):
             step = epoch * self.steps + index
             set_seed(seed_of(seed, process, "step", index))
             self._keep_unread(self.step(batches, step), step)
@@ -204,6 +208,7 @@ class Loop:
                 values = self._read()
                 rate = self.batch * (index + 1 - start) / (time.perf_counter() - started)
                 more = {"learning_rate": groups_of(self.optimizer)[-1]["lr"], "images_per_s": round(rate, 2)}
+                more["data_wait"] = round(self.reading.waited(), 3)
                 self._record("step", epoch, {"step": step + 1, **values, **more})
             self.progress.step(values)
             self.place = epoch, index + 1
@@ -285,7 +290,7 @@ class Loop:
         *found, seen = torch.stack([value.float() for value in (*losses.values(), total)]).tolist()
         if summed(not math.isfinite(seen))[0] > 0:
             where = f"step {last + 1}" if first == last else f"one of steps {first + 1} to {last + 1}"
-            self._stop_diverged(f"the loss became {seen} at {where}", last)
+            self._stop_diverged(f"the loss became {seen} at {where}", first)
         self.unread = None
         return dict(zip(losses, found))
 
@@ -366,5 +371,5 @@ class Loop:
         kept = f"the last good state is {saved}" if saved else "none was saved yet"
         at = f"{problem} of {name} (epoch {step // self.steps + 1})"
         advice = f"lower --{name}.learning_rate and continue with --resume"
-        rate = groups_of(self.optimizer)[-1]["lr"]
+        rate = self.scale * learning_rate_at(step, self.total, *self.rates)
         raise RunError(f"{at}: learning rate {rate:.3g}{standing}; {kept}; {advice}")

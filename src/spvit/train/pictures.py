@@ -3,16 +3,38 @@
 `Image.convert` alone clips 16 bits to white, drops transparency, and leaves a camera's rotation to the viewer.
 """
 
+import os
 import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ContainerIO import ContainerIO
 
 from spvit.errors import DataError
 
 _SIXTEEN_BITS = ("PNG", "PPM")  # in these files integers of more than eight bits reach up to 65,535
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A picture inside another file, by its name, what opens it, and the path of that file if there is one."""
+
+    name: str
+    open: Callable[[], Any]
+    file: str = ""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def part_of(path: str, start: int, end: int) -> Any:
+    """Return a part of a file, opened."""
+    return ContainerIO(open(path, "rb"), start, end - start)  # it closes with what it is part of
 
 
 def read_picture(source: Any, channels: int, background: float = 1.0) -> Image.Image:
@@ -21,11 +43,8 @@ def read_picture(source: Any, channels: int, background: float = 1.0) -> Image.I
     A background, from 0 (black) to 1 (white), shows through transparent pixels. Raises DataError naming what cannot be
     read, or is of a kind whose black and white are not known.
     """
-    try:
-        if isinstance(source, (str, Path)) and not stat.S_ISREG(Path(source).stat().st_mode):
-            raise ValueError("it is a folder, a pipe or a device, and no file")
-        image: Any = Image.open(source) if isinstance(source, (str, Path)) else source
-        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    with _named(source):
+        image = _opened(source)
         if image is source:
             image = ImageOps.exif_transpose(image)  # a copy
         else:
@@ -36,20 +55,47 @@ def read_picture(source: Any, channels: int, background: float = 1.0) -> Image.I
             behind = (round(255 * background),) * 3
             image = Image.alpha_composite(Image.new("RGBA", image.size, (*behind, 255)), image)
         return image.convert("L" if channels == 1 else "RGB")
+
+
+def check_header(source: str | Stored) -> None:
+    """Raise DataError when the first bytes of a picture show that it cannot be read."""
+    with _named(source), _opened(source):
+        pass
+
+
+@contextmanager
+def _named(source: Any) -> Iterator[None]:
+    """Let what fails say which picture it was."""
+    try:
+        yield
     except Exception as error:  # whatever damaged bytes lead to; all of it means the same to the user
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = "it is no image, or damaged" if isinstance(error, UnidentifiedImageError) else reason
         shown = str(source) if str(source).isprintable() else repr(str(source))
         raise DataError(f"image {shown} cannot be read ({reason.splitlines()[0]})") from error
 
 
+def _opened(source: Any) -> Any:
+    """Return a PIL image whose pixels may not have been read yet. Raises ValueError where white is not known."""
+    if isinstance(source, Stored):
+        image: Any = Image.open(source.open())
+    elif isinstance(source, (str, Path)):
+        if not stat.S_ISREG(os.stat(source).st_mode):
+            raise ValueError("it is a folder, a pipe or a device, and no file")
+        image = Image.open(source)
+    else:
+        image = Image.fromarray(source) if isinstance(source, np.ndarray) else source
+    if image.mode == "I" and image.format not in _SIXTEEN_BITS:
+        raise ValueError("its shades are integers of 32 bits, whose white is not known; save it with 8 or 16 bits")
+    return image
+
+
 def _in_eight_bits(image: Any) -> Any:
     """Return a picture whose shades are of eight bits. Raises ValueError where it is not known which is white."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS):
+    if image.mode.startswith("I"):
         white = 65535.0
     elif image.mode == "F":
         white = 1.0
-    elif image.mode == "I":
-        raise ValueError("its shades are integers of 32 bits, whose white is not known; save it with 8 or 16 bits")
     else:
         return image
     shades = np.asarray(image).astype(np.float64)

@@ -6,7 +6,7 @@ A frontier's folder holds, beside config.yaml and the scores (`--scores` takes t
     frontier.svg, frontier.png  the plot, where the extra `report` is installed
     50pct/, 1.5G/, ...          a model for each budget, with its architecture.json
 
-frontier.json: {"format": "spvit-frontier", "version": 1, "model", "metric": "macs" or "params", "images": how many
+frontier.json: {"format": "spvit-frontier", "version": 1, "model", "metric": as in `frontier`, "images": how many
 validation images, "seconds": {"scores", "latency"}, "unreached": {budget: why}, "points": [...]}. Points are the dense
 model and then the budgets, the largest first, each {"budget": "dense" or "50%", "folder": its name in here (null of the
 dense model), "macs", "params", "accuracy" (0 to 1; null of a backbone), "agreement" (null of a classifier), "seconds":

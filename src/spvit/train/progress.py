@@ -57,8 +57,9 @@ class PhaseProgress:
             self.note(f"{self._name} {done}/{total}: {left} left  {text}".rstrip())
         self._report(losses)
 
-    def count(self, *_: object) -> None:
+    def count(self, _: str, done: int, total: int, *figures: object) -> None:
         """Count one step of work that reports its own."""
+        self._bar.update(self._task, total=total)
         self.step()
 
     def _report(self, figures: Mapping[str, float]) -> None:

@@ -4,8 +4,11 @@
     metrics.jsonl                       figures every few steps and after every epoch
     tracking.json                       which runs of trackers get the same figures
     scores.json, scores.safetensors     what scoring measured
+    latency_table.json                  what latency was measured for a latency budget
     architecture.json                   what the run decided to keep
     state/config.yaml                   the settings as the run last used them, which edits are compared with
+    state/images/headers.safetensors    which image files were looked at, and which of them cannot be read
+    unreadable.json                     images that the run left out, and why
     state/PHASE/epoch-NNNN[-STEP].safetensors   the last two states: so many epochs done, and steps of the next
     state/PHASE/best.safetensors        the best weights of a phase, where it keeps them
     state/score/block-NNNN.safetensors  the scores of a block, until all are there
@@ -47,7 +50,7 @@ KEPT_STATES = 2
 FIXED = (
     *("model", "model_args", "pretrained", "checkpoint", "data", "macs", "params", "seed", "architecture", "scores"),
     *("initialise", "repair", "calibration_images", "repair_views", "multiple", "objective"),
-    *("keep", "only", "forbid", "smallest_width", "keep_patches", "metric"),
+    *("keep", "only", "forbid", "smallest_width", "keep_patches", "metric", "latency", "latency_batch"),
 )
 
 logger = logging.getLogger("spvit")
@@ -60,10 +63,13 @@ class RunFolder:
         self.path = Path(path)
         self.settings = self.path / "config.yaml"
         self.settings_kept = self.path / "state" / "config.yaml"
+        self.headers = self.path / "state" / "images" / "headers.safetensors"
+        self.unreadable = self.path / "unreadable.json"
         self.metrics = self.path / "metrics.jsonl"
         self.tracking = self.path / "tracking.json"
         self.architecture = self.path / "architecture.json"
         self.scores = self.path / "scores.json"
+        self.latency_table = self.path / "latency_table.json"
         self.dense = self.path / "dense"
         self.summary = self.path / "summary.json"
         self.latency = self.path / "latency.json"
@@ -100,7 +106,8 @@ class RunFolder:
         )  # brings Accelerate, which who only reads a folder needs not
 
         made, fresh = [folder for folder in (self.path, *self.path.parents) if not folder.exists()], not self.used
-        first = (self.settings, self.settings_kept, self.scores, self.scores.with_suffix(".safetensors"))
+        first = {self.settings, self.settings_kept, self.headers, self.unreadable, self.latency_table}
+        first |= {self.scores, self.scores.with_suffix(".safetensors")}
         with ExitStack() as lock:
             by_the_first(lambda: lock.enter_context(locked(self.path)))
             for path in self.path.rglob(f".*{UNFINISHED}"):
@@ -196,6 +203,11 @@ class RunFolder:
         """Append a line of figures to metrics.jsonl."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+
+    def list_unreadable(self, found: Mapping[str, str]) -> None:
+        """Add images that cannot be read, and why, to unreadable.json."""
+        known = json.loads(self.unreadable.read_text(encoding="utf-8")) if self.unreadable.is_file() else {}
+        write_text(self.unreadable, json.dumps({**known, **found}, indent=2) + "\n")
 
     def steps_before(self, phase: str) -> int:
         """Return the steps that the other phases have recorded, all of which come before."""

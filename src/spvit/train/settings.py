@@ -56,13 +56,17 @@ class ImageConfig:
     workers: int = within(0, 0)
     """Processes that read images beside the training process."""
     root: str = "data"
-    """Folder of torchvision data sets: read from, or downloaded to."""
+    """Folder of torchvision data sets, and of tar files from object stores: read from, or downloaded to."""
     download: bool = True
     """Whether a torchvision data set that is not under root may be downloaded."""
     held_out: int = within(0, 0)
     """Training images to validate on in place of the validation images (0: use the validation images)."""
+    check: bool = True
+    """Whether a run looks at the headers of all image files before it begins."""
     skip_corrupt: bool = False
-    """Leave out images that cannot be read, with a warning each, in place of stopping."""
+    """Leave out images that cannot be read, in place of stopping."""
+    most_unreadable: float = within(0.001, 0, 1)
+    """Share of the images that skip_corrupt leaves out at most, of all files and in each epoch; more end the run."""
     background: float = within(1.0, 0, 1)
     """Shade that shows through transparent pixels, from 0 (black) to 1 (white)."""
     mean: tuple[float, ...] | None = within(None, 0, 1)
@@ -236,6 +240,8 @@ class ScoresConfig(Constraints, LoopConfig):
     `features` (both); `auto` is logits where it has classes, or what given scores were made with."""
     multiple: int | None = None
     """FFN widths and ranks of attention are multiples of it; when absent 8, or less for very small models."""
+    latency_batch: int = within(1, 1)
+    """Images in one pass where a latency budget is measured: on the device of the run, in single precision."""
 
     def __post_init__(self) -> None:
         Constraints.__post_init__(self)
