@@ -25,8 +25,8 @@ from torch import nn
 import spvit
 from reporting import check_free, machine, write_results
 from spvit.architecture import Architecture
-from spvit.benchmark import Latency, Program, measure_latencies
 from spvit.hosts.host import input_size
+from spvit.speed.benchmark import Latency, Program, measure_latencies
 from spvit.zoo import host_name
 
 COUNTED = {

@@ -25,9 +25,9 @@ from rich.table import Table
 import spvit
 from backbone import TEST_CROPS, TEST_SHARE, crops, load_model, load_photographs
 from reporting import check_free, write_results
-from spvit.benchmark import benchmark
-from spvit.quantize import answers
-from spvit.writers import session
+from spvit.runtimes.quantize import answers
+from spvit.runtimes.writers import session
+from spvit.speed.benchmark import benchmark
 
 
 def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:

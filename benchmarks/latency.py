@@ -29,7 +29,7 @@ from torch import nn
 import spvit
 from backbone import crops, load_model, load_photographs
 from reporting import check_free, write_results
-from spvit.benchmark import Program, measure_latencies
+from spvit.speed.benchmark import Program, measure_latencies
 
 
 def scores_of(host: nn.Module, options: argparse.Namespace) -> spvit.Scores:
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--busy", action="store_true", help="count processor seconds")
     options = parser.parse_args()
     if options.busy:
-        sys.modules["spvit.benchmark"].__dict__["time"] = SimpleNamespace(perf_counter=time.process_time)
+        sys.modules["spvit.speed.benchmark"].__dict__["time"] = SimpleNamespace(perf_counter=time.process_time)
     check_free(options.json)
     torch.set_num_threads(options.threads)
     console, rows = Console(width=140), []

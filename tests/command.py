@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 
-from spvit.benchmark import Latency, Program, measure_latencies
 from spvit.cli.main import main
 from spvit.cost import NetworkCost
 from spvit.replacements.costs import network_costs
+from spvit.speed.benchmark import Latency, Program, measure_latencies
 from spvit.surgery import pruned_record
 from training import MODEL, MODEL_ARGS, micro_host
 
@@ -96,5 +96,5 @@ def time_by_macs(
         about = {"batch": batch, "device": "cpu", "dtype": "float32", "backend": "torch", "threads": 1, "repeats": 7}
         return [Latency(own, spread * own, 1000 / own, times[0] / own, (1.0, 1.0), False, **about) for own in times]
 
-    monkeypatch.setattr("spvit.latency.measure_latencies", measured)
+    monkeypatch.setattr("spvit.speed.latency.measure_latencies", measured)
     return turns

@@ -20,7 +20,6 @@ import importlib
 from typing import Any
 
 from spvit.architecture import Architecture
-from spvit.benchmark import Benchmark, Latency, benchmark
 from spvit.checkpoint import Description, Preprocessing, describe, load, save
 from spvit.decide import decide
 from spvit.errors import (
@@ -44,19 +43,20 @@ from spvit.errors import (
     UnsupportedHostError,
     ZooError,
 )
-from spvit.export import Exported, export
 from spvit.hosts.declared import Sites
 from spvit.hosts.host import Host, recognise
 from spvit.hosts.recognise import register
 from spvit.hosts.sites import Rows, UnitRows
-from spvit.latency import LatencyTable, measure
 from spvit.publish import push
 from spvit.repair.constraints import Constraints
 from spvit.repair.scores import Scores, score
 from spvit.replacements.costs import cost
 from spvit.report import report
+from spvit.runtimes.export import Exported, export
 from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import gate_parameters, make_searchable
+from spvit.speed.benchmark import Benchmark, Latency, benchmark
+from spvit.speed.latency import LatencyTable, measure
 from spvit.surgery import fold, prune
 
 __version__ = "0.1.0"

@@ -12,13 +12,13 @@ from spvit.budget import Budget, check_multiple
 from spvit.errors import CalibrationError, ConstraintError, NotSearchableError
 from spvit.hosts.host import Host
 from spvit.hosts.walk import Report
-from spvit.latency import LatencyTable, decide_by_latency, measure
 from spvit.repair.choose import check_reachable, decide_by_scores
 from spvit.repair.constraints import Constraints
 from spvit.repair.objective import Asked
 from spvit.repair.scores import Scores, score
 from spvit.search.network import searchable_inside
 from spvit.search.read_off import decide_by_gates
+from spvit.speed.latency import LatencyTable, decide_by_latency, measure
 
 
 def decide(

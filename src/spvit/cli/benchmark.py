@@ -9,12 +9,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from spvit.benchmark import Benchmark, benchmark
 from spvit.budget import human
 from spvit.checkpoint import write_text
 from spvit.cli.options import BenchmarkCommand
 from spvit.cli.show import latency_table, right
 from spvit.errors import RunFolderError
+from spvit.speed.benchmark import Benchmark, benchmark
 
 
 def benchmark_command(options: BenchmarkCommand, console: Console) -> None:

@@ -13,7 +13,6 @@ from rich.console import Console
 from torch import nn
 
 from spvit.architecture import Architecture, dense
-from spvit.benchmark import BATCHES, Latency, Program, measure_latencies
 from spvit.budget import human
 from spvit.checkpoint import describe, save, write_text
 from spvit.cli import convert
@@ -28,6 +27,7 @@ from spvit.hosts.host import macs_of_image
 from spvit.hosts.sources import build, can_build, source_of
 from spvit.models import ModelConfig, open_model
 from spvit.replacements.costs import network_costs
+from spvit.speed.benchmark import BATCHES, Latency, Program, measure_latencies
 from spvit.surgery import prune, pruned_record
 from spvit.train.compress import check_decision, deployed, run_compress, search, write_model
 from spvit.train.figures import Evaluation, Figures, figures_of

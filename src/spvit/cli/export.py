@@ -14,21 +14,21 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from spvit.benchmark import benchmark
 from spvit.checkpoint import DESCRIPTION, first_line
 from spvit.cli.options import ExportCommand
 from spvit.cli.show import right, say, speed_text
 from spvit.errors import ExportError, SpvitError
-from spvit.export import Exported, export, fitting_images
 from spvit.hosts.host import input_size
 from spvit.models import ModelConfig, OpenedModel, open_model
-from spvit.quantize import CALIBRATION_IMAGES, HELD_OUT, answers
+from spvit.runtimes.export import Exported, export, fitting_images
+from spvit.runtimes.quantize import CALIBRATION_IMAGES, HELD_OUT, answers
+from spvit.runtimes.writers import SUFFIXES, session
+from spvit.speed.benchmark import benchmark
 from spvit.surgery import pruned_record
 from spvit.train.compress import calibration
 from spvit.train.data import UNREAD, Images, images_of, validation_loader
 from spvit.train.run_folder import RunFolder
 from spvit.train.sources import find_images
-from spvit.writers import SUFFIXES, session
 
 COMPARED = {"fp32": 64, "fp16": 500, "int8": 500}
 """Validation images that an exported file is compared on."""

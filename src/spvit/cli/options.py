@@ -7,9 +7,9 @@ A recipe (YAML) holds the same names. The config.yaml of a run holds its resolve
 from dataclasses import dataclass, field
 from typing import Any
 
-from spvit.benchmark import BATCHES
 from spvit.budget import Budget
 from spvit.models import ModelConfig
+from spvit.speed.benchmark import BATCHES
 from spvit.train.frontier import BUDGETS
 from spvit.train.settings import (
     CompressConfig,

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from spvit.architecture import KINDS, Architecture
-from spvit.benchmark import Latency
 from spvit.budget import human
 from spvit.cost import NetworkCost
+from spvit.speed.benchmark import Latency
 from spvit.train.compress import Compressed
 
 

@@ -25,7 +25,6 @@ from spvit.errors import CalibrationError, DataError
 from spvit.hosts.host import Host, input_size
 from spvit.hosts.recognise import family_of
 from spvit.hosts.walk import Report
-from spvit.latency import LatencyTable, measure
 from spvit.models import number_of_classes
 from spvit.repair.choose import check_reachable
 from spvit.repair.scores import Scores, score
@@ -33,6 +32,7 @@ from spvit.replacements.costs import network_costs
 from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import make_searchable
 from spvit.search.read_off import check_counted
+from spvit.speed.latency import LatencyTable, measure
 from spvit.surgery import fold, prune, pruned_record
 from spvit.train.data import Images, load_images, training_loader
 from spvit.train.figures import Figures, figures_of, reference_of

@@ -19,7 +19,6 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from spvit.architecture import Architecture
-from spvit.benchmark import Program, measure_latencies
 from spvit.budget import Budget
 from spvit.checkpoint import DESCRIPTION, Preprocessing, describe, load
 from spvit.cost import METRICS
@@ -27,10 +26,11 @@ from spvit.decide import decide
 from spvit.errors import BudgetError
 from spvit.hosts.host import Host, input_size
 from spvit.hosts.sources import can_build
-from spvit.latency import LatencyTable
 from spvit.repair.choose import check_reachable
 from spvit.repair.scores import Scores
 from spvit.replacements.costs import network_costs
+from spvit.speed.benchmark import Program, measure_latencies
+from spvit.speed.latency import LatencyTable
 from spvit.surgery import prune_each
 from spvit.train.compress import calibration, decided, deployed, fitting, judged, scored, timed, write_model
 from spvit.train.data import Images, load_images

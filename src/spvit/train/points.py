@@ -22,9 +22,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from spvit.benchmark import Latency
 from spvit.checkpoint import write_text
 from spvit.errors import RunFolderError
+from spvit.speed.benchmark import Latency
 
 FORMAT, VERSION = "spvit-frontier", 1
 FILE = "frontier.json"

@@ -24,7 +24,6 @@ import torch
 from torch import nn
 
 from spvit.architecture import DEFAULT_MULTIPLE, FFN, KINDS, REPAIRED, Architecture, Attention, Block, dense
-from spvit.benchmark import Program, measure_latencies
 from spvit.budget import TOLERANCE_MEASURED, Budget, in_words
 from spvit.checkpoint import write_text
 from spvit.cost import AttentionCost, BlockCost, NetworkCost
@@ -37,6 +36,7 @@ from spvit.repair.constraints import Constraints
 from spvit.repair.scores import Scores
 from spvit.replacements.costs import network_costs
 from spvit.replacements.install import has_prefix
+from spvit.speed.benchmark import Program, measure_latencies
 from spvit.surgery import fold, prune
 
 AT_ONCE, SECONDS, CALM_TRIES = 3, 0.3, 3

@@ -13,8 +13,8 @@ import torch
 
 import spvit
 from command import refused, run
-from spvit.benchmark import BATCHES, ROUNDS, Program, measure_latencies
 from spvit.errors import ModelError, RunError
+from spvit.speed.benchmark import BATCHES, ROUNDS, Program, measure_latencies
 from training import MODEL, MODEL_ARGS, micro_host
 
 

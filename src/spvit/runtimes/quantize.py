@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from spvit.errors import CalibrationError
-from spvit.writers import INPUT, SCOPES, Program, read_program, session
+from spvit.runtimes.writers import INPUT, SCOPES, Program, read_program, session
 
 SMOOTHING = (None, 0.15, 0.5, 0.95)
 CALIBRATION = ("minmax", "entropy", "percentile")

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from spvit.checkpoint import DESCRIPTION, WEIGHTS, first_line
 from spvit.cost import count_params
 from spvit.errors import ModelError, RunError
-from spvit.export import bytes_of
 from spvit.hosts.host import input_size, macs_of_image
 from spvit.models import ModelConfig, device_named, open_model
-from spvit.writers import METADATA, quiet, session
+from spvit.runtimes.export import bytes_of
+from spvit.runtimes.writers import METADATA, quiet, session
 
 BATCHES = (1, 64)
 ROUNDS, TURN_S = 7, 0.025

@@ -16,7 +16,7 @@ from command import time_by_macs
 from spvit.architecture import Architecture
 from spvit.budget import Budget
 from spvit.errors import BudgetError, CalibrationError
-from spvit.latency import LatencyTable, measure
+from spvit.speed.latency import LatencyTable, measure
 from tiny import images, make_host
 
 SCORED: dict[str, tuple[Any, spvit.Scores]] = {}
@@ -72,7 +72,7 @@ def test_a_table_is_json_and_the_same_table_decides_the_same_without_measuring(m
     table = measure(host)
     found = spvit.decide(host, latency="70%", scores=scores, table=table)
     table.save(tmp_path / "table.json")
-    monkeypatch.setattr("spvit.latency.measure_latencies", None)
+    monkeypatch.setattr("spvit.speed.latency.measure_latencies", None)
     again = LatencyTable.load(tmp_path / "table.json")
     assert again == table
     assert spvit.decide(host, latency="70%", scores=scores, table=again) == found
@@ -189,8 +189,8 @@ def test_times_are_nanoseconds() -> None:
 
 
 def test_real_times_of_a_pass_are_measured(monkeypatch) -> None:
-    monkeypatch.setattr("spvit.latency.SECONDS", 0.0)
-    monkeypatch.setattr("spvit.latency.CALM_TRIES", 1)
+    monkeypatch.setattr("spvit.speed.latency.SECONDS", 0.0)
+    monkeypatch.setattr("spvit.speed.latency.CALM_TRIES", 1)
     host = make_host("average_pooling", torch.float32)
     table = measure(host)
     assert table.cost.dense >= table.cost.fixed >= 0

@@ -30,9 +30,8 @@ from spvit.errors import ExportError, RunError
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host, macs_of_image, outputs_of
 from spvit.hosts.recognise import family_of
-from spvit.quantize import Fusion, Quantised, fusion_of, halved, quantised
-from spvit.surgery import fold, pruned_record
-from spvit.writers import (
+from spvit.runtimes.quantize import Fusion, Quantised, fusion_of, halved, quantised
+from spvit.runtimes.writers import (
     ANY_SIZE,
     BATCHES,
     METADATA,
@@ -44,6 +43,7 @@ from spvit.writers import (
     read_program,
     write_program,
 )
+from spvit.surgery import fold, pruned_record
 
 OPSETS = range(18, 24)
 DIFFERENCE, AGREEMENT = 1e-3, 0.999

@@ -17,8 +17,8 @@ import spvit
 from spvit import quantize
 from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.errors import CalibrationError, ExportError, RunError
-from spvit.quantize import CALIBRATION, SMOOTHING, Fusion
-from spvit.writers import METADATA, WRITERS
+from spvit.runtimes.quantize import CALIBRATION, SMOOTHING, Fusion
+from spvit.runtimes.writers import METADATA, WRITERS
 
 pytest.importorskip("transformers")
 from command import refused, run
@@ -60,8 +60,8 @@ def in_8_bits(made: dict[str, Any], name: str) -> bool:
 
 def search_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make int8 in one way."""
-    monkeypatch.setattr("spvit.quantize.SMOOTHING", (None,))
-    monkeypatch.setattr("spvit.quantize.CALIBRATION", ("minmax",))
+    monkeypatch.setattr("spvit.runtimes.quantize.SMOOTHING", (None,))
+    monkeypatch.setattr("spvit.runtimes.quantize.CALIBRATION", ("minmax",))
 
 
 @pytest.fixture(name="small", scope="module")
@@ -346,7 +346,7 @@ def test_the_command_sets_int8_beside_the_dense_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("sklearn")
-    from spvit.benchmark import benchmark
+    from spvit.speed.benchmark import benchmark
     from training import MODEL, MODEL_ARGS, micro_host
 
     search_briefly(monkeypatch)

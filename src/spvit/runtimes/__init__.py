@@ -1,0 +1,1 @@
+"""Out of PyTorch: programs for other runtimes, run and compared, and the same in eight bits."""

@@ -1,0 +1,1 @@
+"""How fast models are: measured in turns, and as a budget to decide by."""
