@@ -93,7 +93,7 @@ def main(folder: Path) -> None:
     found["draws"] = draws[0]
     pictures = ImageConfig(batch_size=4, skip_corrupt=True)
     images = load_images(str(folder / "pictures"), pictures, (3, 8, 8), Preprocessing())
-    found["read"] = figures_of(micro_host(in_chans=3, num_classes=2), images, LoopConfig()).images
+    found["read"] = figures_of([micro_host(in_chans=3, num_classes=2)], images, LoopConfig())[0].images
     (folder / f"{rank}.json").write_text(json.dumps(found))
     processes().destroy_process_group()
 

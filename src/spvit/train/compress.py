@@ -133,7 +133,8 @@ def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: R
     else:
         set_seed(config.seed)  # a continued run starts from the same weights where they are drawn
         pruned = prune(dense, architecture, weights=weights)
-    [after_pruning] = [figures] = figures_of([pruned], run.images, config, run.reference)
+    [after_pruning] = figures_of([pruned], run.images, config, run.reference)
+    figures = after_pruning
     run.progress.note(f"after pruning{' and repair' if config.repair else ''}: {after_pruning.words}")
     if config.finetuning.epochs > 0:
         figures = run_phase(with_rate(Phase(FINETUNE, pruned, config.finetuning, teacher=dense), run), run)
