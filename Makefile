@@ -8,13 +8,17 @@ OLDEST := .venv-oldest
 SMOKE := tests/test_hub.py tests/test_models.py tests/test_surgery.py tests/hosts/test_recognise.py \
 	tests/hosts/test_timm_swin.py tests/repair/test_scores.py tests/train/test_tracking.py tests/train/test_teacher.py
 
-.PHONY: demo test test-oldest kills lint docs package browser census clean
+.PHONY: demo test test-slow test-oldest kills lint docs package browser census clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/spvit demo --output $(OUTPUT)
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# The tests that would make `make test` too long: every family exported, every recipe stepped; six minutes.
+test-slow: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m slow --numprocesses auto --dist worksteal
 
 # The oldest releases of the dependencies, on a part of the tests; six minutes, half of them for the install.
 test-oldest: $(OLDEST)/stamp

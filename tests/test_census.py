@@ -23,6 +23,7 @@ def _census(monkeypatch: pytest.MonkeyPatch) -> Any:
     return __import__("census")
 
 
+@pytest.mark.slow
 def test_it_writes_a_page_of_what_works_and_what_is_refused(tmp_path: Path) -> None:
     page, found = tmp_path / "models.md", tmp_path / "found.json"
     names = [VIT, "timm:vit_small_patch16_224", SWIN, CNN]

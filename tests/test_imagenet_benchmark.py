@@ -33,6 +33,7 @@ def run(images: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_it_prunes_to_the_named_budgets(images: Path, tmp_path: Path) -> None:
     found = tmp_path / "found.json"
     done = run(images, "--models", "deit_base", "deit3", "--json", str(found))

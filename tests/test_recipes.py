@@ -164,7 +164,10 @@ def tiny(name: str, pictures: str, folder: Path) -> list[str]:
     return [*words, "--finetune.teacher", str(folder / "teacher")]
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED_RECIPES, *MEASURED])
+@pytest.mark.parametrize(
+    "name",
+    [*MEASURED, PUBLISHED_RECIPES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED_RECIPES[1:])],
+)
 def test_recipe_is_stepped_twice(capsys, monkeypatch, tmp_path: Path, pictures: str, name: str) -> None:
     measure_briefly(monkeypatch)
     words = tiny(name, pictures, tmp_path)

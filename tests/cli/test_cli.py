@@ -244,6 +244,7 @@ def test_hugging_face_model_is_compressed_and_loaded(capsys, tmp_path: Path) -> 
     assert run(capsys, "evaluate", "--model", str(out), "--data", str(images))[0] == 0
 
 
+@pytest.mark.slow
 def test_killed_run_continues_to_the_same_model(capsys, recipe, tmp_path: Path) -> None:
     search = {"epochs": 2, "warmup_epochs": 0.0}
     settings = recipe(dense=SHORT, search=search, finetune=SHORT, log_every=1)

@@ -56,7 +56,7 @@ def moved_by(host: nn.Module, index: int, kept: Block, x: Tensor) -> float:
     return float((gradient * (answers[0] - answers[1]).flatten(1)).sum(2).square().sum())
 
 
-@pytest.mark.parametrize("name", ["huggingface_options", "average_pooling"])
+@pytest.mark.parametrize("name", [pytest.param("huggingface_options", marks=pytest.mark.slow), "average_pooling"])
 def test_measured_scores_are_what_pruning_to_one_candidate_does(name: str) -> None:
     host = make_host(name)
     x = images(host, 24)

@@ -15,6 +15,7 @@ from spvit.architecture import dense
 pytest.importorskip("transformers")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 REFUSED = {
     "VisionTransformerSAM": r"only 4D query, key, and value .*scaled_dot_product_attention.*; in blocks\.0\.attn"

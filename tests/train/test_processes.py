@@ -107,6 +107,7 @@ def test_a_process_that_fails_ends_the_run_with_one_message_and_a_state(tmp_path
     assert (run / "state" / "dense" / "epoch-0000-000004.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_one_process_scores_and_decides_for_all(tmp_path: Path) -> None:
     spvit.save(micro_host(), tmp_path / "host", preprocessing=GREY)
     words = ["compress", "--model", str(tmp_path / "host"), "--data", "digits", "--calibration_images", "128"]
@@ -118,6 +119,7 @@ def test_one_process_scores_and_decides_for_all(tmp_path: Path) -> None:
     assert spvit.Scores.load(tmp_path / "run").weights == spvit.Scores.load(tmp_path / "alone").weights
 
 
+@pytest.mark.slow
 def test_all_end_with_one_message_when_the_first_fails(tmp_path: Path) -> None:
     """Without a launcher that would end them: each process is on its own."""
     spvit.save(micro_host(), tmp_path / "host", preprocessing=GREY)

@@ -235,7 +235,7 @@ def test_settings_out_of_range_are_refused(tmp_path: Path) -> None:
         run_phase(Phase("dense", micro_host(), short(1)), run_in(tmp_path, digits(), precision="fp16"))
 
 
-@pytest.mark.parametrize("initialise", ["search", "host"])
+@pytest.mark.parametrize("initialise", ["search", pytest.param("host", marks=pytest.mark.slow)])
 def test_compress_writes_a_run_folder_and_continues_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, initialise: str
 ) -> None:
