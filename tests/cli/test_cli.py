@@ -226,6 +226,7 @@ def test_a_latency_budget_keeps_its_table_for_what_follows(
     assert not (tmp_path / "d").exists()
 
 
+@pytest.mark.slow
 def test_hugging_face_model_is_compressed_and_loaded(capsys, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(

@@ -149,6 +149,7 @@ def test_each_block_has_its_own_grid() -> None:
     assert [block.attn.grid for block in blocks_of(pruned)] == [Grid(12, 20), Grid(12, 20), Grid(6, 10), Grid(6, 10)]
 
 
+@pytest.mark.slow
 def test_a_swin_is_compressed_and_profiled_from_the_command_line(capsys: Any, tmp_path: Path) -> None:
     small = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 2]}
     model = ["--model", "swin_tiny_patch4_window7_224", "--model_args", json.dumps({**small, "window_size": 2})]

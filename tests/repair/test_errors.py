@@ -64,7 +64,9 @@ def repaired_error(model: nn.Module, x: Tensor, kept: Attention) -> float:
     return float(((found - wanted) @ metric_of(model).T).square().sum(-1).mean())
 
 
-@pytest.mark.parametrize("name", ["class_token", "huggingface", "no_biases", "average_pooling"])
+@pytest.mark.parametrize(
+    "name", ["class_token", pytest.param("huggingface", marks=pytest.mark.slow), "no_biases", "average_pooling"]
+)
 def test_errors_are_those_of_repaired_layers(name: str) -> None:
     host = make_host(name)
     x = images(host, 24)

@@ -273,7 +273,9 @@ def half_of_it(self: Any, biased: bool) -> Moments:
     return half
 
 
-@pytest.mark.parametrize("name", ["class_token", "options", "huggingface", "swin_padded"])
+@pytest.mark.parametrize(
+    "name", ["class_token", "options", "huggingface", pytest.param("swin_padded", marks=pytest.mark.slow)]
+)
 def test_the_repaired_network_is_nearer_to_the_dense_one_on_new_images(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

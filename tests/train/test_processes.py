@@ -90,6 +90,7 @@ def test_two_processes_of_half_the_batch_are_one_of_the_whole(both: Any, tmp_pat
             assert torch.allclose(two[key], value, rtol=1e-5, atol=5e-6 if key.endswith("qkv.bias") else 5e-8), key
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_run_with_one_message_and_a_state(tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ["train", "--model", MODEL, "--model_args", json.dumps(MODEL_ARGS), "--pretrained", "false"]

@@ -267,6 +267,7 @@ def test_compress_writes_a_run_folder_and_continues_it(
     assert states_equal(continued.model, whole.model)
 
 
+@pytest.mark.slow
 def test_a_folder_is_not_continued_with_another_budget(tmp_path: Path) -> None:
     host, images = micro_host(), digits()
     for name, epochs in (("scored", 0), ("searched", 1)):
@@ -279,6 +280,7 @@ def test_a_folder_is_not_continued_with_another_budget(tmp_path: Path) -> None:
         assert Architecture.load(tmp_path / name / "architecture.json") == first.architecture
 
 
+@pytest.mark.slow
 def test_scores_stay_in_the_run_folder_for_another_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host, images = micro_host(), digits()
     config = CompressConfig(epochs=0, calibration_images=128)
@@ -391,7 +393,10 @@ def test_compress_ends_with_the_repaired_network_where_fine_tuning_only_harms(tm
     assert (found.pruned.accuracy < found.after_pruning.accuracy) != keep_best
 
 
-@pytest.mark.parametrize("settings", [{"averaging_epochs": 0.5}, {"averaging_epochs": 0.5, "keep_best": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param({"averaging_epochs": 0.5}, marks=pytest.mark.slow), {"averaging_epochs": 0.5, "keep_best": True}],
+)
 def test_averaged_and_best_weights_survive_a_kill(tmp_path: Path, settings: dict[str, object]) -> None:
     images, names = digits(), ("plain", "whole", "cut")
     models = {name: micro_host() for name in names}

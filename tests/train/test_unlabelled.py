@@ -178,6 +178,7 @@ def test_a_trial_trains_a_copy_and_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.slow
 def test_compress_of_a_backbone_repairs_distils_and_writes_agreement(tmp_path: Path) -> None:
     host = micro_host(num_classes=0)
     config = CompressConfig(calibration_images=256, repair_views=1, epochs=1)
