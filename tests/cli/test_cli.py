@@ -125,6 +125,7 @@ def test_compress_without_a_search_decides_repairs_and_continues(capsys, recipe,
     refused(capsys, "scores, without a search, not by a search", "compress", *searching)
 
 
+@pytest.mark.slow
 def test_compress_leaves_alone_what_it_is_told_to(capsys, recipe, trained, tmp_path: Path) -> None:
     settings = recipe(checkpoint=trained, calibration_images=300, macs="75%", forbid=["skip", "conv3:1"])
     words = ["compress", "--recipe", settings, "--keep", "-2", "*.0.attn", "--smallest-width=25%", "--no-train"]
@@ -145,7 +146,9 @@ def test_compress_leaves_alone_what_it_is_told_to(capsys, recipe, trained, tmp_p
     assert run(capsys, *resume)[0] == 0
 
 
-@pytest.mark.parametrize("words", [["--no-train"], ["--epochs", "0", "--repair", "false"]])
+@pytest.mark.parametrize(
+    "words", [["--no-train"], pytest.param(["--epochs", "0", "--repair", "false"], marks=pytest.mark.slow)]
+)
 def test_compress_without_training_leaves_what_pruning_gave(capsys, recipe, trained, tmp_path: Path, words) -> None:
     out = tmp_path / "run"
     settings = recipe(checkpoint=trained, calibration_images=200)
@@ -189,6 +192,7 @@ def test_scores_of_a_run_decide_another_budget(capsys, recipe, trained, tmp_path
     refused(capsys, "objective is 'patch', expected auto or", *words, *again[:-1], "patch")
 
 
+@pytest.mark.slow
 def test_a_latency_budget_keeps_its_table_for_what_follows(
     capsys, recipe, trained, tmp_path: Path, monkeypatch
 ) -> None:
@@ -375,6 +379,7 @@ def test_what_needs_no_model_is_answered_without_torch(tmp_path: Path) -> None:
         assert text in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_phase_that_others_followed_is_not_changed(capsys, recipe, tmp_path: Path) -> None:
     out = tmp_path / "run"
     search = {"epochs": 1, "warmup_epochs": 0.0}

@@ -132,7 +132,7 @@ def test_states_hold_tensors_of_any_kind(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
-@pytest.mark.parametrize("phase", ["score", "repair"])
+@pytest.mark.parametrize("phase", ["score", pytest.param("repair", marks=pytest.mark.slow)])
 def test_a_run_killed_while_it_scores_or_repairs_goes_on_by_blocks(
     phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:

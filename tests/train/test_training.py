@@ -368,6 +368,7 @@ def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
         RunFolder.open(tmp_path / "used" / "notes.txt", resume=False)
 
 
+@pytest.mark.slow
 def test_a_phase_that_only_harms_ends_with_the_weights_from_before(tmp_path: Path) -> None:
     images = digits()
     model = micro_host()
@@ -382,7 +383,7 @@ def test_a_phase_that_only_harms_ends_with_the_weights_from_before(tmp_path: Pat
     assert not states_equal(harmed, start)
 
 
-@pytest.mark.parametrize("keep_best", [True, False])
+@pytest.mark.parametrize("keep_best", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_compress_ends_with_the_repaired_network_where_fine_tuning_only_harms(tmp_path: Path, keep_best: bool) -> None:
     defaults = CompressConfig().finetune
     assert defaults.keep_best

@@ -169,6 +169,7 @@ def test_the_rate_is_the_last_that_a_short_trial_gains_by(tmp_path: Path, monkey
     assert with_rate(asked, labelled) is asked
 
 
+@pytest.mark.slow
 def test_a_trial_trains_a_copy_and_leaves_nothing(tmp_path: Path) -> None:
     images, dense, model = unlabelled(batch_size=16), micro_host(num_classes=0), micro_host(1, num_classes=0)
     run, before = _run(tmp_path, images, reference_of(dense, images, LoopConfig())), micro_host(1, num_classes=0)
