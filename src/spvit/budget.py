@@ -22,19 +22,27 @@ class Budget:
     amount: int | None = None
 
     @staticmethod
-    def parse(macs: str | int | None = None, params: str | int | None = None, latency: str | None = None) -> Budget:
+    def parse(
+        macs: str | int | None = None,
+        params: str | int | None = None,
+        latency: str | None = None,
+        default: str | None = None,
+    ) -> Budget:
         """Return the budget that exactly one of the arguments states.
 
         Args:
             macs: `"50%"` of the dense cost, `"1.0G"` (k, M, G, T), or a whole number of MACs of one image.
             params: the same, in parameters.
             latency: `"60%"` of the dense latency, or `"8ms"` (s, ms, us, ns) for one pass of a batch.
+            default: of MACs, where none of them is given.
 
         Raises:
             BudgetError: none or several are given, or the text is none of these.
         """
         stated = {"macs": macs, "params": params, "latency": latency}
         given = {metric: value for metric, value in stated.items() if value is not None}
+        if not given and default is not None:
+            given = {"macs": default}
         if len(given) != 1:
             found = " and ".join(given) or "none"
             raise BudgetError(f'a budget is one of macs, params or latency, found {found}; write it as macs="50%"')
@@ -80,6 +88,8 @@ class Budget:
         return target
 
 
+DEFAULT_BUDGET = "50%"
+"""Of MACs, for what takes a budget and gets none."""
 TOLERANCE, TOLERANCE_MEASURED = 0.005, 0.03
 """How near to its budget an architecture is to come, as a share of it: what is counted, and latency."""
 MULTIPLES = (DEFAULT_MULTIPLE, 4, 2, 1)

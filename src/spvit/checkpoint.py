@@ -350,7 +350,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return data
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type when it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 

@@ -7,7 +7,7 @@ A recipe (YAML) holds the same names. The config.yaml of a run holds its resolve
 from dataclasses import dataclass, field
 from typing import Any
 
-from spvit.budget import Budget
+from spvit.budget import DEFAULT_BUDGET, Budget
 from spvit.models import ModelConfig
 from spvit.speed.benchmark import BATCHES
 from spvit.train.frontier import BUDGETS
@@ -69,8 +69,7 @@ class BudgetOptions:
 
     def budget(self) -> Budget:
         """Return the budget; half of the MACs when none is given. Raises BudgetError when it is malformed."""
-        half = self.macs is None and self.params is None and self.latency is None
-        return Budget.parse("50%" if half else self.macs, self.params, self.latency)
+        return Budget.parse(self.macs, self.params, self.latency, default=DEFAULT_BUDGET)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -241,7 +241,7 @@ def _reasons(error: BaseException) -> list[str]:
     chain: list[BaseException] = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
-    lines = [next(iter(str(part).splitlines()), type(part).__name__) for part in chain[:0:-1] or chain]
+    lines = [first_line(part) for part in chain[:0:-1] or chain]
     return [line.partition(" with args ")[0] for line in lines[:2]]  # which fill a screen
 
 

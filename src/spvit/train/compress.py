@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from spvit.architecture import DEFAULT_MULTIPLE, Architecture
-from spvit.budget import Budget, check_multiple
+from spvit.budget import DEFAULT_BUDGET, Budget, check_multiple
 from spvit.checkpoint import Preprocessing, plain_state, save, write_text
 from spvit.decide import decide
 from spvit.errors import CalibrationError, DataError
@@ -96,8 +96,7 @@ def compress(
         BudgetError, DataError, ModelError, UnsupportedHostError, RunFolderError: bad input, before anything is trained.
         RunError: training failed; the run folder keeps the last good state.
     """
-    half = macs is None and params is None and latency is None
-    budget = Budget.parse("50%" if half else macs, params, latency)
+    budget = Budget.parse(macs, params, latency, default=DEFAULT_BUDGET)
     settings = config or CompressConfig()
     use_device(settings.device)
     if isinstance(data, str):

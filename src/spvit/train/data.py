@@ -6,7 +6,7 @@ Shapes: images [B, channels, height, width], normalised; targets [B], class indi
 import logging
 import random
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -170,18 +170,12 @@ def mixup_of(config: ImageConfig, classes: int, smoothing: float) -> Any:
     return Mixup(**alphas, label_smoothing=smoothing, num_classes=classes) if max(alphas.values()) > 0 else None
 
 
-def training_loader(
-    images: Images, sampler: Iterable[Any] | None = None, processes: int = 1, collate: Callable[..., Any] | None = None
-) -> DataLoader[Any]:
-    """Return the loader of the training images in whole batches: as a sampler draws them, or shuffled, each once."""
-    count: int = len(sampler if isinstance(sampler, list) else images.train)  # type: ignore[arg-type]
-    size, each = images.config.batch_size, "" if processes == 1 else f" times {processes} processes"
-    times = images.config.accumulate if isinstance(sampler, Draws) else 1
-    each += "" if times == 1 else f" times images.accumulate {times}"
-    if count < size * processes * times:
-        raise DataError(f"there are {count} training images, fewer than images.batch_size {size}{each}; lower it")
-    order: dict[str, Any] = {"shuffle": True} if sampler is None else {"sampler": sampler}
-    return DataLoader(images.train, drop_last=True, collate_fn=collate or _stacked, **order, **_loading(images.config))
+def training_loader(images: Images, order: Sequence[int] | None = None) -> DataLoader[Any]:
+    """Return the loader of the training images in whole batches: in an order, by index, or shuffled, each once."""
+    train: Any = images.train
+    _check_enough(len(train if order is None else order), images.config)
+    drawn: dict[str, Any] = {"shuffle": True} if order is None else {"sampler": order}
+    return DataLoader(train, drop_last=True, collate_fn=_stacked, **drawn, **_loading(images.config))
 
 
 def epoch_loader(images: Images, processes: int, process: int) -> DataLoader[Any]:
@@ -189,8 +183,18 @@ def epoch_loader(images: Images, processes: int, process: int) -> DataLoader[Any
 
     Its batches hold the indices of what could not be read, too.
     """
-    draws = Draws(images, processes, process)
-    return training_loader(replace(images, train=DrawnImages(images.train)), draws, processes, collate=_with_unread)
+    train: Any = DrawnImages(images.train)
+    _check_enough(len(train), images.config, processes, images.config.accumulate)
+    draws: Any = Draws(images, processes, process)
+    return DataLoader(train, sampler=draws, drop_last=True, collate_fn=_with_unread, **_loading(images.config))
+
+
+def _check_enough(count: int, config: ImageConfig, processes: int = 1, accumulate: int = 1) -> None:
+    """Raise DataError when training images do not fill one step."""
+    size, each = config.batch_size, "" if processes == 1 else f" times {processes} processes"
+    each += "" if accumulate == 1 else f" times images.accumulate {accumulate}"
+    if count < size * processes * accumulate:
+        raise DataError(f"there are {count} training images, fewer than images.batch_size {size}{each}; lower it")
 
 
 class Draws(Sampler[Draw]):

@@ -152,6 +152,7 @@ def _groups(
 ) -> Iterator[tuple[dict[str, Point], dict[str, nn.Module]]]:
     """Yield the points and models of some budgets, repaired and judged side by side, and written: as many as fit."""
     views: list[Tensor] = []
+    costs = network_costs(host).items()
     size = _side_by_side(host, config.repair_views * config.calibration_images)
     for start in range(0, len(waiting), size):
         group, started = dict(list(waiting.items())[start : start + size]), time.perf_counter()
@@ -166,9 +167,9 @@ def _groups(
         points = {}
         for (text, architecture), model, figures in zip(group.items(), models, found):
             write_model(model, figures, run.images, folders[text].path)
-            costs = {name: cost.of(architecture) for name, cost in network_costs(host).items()}
+            spent = {name: cost.of(architecture) for name, cost in costs}
             seconds = (time.perf_counter() - started) / len(group)
-            points[text] = _point(text, folders[text].path.name, costs, figures, seconds)
+            points[text] = _point(text, folders[text].path.name, spent, figures, seconds)
             run.progress.note(f"{text}: {points[text].words}")
         yield points, dict(zip(group, models))
 
@@ -221,9 +222,9 @@ def _reachable(
     host: Host, budgets: Sequence[str | int], metric: str, config: FrontierConfig, table: LatencyTable | None
 ) -> tuple[list[str], dict[str, str]]:
     """Return the budgets that can be reached, the largest first, each once, and why others cannot."""
-    if metric not in (*METRICS, "latency") or not budgets:
-        known = ", ".join((*METRICS, "latency"))
-        raise BudgetError(f"budgets are {list(budgets)} of {metric!r}, expected one or more, of {known}")
+    known = (*METRICS, "latency")
+    if metric not in known or not budgets:
+        raise BudgetError(f"budgets are {list(budgets)} of {metric!r}, expected one or more, of {', '.join(known)}")
     targets: dict[int, str] = {}
     priced = None if table is None else table.cost
     unreached = {}

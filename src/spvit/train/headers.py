@@ -19,11 +19,11 @@ from spvit.train.data import Images, file_at
 from spvit.train.loop import Run
 from spvit.train.pictures import Stored, check_header
 from spvit.train.processes import by_the_first
+from spvit.train.reading import NAMED
 from spvit.train.states import about_state, read_state, write_state
 
 TOGETHER = 256  # files that a thread looks at in turn
 THREADS = 16  # file systems far away take long for each, but many at a time
-NAMED = 10
 
 Looked = tuple[list[int], dict[str, str]]  # marks of files that can be read, and why others cannot, by name
 

@@ -10,8 +10,8 @@ frontier.json: {"format": "spvit-frontier", "version": 1, "model", "metric": as 
 validation images, "seconds": {"scores", "latency"}, "unreached": {budget: why}, "points": [...]}. Points are the dense
 model and then the budgets, the largest first, each {"budget": "dense" or "50%", "folder": its name in here (null of the
 dense model), "macs", "params", "accuracy" (0 to 1; null of a backbone), "agreement" (null of a classifier), "seconds":
-of its repair, evaluation and writing, "latency": [...]}. A latency is a `spvit.benchmark.Latency`, one a batch size;
-the list is empty until all budgets are done.
+of its repair, evaluation and writing, "latency": [...]}. A latency is a `spvit.Latency`, one a batch size; the list is
+empty until all budgets are done.
 """
 
 from __future__ import annotations

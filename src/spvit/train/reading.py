@@ -18,6 +18,7 @@ from spvit.train.run_folder import RunFolder
 MUCH, LONG = 0.3, 10.0
 """Share of an epoch, and seconds, that waiting for images takes when it is worth a word."""
 NAMED = 10
+"""Images that a message names."""
 
 
 class Reading:

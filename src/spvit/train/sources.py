@@ -271,13 +271,14 @@ def _copied(system: Any, folder: Path, name: str) -> str:
 def _images_of(tar: str) -> list[tuple[tuple[object, ...], int | str | None]]:
     """Return where the images of a tar file are, each with its class: a number, a folder or, of neither, None."""
     images, numbers = [], {}
-    with tarfile.open(tar, "r:") as opened:
+    with tarfile.open(tar, "r:") as found:
+        opened: Any = found
         for member in opened:
-            opened.members = []  # type: ignore[attr-defined]  # or it keeps them all
+            opened.members = []  # or it keeps them all
             folder, name = os.path.split(member.name)
             key = folder, name.partition(".")[0]
             if member.isreg() and name.endswith(".cls"):
-                numbers[key] = int(opened.extractfile(member).read())  # type: ignore[union-attr]
+                numbers[key] = int(opened.extractfile(member).read())
             elif member.isreg() and _is_picture(name):
                 images.append((key, (tar, member.name, member.offset_data, member.offset_data + member.size)))
     return [(file, numbers.get(key, os.path.basename(key[0]) or None)) for key, file in images]
