@@ -218,7 +218,7 @@ class GatedAttention(nn.Module):
         return drawn.answer(outputs, self._silent(kind, x))
 
     def _attend(self, x: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Return the original layer's output [B, N, D] and the values it computed, bias included, [B, N, H E]."""
+        """Return the original layer's output [B, N, D] and the values it computed, less their bias, [B, N, H E]."""
         captured: list[Tensor] = []
         rows = self.site.value
         linear = self.attention.get_submodule(rows.weight.rpartition(".")[0])
@@ -235,16 +235,16 @@ class GatedAttention(nn.Module):
         finally:
             if handle is not None:
                 handle.remove()
-        if captured:
+        weight, bias = read_rows(self.attention, rows, (self.site.heads, self.site.head_width))
+        with torch.no_grad():
+            if not captured:
+                return batch_first(self.site, out), F.linear(x, weight.flatten(0, 1))
+            values = batch_first(self.site, captured[0])
             indices = rows.indices(self.site.heads, self.site.head_width).flatten()
             start, count = rows.start, len(indices)
-            values = batch_first(self.site, captured[0].detach())
             packed = torch.equal(indices, torch.arange(start, start + count))
             values = values[..., start : start + count] if packed else values[..., indices.to(values.device)]
-        else:
-            weight, bias = read_rows(self.attention, rows, (self.site.heads, self.site.head_width))
-            with torch.no_grad():
-                values = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+            values = values if bias is None else values - bias.flatten().to(values.dtype)
         return batch_first(self.site, out), values
 
     def _convolve_values(self, x: Tensor, kind: str, needed: set[str], values: Tensor | None) -> dict[str, Tensor]:
@@ -261,11 +261,10 @@ class GatedAttention(nn.Module):
             bias = kernels.mixed_value_bias(mix, weights)  # [K, E]
             if kind == "conv3" or values is None:
                 tokens = F.linear(self.grid.gather(x, self.site.prefix_tokens), weights.value_weight.flatten(0, 1))
-                included = None
             else:
-                tokens, included = self.grid.gather(values, self.site.prefix_tokens), bias
+                tokens = self.grid.gather(values, self.site.prefix_tokens)
             self.grid.as_map(tokens)  # a view, which refuses tokens that do not fit the grid
-            summed, centre = kernels.convolve_values(tokens.unflatten(2, (heads, width)), mix, size, included)
+            summed, centre = kernels.convolve_values(tokens.unflatten(2, (heads, width)), mix, size)
             summed = summed + bias.sum(0)  # [B, G, E]
             normalised = self.bn3(self.grid.as_map(summed))
             if "conv3" in needed:
