@@ -18,7 +18,7 @@ from spvit.hosts.recognise import RECORD, family_of
 from spvit.hosts.walk import Finished, Report, where_float64_is
 from spvit.repair.repair import repair as repair_in_place
 from spvit.replacements.bottleneck import BottleneckConv
-from spvit.replacements.install import check_fits, narrow_ffn, replace_attention, whole_grids
+from spvit.replacements.install import check_fits, keep_units, replace_attention, whole_grids
 from spvit.replacements.prefix_only import answer_prefix
 from spvit.search.network import dense_state, gated_layers
 
@@ -137,7 +137,7 @@ def cut(
                 found = None if searched is None else searched[index][0].searched(kept.attention.kind)
                 hints = {"searched": found, "fitted": fitted or repair is not None, "tokens": kept.tokens}
                 replace_attention(own, index, kept.attention, architecture.rules, grids[-1], undo, **hints)
-                narrow_ffn(own, index, kept.ffn, undo)
+                keep_units(own, index, kept.ffn, undo)
     if repair is not None:
         repair_in_place([own.model for own in pruned], target, architectures, repair, report, finished)
     for own, architecture, grid in zip(pruned, architectures, grids):
