@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spvit.architecture import Architecture
 from spvit.errors import NotSearchableError, UnsupportedHostError
+from spvit.hosts.calling import in_mode
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host
 from spvit.hosts.recognise import RECORD, family_of
@@ -85,7 +86,8 @@ def prune(
         if trained is not None:
             undo.callback(model.load_state_dict, copy.deepcopy(model.state_dict()) if inplace else model.state_dict())
             model.load_state_dict(trained)
-            _forget(model)
+            with in_mode(True, model):  # layers that keep what they made of former weights, timm's biases, make it anew
+                pass
         # What the repair aims at: the model before it loses anything, with the weights that it has by now.
         target = dense
         if repair is not None and (inplace or trained is not None):
@@ -145,14 +147,6 @@ def cut(
         if architecture.blocks[last].tokens == "prefix":
             answer_prefix(own, last, grid[last], undo)
         setattr(own.model, RECORD, PrunedRecord(architecture, False, own.family))
-
-
-def _forget(model: nn.Module) -> None:
-    """Have layers that keep what they made of former weights for evaluation (timm's biases) make it anew."""
-    flags = {module: module.training for module in model.modules()}
-    model.train()
-    for module, flag in flags.items():
-        module.training = flag
 
 
 def _trained_state(model: nn.Module, net: nn.Module) -> Mapping[str, Tensor]:

@@ -212,8 +212,7 @@ def test_the_values_of_attention_are_those_of_its_tokens_as_they_arrive(case: Ca
         handle.remove()
         x = tokens_in(layer.site, layer.attention, *seen)
         weights = read_weights(layer.attention, layer.site)
-        bias = weights.value_bias
-        expected = F.linear(x, weights.value_weight.flatten(0, 1), None if bias is None else bias.flatten())
+        expected = F.linear(x, weights.value_weight.flatten(0, 1))  # whose bias is added behind
         assert_close(layer.grid.gather(layer._attend(x, *seen)[1], 0), layer.grid.gather(expected.detach(), 0))
 
 

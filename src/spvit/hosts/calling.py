@@ -82,6 +82,20 @@ def answering(module: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
             module.forward = own
 
 
+@contextmanager
+def answers_changed(changes: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Have modules answer what is made of their tokens inside the context, in the form in which they answer."""
+
+    def change(module: nn.Module, args: Any, output: Any) -> Any:
+        changed = changes[module](tokens_of(output))
+        return changed if isinstance(output, Tensor) else (changed, *output[1:])
+
+    with ExitStack() as stack:
+        for module in changes:
+            stack.enter_context(module.register_forward_hook(change))
+        yield
+
+
 @dataclass(frozen=True)
 class BlockCall:
     """How a model calls a block: what it passes beside tokens."""

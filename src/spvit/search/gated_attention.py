@@ -22,7 +22,7 @@ from spvit.hosts.calling import batch_first, tokens_in
 from spvit.hosts.grid import Grid, as_tokens
 from spvit.hosts.sites import AttentionSite
 from spvit.hosts.walk import tokens_of
-from spvit.hosts.weights import AttentionWeights, read_rows, read_weights
+from spvit.hosts.weights import AttentionWeights, read_rows, read_weights, taken
 from spvit.replacements import kernels
 from spvit.replacements.bottleneck import Searched
 from spvit.replacements.kernels import CENTRE, POSITIONS
@@ -235,16 +235,14 @@ class GatedAttention(nn.Module):
         finally:
             if handle is not None:
                 handle.remove()
-        weight, bias = read_rows(self.attention, rows, (self.site.heads, self.site.head_width))
+        by_head = (self.site.heads, self.site.head_width)
         with torch.no_grad():
-            if not captured:
-                return batch_first(self.site, out), F.linear(x, weight.flatten(0, 1))
-            values = batch_first(self.site, captured[0])
-            indices = rows.indices(self.site.heads, self.site.head_width).flatten()
-            start, count = rows.start, len(indices)
-            packed = torch.equal(indices, torch.arange(start, start + count))
-            values = values[..., start : start + count] if packed else values[..., indices.to(values.device)]
-            values = values if bias is None else values - bias.flatten().to(values.dtype)
+            weight, bias = read_rows(self.attention, rows, by_head)
+            if captured:
+                values = taken(batch_first(self.site, captured[0]), rows, by_head, -1)
+                values = (values if bias is None else values - bias.to(values.dtype)).flatten(-2)
+            else:
+                values = F.linear(x, weight.flatten(0, 1))
         return batch_first(self.site, out), values
 
     def _convolve_values(self, x: Tensor, kind: str, needed: set[str], values: Tensor | None) -> dict[str, Tensor]:
