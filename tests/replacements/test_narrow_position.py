@@ -213,19 +213,6 @@ def test_the_repair_serves_and_what_it_misses_is_known(case: Case) -> None:
     assert {kept.value_rank for kept in errors} == {None, 4}
 
 
-def test_a_search_step_is_as_before(case: Case) -> None:
-    net = spvit.make_searchable(case.host).train()
-    net.zero_grad()
-    out = net(case.form.images(2))
-    out = out if isinstance(out, Tensor) else out.last_hidden_state
-    out.square().sum().backward()
-    spvit.BudgetLoss(net, macs="60%")().backward()
-    assert all(parameter.grad is not None for parameter in spvit.gate_parameters(net))
-    assert torch.equal(
-        answer(spvit.make_searchable(case.host).eval(), case.form.images(2)), answer(case.model, case.form.images(2))
-    )
-
-
 @pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch16_rope_mixed_224"])
 def test_tables_that_are_arguments_follow_the_size_of_the_images(name: str, tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")

@@ -221,6 +221,7 @@ def _find_table(
     return None
 
 
+@torch.no_grad()
 def core_alone(layer: nn.Module, tokens: int, dim: int, token_first: bool) -> Core | None:
     """Return what attention computes in a copy of a layer of random tokens [3, N, D] and nothing else; or None."""
     weight = next(layer.parameters())
