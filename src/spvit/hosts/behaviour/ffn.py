@@ -6,14 +6,16 @@ Shapes: D width, U hidden units.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from spvit.errors import UnsupportedHostError
+from spvit.errors import UnsupportedHostError, first_line
 from spvit.hosts.behaviour.watch import Pass
 from spvit.hosts.calling import reached
 from spvit.hosts.sites import FFNSite, UnitRows, expect
@@ -135,7 +137,7 @@ def _narrower(model: nn.Module, images: Tensor, ffns: Sequence[FFNSite]) -> str 
         with swapped(model, narrow):
             found = _tensors(model(images))
     except Exception as error:  # whatever a forward raises for another number of units
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         return f"the FFN does not run with fewer units ({reason}); no forward of the model may name their number"
     for one, other in zip(found, expected):
         near = 1e-4 * float(other.abs().max()) if other.numel() else 0.0
@@ -146,10 +148,8 @@ def _narrower(model: nn.Module, images: Tensor, ffns: Sequence[FFNSite]) -> str 
 
 def _tensors(output: Any) -> list[Tensor]:
     """Return all numbers in what a model answered."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    return [tensor for value in values for tensor in _tensors(value)]
+    leaves = tree_leaves(vars(output) if dataclasses.is_dataclass(output) else output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 @contextmanager
