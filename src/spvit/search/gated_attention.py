@@ -26,7 +26,7 @@ from spvit.hosts.weights import AttentionWeights, read_rows, read_weights, taken
 from spvit.replacements import kernels
 from spvit.replacements.bottleneck import Searched
 from spvit.replacements.kernels import CENTRE, POSITIONS
-from spvit.search.gates import INITIAL_LOGIT, GateDraws, nest, opened, straight_through
+from spvit.search.gates import INITIAL_LOGIT, GateDraws, is_open, nest, opened, straight_through
 
 NESTED = ("skip", "conv1", "conv3", "msa")
 """What a layer becomes by how many of its nested gates are open (paper section 3.3)."""
@@ -152,7 +152,7 @@ class GatedAttention(nn.Module):
 
     def decided(self) -> str:
         """Return the kind that the gates choose in evaluation: `msa`, `conv3`, `conv1` or `skip`."""
-        return NESTED[opened(self.draws.decided_bits(self))]
+        return NESTED[opened(is_open(self.gate_logits).tolist())]
 
     def head_mix(self) -> Tensor:
         """Return S [H, K]."""
@@ -304,15 +304,7 @@ def _differences(
     sensitivity: Sequence[Sequence[float]], outputs: dict[str, Tensor]
 ) -> tuple[list[Tensor], tuple[int, ...]]:
     """Return the distinct ways in which opening a gate would change the output, and which one each gate has (or -1)."""
-    distinct: list[Sequence[float]] = []
-    rows = []
-    for row in sensitivity:
-        if not any(row):
-            rows.append(-1)
-            continue
-        if row not in distinct:
-            distinct.append(row)
-        rows.append(distinct.index(row))
+    distinct = list(dict.fromkeys(tuple(row) for row in sensitivity if any(row)))
     differences = []
     for row in distinct:
         first, *rest = [(factor, outputs[name]) for factor, name in zip(row, CANDIDATES) if factor]
@@ -320,4 +312,4 @@ def _differences(
         for factor, output in rest:
             total = torch.add(total, output, alpha=factor)
         differences.append(total)
-    return differences, tuple(rows)
+    return differences, tuple(distinct.index(tuple(row)) if any(row) else -1 for row in sensitivity)
