@@ -21,7 +21,7 @@ from spvit.cli.main import main
 from spvit.errors import DataError, ModelError
 from spvit.train.processes import make_accelerator, processes, use_device
 from training import GREY, MODEL, MODEL_ARGS, image_folder, micro_host
-from two_processes import COUNTED, halved
+from two_processes import COUNTED, PLAIN, halved, taught
 
 SCRIPT = Path(two_processes.__file__)
 
@@ -88,6 +88,39 @@ def test_two_processes_of_half_the_batch_are_one_of_the_whole(both: Any, tmp_pat
         alone, two = load_file(tmp_path / "halved1.safetensors"), load_file(folder / f"{file}.safetensors")
         for key, value in alone.items():  # but for keys' biases, which have no gradient but rounding
             assert torch.allclose(two[key], value, rtol=1e-5, atol=5e-6 if key.endswith("qkv.bias") else 5e-8), key
+
+
+def assert_alike(two: dict[str, torch.Tensor], one: dict[str, torch.Tensor]) -> None:
+    assert {key: (value.shape, value.dtype) for key, value in two.items()} == {
+        key: (value.shape, value.dtype) for key, value in one.items()
+    }
+    for key, value in one.items():  # keys' biases and their moments have no gradient but rounding
+        assert torch.allclose(two[key], value, rtol=1e-4, atol=2e-5 if "bias" in key else 1e-6), key
+
+
+def test_two_processes_with_shards_are_one_with_the_whole(both: Any, tmp_path: Path) -> None:
+    """Average, best weights, layers' rates, clipping and a frozen layer among it; parts sharded and not in turns."""
+    folder, found = both
+    for own in found:
+        assert own["shards"][0]
+        assert all(0.45 < share < 0.55 for share in own["shards"][0])
+    one = taught(tmp_path / "one", (False,), batch_size=128, **PLAIN)
+    for name in ("summed", "turns"):
+        assert_alike(load_file(folder / f"{name}.safetensors"), one)
+        for file in ("best", "epoch-0002"):
+            place = f"state/dense/{file}.safetensors"
+            assert_alike(load_file(folder / name / place), load_file(tmp_path / "one" / place))
+    features = taught(tmp_path / "features", (False,), labels=False, batch_size=128, **PLAIN)
+    assert_alike(load_file(folder / "features.safetensors"), features)
+    assert_alike(taught(folder / "left", (False,), batch_size=128, **PLAIN), one)  # which two with shards began
+
+
+def test_a_stopped_run_with_shards_continues_to_the_same_bytes(both: Any) -> None:
+    folder, found = both
+    assert [own["shards"][1] for own in found] == [True, True]
+    for file in ("best", "epoch-0002"):
+        paths = [folder / run / "state" / "dense" / f"{file}.safetensors" for run in ("whole_shards", "cut_shards")]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 @pytest.mark.slow
@@ -171,6 +204,6 @@ def test_what_a_launcher_asks_for_and_would_not_get_is_refused(monkeypatch: pyte
         use_device(None)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(
-        DataError, match=r"asks for FSDP, which spvit cannot train with: states hold the whole model, an"
+        DataError, match=r"asks for FSDP, which spvit cannot train with; launch without it, and give --shard for"
     ):
         use_device(None)
