@@ -4,6 +4,7 @@ Its gradients and moments are parts too. A block is whole while it runs. Files h
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ def sharded(model: nn.Module, called: nn.Module) -> nn.Module:
         parameter.data = parameter.data.contiguous()
     blocks = [model.get_submodule(site.path) for site in family_of(model).sites]
     # A block that is a list is not called, its layers are.
-    units = [part for block in blocks for part in (block if isinstance(block, nn.ModuleList) else [block])]
+    units: list[Any] = [part for block in blocks for part in (block if isinstance(block, nn.ModuleList) else [block])]
     try:
         for unit in (*units, called):
             fully_shard(unit, mesh=mesh)
