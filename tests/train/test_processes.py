@@ -17,9 +17,12 @@ from safetensors.torch import load_file
 
 import spvit
 import two_processes
+from command import digits_recipe, refused
 from spvit.cli.main import main
 from spvit.errors import DataError, ModelError
 from spvit.train.processes import make_accelerator, processes, use_device
+from spvit.train.settings import LoopConfig
+from spvit.train.shards import sharded
 from training import GREY, MODEL, MODEL_ARGS, image_folder, micro_host
 from two_processes import COUNTED, PLAIN, halved, taught
 
@@ -113,6 +116,30 @@ def test_two_processes_with_shards_are_one_with_the_whole(both: Any, tmp_path: P
     features = taught(tmp_path / "features", (False,), labels=False, batch_size=128, **PLAIN)
     assert_alike(load_file(folder / "features.safetensors"), features)
     assert_alike(taught(folder / "left", (False,), batch_size=128, **PLAIN), one)  # which two with shards began
+
+
+def test_one_process_does_not_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--recipe", digits_recipe(tmp_path)(), "--output", str(tmp_path / "run"), "--shard"]
+    assert main([*words, "--dense.epochs", "0"]) == 0
+    assert "shard: one process holds the whole model; start several for parts" in capsys.readouterr().out
+
+
+def test_what_is_not_sharded_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["search", "--recipe", digits_recipe(tmp_path)(), "--output", str(tmp_path / "run"), "--shard"]
+    refused(capsys, "a search is not sharded, as its budget reads the gates of all blocks at once; leave out", *words)
+
+    def fails(*_: object, **__: object) -> None:
+        raise ValueError("it has scalar parameters")
+
+    monkeypatch.setattr("spvit.train.shards.init_device_mesh", lambda *_: None)
+    monkeypatch.setattr("spvit.train.shards.fully_shard", fails)
+    with pytest.raises(DataError, match=r"this model cannot be sharded: it has scalar parameters; leave out --shard"):
+        sharded(model := micro_host(), model)
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.7.1"))
+    with pytest.raises(DataError, match=r"shard needs torch 2.8 or newer, found 2.7.1; leave it out"):
+        LoopConfig(shard=True)
 
 
 def test_a_stopped_run_with_shards_continues_to_the_same_bytes(both: Any) -> None:

@@ -19,9 +19,9 @@ from spvit.train.processes import processes
 
 
 def sharded(model: nn.Module, called: nn.Module) -> nn.Module:
-    """Return what is called of a model, or of a module around it, with the parameters as shards on their devices.
+    """Return a module that calls a model, or the model itself, with its parameters as shards on the devices.
 
-    The model is one to keep: it does not become whole again. Raises DataError when torch cannot shard it.
+    The model stays sharded, so it is a copy. Raises DataError when torch cannot shard it.
     """
     state = processes()
     mesh = init_device_mesh(state.device.type, (state.num_processes,))
