@@ -304,7 +304,8 @@ class Loop:
             return {}
         losses, total, first, last = self.unread
         *found, seen = torch.stack([value.float() for value in (*losses.values(), total)]).tolist()
-        if summed(not math.isfinite(seen))[0] > 0:
+        [seen] = summed(seen)
+        if not math.isfinite(seen):
             where = f"step {last + 1}" if first == last else f"one of steps {first + 1} to {last + 1}"
             self._stop_diverged(f"the loss became {seen} at {where}", first)
         self.unread = None
