@@ -320,6 +320,7 @@ def test_saved_models_load_onto_a_new_model_bit_for_bit(case: Case, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.filterwarnings("error:std")
 def test_models_that_spvit_cannot_serve_are_refused_for_their_reason(name: str) -> None:
     make, reason = REFUSED[name]
     model = randomise(make()).to(torch.float64).eval()
