@@ -161,6 +161,7 @@ def test_costs_are_exact(case: Case) -> None:
         assert expected["params"] == sum(parameter.numel() for parameter in pruned.parameters())
 
 
+@pytest.mark.slow  # test_own_models exports many of these, with fewer values
 def test_exported_programs_take_any_batch(case: Case) -> None:
     x = case.form.images(5)
     program = torch.export.export(
