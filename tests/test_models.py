@@ -61,6 +61,23 @@ def test_checkpoint_that_does_not_fit_names_the_first_difference(tmp_path: Path)
         open_model(ModelConfig(**MICRO, checkpoint=str(tmp_path / "wide.pth")))
 
 
+def test_checkpoint_of_another_image_size_is_resampled_where_the_size_is_named(tmp_path: Path, caplog) -> None:
+    small = micro_host(img_size=16)
+    torch.save(small.state_dict(), tmp_path / "small.pth")
+    unnamed = {name: value for name, value in MODEL_ARGS.items() if name != "img_size"}
+    with pytest.raises(CheckpointError, match=r"small.pth does not fit: \w+"):
+        open_model(
+            ModelConfig(model=MODEL, model_args=unnamed, pretrained=False, checkpoint=str(tmp_path / "small.pth"))
+        )
+    named = {**MODEL_ARGS, "img_size": 24}
+    config = ModelConfig(model=MODEL, model_args=named, pretrained=False, checkpoint=str(tmp_path / "small.pth"))
+    opened = open_model(config).model
+    assert torch.equal(opened.blocks[1].mlp.fc2.weight, small.blocks[1].mlp.fc2.weight)
+    assert opened.pos_embed.shape[1] > small.pos_embed.shape[1]
+    assert "pos_embed is [" in caplog.text
+    assert "resampled to [" in caplog.text
+
+
 def test_folder_of_ours(tmp_path: Path) -> None:
     host = micro_host(seed=4)
     spvit.save(host, tmp_path / "saved", preprocessing=Preprocessing((0.1,), (0.2,)), classes=list("0123456789"))

@@ -10,6 +10,7 @@ import argparse
 import copy
 import importlib
 import json
+import logging
 import os
 import re
 import stat
@@ -46,6 +47,8 @@ UNFINISHED = ".tmp"
 _SETTINGS: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
 # What timm would quietly resample to another input size.
 _OF_INPUT_SIZE = ("patch_embed.proj.weight", "pos_embed", "relative_position_bias_table")
+
+logger = logging.getLogger("spvit")
 
 
 @dataclass(frozen=True)
@@ -356,18 +359,21 @@ def fit_state(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     model.load_state_dict(dict(state))
 
 
-def timm_state(host: nn.Module, state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+def timm_state(host: nn.Module, state: Mapping[str, Tensor], name: str, resampled: bool = False) -> dict[str, Tensor]:
     """Return a checkpoint's weights under the keys of a timm host, as timm itself converts them.
 
     Weights for a model of another library come back as they are. Raises CheckpointError when they are for images or
-    windows of another size.
+    windows of another size, unless they may be resampled.
     """
     convert = getattr(importlib.import_module(type(host).__module__), "checkpoint_filter_fn", None)
     if convert is None:
         return dict(state)
     own = host.state_dict()
     sized = {key: value for key, value in state.items() if key.endswith(_OF_INPUT_SIZE)}
-    if _difference({key: own[key] for key in sized if key in own}, sized) is not None:
+    different = _difference({key: own[key] for key in sized if key in own}, sized)
+    if different is not None and resampled and different[0] in own:
+        logger.warning("checkpoint %s: %s is %s there and resampled to %s", name, *different[::2], different[1])
+    elif different is not None:
         shared = {key: value for key, value in state.items() if key in own or key in sized}
         _check_fit({key: value for key, value in own.items() if key in shared}, shared, name)
     converted: dict[str, Tensor] = convert(dict(state), host)
