@@ -24,8 +24,9 @@ from spvit.errors import CheckpointError, HubError, SpvitError
 from spvit.hosts.sources import build, can_build
 from spvit.hub import HUB, hub_errors, spare_retries
 from spvit.models import HUGGING_FACE
+from spvit.pages.page import report
 from spvit.replacements.costs import cost
-from spvit.report import report
+from spvit.train.figures import said
 from spvit.train.run_folder import RunFolder
 
 CARD, PICTURE = "README.md", "network.svg"
@@ -194,19 +195,14 @@ def _figures(run: RunFolder, description: Description) -> str:
                 columns[_STAGES[stage]] |= {_NAMES[metric]: human(count) for metric, count in counts}
     measured = run.figures() or {"pruned": description.metrics}
     for stage, name in _STAGES.items():
-        columns[name] |= {_NAMES.get(key, key): _said(key, value) for key, value in measured.get(stage, {}).items()}
+        for key, value in measured.get(stage, {}).items():
+            columns[name][_NAMES.get(key, key)] = f"{value:,}" if key == "images" else said(key, value)
     shown = [name for name, own in columns.items() if own]
     rows = dict.fromkeys(row for name in shown for row in columns[name])
     table = _table(["", *shown], [[row, *(columns[name].get(row, "") for name in shown)] for row in rows])
     data = _without_places(run.command_and_settings()[1].get("data"))
-    said = f"Measured on the validation images of `{data}`, which may also have chosen the weights among epochs."
-    return f"{table}\n\n{said}" if data and any(measured.values()) else table
-
-
-def _said(name: str, value: float) -> str:
-    if name.startswith("accuracy"):
-        return f"{value:.2%}"
-    return f"{value:,.0f}" if name == "images" else f"{value:.4g}"
+    source = f"Measured on the validation images of `{data}`, which may also have chosen the weights among epochs."
+    return f"{table}\n\n{source}" if data and any(measured.values()) else table
 
 
 def _usage(description: Description, name: str) -> str:

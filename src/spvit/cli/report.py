@@ -12,7 +12,7 @@ from spvit.cli.options import ReportCommand
 from spvit.cli.show import say
 from spvit.errors import SpvitError
 from spvit.models import ModelConfig, open_model
-from spvit.report import report
+from spvit.pages.page import report
 from spvit.train.run_folder import RunFolder
 
 

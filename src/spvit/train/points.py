@@ -25,6 +25,7 @@ from pathlib import Path
 from spvit.checkpoint import write_text
 from spvit.errors import RunFolderError
 from spvit.speed.benchmark import Latency
+from spvit.train.figures import Judged
 
 FORMAT, VERSION = "spvit-frontier", 1
 FILE = "frontier.json"
@@ -33,7 +34,7 @@ DENSE = "dense"
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(Judged):
     """One model of a frontier, or the dense one."""
 
     budget: str
@@ -47,16 +48,6 @@ class Point:
     seconds: float = 0.0
     """Its share of what it took to repair, evaluate and write the budgets that were repaired side by side."""
     latency: Sequence[Latency] = ()
-
-    @property
-    def quality(self) -> float:
-        """Accuracy, or agreement of a model without classes."""
-        return (self.agreement or 0.0) if self.accuracy is None else self.accuracy
-
-    @property
-    def words(self) -> str:
-        """Accuracy or agreement, in words."""
-        return f"agreement {self.quality:.4f}" if self.accuracy is None else f"accuracy {self.quality:.2%}"
 
 
 @dataclass(frozen=True)
@@ -79,8 +70,7 @@ class Frontier:
             if (data.pop("format"), data.pop("version")) != (FORMAT, VERSION):
                 raise ValueError(f'expected "format": "{FORMAT}", "version": {VERSION}')
             for point in data["points"]:
-                rows = [{**row, "speed_up_range": tuple(row["speed_up_range"])} for row in point["latency"]]
-                point["latency"] = [Latency(**row) for row in rows]
+                point["latency"] = [Latency.of(row) for row in point["latency"]]
             return Frontier(**{**data, "points": tuple(Point(**point) for point in data["points"])})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunFolderError(f"{folder} holds no frontier that can be read ({path.name}: {error})") from error

@@ -24,7 +24,7 @@ from spvit.hosts.recognise import family_of
 from spvit.hosts.sites import AttentionSite
 from spvit.hosts.walk import evaluating
 from spvit.models import open_model
-from spvit.report.reading import Reading, attempted, model_config
+from spvit.pages.reading import Reading, attempted, model_config
 from spvit.surgery import pruned_record
 from spvit.train.data import images_of
 from spvit.train.drawing import Mark, Picture, word
