@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -27,7 +27,7 @@ from spvit.cli.benchmark import benchmark_command
 from spvit.cli.check import check_command
 from spvit.cli.export import export_command
 from spvit.cli.frontier import frontier_command
-from spvit.cli.parser import CommandParser, Help, command_parser, given
+from spvit.cli.parser import CommandParser, command_parser
 from spvit.cli.predict import predict_command
 from spvit.cli.push import push_command
 from spvit.cli.report import report_command
@@ -59,7 +59,7 @@ ADVICE = "a run that has saved a state continues with --resume"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
+    """Run a command, of which `spvit_command` has seen that there is one, and return the exit code."""
     problems = Console(stderr=True)
     before = _stop_by_exception()
     try:
@@ -107,12 +107,15 @@ def _stop_by_exception() -> dict[int, Any]:
 
 
 def _command(arguments: list[str], problems: Console) -> None:
-    # Several processes need to know of the CPU before they meet. Of these one reports progress.
-    first = processes(given(arguments, "--device")[-1:] == ["cpu"]).is_main_process
-    console = Console(quiet=not first)
     _quiet_libraries(problems)
-    name, options = parse(arguments)
-    use_device(None if name == "benchmark" else getattr(options, "device", None))
+    try:
+        name, options = parse(arguments)
+    except SpvitError:
+        processes()  # which meet, so that one of them says it
+        raise
+    device = None if name == "benchmark" else getattr(options, "device", None)
+    console = Console(quiet=not processes(device == "cpu").is_main_process)  # one reports progress
+    use_device(device)
     writes = isinstance(options, cli.RunCommand) and not getattr(options, "dry_run", False)
     hours = getattr(options, "max_hours", None)
     with RunFolder(options.output).held() if writes else nullcontext(), time_limit(hours, partial(say, console)):
@@ -121,12 +124,12 @@ def _command(arguments: list[str], problems: Console) -> None:
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Any]:
-    """Return the sub-command's name and its options.
+    """Return the command's name, which is one of COMMANDS, and its options.
 
     Raises SpvitError when an option or a value is not known or missing, and RunFolderError for `--resume` on a folder
     whose run had other settings, or none.
     """
-    name, words = _name(arguments[:1]), list(arguments[1:])
+    name, *words = arguments
     parser = command_parser(name, COMMANDS[name][0])
     values = parser.parse_args(words)
     if not (values.get("resume") and values.get("output")):
@@ -146,15 +149,6 @@ def _typed(options: Any, words: Sequence[str]) -> Any:
     if names_code(model) and not any(word.partition("=")[2] == model or word == model for word in words):
         raise SpvitError(f"model {model} names code, which no file may; type it: --model {model}")
     return options
-
-
-def _name(arguments: Sequence[str]) -> str:
-    about = "Compress a vision transformer to a budget."
-    parser = CommandParser(prog="spvit", description=about, formatter_class=Help, exit_on_error=False)
-    subcommands = parser.add_subcommands(dest="command", required=True, metavar="COMMAND")
-    for name, (options, _) in COMMANDS.items():
-        subcommands.add_subcommand(name, ArgumentParser(), help=options.__doc__)
-    return parser.parse_args(arguments).command
 
 
 def _options(name: str, parser: CommandParser, values: Namespace) -> Any:
