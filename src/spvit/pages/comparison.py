@@ -12,10 +12,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from spvit.checkpoint import DESCRIPTION, WEIGHTS, Preprocessing, load
+from spvit.checkpoint import WEIGHTS, Preprocessing, load
 from spvit.errors import RunFolderError
 from spvit.hosts.behaviour.watch import Core, watch
 from spvit.hosts.grid import GatheredGrid
@@ -23,8 +23,7 @@ from spvit.hosts.host import Host, input_size, outputs_of
 from spvit.hosts.recognise import family_of
 from spvit.hosts.sites import AttentionSite
 from spvit.hosts.walk import evaluating
-from spvit.models import open_model
-from spvit.pages.reading import Reading, attempted, model_config
+from spvit.pages.reading import Reading, attempted, dense_model
 from spvit.surgery import pruned_record
 from spvit.train.data import images_of
 from spvit.train.drawing import Mark, Picture, word
@@ -37,8 +36,8 @@ SHOWN, LOOKED_AT = 8, 4
 TILE, SPACE, LINE, ACROSS = 112, 8, 17, 4
 LETTERS = 15
 """Letters of a class name that a tile is wide."""
-GLOW = ((22, 16, 60), (122, 28, 109), (224, 92, 65), (252, 220, 120))
-"""Colours of attention, from none to most; their brightness rises evenly."""
+GLOW = ("#16103c", "#fcdc78", "#bc3754")
+"""Colours of no attention, of the most, and of half; their brightness rises evenly."""
 
 
 Captions = dict[int, tuple[str, ...]]
@@ -61,12 +60,15 @@ def compared(reading: Reading, host: nn.Module | Host | None, images: int | Tens
     """
     if not (reading.folder.path / WEIGHTS).is_file():
         raise RunFolderError("the run has written no model yet")
-    dense = _dense(reading, host)
+    about = reading.description
+    if host is not None:
+        dense = host.model if isinstance(host, Host) else host
+    else:
+        dense = dense_model(reading.folder, reading.settings, len(about.classes) if about and about.classes else None)
     small = load(reading.folder.path, host=None if host is None else dense).to(next(dense.parameters()).device)
     if pruned_record(small) is None:
         raise RunFolderError("the model of this run is not pruned")
     shown: Any = [(image, None) for image in images] if isinstance(images, Tensor) else _chosen(reading, dense, images)
-    about = reading.description
     preprocessing = (about and about.preprocessing) or Preprocessing()
     with evaluating(dense, small):
         answers = [_answers(model, shown) for model in (dense, small)]
@@ -112,19 +114,6 @@ def _of_classes(
 
 def _cut(name: str) -> str:
     return name if len(name) <= LETTERS // 2 + 3 else f"{name[: LETTERS // 2 + 2]}…"
-
-
-def _dense(reading: Reading, host: nn.Module | Host | None) -> nn.Module:
-    """Return the dense network with the weights that the run started from, or trained."""
-    if host is not None:
-        return host.model if isinstance(host, Host) else host
-    if (reading.folder.dense / DESCRIPTION).is_file():
-        return load(reading.folder.dense)
-    classes = reading.description.classes if reading.description is not None else None
-    opened = open_model(model_config(reading.settings), None if classes is None else len(classes))
-    if not opened.trained or pruned_record(opened.model) is not None:
-        raise RunFolderError(f"the run's model {reading.settings['model']} is no trained dense one")
-    return opened.model
 
 
 def _chosen(reading: Reading, model: nn.Module, most: int) -> list[tuple[Tensor, int | None]]:
@@ -236,23 +225,20 @@ def _photo(image: Tensor, preprocessing: Preprocessing) -> Image.Image:
     mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
     values = (image.cpu() * std + mean).clamp(0, 1)
     values = values[: 3 if len(values) >= 3 else 1]
-    return _resized((255 * values.expand(3, -1, -1)).byte())
+    return _resized(values.expand(3, -1, -1).permute(1, 2, 0))
 
 
-def _resized(values: Tensor) -> Image.Image:
-    """Return bytes [3, height, width] as an image of a tile: few pixels as squares."""
-    smooth = min(values.shape[1:]) > 2 * TILE / 8
+def _resized(shades: Tensor) -> Image.Image:
+    """Return shades, 0 to 1, [height, width] or [height, width, 3], as an image of a tile; few pixels are squares."""
+    smooth = min(shades.shape[:2]) > 2 * TILE / 8
     method = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
-    return Image.fromarray(values.permute(1, 2, 0).contiguous().numpy()).resize((2 * TILE, 2 * TILE), method)
+    return Image.fromarray((255 * shades).byte().contiguous().numpy()).resize((2 * TILE, 2 * TILE), method)
 
 
 def _lit(photo: Image.Image, shares: Tensor) -> Image.Image:
     """Return an image in grey under the colours of how much its patches [height, width] are looked at."""
-    level = (shares - shares.min()) / (shares.max() - shares.min()).clamp(min=1e-12) * (len(GLOW) - 1)
-    low = level.floor().clamp(max=len(GLOW) - 2)
-    table, part = torch.tensor(GLOW), (level - low)[..., None]
-    colours = table[low.long()] * (1 - part) + table[low.long() + 1] * part
-    return Image.blend(photo.convert("L").convert("RGB"), _resized(colours.permute(2, 0, 1).byte()), 0.65)
+    level = (shares - shares.min()) / (shares.max() - shares.min()).clamp(min=1e-12)
+    return Image.blend(photo.convert("L").convert("RGB"), ImageOps.colorize(_resized(level), *GLOW), 0.65)
 
 
 def _tile(image: Image.Image, left: float, top: float) -> Mark:

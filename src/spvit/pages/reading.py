@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from spvit.architecture import Architecture, dense
-from spvit.checkpoint import DESCRIPTION, Description, describe, described_host, first_line
+from spvit.checkpoint import DESCRIPTION, Description, describe, described_host, first_line, load
 from spvit.cost import NetworkCost
 from spvit.errors import RunFolderError, SpvitError
 from spvit.hosts.host import Host
@@ -152,9 +152,23 @@ def model_config(settings: dict[str, Any]) -> ModelConfig:
     name = settings.get("model")
     if not isinstance(name, str) or names_code(name):
         why = "its settings name no model" if name is None else f"its model is {name}, which is code"
-        raise RunFolderError(f"{why}; pass the dense model: spvit.report(folder, host=model)")
+        advice = "pass the dense model: spvit.report(folder, host=model), or --dense of an export"
+        raise RunFolderError(f"{why}; {advice}")
     known = ("model_args", "pretrained", "checkpoint")
     return ModelConfig(model=name, **{key: settings[key] for key in known if key in settings})
+
+
+def dense_model(run: RunFolder, settings: dict[str, Any], classes: int | None = None) -> nn.Module:
+    """Return the dense network of a run with the weights that it started from, or trained.
+
+    Raises RunFolderError when its settings do not name a trained dense model, and what opening one raises.
+    """
+    if (run.dense / DESCRIPTION).is_file():
+        return load(run.dense)
+    opened = open_model(model_config(settings), classes)
+    if not opened.trained or pruned_record(opened.model) is not None:
+        raise RunFolderError(f"the run's model {settings['model']} is no trained dense one")
+    return opened.model
 
 
 def _dense(host: nn.Module | Host | None, description: Description | None, settings: dict[str, Any]) -> Host:

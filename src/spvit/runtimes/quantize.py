@@ -16,6 +16,7 @@ All combinations are tried, and the one that agrees best on other images is take
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import tempfile
@@ -171,7 +172,7 @@ def _values(
     """Yield the values of tensors by name, a few images at a time."""
     import onnx
 
-    probe = _copied(program)
+    probe = copy.deepcopy(program)
     last = program.graph.output[0].name
     inner = [name for name in names if name not in (INPUT, last)]
     probe.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in inner)
@@ -219,7 +220,7 @@ def _smoothed(program: Program, scales: Mapping[str, Tensor]) -> Program:
     """Return a program that answers alike, whose norms return their values divided by scales."""
     import onnx
 
-    smoothed = _copied(program)
+    smoothed = copy.deepcopy(program)
     weights = {item.name: item for item in smoothed.graph.initializer}
 
     def scale(name: str, factor: Tensor) -> None:
@@ -232,12 +233,6 @@ def _smoothed(program: Program, scales: Mapping[str, Tensor]) -> Program:
         elif node.input and node.input[0] in scales:
             scale(node.input[1], scales[node.input[0]][:, None])
     return smoothed
-
-
-def _copied(program: Program) -> Program:
-    copied = type(program)()
-    copied.CopyFrom(program)
-    return copied
 
 
 def _tensor(initializer: Any) -> Tensor:
