@@ -30,7 +30,7 @@ from spvit.errors import ExportError, RunError
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host, macs_of_image, outputs_of
 from spvit.hosts.recognise import family_of
-from spvit.runtimes.quantize import Fusion, Quantised, fusion_of, halved, quantised
+from spvit.runtimes.quantize import Fusion, Quantised, divided, fusion_of, halved, quantised
 from spvit.runtimes.writers import (
     ANY_SIZE,
     BATCHES,
@@ -136,6 +136,9 @@ def export(
     images = torch.rand(EXAMPLES, *size, generator=torch.Generator().manual_seed(0)) if images is None else images
     normalised = preprocessing if with_preprocessing else None
     images = fitting_images(images, "images", size, normalised)
+    seen = None
+    if precision == "int8" and calibration is not None:
+        seen = divided(fitting_images(calibration, "calibration", size, normalised))
     if labels is not None and labels.shape != (len(images),):
         raise ExportError(f"labels are {list(labels.shape)}, expected one for each image, [{len(images)}]")
     about = {"input_size": list(size), "normalised_inside": with_preprocessing, "classes": classes and list(classes)}
@@ -166,8 +169,8 @@ def export(
         done = replace(done, path=path, fusion=fusion_of(written) if form == "onnx" else None)
         if precision != "fp32":
             program, way = read_program(written), None
-            if precision == "int8" and calibration is not None:
-                way = quantised(program, fitting_images(calibration, "calibration", size, normalised), report)
+            if seen is not None:
+                way = quantised(program, *seen, report)
             run = write_program(halved(program) if way is None else way.program, written)
             lowered = compared(_answers(run, images), outputs[0], labels=labels)
             lowered = replace(lowered, precision=precision, fusion=fusion_of(written), single=done, quantised=way)
