@@ -157,20 +157,32 @@ def benchmark(
         where = (device, DTYPES.get(dtype or ""), model_args or {})
         programs = [model if isinstance(model, Program) else _opened(model, *where) for model in models]
         memory = [_peak_memory(program, max(batches)) for program in programs]
-        by_batch = [measure_latencies(programs, batch, seconds) for batch in batches]
+        measured = measure_batches(programs, batches, seconds)
     return [
         Benchmark(
             model=program.name,
             backend=program.backend,
-            dtype=latencies[0].dtype,
+            dtype=own[0].dtype,
             params=program.costs.get("params"),
             macs=program.costs.get("macs"),
             file_bytes=program.file_bytes,
             peak_memory=peak,
-            latency=tuple(latencies),
+            latency=own,
         )
-        for program, peak, *latencies in zip(programs, memory, *by_batch)
+        for program, peak, own in zip(programs, memory, measured)
     ]
+
+
+def measure_batches(
+    programs: Sequence[Program], batches: Sequence[int], seconds: float = 1.0, step: Callable[[], object] = lambda: None
+) -> list[tuple[Latency, ...]]:
+    """Return the latencies of each program, one a batch size, as `measure_latencies` does. step: called after each."""
+    found: list[list[Latency]] = [[] for _ in programs]
+    for batch in batches:
+        for own, latency in zip(found, measure_latencies(programs, batch, seconds)):
+            own.append(latency)
+        step()
+    return [tuple(own) for own in found]
 
 
 @torch.inference_mode()

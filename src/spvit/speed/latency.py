@@ -203,6 +203,11 @@ def decide_by_latency(
     return architecture
 
 
+def batches_to_measure(batches: Sequence[int], asked: int | None) -> list[int]:
+    """Return the batch sizes at which a pruned model is measured: that of a latency budget, if any, is the first."""
+    return [*dict.fromkeys([*([] if asked is None else [asked]), *batches])]
+
+
 def _setting(host: Host, batch: int) -> dict[str, Any]:
     """Return what latency depends on, beside what is kept."""
     parameter = next(host.model.parameters())
