@@ -308,20 +308,6 @@ def test_edits_of_the_settings_in_a_run_folder_are_checked(capsys, recipe, tmp_p
     assert max(json.loads(line)["epoch"] for line in lines) == 2
 
 
-def test_a_folder_that_a_run_is_at_work_in_is_refused_to_others(capsys, recipe, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    out.mkdir()
-    holds = "import sys, pathlib; from spvit.train.lock import locked\n"
-    holds += "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", holds, str(out)], **pipes) as other:
-        other.stdout.readline()
-        words = ["train", "--recipe", recipe(dense=SHORT), "--output", str(out)]
-        refused(capsys, f"is in use by process {other.pid} on", *words)
-        other.kill()
-    assert run(capsys, *words)[0] == 0
-
-
 def test_weights_that_are_not_finite_have_no_accuracy(capsys, recipe, tmp_path: Path) -> None:
     model = micro_host()
     model.blocks[0].mlp.fc1.weight.data[0, 0] = float("nan")
@@ -420,21 +406,6 @@ def test_classes_are_compared_with_those_that_the_model_was_trained_for(capsys, 
     assert '"cat"' in text
     description.write_text(text.replace('"cat"', '"x"').replace('"dog"', '"cat"').replace('"x"', '"dog"'))
     refused(capsys, "in another order", "evaluate", "--model", out, "--data", str(root))
-
-
-def test_corrupt_image_ends_a_run_in_one_line_and_leaves_nothing(capsys, tmp_path: Path) -> None:
-    root = image_folder(tmp_path / "pictures")
-    (root / "train" / "cat" / "2.png").write_bytes(b"junk")
-    arguments = ["train", "--model", "test_vit", "--pretrained", "false", "--model_args", '{"img_size": 32}']
-    arguments += ["--data", str(root), "--images.batch_size", "4", "--dense.epochs", "1"]
-    for workers in ("0", "1"):
-        out = tmp_path / "run"
-        refused(capsys, "2.png cannot be read", *arguments, "--output", str(out), "--images.workers", workers)
-        assert not out.exists()
-    more = ["--images.skip_corrupt", "true", "--images.most_unreadable", "0.5"]
-    code, said, _ = run(capsys, *arguments, "--output", str(tmp_path / "run"), *more)
-    assert code == 0
-    assert "1 of 16 images cannot be read and are left out" in said
 
 
 def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_path: Path) -> None:

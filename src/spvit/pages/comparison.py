@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -25,10 +25,9 @@ from spvit.hosts.sites import AttentionSite
 from spvit.hosts.walk import evaluating
 from spvit.pages.reading import Reading, attempted, dense_model
 from spvit.surgery import pruned_record
-from spvit.train.data import images_of
+from spvit.train.data import load_images
 from spvit.train.drawing import Mark, Picture, word
 from spvit.train.settings import ImageConfig
-from spvit.train.sources import find_images
 
 BATCH = 32
 SHOWN, LOOKED_AT = 8, 4
@@ -44,17 +43,8 @@ Captions = dict[int, tuple[str, ...]]
 """Lines below an image, by its number."""
 
 
-@dataclass(frozen=True)
-class Compared:
-    """What two networks answered on the same images."""
-
-    says: str
-    """How alike the answers are, in words."""
-    pictures: tuple[Picture, ...] = ()
-
-
-def compared(reading: Reading, host: nn.Module | Host | None, images: int | Tensor) -> Compared:
-    """Return the comparison on so many of the run's validation images at most, or on images that are given.
+def compared(reading: Reading, host: nn.Module | Host | None, images: int | Tensor) -> tuple[str, list[Picture]]:
+    """Return how alike two networks answer, in words and pictures, on some of the run's validation images or others.
 
     Raises RunFolderError when a model or the images are not to be found, and what opening them raises.
     """
@@ -73,30 +63,30 @@ def compared(reading: Reading, host: nn.Module | Host | None, images: int | Tens
     with evaluating(dense, small):
         answers = [_answers(model, shown) for model in (dense, small)]
         if family_of(dense).classes(dense) < 2:
-            found, captions, words = _of_features(answers)
+            says, captions, words = _of_features(answers)
         else:
             classes = (about and about.classes) or tuple(map(str, range(answers[0].shape[1])))
-            found, captions, words = _of_classes(answers, [label for _, label in shown], classes)
+            says, captions, words = _of_classes(answers, [label for _, label in shown], classes)
         some = torch.stack([shown[index][0] for index in range(0, len(shown), -(-len(shown) // LOOKED_AT))])
         looks = attempted(
             reading.problems, "attention", lambda: [_attention(dense, small, some, preprocessing)], list[Picture]()
         )
     moved = {index: shown[index][0] for index in list(captions)[:SHOWN]}
-    return replace(found, pictures=(*_gallery(words, moved, captions, preprocessing), *looks))
+    return says, [*_gallery(words, moved, captions, preprocessing), *looks]
 
 
-def _of_features(answers: Sequence[Tensor]) -> tuple[Compared, Captions, tuple[str, str]]:
+def _of_features(answers: Sequence[Tensor]) -> tuple[str, Captions, tuple[str, str]]:
     """Return how far features moved, and captions by image, those that moved most first."""
     cosines = torch.cosine_similarity(answers[0].flatten(1), answers[1].flatten(1))
     captions: Captions = {index: (f"cosine {cosines[index]:.3f}",) for index in cosines.argsort().tolist()}
     worst = f"{cosines.mean():.3f}, at worst {cosines.min():.3f}"
     says = f"On {len(cosines):,} images the mean cosine of dense and pruned features is {worst}."
-    return Compared(says), captions, ("Images whose features moved most", "The cosine between dense and pruned.")
+    return says, captions, ("Images whose features moved most", "The cosine between dense and pruned.")
 
 
 def _of_classes(
     answers: Sequence[Tensor], labels: Sequence[int | None], classes: Sequence[str]
-) -> tuple[Compared, Captions, tuple[str, str]]:
+) -> tuple[str, Captions, tuple[str, str]]:
     """Return how many first guesses changed, and captions of these by image."""
     first, second = (answer.argmax(1).tolist() for answer in answers)
     changed = [index for index, (before, now) in enumerate(zip(first, second)) if before != now]
@@ -109,7 +99,7 @@ def _of_classes(
         label, guesses = labels[index], f"{_cut(classes[first[index]])} → {_cut(classes[second[index]])}"
         captions[index] = (guesses,) if label is None else (f"is {_cut(classes[label])}", guesses)
     about = "Below each its class, if it is known, and the dense → the pruned network's guess."
-    return Compared(f"{says}."), captions, ("Images whose prediction changed", about)
+    return f"{says}.", captions, ("Images whose prediction changed", about)
 
 
 def _cut(name: str) -> str:
@@ -129,10 +119,10 @@ def _chosen(reading: Reading, model: nn.Module, most: int) -> list[tuple[Tensor,
     lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
     config = ImageConfig(**{**values, **lists, "download": False})
     preprocessing = reading.description.preprocessing if reading.description is not None else None
-    found = find_images(str(source), config)
-    every: Any = images_of(found, config, input_size(model), preprocessing or Preprocessing()).validation
+    found = load_images(str(source), config, input_size(model), preprocessing or Preprocessing())
+    every: Any = found.validation
     indices = torch.linspace(0, len(every) - 1, min(most, len(every))).long().unique().tolist()
-    return [item if found[-1] else (item[0], None) for index in indices if (item := every[index]) is not None]
+    return [item if found.classes else (item[0], None) for index in indices if (item := every[index]) is not None]
 
 
 def _answers(model: nn.Module, shown: Sequence[tuple[Tensor, Any]]) -> Tensor:

@@ -178,22 +178,20 @@ def _scores(reading: Reading) -> Iterator[Picture]:
     unit = f", in units of 1e{power}" if power < -1 else ""
     bars = [replace(one, points=[(x, y / 10**power) for x, y in one.points]) for one in bars] if unit else bars
     most = most / 10**power if unit else most
+    name = reading.scores.objective
+    cost = "divergence of the class probabilities" if name in ("", "logits") else f"relative squared error of {name}"
     yield chart(
         "scores",
         "What each choice cost",
         "How far the outputs move from the dense network's when this choice alone is made and repaired, on images that "
         "the repair has not seen. Hover for what else could have stood there.",
         bars,
-        ("block", _objective(reading.scores.objective) + unit),
+        ("block", cost + unit),
         x=(-0.6, len(reading.scores.blocks) - 0.4),
         y=(0.0, 1.06 * most),
         width=WIDTH,
         height=230.0,
     )
-
-
-def _objective(name: str) -> str:
-    return "divergence of the class probabilities" if name in ("", "logits") else f"relative squared error of {name}"
 
 
 def _frontier(reading: Reading) -> Iterator[Picture]:

@@ -20,7 +20,7 @@ from spvit.errors import ReportError
 from spvit.hosts.host import Host
 from spvit.hosts.sources import can_build
 from spvit.models import names_code
-from spvit.pages.comparison import Compared, compared
+from spvit.pages.comparison import compared
 from spvit.pages.figures import block_name, pictures
 from spvit.pages.reading import Reading, attempted, read
 from spvit.train.drawing import COLOURS, Picture, framed, templates, write_png, write_svg
@@ -87,14 +87,16 @@ def report(
     path = Path(output) if output is not None else reading.folder.report
     if path.is_dir() or (path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:500]):
         raise ReportError(f"{path} is no page of spvit's, so it stays as it is; name another file (--output)")
-    parts, found = pictures(reading), None
+    parts: dict[str, list[Picture]] = {**pictures(reading), "images": []}
+    says = ""
     if (isinstance(images, Tensor) or images > 0) and not reading.frontier:
         name = "dense against pruned"
-        found = attempted(reading.problems, name, lambda: compared(reading, host, images), None)
-    parts["images"] = [] if found is None else list(found.pictures)
+        says, parts["images"] = attempted(
+            reading.problems, name, lambda: compared(reading, host, images), (says, parts["images"])
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     page = templates(Path(__file__).parent).get_template("page.html")
-    write_text(path, page.render(**_content(reading, parts, found)))
+    write_text(path, page.render(**_content(reading, parts, says)))
     for picture in (picture for own in parts.values() for picture in own):
         whole, beside = framed(picture), path.with_name(f"{path.stem}-{picture.name}")
         if svg:
@@ -104,13 +106,13 @@ def report(
     return path
 
 
-def _content(reading: Reading, parts: dict[str, list[Picture]], found: Compared | None) -> dict[str, Any]:
+def _content(reading: Reading, parts: dict[str, list[Picture]], compared_says: str) -> dict[str, Any]:
     """Return all that the template fills in."""
 
     def tried(make: Callable[[Reading], Any], empty: Any = ()) -> Any:
         return attempted(reading.problems, "figures", lambda: make(reading), empty)
 
-    titles = SECTIONS | ({"images": (SECTIONS["images"][0], found.says)} if found is not None else {})
+    titles = SECTIONS | {"images": (SECTIONS["images"][0], compared_says)}
     return {
         "name": reading.folder.path.resolve().name,
         "mark": MARK,
@@ -181,15 +183,11 @@ def _sentence(reading: Reading) -> str:
     if name == "agreement":
         return f"{says}; its agreement with the dense one is {now:.4f}, on {count:,} held-out images without labels."
     right = f"and is right on {now:.1%} of {count:,} validation images, the dense one on {before:.1%}"
-    change, chance = 100 * (now - before), 100 * _chance(before, now, count)
+    # Chance: 95 % of differences are smaller, as if the accuracies were not of the same images.
+    change, chance = 100 * (now - before), 196 * math.sqrt((before * (1 - before) + now * (1 - now)) / count)
     if abs(change) <= chance:
         return f"{says} {right}: with so few images a difference below {chance:.1f} points can be chance."
     return f"{says} {right}: {abs(change):.1f} points {'more' if change > 0 else 'less'}."
-
-
-def _chance(before: float, now: float, count: int) -> float:
-    """Return which difference of two accuracies on so many images can be chance (95 %, as if not the same images)."""
-    return 1.96 * math.sqrt((before * (1 - before) + now * (1 - now)) / count)
 
 
 def _quality(reading: Reading) -> list[Card]:

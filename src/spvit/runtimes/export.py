@@ -131,10 +131,11 @@ def export(
     family, model = (model.family, model.model) if isinstance(model, Host) else (family_of(model), model)
     if with_preprocessing and (preprocessing is None or form == "safetensors"):
         raise ExportError("with_preprocessing needs preprocessing, and a format that runs; pass preprocessing=")
-    small = _Plain(_deployed(model), preprocessing if with_preprocessing else None)
+    normalised = preprocessing if with_preprocessing else None
+    plain = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    small = _Plain(plain if pruned_record(plain) is None else fold(plain, inplace=True), normalised)
     size = family.input_size(model)
     images = torch.rand(EXAMPLES, *size, generator=torch.Generator().manual_seed(0)) if images is None else images
-    normalised = preprocessing if with_preprocessing else None
     images = fitting_images(images, "images", size, normalised)
     seen = None
     if precision == "int8" and calibration is not None:
@@ -258,12 +259,6 @@ def _places(error: BaseException, model: nn.Module, images: Tensor, shapes: Any)
         paths = [list(stack.values())[-1][0].removeprefix("model.") for stack in stacks if stack]
         return [f"in {path or 'the model itself'}" for path in paths[:1]]
     return []
-
-
-def _deployed(model: nn.Module) -> nn.Module:
-    """Return a copy on the CPU, in single precision and evaluation mode, folded if it was pruned."""
-    copied = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
-    return copied if pruned_record(copied) is None else fold(copied, inplace=True)
 
 
 class _Plain(nn.Module):

@@ -19,7 +19,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from spvit.checkpoint import write_text
@@ -29,6 +29,8 @@ from spvit.train.figures import Judged
 
 FORMAT, VERSION = "spvit-frontier", 1
 FILE = "frontier.json"
+COLUMNS = ("latency_ms", "spread_ms", "speed_up")
+"""What frontier.csv holds of a latency."""
 DENSE = "dense"
 """What stands for the budget of the dense model."""
 
@@ -79,16 +81,12 @@ class Frontier:
         """Write frontier.json and frontier.csv, each as a whole."""
         write_text(folder / FILE, json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=2) + "\n")
         with (folder / "frontier.csv").open("w", encoding="utf-8", newline="") as file:
-            rows = [{**asdict(replace(point, latency=())), **_flat(point)} for point in self.points]
-            writer = csv.DictWriter(file, [name for name in rows[0] if name != "latency"], extrasaction="ignore")
+            rows = []
+            for point in self.points:
+                row = {name: value for name, value in vars(point).items() if name != "latency"}
+                for one in point.latency:
+                    row |= {f"{name}_batch_{one.batch}": getattr(one, name) for name in COLUMNS}
+                rows.append(row)
+            writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
-
-
-def _flat(point: Point) -> dict[str, float]:
-    """Return a point's latencies as columns."""
-    return {
-        f"{name}_batch_{latency.batch}": getattr(latency, name)
-        for latency in point.latency
-        for name in ("latency_ms", "spread_ms", "speed_up")
-    }
