@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from spvit.architecture import dense
 from spvit.cli.main import COMMANDS, main, parse
 from spvit.models import ModelConfig, open_model
 from spvit.train.compress import timed
+from spvit.train.processes import processes
 from spvit.train.settings import CompressConfig
 from training import MODEL, MODEL_ARGS, digits, image_folder, micro_host, run_in, states_equal
 
@@ -530,25 +532,22 @@ def test_a_command_of_one_phase_takes_its_length_by_the_same_names_as_compress(c
 def test_options_have_dashes_or_underscores_and_flags_take_yes_and_no() -> None:
     needed = ["--model", "m", "--data", "d", "--output", "o"]
 
-    def options(*words: str) -> object:
-        return parse(["compress", *needed, *words])[1]
+    def options(line: str) -> Any:
+        return parse(["compress", *needed, *line.split()])[1]
 
-    for words in (["--epochs", "3"], ["--epochs=3"]):
-        assert options(*words).epochs == 3
-    for word in ("--no-train", "--no_train"):
-        assert options(word).epochs == 0
-    for words in (["--search.budget-weight", "3"], ["--search.budget_weight=3"]):
-        assert options(*words).search.budget_weight == 3
-    for word in ("--model-args.depth", "--model_args.depth"):
-        assert options(word, "3").model_args == {"depth": 3}
-    assert (options("--dry-run").dry_run, options("--dry-run", "false").dry_run) == (True, False)
-    assert (options("--dry_run", "true", "--no-dry-run").dry_run, options().dry_run) == (False, False)
-    for line in ("--keep -1 0 *.mlp", "--keep -1,0,*.mlp", "--keep=-1 0 *.mlp", '--keep [-1, 0, "*.mlp"]'):
-        found = options(*line.split(), "--forbid", "skip", "--smallest_width", "64", "--only", "ffn")
+    for line in (
+        "--epochs 3 --search.budget-weight 3 --model-args.depth 3 --dry-run --no-repair --keep -1 0 *.mlp",
+        "--epochs=3 --search.budget_weight=3 --model_args.depth 3 --dry_run true --repair=no --keep=-1 0 *.mlp",
+        '--epochs 3 --search.budget-weight 3 --model-args.depth 3 --dry-run --repair false --keep [-1, 0, "*.mlp"]',
+    ):
+        found = options(f"{line} --forbid skip --smallest_width 64 --only ffn")
+        assert (found.epochs, found.search.budget_weight, found.model_args) == (3, 3, {"depth": 3})
+        assert (found.dry_run, found.repair, found.smallest_width) == (True, False, 64)
         assert (found.keep, found.forbid, found.only) == ((-1, 0, "*.mlp"), ("skip",), ("ffn",))
-        assert found.smallest_width == 64
-    for words in (["--no-repair"], ["--repair", "false"], ["--repair=no"]):
-        assert options(*words).repair is False
+    found = options("--dry_run true --no-dry-run --no-train --keep -1,0,*.mlp")
+    assert (found.dry_run, found.epochs, found.keep) == (False, 0, (-1, 0, "*.mlp"))
+    found = options("--dry-run false --no_train")
+    assert (found.dry_run, found.epochs, found.repair) == (False, 0, True)
     for words in (["NAME"], ["--model", "NAME"], ["NAME", "--latency"], ["--latency", "true", "NAME"]):
         _, options_ = parse(["profile", *words])
         assert (options_.model, options_.latency) == ("NAME", "--latency" in words)
@@ -573,12 +572,16 @@ def test_profile_shows_a_published_architecture(capsys) -> None:
     assert "1.039G" in text
 
 
-def test_commands_that_write_nothing_read_a_recipe_too(capsys, tmp_path: Path) -> None:
-    recipe = tmp_path / "profile.yaml"
-    recipe.write_text(yaml.safe_dump({"model": MODEL, "model_args": MODEL_ARGS}))
+def test_a_recipe_is_read_before_processes_meet_and_by_commands_that_write_nothing(
+    capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, asked = tmp_path / "profile.yaml", []
+    recipe.write_text(yaml.safe_dump({"model": MODEL, "model_args": MODEL_ARGS, "device": "cpu"}))
+    monkeypatch.setattr("spvit.cli.main.processes", lambda cpu=False: asked.append(cpu) or processes(cpu))
     code, text, _ = run(capsys, "profile", "--recipe", str(recipe), "--model_args.depth", "1")
     assert code == 0
     assert text.count("96/96") == 1
+    assert asked[0] is True
 
 
 def test_seed_gives_the_same_untrained_model(capsys, recipe, tmp_path: Path) -> None:

@@ -90,6 +90,20 @@ def test_a_run_that_has_not_ended(copied: Path) -> None:
     assert "network" in pictures_of(page)  # the dense one
 
 
+def test_the_budget_of_a_latency_stands_by_the_batch_that_it_is_of(copied: Path) -> None:
+    settings = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(
+        settings.replace("latency: null", "latency: 70%").replace("batch: 1", "batch: 64")
+    )
+    measured = json.loads((copied / "latency.json").read_text())
+    for rows in measured.values():
+        rows[1]["batch"] = 64
+    (copied / "latency.json").write_text(json.dumps(measured))
+    text = text_of(spvit.report(copied, images=0))
+    assert text.count("budget 70%") == 1
+    assert "budget 70%" in text.partition("latency, batch 64")[2]
+
+
 def test_a_run_without_labels(copied: Path) -> None:
     figures = {name: {"agreement": value, "images": 30} for name, value in (("dense", 1.0), ("pruned", 0.875))}
     (copied / "summary.json").write_text(json.dumps(figures))
