@@ -314,18 +314,7 @@ def test_weights_that_are_not_finite_have_no_accuracy(capsys, recipe, tmp_path: 
     model = micro_host()
     model.blocks[0].mlp.fc1.weight.data[0, 0] = float("nan")
     torch.save(model.state_dict(), tmp_path / "nan.pth")
-    words = [
-        "--model",
-        MODEL,
-        "--model_args",
-        json.dumps(MODEL_ARGS),
-        "--images.mean",
-        "[0.5]",
-        "--images.std",
-        "[0.5]",
-    ]
-    words += ["--pretrained", "false", "--checkpoint", str(tmp_path / "nan.pth"), "--data", "digits"]
-    code, _, problems = run(capsys, "evaluate", *words)
+    code, _, problems = run(capsys, "evaluate", "--recipe", recipe(checkpoint=str(tmp_path / "nan.pth")))
     assert code == 1
     assert "outputs are not finite, nor are weights of blocks.0.mlp.fc1.weight" in problems
 
