@@ -128,6 +128,7 @@ def test_missing_and_damaged_files_are_named_and_fail_nothing(copied: Path, dama
     text = text_of(spvit.report(copied))
     assert "Not on this page" in text
     assert "architecture file" in text
+    assert "A model that spvit saved" in text  # its settings do not say of which command they are
     for name in [*names, "frontier.json", "model.json"]:
         (copied / name).unlink()
         (copied / "metrics.jsonl").write_text(

@@ -138,9 +138,7 @@ def evaluate_command(options: cli.EvaluateCommand, console: Console) -> None:
 
 def profile_command(options: cli.ProfileCommand, console: Console) -> None:
     """Print the costs of a model by block, dense against pruned; those of a published one as published too."""
-    model = open_model(
-        options, weights=False, code=True
-    ).model  # costs do not depend on weights, so none are downloaded
+    model = open_model(options, weights=False, code=True).model  # weights, which cost a download, are not counted
     record = pruned_record(model)
     if record is not None and options.architecture is not None:
         raise ArchitectureError(f"{options.model} is pruned already; name a dense model with --architecture")

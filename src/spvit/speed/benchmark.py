@@ -251,9 +251,7 @@ def _peak_memory(program: Program, batch: int) -> int | None:
     """Return the bytes that a first pass takes beside the model: of the accelerator, or of the process on Linux."""
     images = program.images(batch)
     try:
-        if (
-            program.backend == "torch"
-        ):  # which keeps nothing but what it sets up once; other runtimes keep what they took
+        if program.backend == "torch":  # it keeps only what it sets up once; other runtimes keep what they took
             program.timed(images, 1)
         if images.is_cuda:
             before = torch.cuda.memory_allocated()
@@ -286,17 +284,18 @@ def _resident(name: str) -> int:
 
 def _opened(model: nn.Module | str | Path, device: str, dtype: torch.dtype | None, arguments: Any) -> Program:
     """Return a model as a program. Raises ModelError when it cannot be found or opened."""
-    path, file = (Path(), None) if isinstance(model, nn.Module) else (Path(model), None)
     if isinstance(model, nn.Module):
-        name, module = type(model).__name__, copy.deepcopy(model)
-    elif path.suffix in RUNTIMES:
-        return _exported(path, device)
-    elif path.is_file():
-        raise ModelError(f"{path} is no model: expected a file that ends in {', '.join(RUNTIMES)}, a folder, or a name")
+        name, module, file = type(model).__name__, copy.deepcopy(model), None
     else:
-        name, ours = str(model), (path / DESCRIPTION).is_file()
-        config = ModelConfig(model=name, model_args={} if ours else arguments)
-        module, file = open_model(config, weights=False).model, path / WEIGHTS if ours else None
+        name, path = str(model), Path(model)
+        if path.suffix in RUNTIMES:
+            return _exported(path, device)
+        if path.is_file():
+            expected = f"a file that ends in {', '.join(RUNTIMES)}, a folder, or a name"
+            raise ModelError(f"{path} is no model: expected {expected}")
+        file = path / WEIGHTS if (path / DESCRIPTION).is_file() else None
+        config = ModelConfig(model=name, model_args=arguments if file is None else {})
+        module = open_model(config, weights=False).model
     program = Program.of(name, module.to(device_named(device), dtype), file)
     return replace(program, costs={"macs": macs_of_image(module), "params": count_params(module)})
 

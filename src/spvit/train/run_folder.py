@@ -165,7 +165,8 @@ class RunFolder:
             settings = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise RunFolderError(f"{self.settings} is damaged: {' '.join(str(error).split())}") from error
-        command = text.partition("\n")[0].removeprefix("# spvit ")
+        first = text.partition("\n")[0]
+        command = first.removeprefix("# spvit ") if first.startswith("# spvit ") else ""
         return (command, settings) if isinstance(settings, dict) else ("", {})
 
     def figures(self) -> dict[str, dict[str, float]]:
