@@ -337,6 +337,21 @@ def test_sigterm_ends_a_run_with_a_state_and_ctrl_c_takes_one_line(recipe, tmp_p
     assert any((out / "state" / "dense").glob("epoch-*"))
 
 
+def test_a_signal_does_not_cut_short_what_is_said_at_the_end(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(error: RuntimeError) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return f"a process has ended: {error}"
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("gloo")
+
+    monkeypatch.setattr("spvit.cli.main.who_is_gone", gone)
+    monkeypatch.setitem(COMMANDS, "profile", (COMMANDS["profile"][0], fails))
+    code, _, problems = run(capsys, "profile", MODEL)
+    said = "spvit: a process has ended: gloo; a run that has saved a state continues with --resume\n"
+    assert (code, problems) == (1, said)
+
+
 def test_what_needs_no_model_is_answered_without_torch(tmp_path: Path) -> None:
     code = "import sys, spvit_command as c\ncode = c.main()\nassert 'torch' not in sys.modules; sys.exit(code)"
     for words, expected, text in (

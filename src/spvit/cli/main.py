@@ -60,12 +60,16 @@ ADVICE = "a run that has saved a state continues with --resume"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, of which `spvit_command` has seen that there is one, and return the exit code."""
-    problems = Console(stderr=True)
+    problems, failure = Console(stderr=True), None
     before = _stop_by_exception()
     try:
-        code, message = _run(list(sys.argv[1:] if arguments is None else arguments), problems)
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)  # it ends as it is
+        try:
+            _command(list(sys.argv[1:] if arguments is None else arguments), problems)
+        except BaseException as error:
+            failure = error
+        for number in before:  # it ends as it is: a launcher that ends it does not cut short what it says
+            signal.signal(number, signal.SIG_IGN)
+        code, message = (0, "") if failure is None else _explained(failure)
         if message and is_first_to_fail():
             line = f"spvit: {' '.join(message.split())}"
             problems.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
@@ -75,24 +79,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(number, handler)
 
 
-def _run(arguments: list[str], problems: Console) -> tuple[int, str]:
-    """Run the command line; return the exit code, and what went wrong."""
-    try:
-        _command(arguments, problems)
-    except RunStoppedError as error:
+def _explained(error: BaseException) -> tuple[int, str]:
+    """Return the exit code and what went wrong in words; raise what is no user's to know."""
+    if isinstance(error, RunStoppedError):
         return 128 + error.number, str(error)
-    except SpvitError as error:  # one in a reading process arrives as its traceback, with the message last
+    if isinstance(error, SpvitError):  # one in a reading process arrives as its traceback, with the message last
         return 1 if isinstance(error, RunError) else 2, str(error).split("DataError: ")[-1]
-    except OSError as error:  # a full disk, a folder that may not be written, one that has gone
+    if isinstance(error, OSError):  # a full disk, a folder that may not be written, one that has gone
         place = f"{error.filename}: " if error.filename else ""
         return 1, f"{place}{error.strerror or error}; the last saved state is as it was"
-    except RuntimeError as error:
-        if not (gone := who_is_gone(error)):
-            raise
+    if isinstance(error, RuntimeError) and (gone := who_is_gone(error)):
         return 1, f"{gone}; {ADVICE}"
-    except KeyboardInterrupt as error:
+    if isinstance(error, KeyboardInterrupt):
         return 128 + (error.args[0] if error.args else signal.SIGINT), f"interrupted; {ADVICE}"
-    return 0, ""
+    raise error
 
 
 def _stop_by_exception() -> dict[int, Any]:
