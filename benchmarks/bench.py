@@ -84,7 +84,7 @@ def make_dense(host: str) -> nn.Module:
 
 
 def open_images(options: argparse.Namespace) -> Images:
-    """Return Fashion-MNIST as every method sees it, limited as the options say."""
+    """Return Fashion-MNIST as every method sees it."""
     if options.data is not None:
         unpack(Path(options.data), Path(options.cache))
     config = ImageConfig(
@@ -97,9 +97,8 @@ def open_images(options: argparse.Namespace) -> Images:
         flip=0.5,
     )
     images = load_images("FashionMNIST", config, SIZES[options.host], spvit.Preprocessing((0.286,), (0.353,), crop=1.0))
-    train_count = options.limit or (QUICK_IMAGES if options.quick else None)
-    train, views = _first(images.train, train_count), _first(images.views, train_count)
-    return replace(images, train=train, views=views, validation=_first(images.validation, options.limit))
+    count = QUICK_IMAGES if options.quick else None
+    return replace(images, train=_first(images.train, count), views=_first(images.views, count))
 
 
 def unpack(source: Path, cache: Path) -> None:
@@ -189,7 +188,6 @@ class Bench:
         """Return what the figures are of."""
         options = self.options
         label = " (QUICK: a subset, not for conclusions)" if options.quick else ""
-        label += f" (LIMITED to {options.limit} images)" if options.limit else ""
         tested_on = f"{options.held_out} held-out training images" if options.held_out else "test images"
         return f"Fashion-MNIST, accuracy on {tested_on} at equal MACs, {machine()['threads']} threads{label}"
 

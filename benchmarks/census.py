@@ -24,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,40 +32,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 import spvit
 import tiny_models
-from census_page import page
+from census_page import Outcome, page
 from spvit.architecture import FFN, Architecture, Attention, Block, dense
 from spvit.hosts.sites import AttentionSite
 from spvit.hosts.sources import can_build, source_of
 from spvit.replacements.costs import network_costs
+from timm_vit import macs_of
 
 MIXED = ("conv3", "skip", "conv1", "msa")  # attention last: class tokens see what convolutions did only through it
 TOLERANCE = 1e-6  # of the largest output, in double precision; some hosts keep softmax or positions in single
 IMAGES = 16  # or more, where a convolution has more inputs than their tokens can tell apart
 SHARE = 0.6  # of what the sites cost, that `decide` leaves
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one name."""
-
-    library: str
-    family: str
-    """Class of the model."""
-    name: str
-    result: str
-    """`passes`, `refused` or `crash`."""
-    detail: str
-    """What attention may become; why it is refused; or where it failed and how."""
-    saved: bool = False
-    """Whether the pruned model could be saved and loaded again without the dense one."""
-    arguments: str = ""
-    """What differs from the name's own arguments."""
 
 
 class ContractError(Exception):
@@ -128,14 +109,6 @@ def expect_equal(some: Sequence[Tensor], others: Sequence[Tensor], what: str, to
     """Raise ContractError where two lists of outputs differ."""
     if (found := apart(some, others)) > tolerance:
         raise ContractError(f"{what} differ by {found:.1e}")
-
-
-def macs_of(model: nn.Module, x: Tensor) -> int:
-    """Return the MACs of one image as PyTorch counts them, attention in its plain products."""
-    twin = copy.deepcopy(model).to("meta").requires_grad_(False)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        twin(x[:1].to("meta"))
-    return counter.get_total_flops() // 2
 
 
 class Trial:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Protocol
 
 INTRO = """\
 # Which models work
@@ -37,28 +37,29 @@ units. The column *attention* says what else it may become:
 """
 
 
-class Result(Protocol):
-    """What the page needs of an outcome."""
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one name."""
 
-    @property
-    def library(self) -> str: ...  # noqa: D102
-    @property
-    def family(self) -> str: ...  # noqa: D102
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def result(self) -> str: ...  # noqa: D102
-    @property
-    def detail(self) -> str: ...  # noqa: D102
-    @property
-    def saved(self) -> bool: ...  # noqa: D102
-
-
-Groups = dict[tuple[str, ...], list[Result]]
+    library: str
+    family: str
+    """Class of the model."""
+    name: str
+    result: str
+    """`passes`, `refused` or `crash`."""
+    detail: str
+    """What attention may become; why it is refused; or where it failed and how."""
+    saved: bool = False
+    """Whether the pruned model could be saved and loaded again without the dense one."""
+    arguments: str = ""
+    """What differs from the name's own arguments."""
 
 
-def _grouped(outcomes: Sequence[Result], result: str, key: Callable[[Result], tuple[str, ...]]) -> Groups:
-    groups: defaultdict[tuple[str, ...], list[Result]] = defaultdict(list)
+Groups = dict[tuple[str, ...], list[Outcome]]
+
+
+def _grouped(outcomes: Sequence[Outcome], result: str, key: Callable[[Outcome], tuple[str, ...]]) -> Groups:
+    groups: defaultdict[tuple[str, ...], list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
         if outcome.result == result:
             groups[key(outcome)].append(outcome)
@@ -77,7 +78,7 @@ def _version(library: str) -> str:
         return "absent"
 
 
-def _counts(outcomes: Sequence[Result]) -> str:
+def _counts(outcomes: Sequence[Outcome]) -> str:
     rows = []
     for library in dict.fromkeys(outcome.library for outcome in outcomes):
         results = [outcome.result for outcome in outcomes if outcome.library == library]
@@ -85,19 +86,19 @@ def _counts(outcomes: Sequence[Result]) -> str:
     return _table(("library", "names", "work", "refused"), rows)
 
 
-def _examples(group: Sequence[Result]) -> str:
+def _examples(group: Sequence[Outcome]) -> str:
     """Return up to three names of a group, from its first to its last."""
     names = [outcome.name for outcome in group]
     return ", ".join(f"`{name}`" for name in dict.fromkeys((names[0], names[len(names) // 2], names[-1])))
 
 
-def _families(group: Sequence[Result]) -> str:
+def _families(group: Sequence[Outcome]) -> str:
     """Return the classes of a group with the number of names of each."""
     families = [outcome.family for outcome in group]
     return ", ".join(f"{family} ({families.count(family)})" for family in sorted(set(families)))
 
 
-def page(outcomes: Sequence[Result]) -> str:
+def page(outcomes: Sequence[Outcome]) -> str:
     """Return the page, in Markdown; the same for the same outcomes and versions."""
     parts = [INTRO, _counts(outcomes), f"\nWith torch {_version('torch')}."]
     for library in dict.fromkeys(outcome.library for outcome in outcomes):

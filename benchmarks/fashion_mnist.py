@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -75,12 +74,7 @@ def scored(bench: Bench, budget: str) -> None:
 def searched(bench: Bench, budget: str) -> None:
     """Search gates as published; fine-tune what was found, from the weights that the options name."""
     options, started = bench.options, time.perf_counter()
-    shared: dict[str, Any] = {**vars(bench.finetuning), "epochs": options.search_epochs}
-    if options.search_learning_rate is not None:
-        shared["learning_rate"] = options.search_learning_rate
-    if options.budget_weight is not None:
-        shared |= {"budget_weight": options.budget_weight, "budget_warmup": 0.0}
-    config = SearchConfig(**shared, gate_learning_rate=options.gate_learning_rate)
+    config = SearchConfig(**{**vars(bench.finetuning), "epochs": options.search_epochs})
     with tempfile.TemporaryDirectory() as temporary:
         run = Run(bench.images, RunFolder(temporary), bench.loop, bench.progress)
         net, architecture = search(bench.dense, {"macs": budget}, config, run)
@@ -166,9 +160,6 @@ def parse_options() -> argparse.Namespace:
         default=["search repaired", "host"],
         help="weights that a searched network is fine-tuned from (default: %(default)s; `host` is as published)",
     )
-    add("--search-learning-rate", type=float, help="of the search, if it is to be another")
-    add("--gate-learning-rate", type=float, help="of the search (default: the library's)")
-    add("--budget-weight", type=float, help="of the search, constant (default: the library's, rising)")
     add("--held-out", type=int, default=0, help="training images to validate on, not the test images")
     add("--images", type=int, help="training images for all that follows the dense model's training")
     add("--data", default=str(DEBIAN_FOLDER) if DEBIAN_FOLDER.is_dir() else None, help="folder of the .gz files")
@@ -176,7 +167,6 @@ def parse_options() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of everything (default: %(default)s)")
     add("--finetune-seed", type=int, help="of fine-tuning alone, if it is to be another")
     add("--quick", action="store_true", help=f"a rough run on {QUICK_IMAGES:,} training images")
-    add("--limit", type=int, help="training and validation images, to see the script work")
     add("--json", help="file to write the rows to")
     options = parser.parse_args()
     if options.finetune_seed is None:

@@ -70,10 +70,9 @@ def trained_weights(folder: Path) -> str:
 
 def measure_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure latencies in passing only; no test looks at them."""
-    for module in ("spvit.cli.commands", "spvit.train.frontier"):
-        monkeypatch.setattr(
-            f"{module}.measure_latencies", lambda programs, batch, **_: measure_latencies(programs, 1, 0.0)
-        )
+    monkeypatch.setattr(
+        "spvit.speed.benchmark.measure_latencies", lambda programs, *_: measure_latencies(programs, 1, 0.0)
+    )
 
 
 def time_by_macs(

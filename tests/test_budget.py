@@ -97,6 +97,7 @@ def test_budget_targets() -> None:
         (1_038_642_432, "1.039G"),
         (3.2e12, "3.2T"),
         (5e15, "5000T"),
+        (-1500, "-1.5k"),
     ],
 )
 def test_human_counts(count: float, text: str) -> None:

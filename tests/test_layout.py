@@ -23,7 +23,7 @@ FLOORS = (
     ("search",),
     ("surgery", "decide", "hub", "checkpoint", "models", "zoo", "runtimes", "speed"),
     ("train",),
-    ("report",),
+    ("pages",),
     ("publish",),
     ("cli",),
 )

@@ -47,11 +47,9 @@ from spvit.hosts.declared import Sites
 from spvit.hosts.host import Host, recognise
 from spvit.hosts.recognise import register
 from spvit.hosts.sites import Rows, UnitRows
-from spvit.publish import push
 from spvit.repair.constraints import Constraints
 from spvit.repair.scores import Scores, score
 from spvit.replacements.costs import cost
-from spvit.report import report
 from spvit.runtimes.export import Exported, export
 from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import gate_parameters, make_searchable
@@ -63,6 +61,8 @@ __version__ = "0.1.0"
 
 # These bring Accelerate or timm, which load model libraries; importing spvit must load none.
 _LATER = {
+    "spvit.pages.page": ("report",),
+    "spvit.publish": ("push",),
     "spvit.train.compress": ("compress",),
     "spvit.train.frontier": ("frontier",),
     "spvit.train.data": ("Images", "transform"),

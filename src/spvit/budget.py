@@ -127,7 +127,7 @@ def least_in_words(cost: NetworkCost, smallest: int) -> str:
 def human(count: float) -> str:
     """Return a count with a unit prefix, to four significant digits: 1.039G, 4.775M."""
     if count <= 0:
-        return "0"
+        return f"-{human(-count)}" if count else "0"
     power = min(max(int(math.log10(count) // 3), 0), 4)
     scaled = count / 1000**power
     if f"{scaled:.4g}" in ("1000", "1e+03") and power < 4:

@@ -4,6 +4,7 @@ import difflib
 import importlib
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -241,17 +242,12 @@ def number_of_classes(model: nn.Module) -> int:
     """Return how many classes a model's head has. Raises UnsupportedHostError when it has none."""
     count = getattr(model, "num_classes", None) or getattr(model, "num_labels", None)
     if not isinstance(count, int):
-        count = _found_classes(model)
+        count = 0
+        with suppress(UnsupportedHostError):
+            count = family_of(model).classes(model)
     if count < 1:
         raise UnsupportedHostError(f"this {type(model).__name__} has no classification head; make it with num_classes")
     return count
-
-
-def _found_classes(model: nn.Module) -> int:
-    try:
-        return family_of(model).classes(model)
-    except UnsupportedHostError:
-        return 0
 
 
 def _head_keys(model: nn.Module) -> list[str]:
@@ -264,10 +260,9 @@ def _head_keys(model: nn.Module) -> list[str]:
 
 def input_of(model: Any) -> tuple[int, tuple[int, int] | None]:
     """Return how many channels a model takes, and the (height, width) that it needs; None for any."""
-    try:
+    family = None
+    with suppress(UnsupportedHostError):
         family = known_family(model)
-    except UnsupportedHostError:
-        family = None
     if family is not None:
         channels, *size = family.input_size(model)
         return channels, (size[0], size[1])

@@ -24,8 +24,9 @@ from spvit.errors import CheckpointError, HubError, SpvitError
 from spvit.hosts.sources import build, can_build
 from spvit.hub import HUB, hub_errors, spare_retries
 from spvit.models import HUGGING_FACE
+from spvit.pages.page import report
 from spvit.replacements.costs import cost
-from spvit.report import report
+from spvit.train.figures import said
 from spvit.train.run_folder import RunFolder
 
 CARD, PICTURE = "README.md", "network.svg"
@@ -82,58 +83,47 @@ def push(
         HubError: the hub cannot be reached or refuses, no one is logged in, the name holds a model already, or is not
             private as asked.
     """
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+
     with tempfile.TemporaryDirectory() as temporary:
         if isinstance(model, nn.Module):
             model = save(model, Path(temporary) / "model", **about)
         elif about:
             raise CheckpointError(f"{model} is a folder, which says itself what {', '.join(about)} would; leave it out")
         folder = Path(model)
-        _check_loads(folder)
-        return _upload(folder, name, private, revision, message, overwrite, license, base_model)
-
-
-def _check_loads(folder: Path) -> None:
-    """Raise CheckpointError unless a folder holds a model that loads, or would with its dense model."""
-    if can_build(describe(folder).host):
-        load(folder)
-    elif not (folder / WEIGHTS).is_file():
-        raise CheckpointError(f"{folder} holds no {WEIGHTS}")
-
-
-def _upload(
-    folder: Path,
-    name: str,
-    private: bool,
-    revision: str | None,
-    message: str,
-    overwrite: bool,
-    license: str | None,
-    base_model: str | None,
-) -> str:
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
-
-    if not spare_retries():
-        raise HubError(f"the hub cannot be reached; connect, and push {folder} again")
-    if get_token() is None:
-        raise HubError(f"no one is logged in to the hub, so {name} cannot be written: hf auth login, or set HF_TOKEN")
-    api = HfApi(library_name="spvit", library_version=version("spvit"))
-    with hub_errors(name):
-        name = api.create_repo(name, private=private, exist_ok=True).repo_id
-        if private and not api.model_info(name).private:
-            raise HubError(f"{name} is public already; make it private on its page first, or leave out private")
-        if revision is not None and revision not in {ref.name for ref in api.list_repo_refs(name).branches}:
-            api.create_branch(name, branch=revision)
-        elif not overwrite and WEIGHTS in api.list_repo_files(name, revision=revision):
-            advice = "name another, or a new revision, or pass overwrite, which leaves it in the history"
-            raise HubError(f"{name} holds a model already; {advice}")
-        place = name if revision is None else f"{name}@{revision}"
-        picture = _picture(folder)
-        card = model_card(folder, place, license, base_model, drawn=picture is not None)
-        files: dict[str, Any] = {path: folder / path for path in (DESCRIPTION, WEIGHTS)} | {CARD: card.encode()}
-        files |= {PICTURE: picture} if picture is not None else {}
-        operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in files.items()]
-        api.create_commit(name, operations, commit_message=message, revision=revision)
+        if can_build(describe(folder).host):
+            load(folder)  # or nobody could
+        elif not (folder / WEIGHTS).is_file():
+            raise CheckpointError(f"{folder} holds no {WEIGHTS}")
+        if not spare_retries():
+            raise HubError(f"the hub cannot be reached; connect, and push {folder} again")
+        if get_token() is None:
+            raise HubError(
+                f"no one is logged in to the hub, so {name} cannot be written: hf auth login, or set HF_TOKEN"
+            )
+        api = HfApi(library_name="spvit", library_version=version("spvit"))
+        with hub_errors(name):
+            name = api.create_repo(name, private=private, exist_ok=True).repo_id
+            _check_place(api, name, private, revision, overwrite)
+            place = name if revision is None else f"{name}@{revision}"
+            picture = _picture(folder)
+            card = model_card(folder, place, license, base_model, drawn=picture is not None)
+            files: dict[str, Any] = {path: folder / path for path in (DESCRIPTION, WEIGHTS)} | {CARD: card.encode()}
+            files |= {PICTURE: picture} if picture is not None else {}
+            operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=own) for path, own in files.items()]
+            api.create_commit(name, operations, commit_message=message, revision=revision)
     return f"{HUB}{place}"
+
+
+def _check_place(api: Any, name: str, private: bool, revision: str | None, overwrite: bool) -> None:
+    """Make the branch to upload to. Raises HubError when it holds a model already, or is not private as asked."""
+    if private and not api.model_info(name).private:
+        raise HubError(f"{name} is public already; make it private on its page first, or leave out private")
+    if revision is not None and revision not in {ref.name for ref in api.list_repo_refs(name).branches}:
+        api.create_branch(name, branch=revision)
+    elif not overwrite and WEIGHTS in api.list_repo_files(name, revision=revision):
+        advice = "name another, or a new revision, or pass overwrite, which leaves it in the history"
+        raise HubError(f"{name} holds a model already; {advice}")
 
 
 def _picture(folder: Path) -> bytes | None:
@@ -194,41 +184,30 @@ def _figures(run: RunFolder, description: Description) -> str:
                 columns[_STAGES[stage]] |= {_NAMES[metric]: human(count) for metric, count in counts}
     measured = run.figures() or {"pruned": description.metrics}
     for stage, name in _STAGES.items():
-        columns[name] |= {_NAMES.get(key, key): _said(key, value) for key, value in measured.get(stage, {}).items()}
+        for key, value in measured.get(stage, {}).items():
+            columns[name][_NAMES.get(key, key)] = f"{value:,}" if key == "images" else said(key, value)
     shown = [name for name, own in columns.items() if own]
     rows = dict.fromkeys(row for name in shown for row in columns[name])
     table = _table(["", *shown], [[row, *(columns[name].get(row, "") for name in shown)] for row in rows])
     data = _without_places(run.command_and_settings()[1].get("data"))
-    said = f"Measured on the validation images of `{data}`, which may also have chosen the weights among epochs."
-    return f"{table}\n\n{said}" if data and any(measured.values()) else table
-
-
-def _said(name: str, value: float) -> str:
-    if name.startswith("accuracy"):
-        return f"{value:.2%}"
-    return f"{value:,.0f}" if name == "images" else f"{value:.4g}"
+    source = f"Measured on the validation images of `{data}`, which may also have chosen the weights among epochs."
+    return f"{table}\n\n{source}" if data and any(measured.values()) else table
 
 
 def _usage(description: Description, name: str) -> str:
     size = ", ".join(map(str, description.input_size or ()))
     host = "" if can_build(description.host) else ", host=the_dense_model"
-    lines = [
-        "## Use it",
-        "",
-        "```python",
-        "import spvit",
-        "",
-        f'model = spvit.load("{HUB}{name}"{host})',
-        f'about = spvit.describe("{HUB}{name}")  # input size, mean and std, crop, class names',
-        f"outputs = model(images)  # [batch, {size}], resized and normalised as `about` says",
-        "```",
-    ]
-    if description.host["library"] == "transformers":
-        lines += [
-            "",
-            f"It is a `{description.host['class']}` of transformers, with its `config`; call it as you do that.",
-        ]
-    return "\n".join(lines)
+    cls = description.host.get("class")
+    more = f"\n\nIt is a `{cls}` of transformers, with its `config`; call it as you do that."
+    return f"""## Use it
+
+```python
+import spvit
+
+model = spvit.load("{HUB}{name}"{host})
+about = spvit.describe("{HUB}{name}")  # input size, mean and std, crop, class names
+outputs = model(images)  # [batch, {size}], resized and normalised as `about` says
+```{more if description.host["library"] == "transformers" else ""}"""
 
 
 def _blocks(architecture: Architecture | None, drawn: bool) -> str:

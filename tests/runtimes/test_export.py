@@ -89,9 +89,12 @@ def test_every_family_runs_in_onnx_runtime_at_any_batch(name: str, tmp_path: Pat
 def test_what_images_need_travels_in_the_file_and_may_be_part_of_the_program(
     small: nn.Module, tmp_path: Path, opset: int
 ) -> None:
+    """Pruned attention is fused like dense attention by what runs it; opset 18 has no such operation."""
     classes = [f"kind {index}" for index in range(7)]
     about = {"preprocessing": PREPROCESSING, "classes": classes, "with_preprocessing": True}
     done = spvit.export(small, tmp_path / "model.onnx", opset=opset, **about)
+    apart = Fusion((0, 1), (0, 4), ("blocks.3.attn",))
+    assert done.fusion == (apart if opset == 18 else Fusion((1, 1), (4, 4), ()))
     proto = onnx.load(done.path)
     onnx.checker.check_model(proto)
     assert str(Path.home()).encode() not in done.path.read_bytes()
@@ -127,9 +130,8 @@ def test_programs_and_weights_answer_alike(small: nn.Module, tmp_path: Path, for
     assert_close(logits(folded, x), logits(small, x))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_dense_models_of_other_precisions_are_exported_in_single(tmp_path: Path, dtype: torch.dtype) -> None:
-    host = make_host("class_token", dtype)
+def test_dense_models_of_other_precisions_are_exported_in_single(tmp_path: Path) -> None:
+    host = make_host("class_token", torch.bfloat16)
     done = spvit.export(host, tmp_path / "model.onnx")
     x = torch.randn(1, *input_size(host))
     assert_close(answers(done.path, x), logits(host.float(), x))
@@ -147,13 +149,6 @@ def test_height_and_width_vary_where_the_model_takes_other_sizes(sizes: nn.Modul
     for size in ((96, 160), (64, 64)):
         x = torch.rand(3, 3, *size)
         assert_close(run(x).detach(), logits(sizes, x))
-
-
-def test_what_the_runtime_fuses_is_counted(small: nn.Module, tmp_path: Path) -> None:
-    """Pruned attention is fused like dense attention; opset 18 has no such operation."""
-    old, new = (spvit.export(small, tmp_path / f"{opset}.onnx", opset=opset).fusion for opset in (18, 23))
-    assert old == Fusion((0, 1), (0, 4), ("blocks.3.attn",))
-    assert new == Fusion((1, 1), (4, 4), ())
 
 
 def test_half_precision_keeps_its_input_and_output(small: nn.Module, tmp_path: Path) -> None:
@@ -218,15 +213,11 @@ def test_a_drop_above_the_limit_fails_with_figures_and_keeps_the_old_file(
     assert file.read_text() == "old"
 
 
-@pytest.mark.parametrize(("images", "message"), [(3, "int8 got 3 calibration images, expected 4"), (8, "not finite")])
-def test_calibration_images_that_cannot_serve_are_refused(
-    small: nn.Module, tmp_path: Path, images: int, message: str
-) -> None:
-    some = torch.randn(images, *input_size(small))
-    if images == 8:
-        some[0] = torch.nan
-    with pytest.raises(CalibrationError, match=message):
-        spvit.export(small, tmp_path / "model.onnx", precision="int8", images=some[-2:], calibration=some)
+def test_calibration_images_that_cannot_serve_are_refused(small: nn.Module, tmp_path: Path) -> None:
+    some = torch.randn(3, *input_size(small))
+    with pytest.raises(CalibrationError, match="int8 got 3 calibration images, expected 4"):
+        spvit.export(small, tmp_path / "model.onnx", precision="int8", images=some, calibration=some)
+    assert not list(tmp_path.iterdir())
 
 
 def test_smoothing_changes_nothing_but_the_rounding(small: nn.Module, tmp_path: Path) -> None:
@@ -241,6 +232,8 @@ def test_smoothing_changes_nothing_but_the_rounding(small: nn.Module, tmp_path: 
     after = quantize._limits(quantize._values(smoothed, x, read, lambda: None), read)
     for name, scale in scales.items():
         assert_close(after[name][1], limits[name][1] / scale)
+    with pytest.raises(CalibrationError, match="not finite"):
+        quantize.quantised(program, x * torch.nan, x)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
@@ -379,9 +372,6 @@ def test_the_command_sets_int8_beside_the_dense_model(
         "checkpoint": str(tmp_path / "dense.pth"),
     }
     (folder / "config.yaml").write_text(json.dumps(settings))
-    code, out, err = run(capsys, *words, "--overwrite", "--most-drop", "-1")
-    assert code == 1
-    assert "int8 loses too much" in err
     code, out, _ = run(capsys, "export", str(folder), "--fp16", "--data", "digits", "--most-drop", "0.5")
     assert code == 0
     assert "dense fp32" in out

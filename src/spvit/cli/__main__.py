@@ -2,6 +2,6 @@
 
 import sys
 
-from spvit.cli.main import main
+from spvit_command import main
 
 sys.exit(main())

@@ -40,11 +40,7 @@ def _sizes(found: list[Benchmark], batch: int) -> Table:
     table = Table("model", "runs on", *right("params", "macs", "file", "memory"))
     for row in found:
         cells = ["" if count is None else human(count) for count in (row.params, row.macs)]
-        cells += [_megabytes(count) for count in (row.file_bytes, row.peak_memory)]
+        cells += ["" if count is None else f"{count / 1e6:.1f} MB" for count in (row.file_bytes, row.peak_memory)]
         table.add_row(row.model, f"{row.backend}, {row.dtype}", *cells)
     table.caption, table.caption_justify = f"memory: what a pass of {batch} images takes beside the model", "left"
     return table
-
-
-def _megabytes(count: int | None) -> str:
-    return "" if count is None else f"{count / 1e6:.1f} MB"

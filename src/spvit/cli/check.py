@@ -23,7 +23,7 @@ from spvit.hosts.family import Family
 from spvit.hosts.host import Host, recognise
 from spvit.hosts.recognise import said_size
 from spvit.hosts.site_files import NUMBER, alike
-from spvit.hosts.sites import AttentionSite, BlockSites, FFNSite, Rows
+from spvit.hosts.sites import AttentionSite, BlockSites, Rows
 from spvit.hosts.sources import build, source_of
 from spvit.models import ModelConfig, open_model
 from spvit.replacements.install import check_fits
@@ -119,6 +119,7 @@ def _host(model: nn.Module, options: CheckCommand) -> Host:
 def _block(block: BlockSites, numbers: list[int]) -> dict[str, Any]:
     """Return what was found of a block, or of several that are alike, in words by part."""
     site, ffn = block.attention, block.ffn
+    units = [f"{rows.linear}{f' from row {rows.start}' if rows.start else ''}" for rows in ffn.first]
     span = f"{{{numbers[0]}..{numbers[-1]}}}" if len(numbers) > 1 else "".join(map(str, numbers))
     return {
         "blocks": block.path.replace(NUMBER, span),
@@ -130,7 +131,7 @@ def _block(block: BlockSites, numbers: list[int]) -> dict[str, Any]:
         **{name: _rows(site, part) for name, part in PARTS.items()},
         "acting on them": _acting(site),
         "norm before": site.norm or "none of its own",
-        "FFN": f"{', '.join(_units(ffn))}, then {ffn.second}",
+        "FFN": f"{', '.join(units)}, then {ffn.second}",
         "norm of units": ffn.norm or "none",
     }
 
@@ -142,10 +143,6 @@ def _rows(site: AttentionSite, part: str) -> str:
     start = f" from {'column' if part == 'out' else 'row'} {rows.start}" if rows.start else ""
     order = ", not head after head" if rows.by_head is not None or rows.by_dim != 1 else ""
     return f"{rows.weight}{start}{order}; {rows.bias or 'no bias'}"
-
-
-def _units(ffn: FFNSite) -> list[str]:
-    return [f"{rows.linear}{f' from row {rows.start}' if rows.start else ''}" for rows in ffn.first]
 
 
 def _acting(site: AttentionSite) -> str:

@@ -27,7 +27,8 @@ from spvit.hosts.host import macs_of_image
 from spvit.hosts.sources import build, can_build, source_of
 from spvit.models import ModelConfig, open_model
 from spvit.replacements.costs import network_costs
-from spvit.speed.benchmark import BATCHES, Latency, Program, measure_latencies
+from spvit.speed.benchmark import BATCHES, Latency, Program, measure_batches
+from spvit.speed.latency import batches_to_measure
 from spvit.surgery import prune, pruned_record
 from spvit.train.compress import check_decision, deployed, run_compress, search, write_model
 from spvit.train.figures import Evaluation, Figures, figures_of
@@ -119,8 +120,8 @@ def compress_command(options: cli.CompressCommand, console: Console) -> None:
     if not processes().is_main_process:
         return
     costs = network_costs(result.host)
-    batches = options.batches if options.latency is None else dict.fromkeys((options.latency_batch, *options.batches))
-    latencies = latencies_of({"dense": result.host, "pruned": result.model}, [*batches], console)
+    batches = batches_to_measure(options.batches, None if options.latency is None else options.latency_batch)
+    latencies = latencies_of({"dense": result.host, "pruned": result.model}, batches, console)
     console.print(block_table(result.architecture, costs, "architecture"), comparison_table(result, costs))
     console.print(latency_table(latencies))
     after = f"right after pruning {result.after_pruning.words}"
@@ -141,9 +142,7 @@ def evaluate_command(options: cli.EvaluateCommand, console: Console) -> None:
 
 def profile_command(options: cli.ProfileCommand, console: Console) -> None:
     """Print the costs of a model by block, dense against pruned; those of a published one as published too."""
-    model = open_model(
-        options, weights=False, code=True
-    ).model  # costs do not depend on weights, so none are downloaded
+    model = open_model(options, weights=False, code=True).model  # weights, which cost a download, are not counted
     record = pruned_record(model)
     if record is not None and options.architecture is not None:
         raise ArchitectureError(f"{options.model} is pruned already; name a dense model with --architecture")
@@ -237,9 +236,10 @@ def _named_architecture(name: str) -> Architecture:
     return Architecture.load(name)
 
 
-def latencies_of(models: dict[str, nn.Module], batches: Sequence[int], console: Console) -> dict[str, list[Latency]]:
+def latencies_of(
+    models: dict[str, nn.Module], batches: Sequence[int], console: Console
+) -> dict[str, tuple[Latency, ...]]:
     """Return the latencies of models by name, one a batch size, measured side by side on the device of the run."""
     programs = [Program.of(name, model.to(processes().device)) for name, model in models.items()]
     with Console(stderr=True, quiet=console.quiet).status("measuring latency"):
-        measured = [measure_latencies(programs, batch) for batch in batches]
-    return {name: list(own) for name, *own in zip(models, *measured)}
+        return dict(zip(models, measure_batches(programs, batches)))

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from spvit.checkpoint import DESCRIPTION, first_line
+from spvit.checkpoint import first_line
 from spvit.cli.options import ExportCommand
 from spvit.cli.show import right, say, speed_text
 from spvit.errors import ExportError, SpvitError
 from spvit.hosts.host import input_size
 from spvit.models import ModelConfig, OpenedModel, open_model
+from spvit.pages.reading import dense_model
 from spvit.runtimes.export import Exported, export, fitting_images
 from spvit.runtimes.quantize import CALIBRATION_IMAGES, HELD_OUT, answers
 from spvit.runtimes.writers import SUFFIXES, session
@@ -104,7 +103,7 @@ def _compare(
         if pruned:
             try:
                 models = {"dense fp32": _dense(options)} | models
-            except (SpvitError, TypeError, ValueError, yaml.YAMLError) as error:
+            except (SpvitError, TypeError) as error:
                 say(console, f"the dense model is left out: {first_line(error)}")
         files = {name: Path(folder) / f"{name}.onnx" for name in models}
         try:
@@ -136,19 +135,14 @@ def _dense(options: ExportCommand) -> nn.Module:
     """Return the dense model that a pruned one was made from. Raises SpvitError when it is not there."""
     run = RunFolder(options.model)
     if options.dense is not None:
-        config = ModelConfig(model=options.dense)
-    elif (run.dense / DESCRIPTION).is_file():
-        config = ModelConfig(model=str(run.dense))
-    elif run.settings.is_file():
-        values = yaml.safe_load(run.settings.read_text(encoding="utf-8"))
-        known = [item.name for item in dataclasses.fields(ModelConfig)]
-        config = ModelConfig(**{name: value for name, value in values.items() if name in known})
-    else:
+        model = open_model(ModelConfig(model=options.dense)).model
+        if pruned_record(model) is not None:
+            raise ExportError(f"{options.dense} is pruned itself; name the dense model with --dense")
+        return model
+    _, settings = run.command_and_settings()
+    if not settings:
         raise ExportError(f"{options.model} does not say what it was made from; name it with --dense")
-    model = open_model(config).model
-    if pruned_record(model) is not None:
-        raise ExportError(f"{config.model} is pruned itself; name the dense model with --dense")
-    return model
+    return dense_model(run, settings)
 
 
 def _details(done: Exported) -> list[str]:

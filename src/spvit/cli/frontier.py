@@ -42,8 +42,6 @@ def _table(found: Frontier) -> Table:
         cells = [cell for own, whole in counts for cell in (human(own), f"{own / whole:.1%}")]
         seconds = found.seconds["scores"] if point is dense else point.seconds
         table.add_row(point.budget, point.words.split()[1], *cells, f"{seconds:.1f}")
-    table.caption, table.caption_justify = (
-        "seconds: of the dense model to score it, of a budget its share of the rest",
-        "left",
-    )
+    table.caption = "seconds: of the dense model to score it, of a budget its share of the rest"
+    table.caption_justify = "left"
     return table

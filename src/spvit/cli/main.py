@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -27,7 +27,7 @@ from spvit.cli.benchmark import benchmark_command
 from spvit.cli.check import check_command
 from spvit.cli.export import export_command
 from spvit.cli.frontier import frontier_command
-from spvit.cli.parser import CommandParser, Help, command_parser, given
+from spvit.cli.parser import CommandParser, command_parser
 from spvit.cli.predict import predict_command
 from spvit.cli.push import push_command
 from spvit.cli.report import report_command
@@ -59,13 +59,17 @@ ADVICE = "a run that has saved a state continues with --resume"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
-    problems = Console(stderr=True)
+    """Run a command, of which `spvit_command` has seen that there is one, and return the exit code."""
+    problems, failure = Console(stderr=True), None
     before = _stop_by_exception()
     try:
-        code, message = _run(list(sys.argv[1:] if arguments is None else arguments), problems)
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)  # it ends as it is
+        try:
+            _command(list(sys.argv[1:] if arguments is None else arguments), problems)
+        except BaseException as error:
+            failure = error
+        for number in before:  # it ends as it is: a launcher that ends it does not cut short what it says
+            signal.signal(number, signal.SIG_IGN)
+        code, message = (0, "") if failure is None else _explained(failure)
         if message and is_first_to_fail():
             line = f"spvit: {' '.join(message.split())}"
             problems.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
@@ -75,24 +79,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(number, handler)
 
 
-def _run(arguments: list[str], problems: Console) -> tuple[int, str]:
-    """Run the command line; return the exit code, and what went wrong."""
-    try:
-        _command(arguments, problems)
-    except RunStoppedError as error:
+def _explained(error: BaseException) -> tuple[int, str]:
+    """Return the exit code and what went wrong in words; raise what is no user's to know."""
+    if isinstance(error, RunStoppedError):
         return 128 + error.number, str(error)
-    except SpvitError as error:  # one in a reading process arrives as its traceback, with the message last
+    if isinstance(error, SpvitError):  # one in a reading process arrives as its traceback, with the message last
         return 1 if isinstance(error, RunError) else 2, str(error).split("DataError: ")[-1]
-    except OSError as error:  # a full disk, a folder that may not be written, one that has gone
+    if isinstance(error, OSError):  # a full disk, a folder that may not be written, one that has gone
         place = f"{error.filename}: " if error.filename else ""
         return 1, f"{place}{error.strerror or error}; the last saved state is as it was"
-    except RuntimeError as error:
-        if not (gone := who_is_gone(error)):
-            raise
+    if isinstance(error, RuntimeError) and (gone := who_is_gone(error)):
         return 1, f"{gone}; {ADVICE}"
-    except KeyboardInterrupt as error:
+    if isinstance(error, KeyboardInterrupt):
         return 128 + (error.args[0] if error.args else signal.SIGINT), f"interrupted; {ADVICE}"
-    return 0, ""
+    raise error
 
 
 def _stop_by_exception() -> dict[int, Any]:
@@ -107,12 +107,15 @@ def _stop_by_exception() -> dict[int, Any]:
 
 
 def _command(arguments: list[str], problems: Console) -> None:
-    # Several processes need to know of the CPU before they meet. Of these one reports progress.
-    first = processes(given(arguments, "--device")[-1:] == ["cpu"]).is_main_process
-    console = Console(quiet=not first)
     _quiet_libraries(problems)
-    name, options = parse(arguments)
-    use_device(None if name == "benchmark" else getattr(options, "device", None))
+    try:
+        name, options = parse(arguments)
+    except SpvitError:
+        processes()  # which meet, so that one of them says it
+        raise
+    device = None if name == "benchmark" else getattr(options, "device", None)
+    console = Console(quiet=not processes(device == "cpu").is_main_process)  # one reports progress
+    use_device(device)
     writes = isinstance(options, cli.RunCommand) and not getattr(options, "dry_run", False)
     hours = getattr(options, "max_hours", None)
     with RunFolder(options.output).held() if writes else nullcontext(), time_limit(hours, partial(say, console)):
@@ -121,12 +124,12 @@ def _command(arguments: list[str], problems: Console) -> None:
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Any]:
-    """Return the sub-command's name and its options.
+    """Return the command's name, which is one of COMMANDS, and its options.
 
     Raises SpvitError when an option or a value is not known or missing, and RunFolderError for `--resume` on a folder
     whose run had other settings, or none.
     """
-    name, words = _name(arguments[:1]), list(arguments[1:])
+    name, *words = arguments
     parser = command_parser(name, COMMANDS[name][0])
     values = parser.parse_args(words)
     if not (values.get("resume") and values.get("output")):
@@ -146,15 +149,6 @@ def _typed(options: Any, words: Sequence[str]) -> Any:
     if names_code(model) and not any(word.partition("=")[2] == model or word == model for word in words):
         raise SpvitError(f"model {model} names code, which no file may; type it: --model {model}")
     return options
-
-
-def _name(arguments: Sequence[str]) -> str:
-    about = "Compress a vision transformer to a budget."
-    parser = CommandParser(prog="spvit", description=about, formatter_class=Help, exit_on_error=False)
-    subcommands = parser.add_subcommands(dest="command", required=True, metavar="COMMAND")
-    for name, (options, _) in COMMANDS.items():
-        subcommands.add_subcommand(name, ArgumentParser(), help=options.__doc__)
-    return parser.parse_args(arguments).command
 
 
 def _options(name: str, parser: CommandParser, values: Namespace) -> Any:

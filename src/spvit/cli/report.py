@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 from rich.console import Console
 from torch import nn
 
@@ -12,7 +10,7 @@ from spvit.cli.options import ReportCommand
 from spvit.cli.show import say
 from spvit.errors import SpvitError
 from spvit.models import ModelConfig, open_model
-from spvit.report import report
+from spvit.pages.page import report
 from spvit.train.run_folder import RunFolder
 
 
@@ -30,13 +28,10 @@ def report_command(options: ReportCommand, console: Console) -> None:
 
 
 def report_at_the_end(folder: RunFolder, host: nn.Module, console: Console) -> None:
-    """Write the page about a run that has just ended, where the extra is installed; nothing of it fails the run."""
-    if find_spec("jinja2") is None:
-        say(console, f"for a page about this run: pip install 'spvit[report]', then spvit report {folder.path}")
-        return
+    """Write the page about a run that has just ended; nothing of it fails the run."""
     try:
         with Console(stderr=True, quiet=console.quiet).status("writing the page"):
             path = report(folder.path, host=host)
         say(console, f"page about this run: {path}")
     except SpvitError as error:
-        say(console, f"no page about this run: {error}")
+        say(console, f"no page about this run: {error}; later: spvit report {folder.path}")

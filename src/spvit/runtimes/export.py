@@ -30,7 +30,7 @@ from spvit.errors import ExportError, RunError
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host, macs_of_image, outputs_of
 from spvit.hosts.recognise import family_of
-from spvit.runtimes.quantize import Fusion, Quantised, fusion_of, halved, quantised
+from spvit.runtimes.quantize import Fusion, Quantised, divided, fusion_of, halved, quantised
 from spvit.runtimes.writers import (
     ANY_SIZE,
     BATCHES,
@@ -131,11 +131,15 @@ def export(
     family, model = (model.family, model.model) if isinstance(model, Host) else (family_of(model), model)
     if with_preprocessing and (preprocessing is None or form == "safetensors"):
         raise ExportError("with_preprocessing needs preprocessing, and a format that runs; pass preprocessing=")
-    small = _Plain(_deployed(model), preprocessing if with_preprocessing else None)
+    normalised = preprocessing if with_preprocessing else None
+    plain = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    small = _Plain(plain if pruned_record(plain) is None else fold(plain, inplace=True), normalised)
     size = family.input_size(model)
     images = torch.rand(EXAMPLES, *size, generator=torch.Generator().manual_seed(0)) if images is None else images
-    normalised = preprocessing if with_preprocessing else None
     images = fitting_images(images, "images", size, normalised)
+    seen = None
+    if precision == "int8" and calibration is not None:
+        seen = divided(fitting_images(calibration, "calibration", size, normalised))
     if labels is not None and labels.shape != (len(images),):
         raise ExportError(f"labels are {list(labels.shape)}, expected one for each image, [{len(images)}]")
     about = {"input_size": list(size), "normalised_inside": with_preprocessing, "classes": classes and list(classes)}
@@ -166,8 +170,8 @@ def export(
         done = replace(done, path=path, fusion=fusion_of(written) if form == "onnx" else None)
         if precision != "fp32":
             program, way = read_program(written), None
-            if precision == "int8" and calibration is not None:
-                way = quantised(program, fitting_images(calibration, "calibration", size, normalised), report)
+            if seen is not None:
+                way = quantised(program, *seen, report)
             run = write_program(halved(program) if way is None else way.program, written)
             lowered = compared(_answers(run, images), outputs[0], labels=labels)
             lowered = replace(lowered, precision=precision, fusion=fusion_of(written), single=done, quantised=way)
@@ -255,12 +259,6 @@ def _places(error: BaseException, model: nn.Module, images: Tensor, shapes: Any)
         paths = [list(stack.values())[-1][0].removeprefix("model.") for stack in stacks if stack]
         return [f"in {path or 'the model itself'}" for path in paths[:1]]
     return []
-
-
-def _deployed(model: nn.Module) -> nn.Module:
-    """Return a copy on the CPU, in single precision and evaluation mode, folded if it was pruned."""
-    copied = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
-    return copied if pruned_record(copied) is None else fold(copied, inplace=True)
 
 
 class _Plain(nn.Module):

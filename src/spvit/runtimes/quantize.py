@@ -16,6 +16,7 @@ All combinations are tried, and the one that agrees best on other images is take
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import tempfile
@@ -82,17 +83,10 @@ def halved(program: Program) -> Program:
     return convert_float_to_float16(program, keep_io_types=True)
 
 
-def quantised(program: Program, images: Tensor, report: Callable[[int, int], object] | None = None) -> Quantised:
-    """Return an int8 program of a single-precision one: of all ways to make it, the one that agrees best.
+def divided(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the calibration images that give the ranges, and those that choose the way: a quarter, at most 256.
 
-    Args:
-        program: as ONNX; it stays as it is.
-        images: training images, normalised as in training. The last quarter of them, at most 256, choose the way; the
-            others give the ranges.
-        report: called with (steps done, steps).
-
-    Raises:
-        CalibrationError: there are too few images, or values that are not finite.
+    Raises CalibrationError when there are too few, and warns when more would give steadier ranges.
     """
     kept = min(HELD_OUT, len(images) // 4)
     if not kept:
@@ -100,7 +94,23 @@ def quantised(program: Program, images: Tensor, report: Callable[[int, int], obj
     if len(images) - kept < CALIBRATION_IMAGES:
         advice = f"{CALIBRATION_IMAGES} or more give steadier ranges"
         logging.getLogger("spvit").warning("int8 takes its ranges from %d images; %s", len(images) - kept, advice)
-    seen, held_out = images[: len(images) - kept], images[-kept:]
+    return images[:-kept], images[-kept:]
+
+
+def quantised(
+    program: Program, seen: Tensor, held_out: Tensor, report: Callable[[int, int], object] | None = None
+) -> Quantised:
+    """Return an int8 program of a single-precision one: of all ways to make it, the one that agrees best.
+
+    Args:
+        program: as ONNX; it stays as it is.
+        seen: training images, normalised as in training, that give the ranges.
+        held_out: others that choose the way.
+        report: called with (steps done, steps).
+
+    Raises:
+        CalibrationError: values are not finite on the images.
+    """
     ways = list(product(SMOOTHING, CALIBRATION))
     total = 2 * -(-len(seen) // BATCH) + len(ways)
     numbers = iter(range(1, total + 1))
@@ -171,7 +181,7 @@ def _values(
     """Yield the values of tensors by name, a few images at a time."""
     import onnx
 
-    probe = _copied(program)
+    probe = copy.deepcopy(program)
     last = program.graph.output[0].name
     inner = [name for name in names if name not in (INPUT, last)]
     probe.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in inner)
@@ -219,7 +229,7 @@ def _smoothed(program: Program, scales: Mapping[str, Tensor]) -> Program:
     """Return a program that answers alike, whose norms return their values divided by scales."""
     import onnx
 
-    smoothed = _copied(program)
+    smoothed = copy.deepcopy(program)
     weights = {item.name: item for item in smoothed.graph.initializer}
 
     def scale(name: str, factor: Tensor) -> None:
@@ -232,12 +242,6 @@ def _smoothed(program: Program, scales: Mapping[str, Tensor]) -> Program:
         elif node.input and node.input[0] in scales:
             scale(node.input[1], scales[node.input[0]][:, None])
     return smoothed
-
-
-def _copied(program: Program) -> Program:
-    copied = type(program)()
-    copied.CopyFrom(program)
-    return copied
 
 
 def _tensor(initializer: Any) -> Tensor:

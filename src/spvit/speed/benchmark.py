@@ -11,7 +11,7 @@ import ctypes
 import importlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -59,6 +59,11 @@ class Latency:
     backend: str
     threads: int
     repeats: int
+
+    @staticmethod
+    def of(values: Mapping[str, Any]) -> Latency:
+        """Return what a file holds of one, as JSON reads it."""
+        return Latency(**{**values, "speed_up_range": tuple(values["speed_up_range"])})
 
 
 @dataclass(frozen=True)
@@ -152,20 +157,32 @@ def benchmark(
         where = (device, DTYPES.get(dtype or ""), model_args or {})
         programs = [model if isinstance(model, Program) else _opened(model, *where) for model in models]
         memory = [_peak_memory(program, max(batches)) for program in programs]
-        by_batch = [measure_latencies(programs, batch, seconds) for batch in batches]
+        measured = measure_batches(programs, batches, seconds)
     return [
         Benchmark(
             model=program.name,
             backend=program.backend,
-            dtype=latencies[0].dtype,
+            dtype=own[0].dtype,
             params=program.costs.get("params"),
             macs=program.costs.get("macs"),
             file_bytes=program.file_bytes,
             peak_memory=peak,
-            latency=tuple(latencies),
+            latency=own,
         )
-        for program, peak, *latencies in zip(programs, memory, *by_batch)
+        for program, peak, own in zip(programs, memory, measured)
     ]
+
+
+def measure_batches(
+    programs: Sequence[Program], batches: Sequence[int], seconds: float = 1.0, step: Callable[[], object] = lambda: None
+) -> list[tuple[Latency, ...]]:
+    """Return the latencies of each program, one a batch size, as `measure_latencies` does. step: called after each."""
+    found: list[list[Latency]] = [[] for _ in programs]
+    for batch in batches:
+        for own, latency in zip(found, measure_latencies(programs, batch, seconds)):
+            own.append(latency)
+        step()
+    return [tuple(own) for own in found]
 
 
 @torch.inference_mode()
@@ -234,9 +251,7 @@ def _peak_memory(program: Program, batch: int) -> int | None:
     """Return the bytes that a first pass takes beside the model: of the accelerator, or of the process on Linux."""
     images = program.images(batch)
     try:
-        if (
-            program.backend == "torch"
-        ):  # which keeps nothing but what it sets up once; other runtimes keep what they took
+        if program.backend == "torch":  # it keeps only what it sets up once; other runtimes keep what they took
             program.timed(images, 1)
         if images.is_cuda:
             before = torch.cuda.memory_allocated()
@@ -269,17 +284,18 @@ def _resident(name: str) -> int:
 
 def _opened(model: nn.Module | str | Path, device: str, dtype: torch.dtype | None, arguments: Any) -> Program:
     """Return a model as a program. Raises ModelError when it cannot be found or opened."""
-    path, file = (Path(), None) if isinstance(model, nn.Module) else (Path(model), None)
     if isinstance(model, nn.Module):
-        name, module = type(model).__name__, copy.deepcopy(model)
-    elif path.suffix in RUNTIMES:
-        return _exported(path, device)
-    elif path.is_file():
-        raise ModelError(f"{path} is no model: expected a file that ends in {', '.join(RUNTIMES)}, a folder, or a name")
+        name, module, file = type(model).__name__, copy.deepcopy(model), None
     else:
-        name, ours = str(model), (path / DESCRIPTION).is_file()
-        config = ModelConfig(model=name, model_args={} if ours else arguments)
-        module, file = open_model(config, weights=False).model, path / WEIGHTS if ours else None
+        name, path = str(model), Path(model)
+        if path.suffix in RUNTIMES:
+            return _exported(path, device)
+        if path.is_file():
+            expected = f"a file that ends in {', '.join(RUNTIMES)}, a folder, or a name"
+            raise ModelError(f"{path} is no model: expected {expected}")
+        file = path / WEIGHTS if (path / DESCRIPTION).is_file() else None
+        config = ModelConfig(model=name, model_args=arguments if file is None else {})
+        module = open_model(config, weights=False).model
     program = Program.of(name, module.to(device_named(device), dtype), file)
     return replace(program, costs={"macs": macs_of_image(module), "params": count_params(module)})
 

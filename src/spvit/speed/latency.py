@@ -137,7 +137,11 @@ def measure(host: nn.Module | Host, batch: int = 1, *, report: Report | None = N
     runs = range(0, len(tried), AT_ONCE)
     for done, start in enumerate(runs, 1):
         some = tried[start : start + AT_ONCE]
-        for (shape, choice), timing in zip(some, _timed(host, [_with(whole, *change) for change in some], batch)):
+        changed = [
+            replace(whole, blocks=tuple(choice if index in shape else kept for index, kept in enumerate(whole.blocks)))
+            for shape, choice in some
+        ]
+        for (shape, choice), timing in zip(some, _timed(host, changed, batch)):
             dense_ns.append(timing.dense_ns)
             for index in shape:
                 saved[index][choice] = (1 - timing.ns / timing.dense_ns) / len(shape)
@@ -201,6 +205,11 @@ def decide_by_latency(
             f"({wanted / dense_ns:.1%}); the nearest takes {timing}; ask for that"
         )
     return architecture
+
+
+def batches_to_measure(batches: Sequence[int], asked: int | None) -> list[int]:
+    """Return the batch sizes at which a pruned model is measured: that of a latency budget, if any, is the first."""
+    return [*dict.fromkeys([*([] if asked is None else [asked]), *batches])]
 
 
 def _setting(host: Host, batch: int) -> dict[str, Any]:
@@ -293,12 +302,6 @@ def _alike(host: Host) -> list[list[int]]:
         own = [replace(cost.blocks[index], prefix_only=None) for cost in costs]
         shapes.setdefault(repr(own), []).append(index)
     return [*shapes.values()]
-
-
-def _with(architecture: Architecture, indices: Sequence[int], kept: Block) -> Architecture:
-    """Return an architecture that keeps the same of several blocks."""
-    blocks = (kept if index in indices else block for index, block in enumerate(architecture.blocks))
-    return replace(architecture, blocks=tuple(blocks))
 
 
 def _choices(sites: BlockSites) -> list[Block]:

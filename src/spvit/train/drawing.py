@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from spvit.budget import human
 from spvit.checkpoint import write_text
 
 COLOURS = {
@@ -132,14 +133,14 @@ def chart(
     marks: list[Mark] = []
     for value in ticks(*frame.y):
         x, y = frame.at(frame.x[0], value)
-        label = f"{100 * value:.3g} %" if frame.percent else short(value)
+        label = f"{100 * value:.3g} %" if frame.percent else human(value)
         marks += [
             Mark("line", "rule", ((x, y), (frame.width - frame.right, y))),
             word(label, x - 8, y + 4, anchor="end"),
         ]
     for value in ticks(*frame.x, whole=frame.whole):
         x, y = frame.at(value, frame.y[0])
-        marks.append(word(short(value), x, y + 18))
+        marks.append(word(human(value), x, y + 18))
     marks.append(word(labels[0], (frame.left + frame.width - frame.right) / 2, frame.height - 8))
     for one in series:
         places = tuple(frame.at(*point) for point in one.points)
@@ -171,14 +172,6 @@ def ticks(low: float, high: float, most: int = 5, whole: bool = False) -> list[f
     step = max(1.0, round(step)) if whole else step
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(index * step, 10) for index in range(first, last + 1)]
-
-
-def short(value: float) -> str:
-    """Return a number in few letters: 12k, 3.5M, 0.002."""
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            return f"{value / limit:.4g}{unit}"
-    return f"{value:.4g}"
 
 
 def framed(picture: Picture) -> Picture:

@@ -6,7 +6,7 @@ Shapes: images [B, channels, height, width]; targets [B]; parts of an answer, se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,8 +28,36 @@ KEPT = 2**30
 """Bytes of the dense model's answers that are kept: others, of many images to many features, are found anew."""
 
 
+def quality_of(figures: Mapping[str, Any]) -> tuple[str, float]:
+    """Return what models are compared by, and how good one is: accuracy, or agreement where there are no labels."""
+    name = "agreement" if figures.get("accuracy") is None else "accuracy"
+    return name, figures[name]
+
+
+def said(name: str, value: float) -> str:
+    """Return a figure as it is written."""
+    if name.startswith("accuracy"):
+        return f"{value:.2%}"
+    return f"{value:.4f}" if name == "agreement" else f"{value:.4g}"
+
+
+class Judged:
+    """A model's figures, which are compared by their accuracy or their agreement."""
+
+    @property
+    def quality(self) -> float:
+        """What models are compared by."""
+        return quality_of(vars(self))[1]
+
+    @property
+    def words(self) -> str:
+        """The quality in words, of which the first is its name."""
+        name, value = quality_of(vars(self))
+        return f"{name} {said(name, value)}"
+
+
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Judged):
     """Shares of images, 0 to 1, whose class is the first guess, and among five; mean cross entropy; and how many."""
 
     accuracy: float
@@ -37,34 +65,14 @@ class Evaluation:
     loss: float
     images: int
 
-    @property
-    def quality(self) -> float:
-        """What models are compared by."""
-        return self.accuracy
-
-    @property
-    def words(self) -> str:
-        """The quality in words."""
-        return f"accuracy {self.accuracy:.2%}"
-
 
 @dataclass(frozen=True)
-class Agreement:
+class Agreement(Judged):
     """How alike a model's answers are to the dense model's, 1 for the same, and on how many images."""
 
     agreement: float
     """Share of the images with the same first guess; of features the mean cosine, of both less the dense mean."""
     images: int
-
-    @property
-    def quality(self) -> float:
-        """What models are compared by."""
-        return self.agreement
-
-    @property
-    def words(self) -> str:
-        """The quality in words."""
-        return f"agreement {self.agreement:.4f}"
 
 
 Figures = Evaluation | Agreement
@@ -104,9 +112,7 @@ class Reference:
         if not self.means:
             return (parts[0].argmax(1) == wanted[0].argmax(1)).float()
         cosines = [
-            F.cosine_similarity(own.float() - mean, part.float() - mean, dim=-1).flatten(1).mean(1)
-            if own.dim() > 2
-            else F.cosine_similarity(own.float() - mean, part.float() - mean)
+            F.cosine_similarity(own.float() - mean, part.float() - mean, dim=-1).reshape(len(own), -1).mean(1)
             for own, part, mean in zip(parts, wanted, self.means)
         ]
         return torch.stack(cosines).mean(0)
@@ -230,14 +236,8 @@ def evaluate(
                     columns = [reference.agreement(outputs, wanted) * read, read]
                 total += accelerator.gather_for_metrics(torch.stack(columns, dim=1)).cpu().double().sum(0)
             after_batch()
-    found: list[Figures] = []
-    for total in sums:
-        count = int(total[-1])
-        means = (total[:-1] / max(count, 1)).tolist()
-        found.append(
-            Agreement(means[0], count) if reference is not None else Evaluation(means[0], means[1], means[2], count)
-        )
-    return found
+    made: Any = Evaluation if reference is None else Agreement
+    return [made(*(total[:-1] / total[-1].clamp(min=1)).tolist(), int(total[-1])) for total in sums]
 
 
 def _guesses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

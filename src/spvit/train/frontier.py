@@ -30,8 +30,8 @@ from spvit.hosts.sources import can_build
 from spvit.repair.choose import check_reachable
 from spvit.repair.scores import Scores
 from spvit.replacements.costs import network_costs
-from spvit.speed.benchmark import Program, measure_latencies
-from spvit.speed.latency import LatencyTable
+from spvit.speed.benchmark import Program, measure_batches
+from spvit.speed.latency import LatencyTable, batches_to_measure
 from spvit.surgery import prune_each
 from spvit.train.compress import (
     block_states,
@@ -236,13 +236,10 @@ def _measured(
             given = None if can_build(describe(path).host) else host.model
             model = load(path, host=given).to(processes().device)
         programs.append(Program.of(point.budget, model))
-    batches = config.batches if found.metric != "latency" else dict.fromkeys((config.latency_batch, *config.batches))
+    batches = batches_to_measure(config.batches, config.latency_batch if found.metric == "latency" else None)
     with run.progress.bar("latency", len(batches)):
-        by_batch = []
-        for batch in batches:
-            by_batch.append(measure_latencies(programs, batch, seconds=0.3))
-            run.progress.step()
-    points = tuple(replace(point, latency=own) for point, *own in zip(found.points, *by_batch))
+        measured = measure_batches(programs, batches, 0.3, run.progress.step)
+    points = tuple(replace(point, latency=own) for point, own in zip(found.points, measured))
     found = replace(found, points=points, seconds={**found.seconds, "latency": time.perf_counter() - started})
     found.save(folder)
     if _draws():

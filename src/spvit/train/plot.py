@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from spvit.train.drawing import Picture, Series, chart, in_a_row, short, write_png, write_svg
+from spvit.budget import human
+from spvit.train.drawing import Picture, Series, chart, in_a_row, write_png, write_svg
 from spvit.train.points import Frontier
 
 
@@ -19,7 +20,7 @@ def frontier_pictures(found: Frontier) -> Iterator[Picture]:
         costs[str(own.batch)] = f"ms at batch {own.batch}", on, [point.latency[index].latency_ms for point in points]
     for key, (axis, on, values) in costs.items():
         places = list(zip(values, heights))
-        hover = [f"{point.budget}: {point.words}, {short(value)} {axis}" for point, value in zip(points, values)]
+        hover = [f"{point.budget}: {point.words}, {human(value)} {axis}" for point, value in zip(points, values)]
         series = [
             Series("soft", [(min(values), whole), (max(values), whole)], "the dense model", style="dashed"),
             Series("msa", places[1:], "budgets", hover=hover[1:], labels=[point.budget for point in points[1:]]),

@@ -19,21 +19,24 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from spvit.checkpoint import write_text
 from spvit.errors import RunFolderError
 from spvit.speed.benchmark import Latency
+from spvit.train.figures import Judged
 
 FORMAT, VERSION = "spvit-frontier", 1
 FILE = "frontier.json"
+COLUMNS = ("latency_ms", "spread_ms", "speed_up")
+"""What frontier.csv holds of a latency."""
 DENSE = "dense"
 """What stands for the budget of the dense model."""
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(Judged):
     """One model of a frontier, or the dense one."""
 
     budget: str
@@ -47,16 +50,6 @@ class Point:
     seconds: float = 0.0
     """Its share of what it took to repair, evaluate and write the budgets that were repaired side by side."""
     latency: Sequence[Latency] = ()
-
-    @property
-    def quality(self) -> float:
-        """Accuracy, or agreement of a model without classes."""
-        return (self.agreement or 0.0) if self.accuracy is None else self.accuracy
-
-    @property
-    def words(self) -> str:
-        """Accuracy or agreement, in words."""
-        return f"agreement {self.quality:.4f}" if self.accuracy is None else f"accuracy {self.quality:.2%}"
 
 
 @dataclass(frozen=True)
@@ -79,8 +72,7 @@ class Frontier:
             if (data.pop("format"), data.pop("version")) != (FORMAT, VERSION):
                 raise ValueError(f'expected "format": "{FORMAT}", "version": {VERSION}')
             for point in data["points"]:
-                rows = [{**row, "speed_up_range": tuple(row["speed_up_range"])} for row in point["latency"]]
-                point["latency"] = [Latency(**row) for row in rows]
+                point["latency"] = [Latency.of(row) for row in point["latency"]]
             return Frontier(**{**data, "points": tuple(Point(**point) for point in data["points"])})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunFolderError(f"{folder} holds no frontier that can be read ({path.name}: {error})") from error
@@ -89,16 +81,12 @@ class Frontier:
         """Write frontier.json and frontier.csv, each as a whole."""
         write_text(folder / FILE, json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=2) + "\n")
         with (folder / "frontier.csv").open("w", encoding="utf-8", newline="") as file:
-            rows = [{**asdict(replace(point, latency=())), **_flat(point)} for point in self.points]
-            writer = csv.DictWriter(file, [name for name in rows[0] if name != "latency"], extrasaction="ignore")
+            rows = []
+            for point in self.points:
+                row = {name: value for name, value in vars(point).items() if name != "latency"}
+                for one in point.latency:
+                    row |= {f"{name}_batch_{one.batch}": getattr(one, name) for name in COLUMNS}
+                rows.append(row)
+            writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
-
-
-def _flat(point: Point) -> dict[str, float]:
-    """Return a point's latencies as columns."""
-    return {
-        f"{name}_batch_{latency.batch}": getattr(latency, name)
-        for latency in point.latency
-        for name in ("latency_ms", "spread_ms", "speed_up")
-    }

@@ -165,7 +165,8 @@ class RunFolder:
             settings = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise RunFolderError(f"{self.settings} is damaged: {' '.join(str(error).split())}") from error
-        command = text.partition("\n")[0].removeprefix("# spvit ")
+        first = text.partition("\n")[0]
+        command = first.removeprefix("# spvit ") if first.startswith("# spvit ") else ""
         return (command, settings) if isinstance(settings, dict) else ("", {})
 
     def figures(self) -> dict[str, dict[str, float]]:
@@ -173,8 +174,9 @@ class RunFolder:
         if not self.summary.is_file():
             return {}
         try:
-            found = json.loads(self.summary.read_text(encoding="utf-8"))
-            return {stage: {name: float(value) for name, value in own.items()} for stage, own in found.items()}
+            found: dict[str, dict[str, float]] = json.loads(self.summary.read_text(encoding="utf-8"))
+            _ = [float(value) for own in found.values() for value in own.values()]  # or they are no figures
+            return found
         except (ValueError, TypeError, AttributeError) as error:
             raise RunFolderError(f"{self.summary} is damaged ({error}); run its command again") from error
 

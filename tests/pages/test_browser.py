@@ -36,13 +36,8 @@ def seen(page: Path, folder: Path, width: int, dark: bool) -> tuple[dict, list[s
     frame = f'<iframe width="{width}" height="20000" srcdoc="{html.escape(page.read_text())}"></iframe>'
     around = folder / "around.html"
     around.write_text(f"<!doctype html>{frame}<pre></pre><script>onload = () => {{ {SCRIPT} }}</script>")
-    words = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--enable-logging=stderr",
-        f"--user-data-dir={folder}/profile",
-    ]
+    words = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    words += [f"--user-data-dir={folder}/profile"]
     words += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--dump-dom", around.as_uri()]
     done = subprocess.run([str(BROWSER), *words], capture_output=True, text=True, timeout=120, check=True)
     found = re.search(r"<pre>(.*?)</pre>", done.stdout, re.DOTALL)

@@ -12,7 +12,7 @@ import spvit
 from spvit.architecture import Attention
 from spvit.hosts.behaviour.watch import watch
 from spvit.hosts.host import Host
-from spvit.report.comparison import looked_at
+from spvit.pages.comparison import looked_at
 from tiny import EVERYTHING, assert_close, images, make_host
 
 

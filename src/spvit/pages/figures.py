@@ -11,10 +11,10 @@ from typing import Any
 from spvit.architecture import KINDS, Architecture, Attention, Block
 from spvit.budget import human
 from spvit.cost import BlockCost
-from spvit.report.reading import Reading, attempted, quality, said
+from spvit.pages.reading import Reading, attempted
 from spvit.train.drawing import Mark, Picture, Series, box, chart, word
+from spvit.train.figures import quality_of, said
 from spvit.train.plot import frontier_pictures
-from spvit.train.points import Frontier
 
 NAMES = {
     "msa": "attention",
@@ -105,11 +105,11 @@ def _network(reading: Reading) -> Iterator[Picture]:
 def _budgets(reading: Reading) -> Iterator[Picture]:
     """Yield the network at each budget of a frontier, the first with what it shows in words."""
     told = False
-    for point in reading.frontier.get("points", []):
-        path = reading.folder.path / str(point["folder"]) / reading.folder.architecture.name
+    for point in () if reading.frontier is None else reading.frontier.points[1:]:
+        path = reading.folder.path / str(point.folder) / reading.folder.architecture.name
         if path.is_file():
             for picture in _network(replace(reading, architecture=Architecture.load(path))):
-                picture = replace(picture, name=f"network-{point['folder']}", title=point["budget"])
+                picture = replace(picture, name=f"network-{point.folder}", title=point.budget)
                 yield picture if not told else replace(picture, says="", legend=())
                 told = True
 
@@ -178,13 +178,15 @@ def _scores(reading: Reading) -> Iterator[Picture]:
     unit = f", in units of 1e{power}" if power < -1 else ""
     bars = [replace(one, points=[(x, y / 10**power) for x, y in one.points]) for one in bars] if unit else bars
     most = most / 10**power if unit else most
+    name = reading.scores.objective
+    cost = "divergence of the class probabilities" if name in ("", "logits") else f"relative squared error of {name}"
     yield chart(
         "scores",
         "What each choice cost",
         "How far the outputs move from the dense network's when this choice alone is made and repaired, on images that "
         "the repair has not seen. Hover for what else could have stood there.",
         bars,
-        ("block", _objective(reading.scores.objective) + unit),
+        ("block", cost + unit),
         x=(-0.6, len(reading.scores.blocks) - 0.4),
         y=(0.0, 1.06 * most),
         width=WIDTH,
@@ -192,14 +194,10 @@ def _scores(reading: Reading) -> Iterator[Picture]:
     )
 
 
-def _objective(name: str) -> str:
-    return "divergence of the class probabilities" if name in ("", "logits") else f"relative squared error of {name}"
-
-
 def _frontier(reading: Reading) -> Iterator[Picture]:
     """Yield accuracy, or agreement of a backbone, against MACs, and against latency at each batch size."""
-    if reading.frontier:
-        yield from frontier_pictures(Frontier.load(reading.folder.path))
+    if reading.frontier is not None:
+        yield from frontier_pictures(reading.frontier)
 
 
 def _curves(reading: Reading) -> Iterator[Picture]:
@@ -213,9 +211,9 @@ def _curves(reading: Reading) -> Iterator[Picture]:
             points = [(line["step"] / each, line["loss"]) for line in _thinned(steps)]
             yield chart(f"loss-{phase}", f"{title}: loss", "", [Series("msa", points)], ("epoch", ""))
         if ends:
-            name = quality(ends[0])[0]
+            name = quality_of(ends[0])[0]
             found = [(line["epoch"], line[name]) for line in ends]
-            hover = [f"epoch {line['epoch']}: {name} {said(line)}" for line in ends]
+            hover = [f"epoch {line['epoch']}: {name} {said(*quality_of(line))}" for line in ends]
             series = [Series("msa", found, "on validation images", hover=hover)]
             dense = reading.summary.get("dense", {}).get(name)
             if dense is not None and phase != "dense" and len(ends) > 1:

@@ -20,10 +20,11 @@ from spvit.errors import ReportError
 from spvit.hosts.host import Host
 from spvit.hosts.sources import can_build
 from spvit.models import names_code
-from spvit.report.comparison import Compared, compared
-from spvit.report.figures import block_name, pictures
-from spvit.report.reading import Reading, attempted, quality, read, said
+from spvit.pages.comparison import compared
+from spvit.pages.figures import block_name, pictures
+from spvit.pages.reading import Reading, attempted, read
 from spvit.train.drawing import COLOURS, Picture, framed, templates, write_png, write_svg
+from spvit.train.figures import quality_of, said
 
 MARK = '<meta name="generator" content="spvit">'
 """What tells a page of spvit from other files, which stay."""
@@ -51,15 +52,31 @@ class Card:
     """Of the dense network's; None: no bar."""
 
 
-def write_report(
+def report(
     run: str | Path,
-    output: str | Path | None,
-    host: nn.Module | Host | None,
-    images: int | Tensor,
-    svg: bool,
-    png: bool,
+    output: str | Path | None = None,
+    *,
+    host: nn.Module | Host | None = None,
+    images: int | Tensor = 256,
+    svg: bool = False,
+    png: bool = False,
 ) -> Path:
-    """Write the page about a run, as `spvit.report` says."""
+    """Write one HTML page about a run, done or not, or a saved model, and return its path. It loads nothing.
+
+    Args:
+        run: a run folder, or what `spvit.save` wrote.
+        output: the file; None: `report.html` in the run folder. A page that was there is replaced.
+        host: the dense model, for one that neither timm nor transformers makes; it stays as it is.
+        images: validation images of the run, at most, on which dense and pruned are compared; some are shown on the
+            page, with where attention looks. 0: none are read or shown. A tensor, normalised as for the model, stands
+            for them: [images, channels, height, width].
+        svg: write each picture as SVG beside the page too, as `report-NAME.svg`.
+        png: the same as PNG.
+
+    Raises:
+        RunFolderError: the folder holds nothing of a run.
+        ReportError: a package is missing (extra `report`), or the file is none of spvit's pages.
+    """
     needed = ["jinja2", *(["matplotlib"] if png else [])]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
@@ -70,14 +87,16 @@ def write_report(
     path = Path(output) if output is not None else reading.folder.report
     if path.is_dir() or (path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:500]):
         raise ReportError(f"{path} is no page of spvit's, so it stays as it is; name another file (--output)")
-    parts, found = pictures(reading), None
+    parts: dict[str, list[Picture]] = {**pictures(reading), "images": []}
+    says = ""
     if (isinstance(images, Tensor) or images > 0) and not reading.frontier:
         name = "dense against pruned"
-        found = attempted(reading.problems, name, lambda: compared(reading, host, images), None)
-    parts["images"] = [] if found is None else list(found.pictures)
+        says, parts["images"] = attempted(
+            reading.problems, name, lambda: compared(reading, host, images), (says, parts["images"])
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     page = templates(Path(__file__).parent).get_template("page.html")
-    write_text(path, page.render(**_content(reading, parts, found)))
+    write_text(path, page.render(**_content(reading, parts, says)))
     for picture in (picture for own in parts.values() for picture in own):
         whole, beside = framed(picture), path.with_name(f"{path.stem}-{picture.name}")
         if svg:
@@ -87,13 +106,13 @@ def write_report(
     return path
 
 
-def _content(reading: Reading, parts: dict[str, list[Picture]], found: Compared | None) -> dict[str, Any]:
+def _content(reading: Reading, parts: dict[str, list[Picture]], compared_says: str) -> dict[str, Any]:
     """Return all that the template fills in."""
 
     def tried(make: Callable[[Reading], Any], empty: Any = ()) -> Any:
         return attempted(reading.problems, "figures", lambda: make(reading), empty)
 
-    titles = SECTIONS | ({"images": (SECTIONS["images"][0], found.says)} if found is not None else {})
+    titles = SECTIONS | {"images": (SECTIONS["images"][0], compared_says)}
     return {
         "name": reading.folder.path.resolve().name,
         "mark": MARK,
@@ -139,14 +158,13 @@ def _state(reading: Reading) -> str:
 
 def _sentence(reading: Reading) -> str:
     """Return what came out, in plain words."""
-    if points := reading.frontier.get("points"):
-        (dense, *_, last), metric = points, reading.frontier.get("metric", "cost")
-        name, _ = quality(dense)
+    if reading.frontier is not None:
+        dense, *_, last = reading.frontier.points
+        metric, whole, (name, left) = reading.frontier.metric, dense.words.split()[1], last.words.split()
         return (
-            f"One scoring and {len(points) - 1} budgets: "
-            f"at {last['budget']} of the {METRICS.get(metric, metric)} the {name} is "
-            f"{said(last)}, of the dense network {said(dense)}, on "
-            f"{reading.frontier.get('images', 0):,} validation images."
+            f"One scoring and {len(reading.frontier.points) - 1} budgets: at {last.budget} of the "
+            f"{METRICS.get(metric, metric)} the {name} is {left}, of the dense network {whole}, on "
+            f"{reading.frontier.images:,} validation images."
         )
     costs, summary = reading.both("macs"), reading.summary
     if costs is None or not reading.finished:
@@ -157,19 +175,19 @@ def _sentence(reading: Reading) -> str:
     if "pruned" not in summary or "dense" not in summary:
         params = reading.both("params")
         return says + (f" and {params[1] / params[0]:.0%} of its parameters." if params is not None else ".")
-    (name, now), (_, before), count = quality(summary["pruned"]), quality(summary["dense"]), summary["pruned"]["images"]
+    (name, now), (_, before), count = (
+        quality_of(summary["pruned"]),
+        quality_of(summary["dense"]),
+        summary["pruned"]["images"],
+    )
     if name == "agreement":
         return f"{says}; its agreement with the dense one is {now:.4f}, on {count:,} held-out images without labels."
     right = f"and is right on {now:.1%} of {count:,} validation images, the dense one on {before:.1%}"
-    change, chance = 100 * (now - before), 100 * _chance(before, now, count)
+    # Chance: 95 % of differences are smaller, as if the accuracies were not of the same images.
+    change, chance = 100 * (now - before), 196 * math.sqrt((before * (1 - before) + now * (1 - now)) / count)
     if abs(change) <= chance:
         return f"{says} {right}: with so few images a difference below {chance:.1f} points can be chance."
     return f"{says} {right}: {abs(change):.1f} points {'more' if change > 0 else 'less'}."
-
-
-def _chance(before: float, now: float, count: int) -> float:
-    """Return which difference of two accuracies on so many images can be chance (95 %, as if not the same images)."""
-    return 1.96 * math.sqrt((before * (1 - before) + now * (1 - now)) / count)
 
 
 def _quality(reading: Reading) -> list[Card]:
@@ -178,11 +196,11 @@ def _quality(reading: Reading) -> list[Card]:
     if "pruned" in summary and "dense" in summary:
         pruned = summary["pruned"]
         before = {"dense": "dense", "after_pruning": "right after pruning"}
-        notes = [f"{words} {said(summary[key])}" for key, words in before.items() if key in summary]
-        return [Card(quality(pruned)[0], said(pruned), (*notes, f"{pruned['images']:,} validation images"))]
+        notes = [f"{words} {said(*quality_of(summary[key]))}" for key, words in before.items() if key in summary]
+        name, value = quality_of(pruned)
+        return [Card(name, said(name, value), (*notes, f"{pruned['images']:,} validation images"))]
     metrics = reading.description.metrics if reading.description is not None else {}
-    own = {name: f"{value:.2%}" if name.startswith("accuracy") else f"{value:.4g}" for name, value in metrics.items()}
-    return [Card(name.replace("_", " "), value) for name, value in own.items()]
+    return [Card(name.replace("_", " "), said(name, value)) for name, value in metrics.items()]
 
 
 def _costs(reading: Reading) -> list[Card]:
@@ -202,14 +220,13 @@ def _latencies(reading: Reading) -> list[Card]:
     """Return the latency at each batch size, with what it was measured on, and the budget of one."""
     cards, settings, asked = [], reading.settings, reading.settings.get("latency")
     for before, now in zip(reading.latency.get("dense", []), reading.latency.get("pruned", [])):
-        times, noise = now["speed_up"], "; noise" if now["within_noise"] else ""
-        dense, (low, high) = f"dense {before['latency_ms']:.2f} ms", now["speed_up_range"]
-        of = f"{times:.2f}x as fast ({low:.2f} to {high:.2f}{noise})"
-        threads = f"{now['threads']} thread{'s'[: now['threads'] != 1]}"
-        where = f"spread {now['spread_ms']:.2f}; {now['device']}, {now['dtype']}, {threads}, {now['repeats']} rounds"
-        asked = [f"budget {asked}"] if now["batch"] == settings.get("latency_batch", 1) and asked else []
-        notes = (*asked, dense, of, where)
-        cards.append(Card(f"latency, batch {now['batch']}", f"{now['latency_ms']:.2f} ms", notes, 1 / times))
+        (low, high), noise = now.speed_up_range, "; noise" if now.within_noise else ""
+        of = f"{now.speed_up:.2f}x as fast ({low:.2f} to {high:.2f}{noise})"
+        threads = f"{now.threads} thread{'s'[: now.threads != 1]}"
+        where = f"spread {now.spread_ms:.2f}; {now.device}, {now.dtype}, {threads}, {now.repeats} rounds"
+        budget = [f"budget {asked}"] if now.batch == settings.get("latency_batch", 1) and asked else []
+        notes = (*budget, f"dense {before.latency_ms:.2f} ms", of, where)
+        cards.append(Card(f"latency, batch {now.batch}", f"{now.latency_ms:.2f} ms", notes, 1 / now.speed_up))
     return cards
 
 
@@ -229,13 +246,16 @@ def _blocks(reading: Reading) -> list[tuple[str, ...]]:
 
 def _budgets(reading: Reading) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the head and the rows of the table of a frontier."""
-    points, rows = reading.frontier.get("points", []), []  # type: list[dict[str, Any]], list[tuple[str, ...]]
-    times = [f"ms, batch {one['batch']}" for one in (points or [{}])[0].get("latency", ())]
-    for point in points:
-        counts = [f"{human(point[metric])} ({point[metric] / points[0][metric]:.0%})" for metric in ("macs", "params")]
-        measured = [f"{one['latency_ms']:.2f}" for one in point.get("latency", ())]
-        rows.append((point["budget"], said(point), *counts, *measured))
-    return ("budget", quality(points[0])[0] if points else "", "MACs", "parameters", *times), rows
+    if reading.frontier is None:
+        return (), []
+    dense, rows = reading.frontier.points[0], []
+    for point in reading.frontier.points:
+        counts = ((point.macs, dense.macs), (point.params, dense.params))
+        shares = [f"{human(own)} ({own / whole:.0%})" for own, whole in counts]
+        measured = [f"{one.latency_ms:.2f}" for one in point.latency]
+        rows.append((point.budget, point.words.split()[1], *shares, *measured))
+    times = [f"ms, batch {one.batch}" for one in dense.latency]
+    return ("budget", dense.words.split()[0], "MACs", "parameters", *times), rows
 
 
 def _commands(reading: Reading) -> list[str]:
@@ -257,8 +277,8 @@ def _commands(reading: Reading) -> list[str]:
 def _missing(reading: Reading, parts: dict[str, list[Picture]]) -> Iterator[tuple[str, str]]:
     """Yield what a reader may look for and not find, and why."""
     yield from reading.problems.items()
-    if reading.frontier:
-        example = f"{reading.folder.path}/{reading.frontier['points'][-1]['folder']}"
+    if reading.frontier is not None:
+        example = f"{reading.folder.path}/{reading.frontier.points[-1].folder}"
         yield "dense against pruned", f"each budget's folder has a page of its own: spvit report {example}"
         return
     if not reading.lines and "curves" not in reading.problems:

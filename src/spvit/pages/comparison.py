@@ -8,14 +8,14 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from spvit.checkpoint import DESCRIPTION, WEIGHTS, Preprocessing, load
+from spvit.checkpoint import WEIGHTS, Preprocessing, load
 from spvit.errors import RunFolderError
 from spvit.hosts.behaviour.watch import Core, watch
 from spvit.hosts.grid import GatheredGrid
@@ -23,13 +23,11 @@ from spvit.hosts.host import Host, input_size, outputs_of
 from spvit.hosts.recognise import family_of
 from spvit.hosts.sites import AttentionSite
 from spvit.hosts.walk import evaluating
-from spvit.models import open_model
-from spvit.report.reading import Reading, attempted, model_config
+from spvit.pages.reading import Reading, attempted, dense_model
 from spvit.surgery import pruned_record
-from spvit.train.data import images_of
+from spvit.train.data import load_images
 from spvit.train.drawing import Mark, Picture, word
 from spvit.train.settings import ImageConfig
-from spvit.train.sources import find_images
 
 BATCH = 32
 SHOWN, LOOKED_AT = 8, 4
@@ -37,64 +35,58 @@ SHOWN, LOOKED_AT = 8, 4
 TILE, SPACE, LINE, ACROSS = 112, 8, 17, 4
 LETTERS = 15
 """Letters of a class name that a tile is wide."""
-GLOW = ((22, 16, 60), (122, 28, 109), (224, 92, 65), (252, 220, 120))
-"""Colours of attention, from none to most; their brightness rises evenly."""
+GLOW = ("#16103c", "#fcdc78", "#bc3754")
+"""Colours of no attention, of the most, and of half; their brightness rises evenly."""
 
 
 Captions = dict[int, tuple[str, ...]]
 """Lines below an image, by its number."""
 
 
-@dataclass(frozen=True)
-class Compared:
-    """What two networks answered on the same images."""
-
-    says: str
-    """How alike the answers are, in words."""
-    pictures: tuple[Picture, ...] = ()
-
-
-def compared(reading: Reading, host: nn.Module | Host | None, images: int | Tensor) -> Compared:
-    """Return the comparison on so many of the run's validation images at most, or on images that are given.
+def compared(reading: Reading, host: nn.Module | Host | None, images: int | Tensor) -> tuple[str, list[Picture]]:
+    """Return how alike two networks answer, in words and pictures, on some of the run's validation images or others.
 
     Raises RunFolderError when a model or the images are not to be found, and what opening them raises.
     """
     if not (reading.folder.path / WEIGHTS).is_file():
         raise RunFolderError("the run has written no model yet")
-    dense = _dense(reading, host)
+    about = reading.description
+    if host is not None:
+        dense = host.model if isinstance(host, Host) else host
+    else:
+        dense = dense_model(reading.folder, reading.settings, len(about.classes) if about and about.classes else None)
     small = load(reading.folder.path, host=None if host is None else dense).to(next(dense.parameters()).device)
     if pruned_record(small) is None:
         raise RunFolderError("the model of this run is not pruned")
     shown: Any = [(image, None) for image in images] if isinstance(images, Tensor) else _chosen(reading, dense, images)
-    about = reading.description
     preprocessing = (about and about.preprocessing) or Preprocessing()
     with evaluating(dense, small):
         answers = [_answers(model, shown) for model in (dense, small)]
         if family_of(dense).classes(dense) < 2:
-            found, captions, words = _of_features(answers)
+            says, captions, words = _of_features(answers)
         else:
             classes = (about and about.classes) or tuple(map(str, range(answers[0].shape[1])))
-            found, captions, words = _of_classes(answers, [label for _, label in shown], classes)
+            says, captions, words = _of_classes(answers, [label for _, label in shown], classes)
         some = torch.stack([shown[index][0] for index in range(0, len(shown), -(-len(shown) // LOOKED_AT))])
         looks = attempted(
             reading.problems, "attention", lambda: [_attention(dense, small, some, preprocessing)], list[Picture]()
         )
     moved = {index: shown[index][0] for index in list(captions)[:SHOWN]}
-    return replace(found, pictures=(*_gallery(words, moved, captions, preprocessing), *looks))
+    return says, [*_gallery(words, moved, captions, preprocessing), *looks]
 
 
-def _of_features(answers: Sequence[Tensor]) -> tuple[Compared, Captions, tuple[str, str]]:
+def _of_features(answers: Sequence[Tensor]) -> tuple[str, Captions, tuple[str, str]]:
     """Return how far features moved, and captions by image, those that moved most first."""
     cosines = torch.cosine_similarity(answers[0].flatten(1), answers[1].flatten(1))
     captions: Captions = {index: (f"cosine {cosines[index]:.3f}",) for index in cosines.argsort().tolist()}
     worst = f"{cosines.mean():.3f}, at worst {cosines.min():.3f}"
     says = f"On {len(cosines):,} images the mean cosine of dense and pruned features is {worst}."
-    return Compared(says), captions, ("Images whose features moved most", "The cosine between dense and pruned.")
+    return says, captions, ("Images whose features moved most", "The cosine between dense and pruned.")
 
 
 def _of_classes(
     answers: Sequence[Tensor], labels: Sequence[int | None], classes: Sequence[str]
-) -> tuple[Compared, Captions, tuple[str, str]]:
+) -> tuple[str, Captions, tuple[str, str]]:
     """Return how many first guesses changed, and captions of these by image."""
     first, second = (answer.argmax(1).tolist() for answer in answers)
     changed = [index for index, (before, now) in enumerate(zip(first, second)) if before != now]
@@ -107,24 +99,11 @@ def _of_classes(
         label, guesses = labels[index], f"{_cut(classes[first[index]])} → {_cut(classes[second[index]])}"
         captions[index] = (guesses,) if label is None else (f"is {_cut(classes[label])}", guesses)
     about = "Below each its class, if it is known, and the dense → the pruned network's guess."
-    return Compared(f"{says}."), captions, ("Images whose prediction changed", about)
+    return f"{says}.", captions, ("Images whose prediction changed", about)
 
 
 def _cut(name: str) -> str:
     return name if len(name) <= LETTERS // 2 + 3 else f"{name[: LETTERS // 2 + 2]}…"
-
-
-def _dense(reading: Reading, host: nn.Module | Host | None) -> nn.Module:
-    """Return the dense network with the weights that the run started from, or trained."""
-    if host is not None:
-        return host.model if isinstance(host, Host) else host
-    if (reading.folder.dense / DESCRIPTION).is_file():
-        return load(reading.folder.dense)
-    classes = reading.description.classes if reading.description is not None else None
-    opened = open_model(model_config(reading.settings), None if classes is None else len(classes))
-    if not opened.trained or pruned_record(opened.model) is not None:
-        raise RunFolderError(f"the run's model {reading.settings['model']} is no trained dense one")
-    return opened.model
 
 
 def _chosen(reading: Reading, model: nn.Module, most: int) -> list[tuple[Tensor, int | None]]:
@@ -140,10 +119,10 @@ def _chosen(reading: Reading, model: nn.Module, most: int) -> list[tuple[Tensor,
     lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
     config = ImageConfig(**{**values, **lists, "download": False})
     preprocessing = reading.description.preprocessing if reading.description is not None else None
-    found = find_images(str(source), config)
-    every: Any = images_of(found, config, input_size(model), preprocessing or Preprocessing()).validation
+    found = load_images(str(source), config, input_size(model), preprocessing or Preprocessing())
+    every: Any = found.validation
     indices = torch.linspace(0, len(every) - 1, min(most, len(every))).long().unique().tolist()
-    return [item if found[-1] else (item[0], None) for index in indices if (item := every[index]) is not None]
+    return [item if found.classes else (item[0], None) for index in indices if (item := every[index]) is not None]
 
 
 def _answers(model: nn.Module, shown: Sequence[tuple[Tensor, Any]]) -> Tensor:
@@ -236,23 +215,20 @@ def _photo(image: Tensor, preprocessing: Preprocessing) -> Image.Image:
     mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
     values = (image.cpu() * std + mean).clamp(0, 1)
     values = values[: 3 if len(values) >= 3 else 1]
-    return _resized((255 * values.expand(3, -1, -1)).byte())
+    return _resized(values.expand(3, -1, -1).permute(1, 2, 0))
 
 
-def _resized(values: Tensor) -> Image.Image:
-    """Return bytes [3, height, width] as an image of a tile: few pixels as squares."""
-    smooth = min(values.shape[1:]) > 2 * TILE / 8
+def _resized(shades: Tensor) -> Image.Image:
+    """Return shades, 0 to 1, [height, width] or [height, width, 3], as an image of a tile; few pixels are squares."""
+    smooth = min(shades.shape[:2]) > 2 * TILE / 8
     method = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
-    return Image.fromarray(values.permute(1, 2, 0).contiguous().numpy()).resize((2 * TILE, 2 * TILE), method)
+    return Image.fromarray((255 * shades).byte().contiguous().numpy()).resize((2 * TILE, 2 * TILE), method)
 
 
 def _lit(photo: Image.Image, shares: Tensor) -> Image.Image:
     """Return an image in grey under the colours of how much its patches [height, width] are looked at."""
-    level = (shares - shares.min()) / (shares.max() - shares.min()).clamp(min=1e-12) * (len(GLOW) - 1)
-    low = level.floor().clamp(max=len(GLOW) - 2)
-    table, part = torch.tensor(GLOW), (level - low)[..., None]
-    colours = table[low.long()] * (1 - part) + table[low.long() + 1] * part
-    return Image.blend(photo.convert("L").convert("RGB"), _resized(colours.permute(2, 0, 1).byte()), 0.65)
+    level = (shares - shares.min()) / (shares.max() - shares.min()).clamp(min=1e-12)
+    return Image.blend(photo.convert("L").convert("RGB"), ImageOps.colorize(_resized(level), *GLOW), 0.65)
 
 
 def _tile(image: Image.Image, left: float, top: float) -> Mark:

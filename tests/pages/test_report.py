@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,6 +16,8 @@ import spvit
 from command import SHORT, digits_recipe, measure_briefly, refused, run
 from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.cli.main import main
+from spvit.speed.benchmark import Latency
+from spvit.train.points import Frontier, Point
 from tiny import EVERYTHING, images, make_host, with_kinds
 
 
@@ -90,6 +93,20 @@ def test_a_run_that_has_not_ended(copied: Path) -> None:
     assert "network" in pictures_of(page)  # the dense one
 
 
+def test_the_budget_of_a_latency_stands_by_the_batch_that_it_is_of(copied: Path) -> None:
+    settings = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(
+        settings.replace("latency: null", "latency: 70%").replace("batch: 1", "batch: 64")
+    )
+    measured = json.loads((copied / "latency.json").read_text())
+    for rows in measured.values():
+        rows[1]["batch"] = 64
+    (copied / "latency.json").write_text(json.dumps(measured))
+    text = text_of(spvit.report(copied, images=0))
+    assert text.count("budget 70%") == 1
+    assert "budget 70%" in text.partition("latency, batch 64")[2]
+
+
 def test_a_run_without_labels(copied: Path) -> None:
     figures = {name: {"agreement": value, "images": 30} for name, value in (("dense", 1.0), ("pruned", 0.875))}
     (copied / "summary.json").write_text(json.dumps(figures))
@@ -111,6 +128,7 @@ def test_missing_and_damaged_files_are_named_and_fail_nothing(copied: Path, dama
     text = text_of(spvit.report(copied))
     assert "Not on this page" in text
     assert "architecture file" in text
+    assert "A model that spvit saved" in text  # its settings do not say of which command they are
     for name in [*names, "frontier.json", "model.json"]:
         (copied / name).unlink()
         (copied / "metrics.jsonl").write_text(
@@ -165,31 +183,13 @@ def test_the_network_in_numbers_and_in_its_outline(tmp_path: Path) -> None:
 def test_a_frontier_and_a_budget_of_it(searched: Path, tmp_path: Path) -> None:
     shutil.copytree(searched, tmp_path / "50pct")
     (tmp_path / "50pct" / "config.yaml").rename(tmp_path / "config.yaml")
-    figures = {"latency_ms": 2.0, "spread_ms": 0.1, "batch": 8, "device": "cpu", "dtype": "float32", "threads": 1}
-    dense = {"budget": "dense", "folder": None, "macs": 200, "params": 90, "accuracy": 0.9, "agreement": None}
-    figures |= {
-        "images_per_s": 4000.0,
-        "backend": "torch",
-        "repeats": 9,
-        "within_noise": True,
-        "speed_up": 1.0,
-        "speed_up_range": [0.9, 1.1],
-    }
-    dense["latency"] = [figures]
-    half = {**dense, "budget": "50%", "folder": "50pct", "macs": 100, "accuracy": 0.8}
-    found = {
-        "format": "spvit-frontier",
-        "version": 1,
-        "model": "ViT",
-        "metric": "macs",
-        "images": 1000,
-        "points": [dense, half],
-    }
-    (tmp_path / "frontier.json").write_text(json.dumps(found))
+    latency = Latency(2.0, 0.1, 4000.0, 1.0, (0.9, 1.1), True, 8, "cpu", "float32", "torch", threads=1, repeats=9)
+    dense = Point("dense", None, macs=200, params=90, accuracy=0.9, latency=(latency,))
+    half = replace(dense, budget="50%", folder="50pct", macs=100, accuracy=0.8)
+    Frontier("ViT", "macs", 1000, (dense, half)).save(tmp_path)
     page = spvit.report(tmp_path)
-    assert "at 50% of the MACs the accuracy is 80.00%, of the dense network 90.00%, on 1,000 validation" in text_of(
-        page
-    )
+    says = "at 50% of the MACs the accuracy is 80.00%, of the dense network 90.00%, on 1,000 validation images"
+    assert says in text_of(page)
     assert pictures_of(page)[:3] == ["frontier-macs", "frontier-8", "network-50pct"]
     text = text_of(spvit.report(tmp_path / "50pct", images=0))
     assert "is right on 80.0% of 1,000 validation images, the dense one on 90.0%: 10.0 points less." in text
@@ -208,22 +208,16 @@ def test_what_is_no_run_is_refused(capsys, searched: Path, tmp_path: Path, monke
         spvit.report(searched, other)
     assert other.read_text() == "mine"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    refused(
-        capsys,
-        "needs jinja2 and matplotlib; install with: pip install 'spvit[report]'",
-        "report",
-        str(searched),
-        "--png",
-    )
+    missing = "needs jinja2 and matplotlib; install with: pip install 'spvit[report]'"
+    refused(capsys, missing, "report", str(searched), "--png")
 
 
 def test_compress_says_how_to_get_a_page_without_the_extra(capsys, tmp_path: Path, monkeypatch) -> None:
     measure_briefly(monkeypatch)
-    monkeypatch.setattr("spvit.cli.report.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     settings = digits_recipe(tmp_path)(dense=SHORT, calibration_images=64)
-    code, text, problems = run(
-        capsys, "compress", "--recipe", settings, "--output", str(tmp_path / "run"), "--no-train"
-    )
+    words = ["compress", "--recipe", settings, "--output", str(tmp_path / "run"), "--no-train"]
+    code, text, problems = run(capsys, *words)
     assert (code, problems) == (0, "")
-    assert f"for a page about this run: pip install 'spvit[report]', then spvit report {tmp_path}/run" in text
+    assert "no page about this run: a report needs jinja2; install with: pip install 'spvit[report]'; later: " in text
     assert not (tmp_path / "run" / "report.html").exists()

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import yaml
 from torch import nn
 
 from spvit.architecture import Architecture, dense
-from spvit.checkpoint import DESCRIPTION, Description, describe, described_host, first_line
+from spvit.checkpoint import DESCRIPTION, Description, describe, described_host, first_line, load
 from spvit.cost import NetworkCost
 from spvit.errors import RunFolderError, SpvitError
 from spvit.hosts.host import Host
 from spvit.models import ModelConfig, names_code, open_model
 from spvit.repair.scores import Scores
 from spvit.replacements.costs import network_costs
+from spvit.speed.benchmark import Latency
 from spvit.surgery import pruned_record
+from spvit.train.figures import quality_of
+from spvit.train.points import Frontier
 from spvit.train.run_folder import RunFolder
 
 T = TypeVar("T")
@@ -44,10 +47,11 @@ class Reading:
     scores: Scores | None
     summary: dict[str, Any]
     """Figures by model (`dense`, `after_pruning`, `pruned`), and costs by metric."""
-    latency: dict[str, list[dict[str, Any]]]
+    latency: dict[str, list[Latency]]
     lines: list[dict[str, Any]]
     """Of metrics.jsonl."""
-    frontier: dict[str, Any]
+    frontier: Frontier | None
+    """With one budget at least."""
     problems: dict[str, str]
     """What is missing or cannot be read, and why."""
 
@@ -60,8 +64,8 @@ class Reading:
     @property
     def finished(self) -> bool:
         """Whether the run has written its result."""
-        points = self.frontier.get("points") or [{}]
-        return self.description is not None or bool(points[-1].get("latency"))
+        measured = self.frontier is not None and bool(self.frontier.points[-1].latency)
+        return self.description is not None or measured
 
     def both(self, metric: str) -> tuple[int, int] | None:
         """Return what the dense network costs, and what is left of it; None where that is not known."""
@@ -98,7 +102,7 @@ def read(folder: str | Path, host: nn.Module | Host | None = None) -> Reading:
     own = whole if whole.frontier.is_file() and not run.settings.is_file() else run
     nothing: dict[str, Any] = {}
     text = attempt("settings", own.settings, lambda: own.settings.read_text(encoding="utf-8"), "")
-    settings = attempt("settings", own.settings, lambda: _mapping(yaml.safe_load(text)), nothing)
+    command, settings = attempt("settings", None, own.command_and_settings, ("", nothing))
     description = attempt("model", model, lambda: describe(run.path), None)
     architecture = attempt("architecture", run.architecture, lambda: Architecture.load(run.architecture), None)
     trained = attempt("dense model", run.dense / DESCRIPTION, lambda: describe(run.dense), None)
@@ -108,15 +112,16 @@ def read(folder: str | Path, host: nn.Module | Host | None = None) -> Reading:
         architecture = description.architecture
     if architecture is None and costs and not run.frontier.is_file():
         architecture = dense([block.units for block in costs["macs"].blocks])
-    summary = attempt("figures", run.summary, lambda: _mapping(_json(run.summary)), nothing)
-    latency = attempt("latency", run.latency, lambda: _mapping(_json(run.latency)), nothing)
+    summary = attempt("figures", None, run.figures, nothing)
+    latency = attempt("latency", run.latency, lambda: _latencies(run.latency), nothing)
     if own is whole:
         summary, latency = attempt(
-            "figures", None, lambda: _of_budget(_frontier(whole.frontier), run), (nothing, nothing)
+            "figures", None, lambda: _of_budget(Frontier.load(whole.path), run), (nothing, nothing)
         )
+    frontier = attempt("frontier", run.frontier, lambda: Frontier.load(run.path), None)
     return Reading(
         folder=run,
-        command=text.partition("\n")[0].removeprefix("# spvit ").strip() if text.startswith("# spvit ") else "",
+        command=command,
         config=own.settings,
         settings=settings,
         settings_text=text,
@@ -127,21 +132,9 @@ def read(folder: str | Path, host: nn.Module | Host | None = None) -> Reading:
         summary=summary,
         latency=latency,
         lines=attempt("curves", run.metrics, lambda: [*_lines(run.metrics)], []),
-        frontier=attempt("frontier", run.frontier, lambda: _frontier(run.frontier), nothing),
+        frontier=frontier if frontier is not None and len(frontier.points) > 1 else None,
         problems=problems,
     )
-
-
-def quality(figures: Mapping[str, Any]) -> tuple[str, float]:
-    """Return what models are compared by, and how good one is: accuracy, or agreement where there are no labels."""
-    name = "agreement" if figures.get("accuracy") is None else "accuracy"
-    return name, figures[name]
-
-
-def said(figures: Mapping[str, Any]) -> str:
-    """Return how good a model is, as it is written."""
-    name, value = quality(figures)
-    return f"{value:.2%}" if name == "accuracy" else f"{value:.4f}"
 
 
 def attempted(problems: dict[str, str], part: str, make: Callable[[], T], empty: T) -> T:
@@ -159,9 +152,23 @@ def model_config(settings: dict[str, Any]) -> ModelConfig:
     name = settings.get("model")
     if not isinstance(name, str) or names_code(name):
         why = "its settings name no model" if name is None else f"its model is {name}, which is code"
-        raise RunFolderError(f"{why}; pass the dense model: spvit.report(folder, host=model)")
+        advice = "pass the dense model: spvit.report(folder, host=model), or --dense of an export"
+        raise RunFolderError(f"{why}; {advice}")
     known = ("model_args", "pretrained", "checkpoint")
     return ModelConfig(model=name, **{key: settings[key] for key in known if key in settings})
+
+
+def dense_model(run: RunFolder, settings: dict[str, Any], classes: int | None = None) -> nn.Module:
+    """Return the dense network of a run with the weights that it started from, or trained.
+
+    Raises RunFolderError when its settings do not name a trained dense model, and what opening one raises.
+    """
+    if (run.dense / DESCRIPTION).is_file():
+        return load(run.dense)
+    opened = open_model(model_config(settings), classes)
+    if not opened.trained or pruned_record(opened.model) is not None:
+        raise RunFolderError(f"the run's model {settings['model']} is no trained dense one")
+    return opened.model
 
 
 def _dense(host: nn.Module | Host | None, description: Description | None, settings: dict[str, Any]) -> Host:
@@ -176,36 +183,22 @@ def _dense(host: nn.Module | Host | None, description: Description | None, setti
     return Host.of(model) if record is None else described_host(describe(settings["model"]))
 
 
-def _frontier(path: Path) -> dict[str, Any]:
-    """Return what frontier.json holds: the dense model and one budget at least."""
-    found = _mapping(_json(path))
-    dense, *budgets = (_mapping(point) for point in found["points"])
-    return {**found, "points": [dense, *budgets]} if budgets else {}
-
-
-def _of_budget(frontier: dict[str, Any], run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
+def _of_budget(frontier: Frontier, run: RunFolder) -> tuple[dict[str, Any], dict[str, list[Latency]]]:
     """Return the figures and the latency of a budget and of the dense model, as a run's own files hold them."""
-    points, images = frontier["points"], frontier["images"]
-    point = next(one for one in points if one["folder"] == run.path.resolve().name)
-    both = {"dense": points[0], "pruned": point}
-    figures = {name: {**dict([quality(one)]), "images": images} for name, one in both.items()}
-    return figures, {name: one["latency"] for name, one in both.items()}
+    point = next(one for one in frontier.points if one.folder == run.path.resolve().name)
+    both = {"dense": frontier.points[0], "pruned": point}
+    figures = {name: {**dict([quality_of(vars(one))]), "images": frontier.images} for name, one in both.items()}
+    return figures, {name: list(one.latency) for name, one in both.items()}
 
 
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise RunFolderError(f"expected names with values, found {type(value).__name__}")
-    return value
+def _latencies(path: Path) -> dict[str, list[Latency]]:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {name: [Latency.of(row) for row in rows] for name, rows in found.items()}
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of metrics.jsonl that can be read: a kill may have cut one short."""
     for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield _mapping(json.loads(line))
-        except (json.JSONDecodeError, RunFolderError):
-            continue
+        with suppress(json.JSONDecodeError):
+            values = json.loads(line)
+            yield from [values] if isinstance(values, dict) else []
