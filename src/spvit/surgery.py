@@ -98,16 +98,20 @@ def prune(
 
 
 def prune_each(
-    host: Host, architectures: Sequence[Architecture], repair: Tensor | Iterable[Any], report: Report | None = None
+    host: Host,
+    architectures: Sequence[Architecture],
+    repair: Tensor | Iterable[Any],
+    report: Report | None = None,
+    finished: Sequence[Finished] | None = None,
 ) -> list[nn.Module]:
     """Return a host cut down to each of several architectures as `prune` does it, repaired side by side.
 
     The host runs once for all. Each model takes the memory of its tokens of all images, and so do what the host
-    answers, three times, and one model's next tokens.
+    answers, three times, and one model's next tokens. `finished` holds one of these for each architecture.
     """
     pruned = [host.on(copy.deepcopy(host.model)) for _ in architectures]
     with ExitStack() as undo:
-        cut(pruned, host, architectures, undo, repair, report)
+        cut(pruned, host, architectures, undo, repair, report, finished)
         undo.pop_all()
     return [own.model for own in pruned]
 

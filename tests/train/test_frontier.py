@@ -122,6 +122,32 @@ def test_a_killed_frontier_does_not_repeat_what_is_done(monkeypatch, tmp_path: P
     assert Frontier.load(out).points[1].latency[0].speed_up_range == found.points[1].latency[0].speed_up_range
 
 
+def test_a_frontier_killed_while_it_repairs_goes_on_at_the_next_block(monkeypatch, tmp_path: Path) -> None:
+    host, images, budgets = micro_host(), digits(), ("70%", "40%")
+    from spvit.repair import repair as repairing
+
+    repair_block, repaired = repairing.repair_block, []
+
+    def dying(*args: object, **named: object) -> None:
+        if len(repaired) == 3:
+            raise KeyboardInterrupt
+        repaired.append(args)
+        repair_block(*args, **named)
+
+    spvit.frontier(host, images, budgets, output=tmp_path / "whole", config=SHORT)
+    monkeypatch.setattr(repairing, "repair_block", dying)
+    with pytest.raises(KeyboardInterrupt):
+        spvit.frontier(host, images, budgets, output=tmp_path / "run", config=SHORT)
+    monkeypatch.setattr(
+        repairing, "repair_block", lambda *args, **named: repaired.append(args) or repair_block(*args, **named)
+    )
+    spvit.frontier(host, images, budgets, output=tmp_path / "run", config=SHORT, resume=True)
+    assert len(repaired) == 2 * len(spvit.Host.of(host).blocks)
+    for name in ("70pct", "40pct"):
+        assert states_equal(spvit.load(tmp_path / "run" / name), spvit.load(tmp_path / "whole" / name))
+        assert not (tmp_path / "run" / name / "state").exists()
+
+
 def test_backbones_are_judged_by_agreement_with_the_dense_outputs(capsys, tmp_path: Path) -> None:
     size = {"img_size": 32, "patch_size": 8, "in_chans": 3, "num_classes": 0}
     host = spvit.save(micro_host(**size), tmp_path / "host")

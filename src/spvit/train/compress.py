@@ -244,7 +244,7 @@ def _repaired(
     dense: nn.Module, architecture: Architecture, weights: nn.Module | None, config: CompressConfig, run: Run
 ) -> nn.Module:
     """Return a pruned model as the first process repairs it, block by block in the run folder."""
-    finished = _finished(REPAIR, dense if weights is None else weights, config, run, architecture.to_json())
+    finished = block_states(REPAIR, dense if weights is None else weights, config, run, architecture.to_json())
 
     def repair(views: Iterable[Tensor], report: Report | None = None) -> nn.Module:
         set_seed(config.seed)  # a continued run starts from the same weights where they are drawn
@@ -256,7 +256,7 @@ def _repaired(
     return repair(())  # all blocks are finished, which takes no images
 
 
-def _finished(phase: str, model: nn.Module, config: ScoresConfig, run: Run, *more: str) -> BlockStates:
+def block_states(phase: str, model: nn.Module, config: ScoresConfig, run: Run, *more: str) -> BlockStates:
     """Return what a run has finished of scores or a repair, with the same weights and by the same images."""
     images: Any = run.images
     drawn = [asdict(images.config), asdict(images.preprocessing), len(images.views), config.seed]
@@ -309,7 +309,7 @@ def scored(host: Host, config: ScoresConfig, run: Run) -> None:
     if config.scores is not None:
         run.folder.write_scores(Scores.load(config.scores))
     elif not run.folder.scores.is_file():
-        finished = _finished(SCORE, host.model, config, run)
+        finished = block_states(SCORE, host.model, config, run)
         with run.progress.bar(SCORE, len(host.blocks)):
             multiple = config.multiple or DEFAULT_MULTIPLE
             most = config.repair_views * len(run.images.views)  # type: ignore[arg-type]

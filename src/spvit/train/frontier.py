@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -32,7 +33,17 @@ from spvit.replacements.costs import network_costs
 from spvit.speed.benchmark import Program, measure_latencies
 from spvit.speed.latency import LatencyTable
 from spvit.surgery import prune_each
-from spvit.train.compress import calibration, decided, deployed, fitting, judged, scored, timed, write_model
+from spvit.train.compress import (
+    block_states,
+    calibration,
+    decided,
+    deployed,
+    fitting,
+    judged,
+    scored,
+    timed,
+    write_model,
+)
 from spvit.train.data import Images, load_images
 from spvit.train.figures import Figures, figures_of
 from spvit.train.headers import checked
@@ -41,7 +52,7 @@ from spvit.train.plot import plot_frontier
 from spvit.train.points import DENSE, FILE, Frontier, Point
 from spvit.train.processes import by_the_first, processes, use_device
 from spvit.train.progress import PhaseProgress
-from spvit.train.run_folder import RunFolder
+from spvit.train.run_folder import REPAIR, RunFolder
 from spvit.train.settings import FrontierConfig, ImageConfig
 
 MEMORY, BESIDE = 6 * 2**30, 5
@@ -117,8 +128,9 @@ def run_frontier(
     times, scores = {"scores": time.perf_counter() - started}, Scores.load(folder)
     scores.check(dense)
     run, figures = judged(dense, config, run)
-    found = Frontier(type(host).__name__, metric, figures.images, (), unreached, times)
     whole = _point(DENSE, None, dense.totals, figures)
+    points = (whole, *(done[text] for text in asked if text in done))
+    found = Frontier(type(host).__name__, metric, figures.images, points, unreached, times)
     run.progress.note(f"scores {times['scores']:.1f} s; dense model: {whole.words}")
     waiting: dict[str, Architecture] = {}
     for text in (text for text in asked if text not in done):
@@ -135,13 +147,12 @@ def run_frontier(
             run.progress.note(f"{text}: {table.timing(dense, architecture)}")
             table.save(run.folder.latency_table)
     models: dict[str, nn.Module] = {}
-    for points, made in _groups(waiting, dense, config, run):
-        done, models = done | points, models | made
+    for new, made in _groups(waiting, dense, config, run):
+        done, models = done | new, models | made
         found = replace(found, points=(whole, *(done[text] for text in asked if text in done)))
         by_the_first(partial(found.save, folder))
     for text, reason in unreached.items():
         run.progress.note(f"{text} is left out: {reason}")
-    found = replace(found, points=(whole, *(done[text] for text in asked if text in done)))
     if len(found.points) == 1:
         raise BudgetError(next(iter(unreached.values())))
     return _measured(found, dense, models, config, run) if processes().is_main_process else found
@@ -161,8 +172,7 @@ def _groups(
             folder.path.mkdir(exist_ok=True)
             group[text] = decided(folder, partial(group.__getitem__, text))
         views = views or list(calibration(run.images, config.seed, config.repair_views * config.calibration_images))
-        with run.progress.bar("repair", len(host.blocks)):
-            models = [deployed(own) for own in prune_each(host, list(group.values()), views, run.progress.count)]
+        models = [deployed(own) for own in _repaired(group, folders, views, host, config, run)]
         found = figures_of(models, run.images, config, run.reference)
         points = {}
         for (text, architecture), model, figures in zip(group.items(), models, found):
@@ -170,8 +180,34 @@ def _groups(
             spent = {name: cost.of(architecture) for name, cost in costs}
             seconds = (time.perf_counter() - started) / len(group)
             points[text] = _point(text, folders[text].path.name, spent, figures, seconds)
+            by_the_first(partial(shutil.rmtree, folders[text].states(REPAIR).parent, ignore_errors=True))
             run.progress.note(f"{text}: {points[text].words}")
         yield points, dict(zip(group, models))
+
+
+def _repaired(
+    group: Mapping[str, Architecture],
+    folders: Mapping[str, RunFolder],
+    views: Sequence[Tensor],
+    host: Host,
+    config: FrontierConfig,
+    run: Run,
+) -> list[nn.Module]:
+    """Return the models of some budgets as the first process repairs them, block by block in their folders."""
+    states = [
+        block_states(REPAIR, host.model, config, replace(run, folder=folders[text]), architecture.to_json())
+        for text, architecture in group.items()
+    ]
+    models: list[nn.Module] = []
+
+    def repair(views: Sequence[Tensor]) -> None:
+        models[:] = prune_each(host, list(group.values()), views, run.progress.count, states)
+
+    with run.progress.bar(REPAIR, len(host.blocks)):
+        by_the_first(lambda: repair(views))
+        if not models:
+            repair(())  # all blocks are finished, which takes no images
+    return models
 
 
 def _side_by_side(host: Host, images: int) -> int:
