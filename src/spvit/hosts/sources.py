@@ -48,6 +48,7 @@ def build(source: dict[str, Any]) -> nn.Module:
         raise UnsupportedHostError(
             f"the file names no model of {' or '.join(LIBRARIES)} but a {source.get('class', library)}, which cannot "
             "be made from a file; make the dense model and pass it: spvit.load(folder, host=model)"
+            + ("; models that timm 1.0.31 or newer made have their arguments saved" if library == "timm" else "")
         )
     model: nn.Module = LIBRARIES[library][1](source)
     found, expected = type(model).__name__, source.get("class")
@@ -110,12 +111,12 @@ def _read(model: Any) -> dict[str, Any]:
 
 def _made(model: nn.Module) -> dict[str, Any]:
     """Return all that tells how a model was made, but for dropout."""
-    passing = re.compile(r"_|training$|grad_checkpointing|fused_attn|drop")
-    plain = (bool, int, float, str, tuple)
-    made: dict[str, Any] = {name: value.shape for name, value in model.state_dict().items()}
+    passing, plain = re.compile(r"_|training$|grad_checkpointing|fused_attn|drop"), (bool, int, float, str, tuple)
+    made: dict[str, Any] = {key: value.shape for key, value in model.state_dict().items()}
     for path, module in model.named_modules():
-        own = {key: v for key, v in vars(module).items() if isinstance(v, plain) and not passing.match(key)}
-        made[f"{path}:"] = (type(module).__name__.replace("DropPath", "Identity"), own)
+        if type(module).__name__ not in ("Identity", "Dropout", "DropPath"):
+            own = {key: v for key, v in vars(module).items() if isinstance(v, plain) and not passing.match(key)}
+            made[f"{path}:"] = (type(module), own)
     return made
 
 
