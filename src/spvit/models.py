@@ -169,7 +169,7 @@ def _open_timm(config: ModelConfig, classes: int | None, weights: bool) -> Opene
     if pretrained and weights:
         spare_retries()
     try:
-        model = make_by_timm(config.model, pretrained=pretrained and weights, **arguments)
+        model: Any = make_by_timm(config.model, pretrained=pretrained and weights, **arguments)
     except ZooError:
         raise
     except (OSError, RuntimeError) as error:
