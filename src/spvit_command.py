@@ -1,6 +1,6 @@
 """Where the command `spvit` starts: what needs no model is answered before spvit, and with it torch, is imported.
 
-Nothing else belongs here. `python -m spvit.cli` is the same command without this.
+Nothing else belongs here. `python -m spvit.cli` starts here too.
 """
 
 import ast

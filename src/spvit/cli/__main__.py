@@ -1,7 +1,7 @@
-"""`python -m spvit.cli` is the command."""
+"""`python -m spvit.cli` is the command, for launchers such as torchrun."""
 
 import sys
 
-from spvit.cli.main import main
+from spvit_command import main
 
 sys.exit(main())
