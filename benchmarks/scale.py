@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ COUNTS = (256, 512, 1024)
 """Calibration images."""
 PHOTOGRAPH = (500, 375)
 """Pixels, as of many of ImageNet's; the picture is scikit-learn's china.jpg."""
-PROCESSES = (1, 2)
+PROCESSES = ((1,), (2,), (2, "--shard"))
 SMALL = '{"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "embed_dim": 192, "depth": 12}'
 IMAGENET, TEACHER_MACS = 1_281_167, 15.9e9
 ON_A_GPU = {"macs_per_s": 94e12, "dense_ms_a_block": 35.4 / 12, "search_ms_a_block": 87.9 / 12}
@@ -153,13 +153,19 @@ def reading() -> list[dict[str, Any]]:
 def processes() -> list[dict[str, Any]]:
     """Return the seconds of an epoch (11 steps of 128 digits, a ViT of 5.3M parameters), over all processes."""
     rows = []
-    for count in PROCESSES:
-        seconds = {epochs: _trained(count, epochs) for epochs in (1, 3)}
-        rows.append({"processes": count, "s_an_epoch": (seconds[3] - seconds[1]) / 2, "s_to_start": seconds[1]})
+    for count, *more in PROCESSES:
+        seconds = {epochs: _trained(count, epochs, more) for epochs in (1, 3)}
+        rows.append(
+            {
+                "processes": " ".join((str(count), *more)),
+                "s_an_epoch": (seconds[3] - seconds[1]) / 2,
+                "s_to_start": seconds[1],
+            }
+        )
     return rows
 
 
-def _trained(count: int, epochs: int) -> float:
+def _trained(count: int, epochs: int, more: Sequence[str]) -> float:
     """Return the processor seconds of a run, without those of the launcher's imports."""
     launcher = ["torch.distributed.run", "--nproc_per_node", str(count), "--master_port", "29677"] if count > 1 else []
     words = [
@@ -174,7 +180,7 @@ def _trained(count: int, epochs: int) -> float:
         "cpu",
     ]
     words += ["--data", "digits", "--images.mean", "[0.5]", "--images.std", "[0.5]"]
-    words += ["--images.batch-size", str(128 // count), "--dense.epochs", str(epochs)]
+    words += ["--images.batch-size", str(128 // count), "--dense.epochs", str(epochs), *more]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", *launcher, *(["-m"] if launcher else []), "spvit.cli", *words]

@@ -17,11 +17,14 @@ from safetensors.torch import load_file
 
 import spvit
 import two_processes
+from command import digits_recipe, refused
 from spvit.cli.main import main
 from spvit.errors import DataError, ModelError
 from spvit.train.processes import make_accelerator, processes, use_device
+from spvit.train.settings import LoopConfig
+from spvit.train.shards import sharded
 from training import GREY, MODEL, MODEL_ARGS, image_folder, micro_host
-from two_processes import COUNTED, halved
+from two_processes import COUNTED, PLAIN, halved, taught
 
 SCRIPT = Path(two_processes.__file__)
 
@@ -88,6 +91,63 @@ def test_two_processes_of_half_the_batch_are_one_of_the_whole(both: Any, tmp_pat
         alone, two = load_file(tmp_path / "halved1.safetensors"), load_file(folder / f"{file}.safetensors")
         for key, value in alone.items():  # but for keys' biases, which have no gradient but rounding
             assert torch.allclose(two[key], value, rtol=1e-5, atol=5e-6 if key.endswith("qkv.bias") else 5e-8), key
+
+
+def assert_alike(two: dict[str, torch.Tensor], one: dict[str, torch.Tensor]) -> None:
+    assert {key: (value.shape, value.dtype) for key, value in two.items()} == {
+        key: (value.shape, value.dtype) for key, value in one.items()
+    }
+    for key, value in one.items():  # keys' biases and their moments have no gradient but rounding
+        assert torch.allclose(two[key], value, rtol=1e-4, atol=2e-5 if "bias" in key else 1e-6), key
+
+
+def test_two_processes_with_shards_are_one_with_the_whole(both: Any, tmp_path: Path) -> None:
+    """Average, best weights, layers' rates, clipping and a frozen layer among it; parts sharded and not in turns."""
+    folder, found = both
+    for own in found:
+        assert own["shards"][0]
+        assert all(0.45 < share < 0.55 for share in own["shards"][0])
+    one = taught(tmp_path / "one", (False,), batch_size=128, **PLAIN)
+    for name in ("summed", "turns"):
+        assert_alike(load_file(folder / f"{name}.safetensors"), one)
+        for file in ("best", "epoch-0002"):
+            place = f"state/dense/{file}.safetensors"
+            assert_alike(load_file(folder / name / place), load_file(tmp_path / "one" / place))
+    features = taught(tmp_path / "features", (False,), labels=False, batch_size=128, **PLAIN)
+    assert_alike(load_file(folder / "features.safetensors"), features)
+    assert_alike(taught(folder / "left", (False,), batch_size=128, **PLAIN), one)  # which two with shards began
+
+
+def test_one_process_does_not_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--recipe", digits_recipe(tmp_path)(), "--output", str(tmp_path / "run"), "--shard"]
+    assert main([*words, "--dense.epochs", "0"]) == 0
+    assert "shard: one process holds the whole model; start several for parts" in capsys.readouterr().out
+
+
+def test_what_is_not_sharded_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["search", "--recipe", digits_recipe(tmp_path)(), "--output", str(tmp_path / "run"), "--shard"]
+    refused(capsys, "a search is not sharded, as its budget reads the gates of all blocks at once; leave out", *words)
+
+    def fails(*_: object, **__: object) -> None:
+        raise ValueError("it has scalar parameters")
+
+    monkeypatch.setattr("spvit.train.shards.init_device_mesh", lambda *_: None)
+    monkeypatch.setattr("spvit.train.shards.fully_shard", fails)
+    with pytest.raises(DataError, match=r"this model cannot be sharded: it has scalar parameters; leave out --shard"):
+        sharded(model := micro_host(), model)
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.7.1"))
+    with pytest.raises(DataError, match=r"shard needs torch 2.8 or newer, found 2.7.1; leave it out"):
+        LoopConfig(shard=True)
+
+
+def test_a_stopped_run_with_shards_continues_to_the_same_bytes(both: Any) -> None:
+    folder, found = both
+    assert [own["shards"][1] for own in found] == [True, True]
+    for file in ("best", "epoch-0002"):
+        paths = [folder / run / "state" / "dense" / f"{file}.safetensors" for run in ("whole_shards", "cut_shards")]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 @pytest.mark.slow
@@ -171,6 +231,6 @@ def test_what_a_launcher_asks_for_and_would_not_get_is_refused(monkeypatch: pyte
         use_device(None)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(
-        DataError, match=r"asks for FSDP, which spvit cannot train with: states hold the whole model, an"
+        DataError, match=r"asks for FSDP, which spvit cannot train with; launch without it, and give --shard for"
     ):
         use_device(None)

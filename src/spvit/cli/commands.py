@@ -56,6 +56,8 @@ def open_run(
     costs = f"{human(count_params(model))} params, {human(macs_of_image(model))} macs"
     labels = f"{len(images.classes)} classes" if images.classes else "no labels: judged by agreement with it"
     say(console, f"{options.model}: {costs}; {labels}")
+    if options.shard and processes().num_processes == 1:
+        say(console, "shard: one process holds the whole model; start several for parts, as with torchrun")
     return model, Run(images, folder, options, PhaseProgress(console))
 
 
@@ -80,6 +82,8 @@ def search_command(options: cli.SearchCommand, console: Console) -> None:
     """Search, and write the architecture and the pruned model as the search left it."""
     if options.compile:
         raise DataError("a search is not compiled, as each step draws gates, which choose what runs; leave out compile")
+    if options.shard:
+        raise DataError("a search is not sharded, as its budget reads the gates of all blocks at once; leave out shard")
     budget = options.budget()  # before anything is downloaded
     host, run = open_run("search", options, False, console)
     limits = check_decision(host, budget, options.multiple)

@@ -46,7 +46,7 @@ def print_plan(options: CompressCommand, console: Console) -> None:
         options, options.dense.epochs > 0, weights=False, find=_found_or_noise, unlabelled=True
     )
     host, costs = opened.model, network_costs(opened.model)
-    run = Run(images, RunFolder(os.devnull), replace(options, compile=False))
+    run = Run(images, RunFolder(os.devnull), replace(options, compile=False, shard=False))
     if not images.classes:
         few = replace(images, validation=Subset(images.validation, range(min(FEW, len(images.validation)))))  # type: ignore[arg-type]
         run = replace(run, reference=reference_of(host, few, options, options.objective))

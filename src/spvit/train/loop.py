@@ -4,13 +4,14 @@ A phase supplies the model, its settings and its extra losses. Every epoch, step
 state holds no random numbers, and a run that continues from one repeats exactly what an uninterrupted one does.
 """
 
+import copy
 import math
 import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from spvit.architecture import KINDS
-from spvit.checkpoint import fit_state, read_weights
+from spvit.checkpoint import read_weights
 from spvit.errors import DataError, RunError, RunStoppedError
 from spvit.hosts.host import logits_of
 from spvit.search.budget_loss import BudgetLoss
@@ -35,6 +36,7 @@ from spvit.train.progress import PhaseProgress
 from spvit.train.reading import Reading
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig
+from spvit.train.shards import local, put_together, sharded
 from spvit.train.signals import deferred
 from spvit.train.steps import compiled, groups
 from spvit.train.tracking import Tracking
@@ -105,16 +107,31 @@ class Loop:
         self.accumulate = run.images.config.accumulate
         self.steps = len(self.train) // self.accumulate  # of an epoch
         self.total = max(1, settings.epochs * self.steps)
+        self.sharded = run.config.shard and phase.budget is None and processes > 1
+        self.whole = phase.model.to("cpu" if self.sharded else self.accelerator.device)
+        if self.sharded:
+            phase = self.phase = replace(phase, model=copy.deepcopy(self.whole))
+        self.kept, self.average = phase.model, None  # type: nn.Module, ModelEmaV3 | None
+        if settings.averaging_epochs > 0:
+            # After so many epochs as the average reaches back, 1/e of it is left of where it started.
+            decay = math.exp(-1 / (settings.averaging_epochs * self.steps))
+            self.average = ModelEmaV3(phase.model, decay=decay, foreach=not self.sharded)
+            self.kept = self.average.module
+        self.model: Any = self._called(phase.model)
         optimizer, validation = optimizer_of(phase.model, settings, self.total), validation_loader(run.images)
-        self.model, self.validation, self.optimizer = self.accelerator.prepare(
-            self._answering(phase.model), validation, optimizer
-        )
+        self.validation, self.optimizer = self.accelerator.prepare(validation, optimizer)
+        if not self.sharded:
+            self.model = self.accelerator.prepare(self.model)
+        # The weights that are kept: evaluated by all processes, and saved by the first.
+        self.judged = self.model if self.average is None else self._called(self.kept)
         # Evaluation runs as it is: for its mode, and for its last batch, it would be compiled again.
         self.forward: Callable[[Tensor], Any] = self.model
         if run.config.compile and phase.budget is None:
             self.forward = compiled(self.model)
         elif run.config.compile:
             self.progress.note(f"{phase.name} is not compiled: each step draws gates, which choose what runs")
+        if run.config.shard and phase.budget is not None:
+            self.progress.note(f"{phase.name} is not sharded: its budget reads the gates of all blocks at once")
         self.teacher = self._teacher(run)
         self.batch = run.images.config.batch_size * self.accumulate * processes
         self.scale = self.batch / settings.reference_batch if settings.reference_batch else 1.0
@@ -123,19 +140,13 @@ class Loop:
         self.parts: dict[str, Any] = {"model": phase.model, "optimizer": self.optimizer}  # what a state holds
         # The losses of the last step and the sum of all, since they were read; the first and last step of these.
         self.unread: tuple[dict[str, Tensor], Tensor, int, int] | None = None
-        self.average: ModelEmaV3 | None = None
-        # The same weights: evaluated by all processes, and saved by the first.
-        self.judged: nn.Module = self.model
-        self.kept = phase.model
-        if settings.averaging_epochs > 0:
-            # After so many epochs as the average reaches back, 1/e of it is left of where it started.
-            self.average = ModelEmaV3(phase.model, decay=math.exp(-1 / (settings.averaging_epochs * self.steps)))
-            self.kept = self.parts["average"] = self.average.module
-            self.judged = self._answering(self.kept)
+        if self.average is not None:
+            self.parts["average"] = self.kept
 
-    def _answering(self, model: nn.Module) -> nn.Module:
+    def _called(self, model: nn.Module) -> nn.Module:
         """Return a model that answers what a step compares: the parts that count, where there is a reference."""
-        return model if self.reference is None else Answering(model, self.reference)
+        answering = model if self.reference is None else Answering(model, self.reference)
+        return sharded(model, answering) if self.sharded else answering
 
     def _teacher(self, run: Run) -> nn.Module | None:
         share, named, phase = self.settings.distillation, self.settings.teacher, self.phase.name
@@ -172,13 +183,15 @@ class Loop:
             self.phase.model.load_state_dict(self.kept.state_dict())
         best, path = self.folder.best(self.phase.name)
         if self.settings.keep_best and best["accuracy"] > figures.quality:
-            fit_state(self.phase.model, read_weights(path), "of the best weights")
-            self.judged = self._answering(self.phase.model)
+            load_tensors(self.phase.model, read_weights(path), "of the best weights")
+            self.judged = self.model
             figures = self._evaluate()
             which = f"epoch {best['epoch']}" if best["epoch"] > 0 else "what it started from"
             self.progress.note(f"{self.phase.name}: {which} was the best on the validation images and is kept")
+        if self.sharded:
+            put_together(self.phase.model, self.whole)
         self.accelerator.free_memory()
-        return finite(figures, self.phase.model)
+        return finite(figures, self.whole)
 
     def _evaluate(self, epoch: int | None = None) -> Figures:
         """Return the figures now; of an epoch its weights are kept, if they are the best and that is asked for."""
@@ -188,7 +201,8 @@ class Loop:
             after_batch=self._stop_or_save,
         )
         if self.settings.keep_best and epoch is not None and is_finite(figures):
-            by_the_first(partial(self.folder.offer_best, self.phase.name, epoch, figures.quality, self.kept))
+            tensors = tensors_of(self.kept)
+            by_the_first(partial(self.folder.offer_best, self.phase.name, epoch, figures.quality, tensors))
         return figures
 
     def _epoch(self, epoch: int, start: int) -> None:
@@ -258,6 +272,8 @@ class Loop:
             last = number == self.accumulate
             if self.mixup is not None and len(images) % 2 == 0:
                 images, targets = self.mixup(images, targets)
+            if self.sharded:
+                self.model.set_requires_gradient_sync(last)
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss, values = self._loss(images, targets)
                 loss, values = loss / self.accumulate, {name: own / self.accumulate for name, own in values.items()}
@@ -288,7 +304,8 @@ class Loop:
             return {}
         losses, total, first, last = self.unread
         *found, seen = torch.stack([value.float() for value in (*losses.values(), total)]).tolist()
-        if summed(not math.isfinite(seen))[0] > 0:
+        [seen] = summed(seen)
+        if not math.isfinite(seen):
             where = f"step {last + 1}" if first == last else f"one of steps {first + 1} to {last + 1}"
             self._stop_diverged(f"the loss became {seen} at {where}", first)
         self.unread = None
@@ -336,15 +353,12 @@ class Loop:
             self.tracking.log(event, values.get("step", (epoch + 1) * self.steps), figures)
 
     def _save(self, figures: Figures | None = None) -> None:
-        def save() -> None:
-            if not all(parameter.isfinite().all() for parameter in self.phase.model.parameters()):
-                epoch, step = self.place
-                self._stop_diverged("a weight is not finite after the last step", epoch * self.steps + step - 1)
-            found = {name: tensors_of(part) for name, part in self.parts.items()}
-            tensors = {f"{name}.{key}": value for name, own in found.items() for key, value in own.items()}
-            self.folder.save_state(self.phase.name, *self.place, tensors, vars(figures) if figures else {})
-
-        by_the_first(save)
+        (epoch, step), about = self.place, vars(figures) if figures else {}
+        if summed(not all(local(parameter).isfinite().all() for parameter in self.phase.model.parameters()))[0] > 0:
+            self._stop_diverged("a weight is not finite after the last step", epoch * self.steps + step - 1)
+        found = {name: tensors_of(part) for name, part in self.parts.items()}
+        tensors = {f"{name}.{key}": value for name, own in found.items() for key, value in own.items()}
+        by_the_first(lambda: self.folder.save_state(self.phase.name, epoch, step, tensors, about))
         self.saved_at = time.monotonic()
 
     def _resume(self) -> Figures | None:

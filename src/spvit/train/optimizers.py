@@ -9,11 +9,12 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from spvit.checkpoint import fit_state, plain_state
+from spvit.checkpoint import fit_state
 from spvit.errors import DataError
 from spvit.models import undecayed
 from spvit.search.network import gate_parameters
 from spvit.train.settings import PhaseConfig, SearchConfig
+from spvit.train.shards import gathered, scattered
 
 PUBLISHED_GATE_TRAVEL = 12.5  # learning rate 1e-3 over 10 epochs of 1,250 steps (paper section 4)
 LARGEST_GATE_LEARNING_RATE = 0.05
@@ -61,22 +62,22 @@ def learning_rate_at(step: int, total: int, warmup: int, peak: float, minimum: f
 
 
 def tensors_of(part: nn.Module | Optimizer) -> dict[str, Tensor]:
-    """Return a model's weights, or an optimizer's moments and steps under `INDEX.NAME`, on the CPU."""
-    if isinstance(part, nn.Module):
-        return plain_state(part)
+    """Return a model's weights, or an optimizer's moments and steps under `INDEX.NAME`, as `gathered` does."""
+    if isinstance(part, nn.Module):  # whose weights may share memory, which safetensors refuses
+        return {name: value.clone() for name, value in gathered(part.state_dict()).items()}
     states: dict[int, dict[str, Tensor]] = part.state_dict()["state"]
-    return {
-        f"{index}.{name}": value.cpu().contiguous() for index, state in states.items() for name, value in state.items()
-    }
+    return gathered({f"{index}.{name}": value for index, own in states.items() for name, value in own.items()})
 
 
 def load_tensors(part: nn.Module | Optimizer, tensors: Mapping[str, Tensor], name: str) -> None:
     """Put back what `tensors_of` returned. Raises CheckpointError naming `name` when a model's does not fit."""
     if isinstance(part, nn.Module):
-        fit_state(part, tensors, name)
+        like = part.state_dict()
+        fit_state(part, {key: scattered(value, like.get(key)) for key, value in tensors.items()}, name)
         return
+    parameters = [parameter for group in part.param_groups for parameter in group["params"]]
     states: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         index, _, own = key.partition(".")
-        states.setdefault(int(index), {})[own] = value
+        states.setdefault(int(index), {})[own] = scattered(value, parameters[int(index)])
     part.load_state_dict({"state": states, "param_groups": part.state_dict()["param_groups"]})

@@ -41,8 +41,8 @@ def use_device(name: str | None) -> None:
     """
     for part in SHARDING:
         if parse_flag_from_env(f"ACCELERATE_USE_{part}"):
-            why = "states hold the whole model, and none was gathered from shards yet"
-            raise DataError(f"the launcher asks for {part}, which spvit cannot train with: {why}; launch without it")
+            advice = "launch without it, and give --shard for parts of the model in each process"
+            raise DataError(f"the launcher asks for {part}, which spvit cannot train with; {advice}")
     if (steps := os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) != "1":
         raise DataError(f"the launcher asks to add up {steps} gradients; give --images.accumulate {steps} instead")
     device = None if name is None else device_named(name)

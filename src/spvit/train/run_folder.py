@@ -33,10 +33,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from spvit.architecture import Architecture
-from spvit.checkpoint import UNFINISHED, make_folder, plain_state, write_text
+from spvit.checkpoint import UNFINISHED, make_folder, write_text
 from spvit.errors import CheckpointError, RunError, RunFolderError, RunStoppedError, SpvitError
 from spvit.repair.scores import Scores
 from spvit.train.lock import locked
@@ -284,12 +284,12 @@ class RunFolder:
             raise RunFolderError(f"no state in {self.states(phase)} is whole; {advice}")
         return {"epoch": 0, "step": 0, "figures": {}}, {}
 
-    def offer_best(self, phase: str, epoch: int, accuracy: float, model: nn.Module) -> None:
-        """Keep a model's weights if none had a higher accuracy: of equals the later ones, which trained longer."""
+    def offer_best(self, phase: str, epoch: int, accuracy: float, tensors: dict[str, Tensor]) -> None:
+        """Keep weights if none had a higher accuracy: of equals the later ones, which trained longer."""
         best, path = self.best(phase)
         if accuracy >= best["accuracy"]:
             gained = epoch if accuracy > best["accuracy"] else best["gained"]
-            write_state(path, plain_state(model), {"epoch": epoch, "gained": gained, "accuracy": accuracy})
+            write_state(path, tensors, {"epoch": epoch, "gained": gained, "accuracy": accuracy})
 
     def best(self, phase: str) -> tuple[dict[str, Any], Path]:
         """Return what is known of a phase's best weights, and their file; without any the accuracy is below 0.

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 from spvit.errors import DataError
 from spvit.repair.constraints import Constraints
 from spvit.repair.objective import OBJECTIVES
@@ -123,6 +125,9 @@ class LoopConfig(DeviceConfig):
     """`fp32`, or `bf16` for mixed precision."""
     compile: bool = False
     """Compile dense training and fine-tuning with torch.compile, which takes minutes at the start of each."""
+    shard: bool = False
+    """Of several processes each holds a part of the weights, gradients and moments (FSDP), for a model too large to
+    train in one: in dense training and fine-tuning. Files stay as they are."""
     log_every: int = within(20, 1)
     """Steps between two lines of metrics.jsonl. At these the losses are fetched from the device, and looked at; several
     processes also see signals then."""
@@ -133,6 +138,8 @@ class LoopConfig(DeviceConfig):
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.shard and torch.__version__ < "2.8":
+            raise DataError(f"shard needs torch 2.8 or newer, found {torch.__version__}; leave it out")
         for tracker in self.trackers:
             if tracker not in TRACKERS:
                 raise DataError(f"track is {tracker!r}, expected {', '.join(TRACKERS)}, or several of them")
