@@ -28,7 +28,7 @@ test-slow: $(VENV)/dev.stamp
 # The oldest releases of the dependencies, on a test or two of each: hosts, checkpoints, the command, a run, its tracking.
 # Older releases of timm lack what the hosts named `options` are made of, and miscount maps of odd sides.
 test-oldest: $(OLDEST)/stamp
-	$(OLDEST)/bin/python -m pytest $(SMOKE) -k 'not options] and not swin_padded'
+	$(OLDEST)/bin/python -m pytest --numprocesses auto $(SMOKE) -k 'not options] and not swin_padded'
 
 # Runs in one and two processes, killed twenty times each and resumed, end at the same bytes; half an hour on two cores.
 kills: $(VENV)/dev.stamp
@@ -65,7 +65,7 @@ $(VENV)/dev.stamp: pyproject.toml
 	touch $@
 
 $(OLDEST)/stamp: pyproject.toml .ci/oldest.txt
-	.ci/install $(PYTHON) $(OLDEST) --constraint .ci/oldest.txt --editable '.[hf,demo]' pytest tensorboard
+	.ci/install $(PYTHON) $(OLDEST) --constraint .ci/oldest.txt --editable '.[hf,demo]' pytest pytest-xdist tensorboard
 	touch $@
 
 clean:
