@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import timm
@@ -79,4 +80,50 @@ LIBRARY_EXPECTED = {
         classes=0 if name in HEADLESS else CLASSES,
     )
     for name in LIBRARY
+}
+
+
+STAGES = {"depths": [2, 2], "num_heads": [3, 4], "patch_size": 2}
+SWIN = {**STAGES, "embed_dim": 24, "window_size": 4, "mlp_ratio": 3.0}
+SAM = {"image_size": 64, "output_channels": 16, "mlp_dim": 72, "window_size": 3, "global_attn_indexes": (1,)}
+
+
+def _torchvision_swin(second: bool) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        swin = torchvision.models.swin_transformer
+        parts = {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2} if second else {}
+        sizes = {"patch_size": [2, 2], "embed_dim": 24, "window_size": [4, 4], "mlp_ratio": 3}
+        model: nn.Module = swin.SwinTransformer(depths=[2, 2], num_heads=[3, 4], num_classes=CLASSES, **sizes, **parts)
+        return model
+
+    return build
+
+
+WINDOWED: dict[str, Callable[[], nn.Module]] = {
+    "swin_v2": _timm("swinv2_tiny_window8_256", **{**STAGES, "depth": None, "img_size": (24, 40), "window_size": 4}),
+    "swin_v2_cr": _timm("swinv2_cr_tiny_224", **{**STAGES, "depth": None, "window_size": 4}),
+    "sam": _timm("samvit_base_patch16", img_size=64, neck_chans=16, window_size=3, global_attn_indexes=(1,)),
+    "torchvision": _torchvision_swin(False),  # maps of 18 x 14 and 9 x 7: padded
+    "torchvision_v2": _torchvision_swin(True),
+    "huggingface": lambda: transformers.SwinForImageClassification(
+        transformers.SwinConfig(image_size=(36, 28), num_labels=CLASSES, **SWIN)
+    ),
+    "huggingface_v2": lambda: transformers.Swinv2Model(transformers.Swinv2Config(image_size=32, **SWIN)),
+    "huggingface_sam": _transformers("SamVisionModel", "SamVisionConfig", **SAM),
+}
+"""Models whose attention works in windows of a map."""
+_STAGED = Expected(prefix_tokens=0, narrows_queries=False, patch=2, stages=True)
+_SAM = Expected(
+    prefix_tokens=0, narrows_queries=False, narrows_values=False, grid=(8, 8), windows=(9, 1, 9, 9), classes=CLASSES
+)
+_TORCHVISION = replace(_STAGED, grid=(18, 14), windows=(20, 20, 6, 6), narrows_values=False)
+WINDOWED_EXPECTED = {
+    "swin_v2": replace(_STAGED, grid=(12, 20), windows=(15, 15, 6, 6)),
+    "swin_v2_cr": replace(_STAGED, grid=(16, 16), windows=(16, 16, 4, 4)),
+    "sam": _SAM,
+    "torchvision": _TORCHVISION,
+    "torchvision_v2": _TORCHVISION,
+    "huggingface": replace(_TORCHVISION, narrows_values=True),
+    "huggingface_v2": replace(_STAGED, grid=(16, 16), windows=(16, 16, 4, 4), classes=0),
+    "huggingface_sam": replace(_SAM, classes=0),
 }

@@ -490,22 +490,41 @@ class Segmenter(nn.Module):
 
 @dataclass(frozen=True)
 class Expected:
-    """What a correct recogniser finds; every model has 4 blocks of 3 heads, and patches of 8 x 8 in 3 channels."""
+    """What a correct recogniser finds; every model has 4 blocks, and takes 3 channels."""
 
     head_width: int = 8
     prefix_tokens: int = 1
     grid: tuple[int, int] = (4, 4)
     narrows_queries: bool = True
+    narrows_values: bool = True
     classes: int = 7
     """Outputs of the head; 0 when the model answers features."""
     blocks: int = 4
-    heads: int = 3
-    units: int = 72
+    patch: int = 8
+    stages: bool = False
+    """Whether the last two blocks work on half the grid, with one head more and twice the width."""
+    windows: tuple[int, ...] = (1, 1, 1, 1)
+
+    def heads(self, block: int) -> tuple[int, int]:
+        """Return the heads of a block and their width."""
+        return (4, 12) if self.later(block) else (3, self.head_width)
+
+    def units(self, block: int) -> int:
+        """Return the hidden units of a block's FFN."""
+        return 144 if self.later(block) else 72
+
+    def grid_of(self, block: int) -> tuple[int, int]:
+        """Return (height, width) of the patches that a block works on."""
+        return (self.grid[0] // 2, self.grid[1] // 2) if self.later(block) else self.grid
+
+    def later(self, block: int) -> bool:
+        """Return whether a block is in the second of two stages."""
+        return self.stages and block >= 2
 
     @property
     def image(self) -> tuple[int, int, int]:
         """(channels, height, width) of its images."""
-        return (3, 8 * self.grid[0], 8 * self.grid[1])
+        return (3, self.patch * self.grid[0], self.patch * self.grid[1])
 
 
 OWN: dict[str, Callable[[], nn.Module]] = {

@@ -52,8 +52,8 @@ def test_streamed_moments_are_those_of_all_tokens(sizes: tuple[int, ...]) -> Non
     assert_close(moments.mean_x, x.mean(0))
     assert_close(moments.mean_y, y.mean(0))
     assert_close(moments.covariance, joint[:6, :6])
-    assert_close(moments.cross, joint[:6, 6:])
-    assert_close(moments.second_x, x.T @ x / 90)
+    assert_close(moments.products(centred=True)[1], joint[:6, 6:])
+    assert_close(moments.products(centred=False)[0], x.T @ x / 90)
     assert_close(moments.products(centred=False)[1], x.T @ y / 90)
 
 
@@ -68,15 +68,17 @@ def test_prefix_tokens_weigh_more_than_all_others() -> None:
     assert (found.count, found.tokens) == (expected.count, 90)
     weights = torch.tensor([36.0] * 18 + [1.0] * 72)
     assert found.effective == pytest.approx(float(weights.sum() ** 2 / weights.square().sum()))
-    for name in ("mean_x", "mean_y", "covariance", "cross", "second_x"):
-        assert_close(getattr(found, name), getattr(expected, name))
+    for own, other in zip(found.products(centred=True), expected.products(centred=True)):
+        assert_close(own, other)
+    for own, other in ((found.mean_x, expected.mean_x), (found.mean_y, expected.mean_y)):
+        assert_close(own, other)
 
 
 def test_moments_of_wide_inputs_are_whole() -> None:
     x, y = data(tokens=50, inputs=2 * GRAM_COLUMNS + 7)
     moments = gathered(x, y)
     assert_close(moments.covariance, torch.cov(x.T, correction=0))
-    assert_close(moments.cross, x.sub(x.mean(0)).T @ y / 50)
+    assert_close(moments.products(centred=True)[1], x.sub(x.mean(0)).T @ y / 50)
 
 
 @pytest.mark.parametrize("kept", [(1, 4, 5), (0,)])
@@ -116,7 +118,7 @@ def test_values_that_are_not_finite_are_refused(place: str, value: float) -> Non
 def test_regression_is_the_direct_ridge_solution_and_its_optimum(ridge: float) -> None:
     x, y = data()
     moments = gathered(x, y)
-    weight = regression(moments.covariance, moments.cross, ridge).T
+    weight = regression(*moments.products(centred=True), ridge).T
     expected, bias = reference.ridge_fit(x, y, ridge)
     assert_close(weight, expected)
     level = reference.penalty(x, ridge)
@@ -134,7 +136,7 @@ def test_regression_is_the_direct_ridge_solution_and_its_optimum(ridge: float) -
 def test_low_rank_regression_is_the_best_of_its_rank(ridge: float, rank: int) -> None:
     x, y = data()
     moments = gathered(x, y)
-    inward, outward = low_rank_regression(moments.covariance, moments.cross, ridge, rank)
+    inward, outward = low_rank_regression(*moments.products(centred=True), ridge, rank)
     assert (inward.shape, outward.shape) == ((6, rank), (rank, 5))
     weight = (inward @ outward).T
     expected, bias = reference.low_rank_ridge_fit(x, y, ridge, rank)
@@ -177,9 +179,9 @@ def test_the_ridge_grows_as_tokens_get_few_until_they_are_refused() -> None:
 def test_a_rank_above_the_outputs_is_filled_with_zeros() -> None:
     x, y = data()
     moments = gathered(x, y)
-    inward, outward = low_rank_regression(moments.covariance, moments.cross, RIDGE, 8)
+    inward, outward = low_rank_regression(*moments.products(centred=True), RIDGE, 8)
     assert (inward.shape, outward.shape) == ((6, 8), (8, 5))
-    whole = low_rank_regression(moments.covariance, moments.cross, RIDGE, 5)
+    whole = low_rank_regression(*moments.products(centred=True), RIDGE, 5)
     assert_close(inward @ outward, whole[0] @ whole[1])
 
 
@@ -188,8 +190,8 @@ def test_nothing_follows_from_constant_inputs(dtype: torch.dtype) -> None:
     y = data()[1].to(dtype)
     x = torch.full((90, 6), 0.1, dtype=dtype) * torch.arange(6)
     moments = gathered(x, y, (45, 45))
-    weight = regression(moments.covariance, moments.cross, RIDGE)
-    inward, outward = low_rank_regression(moments.covariance, moments.cross, RIDGE, 2)
+    weight = regression(*moments.products(centred=True), RIDGE)
+    inward, outward = low_rank_regression(*moments.products(centred=True), RIDGE, 2)
     for found in (weight, inward @ outward):
         assert found.abs().max() < 1e-4
     assert_close(moments.mean_y, y.double().mean(0), scale=1e4 if dtype == torch.float32 else None)
@@ -198,7 +200,7 @@ def test_nothing_follows_from_constant_inputs(dtype: torch.dtype) -> None:
 def test_no_inputs_at_all_are_a_regression_too() -> None:
     moments = gathered(torch.zeros(9, 0), torch.ones(9, 3))
     assert ridge_for(moments) == RIDGE
-    assert regression(moments.covariance, moments.cross, RIDGE).shape == (0, 3)
+    assert regression(*moments.products(centred=True), RIDGE).shape == (0, 3)
 
 
 @pytest.mark.parametrize("ridge", [1e-7, RIDGE])

@@ -134,6 +134,8 @@ def test_architectures_that_do_not_fit_are_refused() -> None:
     host = make_host("class_token")
     with pytest.raises(ArchitectureError, match="the architecture has 3 blocks, but this VisionTransformer has 4; use"):
         spvit.prune(host, dense([WIDTH] * 3))
+    with pytest.raises(ArchitectureError, match="has 3 blocks, but this VisionTransformer has 4"):
+        spvit.cost(host, dense([WIDTH] * 3))
     with pytest.raises(ArchitectureError, match="block 2: the architecture is for an FFN of 71 units, but this "):
         spvit.prune(host, dense([WIDTH, WIDTH, 71, WIDTH]))
     with pytest.raises(ArchitectureError, match="block 2: the architecture is for an FFN of 72 units, but this "):

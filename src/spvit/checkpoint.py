@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spvit.architecture import Architecture, architecture_from_dict
-from spvit.errors import ArchitectureError, CheckpointError, RunError
+from spvit.errors import ArchitectureError, CheckpointError, RunError, first_line
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host
 from spvit.hosts.recognise import family_of
@@ -348,11 +348,6 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         found = f"the keys {', '.join(map(str, list(data)[:3]))}" if isinstance(data, dict) else type(data).__name__
         raise CheckpointError(f"checkpoint {path} holds no weights: expected a dictionary of tensors, found {found}")
     return data
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type when it has none."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def fit_state(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:

@@ -79,3 +79,8 @@ class ZooError(SpvitError, ValueError):
 
 class ExportError(SpvitError, ValueError):
     """A model cannot be exported, a package for it is missing, or what was written answers otherwise."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type when it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

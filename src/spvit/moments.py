@@ -53,10 +53,10 @@ class Moments:
         x, y = _flat(x), _flat(y)
         if self._origin_x is None or self._origin_y is None:
             self._origin_x, self._origin_y = x.mean(0), y.mean(0)
-        if not self._sums:
-            self._sums = [torch.zeros(shape, dtype=torch.float64, device=x.device) for shape in _shapes(x, y)]
         x, y = x - self._origin_x, y - self._origin_y
-        for total, part in zip(self._sums, (x.sum(0), y.sum(0), _gram(x), x.T @ y)):
+        parts = (x.sum(0), y.sum(0), _gram(x), x.T @ y)
+        self._sums = self._sums or [torch.zeros_like(part, dtype=torch.float64) for part in parts]
+        for total, part in zip(self._sums, parts):
             total.add_(part, alpha=weight)
         self.count, self._squares = self.count + weight * len(x), self._squares + weight**2 * len(x)
         self.tokens += len(x)
@@ -136,16 +136,6 @@ class Moments:
         """Covariance of the inputs, [X, X]."""
         return self.products(centred=True)[0]
 
-    @property
-    def cross(self) -> Tensor:
-        """Covariance of inputs and outputs, [X, Y]."""
-        return self.products(centred=True)[1]
-
-    @property
-    def second_x(self) -> Tensor:
-        """Second moment of the inputs about zero, [X, X]."""
-        return self.products(centred=False)[0]
-
 
 def _flat(tensor: Tensor) -> Tensor:
     """Return vectors [n, width] of at least single precision."""
@@ -160,11 +150,6 @@ def _gram(x: Tensor) -> Tensor:
         products[start:end, start:] = x[:, start:end].T @ x[:, start:]
         products[end:, start:end] = products[start:end, end:].T
     return products
-
-
-def _shapes(x: Tensor, y: Tensor) -> list[tuple[int, ...]]:
-    inputs, outputs = x.shape[1], y.shape[1]
-    return [(inputs,), (outputs,), (inputs, inputs), (inputs, outputs)]
 
 
 def ridge_for(moments: Moments, inputs: int | None = None) -> float:

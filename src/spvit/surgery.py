@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spvit.architecture import Architecture
 from spvit.errors import NotSearchableError, UnsupportedHostError
+from spvit.hosts.calling import in_mode
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host
 from spvit.hosts.recognise import RECORD, family_of
@@ -19,7 +20,7 @@ from spvit.hosts.sources import keep_arguments
 from spvit.hosts.walk import Finished, Report, where_float64_is
 from spvit.repair.repair import repair as repair_in_place
 from spvit.replacements.bottleneck import BottleneckConv
-from spvit.replacements.install import check_fits, narrow_ffn, replace_attention, whole_grids
+from spvit.replacements.install import check_fits, keep_units, replace_attention, whole_grids
 from spvit.replacements.prefix_only import answer_prefix
 from spvit.search.network import dense_state, gated_layers
 
@@ -86,7 +87,8 @@ def prune(
         if trained is not None:
             undo.callback(model.load_state_dict, copy.deepcopy(model.state_dict()) if inplace else model.state_dict())
             model.load_state_dict(trained)
-            _forget(model)
+            with in_mode(True, model):  # layers that keep what they made of former weights, timm's biases, make it anew
+                pass
         # What the repair aims at: the model before it loses anything, with the weights that it has by now.
         target = dense
         if repair is not None and (inplace or trained is not None):
@@ -143,7 +145,7 @@ def cut(
                 found = None if searched is None else searched[index][0].searched(kept.attention.kind)
                 hints = {"searched": found, "fitted": fitted or repair is not None, "tokens": kept.tokens}
                 replace_attention(own, index, kept.attention, architecture.rules, grids[-1], undo, **hints)
-                narrow_ffn(own, index, kept.ffn, undo)
+                keep_units(own, index, kept.ffn, undo)
     if repair is not None:
         repair_in_place([own.model for own in pruned], target, architectures, repair, report, finished)
     for own, architecture, grid in zip(pruned, architectures, grids):
@@ -151,14 +153,6 @@ def cut(
         if architecture.blocks[last].tokens == "prefix":
             answer_prefix(own, last, grid[last], undo)
         setattr(own.model, RECORD, PrunedRecord(architecture, False, own.family))
-
-
-def _forget(model: nn.Module) -> None:
-    """Have layers that keep what they made of former weights for evaluation (timm's biases) make it anew."""
-    flags = {module: module.training for module in model.modules()}
-    model.train()
-    for module, flag in flags.items():
-        module.training = flag
 
 
 def _trained_state(model: nn.Module, net: nn.Module) -> Mapping[str, Tensor]:

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 import spvit
 
 pytest.importorskip("einops")
-from own_models import OWN
+from own_models import OWN, ImageOutput
 from own_refused import REFUSED
 
 
@@ -100,8 +100,12 @@ def test_a_forward_that_reads_an_ffn_from_outside_its_block_is_refused_by_name()
         assert self.blocks[2].mlp.fc2.in_features == 72
         return self.head(self.encode(self.embed(x))[:, 0])  # type: ignore[no-any-return]
 
+    def told(self: Any, x: Tensor) -> ImageOutput:
+        return ImageOutput(scaled(self, x))
+
     for forward, message in (
         (scaled, r"blocks\.1\.mlp\.fc2: the model with half its units is not the one that reads no others"),
+        (told, r"blocks\.1\.mlp\.fc2: the model with half its units is not the one that reads no others"),
         (counted, r"blocks\.2\.mlp\.fc2: the FFN does not run with fewer units .* no forward of the model may name"),
     ):
         with pytest.raises(spvit.UnsupportedHostError, match=message):

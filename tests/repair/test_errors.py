@@ -99,11 +99,6 @@ def test_norms_forbid_what_they_are_over() -> None:
     assert [(kept.heads, kept.query_key_rank, kept.value_rank) for kept in found] == [(None, 2, None), (None, 5, None)]
 
 
-def test_attention_that_cannot_be_narrowed_has_no_errors() -> None:
-    host = make_host("options")  # norms over queries and keys, and over the outputs of all heads
-    assert errors_of(host, images(host, 8)) == {}
-
-
 @pytest.mark.parametrize("name", ["class_token", "huggingface"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_unequal_ranks_attend_as_equal_ones_with_zeros(name: str, dtype: torch.dtype) -> None:

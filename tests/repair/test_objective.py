@@ -290,10 +290,8 @@ def values(scores: Scores) -> list[float]:
 
 def test_auto_is_logits_of_classes_the_output_of_one_logit_and_features_without_a_head() -> None:
     for classes, expected in ((7, "logits"), (1, "pooled"), (0, "features")):
-        auto = scored(headless(classes))
-        assert auto.objective == expected
-        assert auto == scored(headless(classes), objective=expected)
-    named = {name: values(scored(headless(), objective=name)) for name in ("pooled", "tokens", "features")}
+        assert Objective.of("auto", Host.of(headless(classes))) == objective(expected)
+    named = {name: values(scored(headless(), objective=name)) for name in ("pooled", "tokens", "auto")}
     assert len({tuple(own) for own in named.values()}) == 3
     own = spvit.score(headless(), images(headless(), 12), multiple=4, objective=torch.nn.Identity())
     assert values(own) == named["pooled"]

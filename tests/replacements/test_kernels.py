@@ -139,14 +139,3 @@ def test_either_convolution_of_values_may_go_unused(used: int) -> None:
         lambda *leaves: kernels.convolve_values(*leaves, (2, 3))[used],
         (values.requires_grad_(), mix.requires_grad_()),
     )
-
-
-@pytest.mark.parametrize("grid", GRIDS)
-def test_value_biases_are_taken_out_before_padding(grid: tuple[int, int]) -> None:
-    weights, mix = _weights(), _mix()
-    x = _normal(3, grid[0] * grid[1], DIM, seed=6)
-    values = torch.einsum("bgd,hed->bghe", x, weights.value_weight)
-    expected = kernels.convolve_values(values, mix, grid)
-    biased = kernels.convolve_values(values + weights.value_bias, mix, grid, kernels.mixed_value_bias(mix, weights))
-    for own, other in zip(biased, expected):
-        assert_close(own, other)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from spvit.errors import CalibrationError, UnsupportedHostError
 from spvit.hosts.sites import AttentionSite, BlockSites
@@ -82,6 +83,20 @@ def answering(module: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
             module.forward = own
 
 
+@contextmanager
+def answers_changed(changes: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Have modules answer what is made of their tokens inside the context, in the form in which they answer."""
+
+    def change(module: nn.Module, args: Any, output: Any) -> Any:
+        changed = changes[module](tokens_of(output))
+        return changed if isinstance(output, Tensor) else (changed, *output[1:])
+
+    with ExitStack() as stack:
+        for module in changes:
+            stack.enter_context(module.register_forward_hook(change))
+        yield
+
+
 @dataclass(frozen=True)
 class BlockCall:
     """How a model calls a block: what it passes beside tokens."""
@@ -96,17 +111,17 @@ class BlockCall:
 
     def __call__(self, block: nn.Module, x: Tensor) -> Any:
         """Return the block's answer to tokens."""
-        arguments = self._for_images(self.arguments, len(x))
-        keywords = {name: self._for_images(value, len(x)) for name, value in self.keywords.items()}
+        arguments, keywords = self.arguments, self.keywords
+        if self.images:
+            fitting = partial(self._for_images, images=len(x))
+            arguments, keywords = tree_map(fitting, arguments), tree_map(fitting, keywords)
         if self.tokens is not None:
             return block(*arguments, **{self.tokens: x}, **keywords)
         return block(x, *arguments, **keywords)
 
     def _for_images(self, value: Any, images: int) -> Any:
         """Return an argument for so many images: a tensor that was recorded with an entry an image holds equal ones."""
-        if isinstance(value, (tuple, list)):
-            return type(value)(self._for_images(item, images) for item in value)
-        if self.images and isinstance(value, Tensor) and value.dim() and len(value) == self.images:
+        if isinstance(value, Tensor) and value.dim() and len(value) == self.images:
             return value[:1].expand(images, *value.shape[1:])
         return value
 
@@ -152,16 +167,14 @@ def record_calls(model: nn.Module, paths: Sequence[str], images: Tensor) -> tupl
 def _call_of(path: str, args: tuple[Any, ...], kwargs: dict[str, Any], images: int) -> BlockCall:
     name = None if args else next((name for name, value in kwargs.items() if isinstance(value, Tensor)), None)
     keywords = {key: value for key, value in kwargs.items() if key != name}
-    by_image = False
-    for value in (*args[1:], *keywords.values()):
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(item, Tensor) and item.dim() and len(item) == images:
-                by_image = True
-                if not torch.equal(item, item[:1].expand_as(item)):
-                    raise UnsupportedHostError(
-                        f"{path} gets a tensor of each image beside its tokens, {list(item.shape)}; blocks that read "
-                        "anything but tokens of the image are not supported"
-                    )
+    beside = [item for item in tree_leaves((args[1:], keywords)) if isinstance(item, Tensor)]
+    by_image = [item for item in beside if item.dim() and len(item) == images]
+    for item in by_image:
+        if not torch.equal(item, item[:1].expand_as(item)):
+            raise UnsupportedHostError(
+                f"{path} gets a tensor of each image beside its tokens, {list(item.shape)}; blocks that read anything "
+                "but tokens of the image are not supported"
+            )
     return BlockCall(name, args[1:], keywords, images if by_image else 0)
 
 

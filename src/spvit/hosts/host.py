@@ -175,16 +175,11 @@ def input_size(model: nn.Module | Host) -> tuple[int, int, int]:
     return model.input_size if isinstance(model, Host) else family_of(model).input_size(model)
 
 
-def example_images(model: nn.Module | Host, batch: int = 1) -> Tensor:
-    """Return zero images that a model takes, dense or pruned: [batch, channels, height, width], in its dtype."""
-    parameter = next((model.model if isinstance(model, Host) else model).parameters())
-    return torch.zeros(batch, *input_size(model), dtype=parameter.dtype, device=parameter.device)
-
-
 def macs_of_image(model: nn.Module | Host) -> int:
     """Return the MACs that a model takes for one image of its own size, dense or pruned."""
-    images = example_images(model).to("meta")
-    return count_macs(model.model if isinstance(model, Host) else model, lambda twin: twin(images))
+    size, inner = input_size(model), model.model if isinstance(model, Host) else model
+    image = torch.zeros(1, *size, dtype=next(inner.parameters()).dtype, device="meta")
+    return count_macs(inner, lambda twin: twin(image))
 
 
 def outputs_of(output: Any) -> list[Tensor]:

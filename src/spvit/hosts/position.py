@@ -221,6 +221,7 @@ def _find_table(
     return None
 
 
+@torch.no_grad()
 def core_alone(layer: nn.Module, tokens: int, dim: int, token_first: bool) -> Core | None:
     """Return what attention computes in a copy of a layer of random tokens [3, N, D] and nothing else; or None."""
     weight = next(layer.parameters())
@@ -276,7 +277,8 @@ def _without_masks(want: Tensor, arguments: Mapping[str, Any]) -> Iterator[tuple
 
 def _same(found: Tensor, want: Tensor) -> bool:
     """Return whether a bias, broadcast over images and heads, is what was added."""
-    spread = float(want[want.isfinite()].std(correction=0))
+    finite = want[want.isfinite()]
+    spread = float(finite.std(correction=0)) if len(finite) else 0.0
     try:
         close = torch.isclose(found.to(want), want, rtol=CLOSE, atol=CLOSE * spread)
     except RuntimeError:  # shapes that do not broadcast

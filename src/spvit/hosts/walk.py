@@ -227,14 +227,12 @@ class BlockPair:
 
     def arriving(self, path: str) -> Iterator[Tensor]:
         """Yield what arrives at a module of the pruned block, [B, N, ...]; of attention, at its projections."""
-        site, module = self.sites.attention, self.model.get_submodule(path)
-        if path != site.path:
-            return self._passing(self.inputs, self.block, module, output=False)
-        if inside(module) is not module:
-            return (reached(self.block, x, inside(module), output=False) for x in self.inputs)
-        if site.inner_norm is not None:
-            return self._passing(self.inputs, self.block, module.get_submodule(site.inner_norm), output=True)
-        return self._passing(self.inputs, self.block, module, output=False)
+        site, block, module, output = self.sites.attention, self.block, self.model.get_submodule(path), False
+        if path == site.path and inside(module) is not module:  # which gets its tokens batch first
+            return (reached(block, x, inside(module), output) for x in self.inputs)
+        if path == site.path and site.inner_norm is not None:
+            module, output = module.get_submodule(site.inner_norm), True
+        return (batch_first(site, reached(block, x, module, output)) for x in self.inputs)
 
     def wanted(self, path: str) -> Iterator[Tensor]:
         """Yield the output of a module of the dense block, [B, N, ...]."""
@@ -248,8 +246,3 @@ class BlockPair:
         if name not in self.known:
             self.known[name] = [find(x) for x in self.dense_inputs]
         return iter(self.known[name])
-
-    def _passing(
-        self, inputs: list[Tensor], block: Callable[[Tensor], Tensor], module: nn.Module, output: bool
-    ) -> Iterator[Tensor]:
-        return (batch_first(self.sites.attention, reached(block, x, module, output)) for x in inputs)

@@ -40,7 +40,7 @@ def read_weights(layer: nn.Module, site: AttentionSite) -> AttentionWeights:
         *read_rows(layer, site.query, by_head),
         *read_rows(layer, site.key, by_head),
         *read_rows(layer, site.value, by_head),
-        _taken(layer.get_parameter(site.out.weight), site.out, by_head, 1),
+        taken(layer.get_parameter(site.out.weight), site.out, by_head, 1),
         out_bias,
     )
 
@@ -48,15 +48,15 @@ def read_weights(layer: nn.Module, site: AttentionSite) -> AttentionWeights:
 def read_rows(layer: nn.Module, rows: Rows, by_head: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
     """Return the weight [H, E, D] and the bias [H, E] of one projection. by_head: (H, E)."""
     weight = layer.get_parameter(rows.weight)
-    taken = _taken(weight, rows, by_head, 0)
+    own = taken(weight, rows, by_head, 0)
     if rows.bias is None:
-        return taken, None
+        return own, None
     bias = layer.get_parameter(rows.bias)
-    return taken, _taken(bias, rows, by_head, 0) if len(bias) == len(weight) else bias.unflatten(0, by_head)
+    return own, taken(bias, rows, by_head, 0) if len(bias) == len(weight) else bias.unflatten(0, by_head)
 
 
-def _taken(parameter: Tensor, rows: Rows, by_head: tuple[int, int], axis: int) -> Tensor:
-    """Return the rows (axis 0) or columns (axis 1) of all heads, with that axis as [H, E]."""
+def taken(parameter: Tensor, rows: Rows, by_head: tuple[int, int], axis: int) -> Tensor:
+    """Return the rows (axis 0) or columns (axis 1 or -1) of all heads, with that axis as [H, E]."""
     heads, width = by_head
     if rows.by_dim == 1 and rows.by_head in (None, width):
         return parameter.narrow(axis, rows.start, heads * width).unflatten(axis, by_head)

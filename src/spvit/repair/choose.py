@@ -45,7 +45,7 @@ def decide_by_scores(
     """
     scores.check(host)
     whole = _costs(host, budget, scores.objective, priced)
-    target = _reachable(host, whole, budget, multiple, constraints, scores.blocks)
+    target = check_reachable(host, budget, multiple, constraints, scores.blocks, scores.objective, whole)
     prefix, allowed = _under(whole, host, constraints), constraints.at(host)
     multiples, attends = MULTIPLES if multiple is None else (multiple,), _attends(host)
     # The best that is affordable is within tolerance nearly always; where all are below, the rest is spent, in the
@@ -65,8 +65,7 @@ def decide_by_scores(
     for cost in costs:
         sites = _sites(scores.blocks, cost, multiples[-1], allowed)
         costly = [[(what, spent, -float(spent)) for what, spent, _ in site] for site in sites]
-        variants = _attending(costly) if attends else [costly]
-        most += [_least_sum(variant, target - cost.fixed, 0) for variant in variants]
+        most += [_least_sum(variant, target - cost.fixed, 0) for variant in _variants(costly, attends)]
     below = whole.fixed + max(_sum(chosen, 1) for chosen in most if chosen is not None)
     share = math.ceil(10025 * below / whole.dense) / 100  # a little more than it costs, as costs are counted in steps
     nearest = f"the nearest below is {in_words(budget.metric, below, exact=True)}, so ask for {share:.2f}%"
@@ -94,7 +93,26 @@ def check_reachable(
         BudgetError: nothing costs so little; names the smallest reachable cost, and which constraint to loosen.
         ConstraintError: the constraints name what the host does not have.
     """
-    return _reachable(host, _costs(host, budget, objective, priced), budget, multiple, constraints, scores)
+    cost = _costs(host, budget, objective, priced)
+    target, step = budget.target(cost), MULTIPLES[-1] if multiple is None else multiple
+    blocks = scores or [_unscored(block, multiple or DEFAULT_MULTIPLE) for block in host.blocks]
+
+    def smallest(under: Constraints) -> int:
+        variants = _variants(_sites(blocks, _under(cost, host, under), step, under.at(host)), _attends(host))
+        return cost.fixed + min(sum(min(spent for _, spent, _ in site) for site in variant) for variant in variants)
+
+    fewest, given = smallest(constraints), constraints.given()
+    if target >= fewest:
+        return target
+    under = f", under {'; '.join(given.values())}" if given else ""
+    loosened = [(smallest(replace(constraints, **{name: getattr(Constraints, name)})), name) for name in given]
+    loosest, name = min(loosened, default=(0, ""))
+    advice = f"; loosen {name}: without it {in_words(budget.metric, loosest)}" if given else ""
+    raise BudgetError(
+        f"a budget of {in_words(budget.metric, target)} ({target / cost.dense:.1%}) cannot be reached with FFN "
+        f"widths that are multiples of {step}{under}: the smallest reachable is "
+        f"{least_in_words(cost, fewest)}{advice}"
+    )
 
 
 def _costs(host: Host, budget: Budget, objective: Asked, priced: NetworkCost | None) -> NetworkCost:
@@ -110,37 +128,6 @@ def _under(cost: NetworkCost, host: Host, constraints: Constraints) -> NetworkCo
     if constraints.keep_patches or constraints.at(host)[-1].whole:
         return cost
     return cost.for_prefix()
-
-
-def _reachable(
-    host: Host,
-    cost: NetworkCost,
-    budget: Budget,
-    multiple: int | None,
-    constraints: Constraints,
-    scores: Sequence[BlockScores] | None,
-) -> int:
-    """Return the target, as `check_reachable` does."""
-    target, step = budget.target(cost), MULTIPLES[-1] if multiple is None else multiple
-    blocks = scores or [_unscored(block, multiple or DEFAULT_MULTIPLE) for block in host.blocks]
-
-    def smallest(under: Constraints) -> int:
-        sites = _sites(blocks, _under(cost, host, under), step, under.at(host))
-        variants = _attending(sites) if _attends(host) else [sites]
-        return cost.fixed + min(sum(min(spent for _, spent, _ in site) for site in variant) for variant in variants)
-
-    fewest, given = smallest(constraints), constraints.given()
-    if target >= fewest:
-        return target
-    under = f", under {'; '.join(given.values())}" if given else ""
-    loosened = [(smallest(replace(constraints, **{name: getattr(Constraints, name)})), name) for name in given]
-    loosest, name = min(loosened, default=(0, ""))
-    advice = f"; loosen {name}: without it {in_words(budget.metric, loosest)}" if given else ""
-    raise BudgetError(
-        f"a budget of {in_words(budget.metric, target)} ({target / cost.dense:.1%}) cannot be reached with FFN "
-        f"widths that are multiples of {step}{under}: the smallest reachable is "
-        f"{least_in_words(cost, fewest)}{advice}"
-    )
 
 
 def _unscored(block: BlockSites, multiple: int) -> BlockScores:
@@ -173,7 +160,8 @@ def choose(
     limit, least = target - cost.fixed, wanted - cost.fixed
     chosen = _least_sum(sites, limit, least)
     if chosen is not None and attends and all(attention.kind != "msa" for attention, _, _ in chosen[::2]):
-        found = [choice for variant in _attending(sites) if (choice := _least_sum(variant, limit, least)) is not None]
+        tried = (_least_sum(variant, limit, least) for variant in _variants(sites, attends))
+        found = [choice for choice in tried if choice is not None]
         chosen = min(found, key=lambda choice: (_sum(choice, 1) < least, _sum(choice, 2)), default=None)
     if chosen is None:
         return None
@@ -193,8 +181,11 @@ def _sum(choices: Sequence[Choice], part: int) -> float:
     return sum(choice[part] for choice in choices)
 
 
-def _attending(sites: Sequence[list[Choice]]) -> Iterator[list[list[Choice]]]:
-    """Yield the sites with one attention layer that may only keep attention, each in turn."""
+def _variants(sites: Sequence[list[Choice]], attends: bool) -> Iterator[Sequence[list[Choice]]]:
+    """Yield the sites; if some block has to attend with one that may only keep attention, each in turn."""
+    if not attends:
+        yield sites
+        return
     for index in range(0, len(sites), 2):
         staying = [choice for choice in sites[index] if choice[0].kind == "msa"]
         yield [*sites[:index], staying, *sites[index + 1 :]]

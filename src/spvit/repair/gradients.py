@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import functools
 import math
-from contextlib import ExitStack
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spvit.errors import CalibrationError
-from spvit.hosts.calling import batch_first
+from spvit.hosts.calling import answers_changed, batch_first
 from spvit.hosts.host import Host
-from spvit.hosts.walk import tokens_of
 from spvit.moments import cholesky
 from spvit.repair.interpolation import FLOOR
 from spvit.repair.objective import Objective, answer_of
@@ -68,15 +65,12 @@ def _backward(
     sites = {path: block.attention for block in host.blocks for path in (block.attention.path, block.ffn.second)}
     answers: dict[str, Tensor] = {}
 
-    def keep(path: str, module: nn.Module, args: Any, output: Any) -> Any:
-        answers[path] = tokens_of(output)
-        passed = answers[path].clone()  # some blocks add to it in place
-        return (passed, *output[1:]) if isinstance(output, tuple) else passed
+    def keep(path: str, answer: Tensor) -> Tensor:
+        answers[path] = answer
+        return answer.clone()  # some blocks add to it in place
 
-    with ExitStack() as stack, torch.enable_grad():
-        for path in sites:
-            hook = functools.partial(keep, path)
-            stack.callback(host.model.get_submodule(path).register_forward_hook(hook).remove)
+    keeping = {host.model.get_submodule(path): functools.partial(keep, path) for path in sites}
+    with answers_changed(keeping), torch.enable_grad():
         parts = objective.parts(answer_of(host, images.clone().requires_grad_()))
         if not any(part.requires_grad for part in parts):
             raise CalibrationError(

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import copy
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spvit.architecture import FFN, Attention, Block
-from spvit.hosts.calling import batch_first
+from spvit.hosts.calling import answers_changed, batch_first
 from spvit.hosts.host import Host
-from spvit.hosts.walk import evaluating, tokens_of
+from spvit.hosts.walk import evaluating
 from spvit.repair.objective import Asked, Objective, answer_of
 from spvit.replacements.install import has_prefix, installed, whole_grids
 from spvit.replacements.prefix_only import answer_prefix
@@ -67,13 +66,12 @@ def _running_for_prefix(host: Host) -> ExitStack:
     answer_prefix(host, last, whole_grids(host, [last], stack)[last], stack)
     block = host.model.get_submodule(sites.path)
 
-    def disturb(module: nn.Module, args: Any, output: Any) -> Any:
-        tokens = batch_first(sites.attention, tokens_of(output)).clone()
+    def disturb(answer: Tensor) -> Tensor:
+        tokens = batch_first(sites.attention, answer).clone()
         patches = tokens[:, sites.attention.prefix_tokens :]
         patches.copy_(10 * torch.randn(patches.shape, generator=torch.Generator().manual_seed(1)))
-        changed: Tensor = batch_first(sites.attention, tokens)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+        return batch_first(sites.attention, tokens)
 
     end = block[-1] if isinstance(block, nn.ModuleList) else block
-    stack.callback(end.register_forward_hook(disturb).remove)
+    stack.enter_context(answers_changed({end: disturb}))
     return stack

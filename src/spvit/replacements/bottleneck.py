@@ -188,7 +188,7 @@ class _Bottleneck:
         if isinstance(module.prefix, nn.Sequential):
             first, second = cast(nn.Linear, module.prefix[0]), cast(nn.Linear, module.prefix[1])
             moments = gathered_prefix.moments(biased=True)
-            inward, outward = low_rank_regression(moments.covariance, moments.cross, ridge_for(moments), rank)
+            inward, outward = low_rank_regression(*moments.products(centred=True), ridge_for(moments), rank)
             first.weight.copy_(inward.T)
             first.bias.copy_(-inward.T @ moments.mean_x)
             second.weight.copy_(outward.T)

@@ -1,9 +1,9 @@
-"""An FFN with fewer hidden units: its linear layers lose rows and columns, and the second one is corrected.
+"""An FFN with fewer hidden units: its second linear layer is corrected.
 
 Sources: CORP (arXiv 2602.05243) for the correction, Variance-Based Pruning (arXiv 2507.12988) for the shift of
 the mean.
 
-Shapes: D width, X inputs and Y outputs of a linear layer, K kept units.
+Shapes: D width, X inputs and Y outputs of a linear layer.
 """
 
 from __future__ import annotations
@@ -14,23 +14,6 @@ from torch import Tensor, nn
 from spvit.hosts.walk import BlockPair
 from spvit.moments import Moments, regression, ridge_for
 from spvit.replacements.targets import Gathered, ffn_targets
-
-
-def narrow_linear(linear: nn.Linear, units: Tensor, axis: int) -> nn.Linear:
-    """Return a copy of a linear layer with only these outputs (axis 0) or inputs (axis 1). units: [kept], indices."""
-    units = units.to(linear.weight.device)
-    weight = linear.weight.detach().index_select(axis, units)
-    bias = linear.bias
-    like = {"device": weight.device, "dtype": weight.dtype}
-    narrow = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None, **like)
-    with torch.no_grad():
-        narrow.weight.copy_(weight)
-        if bias is not None:
-            narrow.bias.copy_(bias.index_select(0, units) if axis == 0 else bias)
-    narrow.weight.requires_grad_(linear.weight.requires_grad)
-    if bias is not None:
-        narrow.bias.requires_grad_(bias.requires_grad)
-    return narrow.train(linear.training)
 
 
 def fit_ffn(pair: BlockPair) -> None:

@@ -15,13 +15,12 @@ from torch import nn
 
 from spvit.architecture import FFN, REPAIRED, Architecture, Attention, Block, Rules
 from spvit.errors import ArchitectureError
-from spvit.hosts.behaviour.ffn import narrow_norm
 from spvit.hosts.calling import answer_as_tuple, in_place, stand_in
 from spvit.hosts.grid import Grid
 from spvit.hosts.host import Host
 from spvit.hosts.sites import AttentionSite
+from spvit.hosts.units import narrow_ffn
 from spvit.replacements import replacement
-from spvit.replacements.ffn import narrow_linear
 from spvit.replacements.skip import NoNorm
 
 
@@ -135,26 +134,12 @@ def _stay_frozen(module: nn.Module, layer: nn.Module) -> None:
             parameter.requires_grad_(not any(kinds[name.endswith("bias")] or kinds[False]))
 
 
-def narrow_ffn(host: Host, index: int, ffn: FFN, undo: ExitStack) -> None:
+def keep_units(host: Host, index: int, ffn: FFN, undo: ExitStack) -> None:
     """Leave the kept units of an FFN only, in the host's model, in place."""
-    if len(ffn.units) == ffn.width:
-        return
-    site = host.blocks[index].ffn
-    units = torch.tensor(ffn.units, dtype=torch.long)
-    for path in site.linears:
-        rows = torch.cat([part.start + part.step * units for part in site.first if part.linear == path])
-        # Packed rows keep their order, interleaved ones too.
-        ordered = rows if all(part.step == 1 for part in site.first) else rows.sort().values
-        put(host.model, path, narrow_linear(_linear(host, path), ordered, 0), undo)
-    put(host.model, site.second, narrow_linear(_linear(host, site.second), units, 1), undo)
-    if site.norm is not None:
-        put(host.model, site.norm, narrow_norm(host.model.get_submodule(site.norm), units), undo)
-
-
-def _linear(host: Host, path: str) -> nn.Linear:
-    linear = host.model.get_submodule(path)
-    assert isinstance(linear, nn.Linear)
-    return linear
+    if len(ffn.units) < ffn.width:
+        units = torch.tensor(ffn.units, dtype=torch.long)
+        for path, narrow in narrow_ffn(host.model, host.blocks[index].ffn, units).items():
+            put(host.model, path, narrow, undo)
 
 
 @contextmanager
@@ -167,5 +152,5 @@ def installed(host: Host, index: int, kept: Block) -> Iterator[Grid | None]:
     with ExitStack() as undo:
         grids = whole_grids(host, [index] if kept.attention.kind != "msa" else [], undo)
         replace_attention(host, index, kept.attention, REPAIRED, grids, undo, fitted=True, tokens=kept.tokens)
-        narrow_ffn(host, index, kept.ffn, undo)
+        keep_units(host, index, kept.ffn, undo)
         yield grids.get(index)

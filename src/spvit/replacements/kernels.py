@@ -10,10 +10,10 @@ Position p sits at row offset p % 3 - 1 and column offset p // 3 - 1 (column-maj
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from spvit.hosts.weights import AttentionWeights
 
@@ -77,77 +77,29 @@ def conv1_weights(mix: Tensor, weights: AttentionWeights) -> BottleneckWeights:
     )
 
 
-def convolve_values(
-    values: Tensor, mix: Tensor, grid: tuple[int, int], included_bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def convolve_values(values: Tensor, mix: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Return the 3 x 3 and the 1 x 1 convolution of x by its values, without biases: two of [B, G, E].
 
     Equal to convolving x with the kernels K_p, at H x K x E multiplications a token in place of K x E x D, since the
     value projection is shared by all positions: mix the heads for every position, then add nine shifted maps.
 
-    values: [B, G, H, E]; mix: S, [H, K]; grid: (height, width). included_bias: the mixed value biases [K, E] when the
-    values include theirs; they are taken out, since a convolution pads x and not its values: outside the grid a value
-    is zero without its bias. No gradient goes to it.
+    values: [B, G, H, E], without biases, since a convolution pads x and not its values; mix: S, [H, K]; grid: (height,
+    width).
     """
-    summed, centre = _ConvolveValues.apply(values, mix.to(values.dtype), grid, included_bias)
+    # In parts so small that nine maps of one are about as large as all values.
+    parts = values.split(max(1, len(values) * values.shape[2] // POSITIONS))
+    convolved = [_convolve_part(part, mix.to(values.dtype), grid) for part in parts]
+    summed, centre = (torch.cat(own) for own in zip(*convolved))
     return summed, centre
 
 
-class _ConvolveValues(torch.autograd.Function):
-    """Goes through a batch by parts, since nine maps of all of it would be the largest tensor of a training step."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, mix: Tensor, grid: tuple[int, int], included_bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(values, mix)
-        ctx.grid = grid
-        images, tokens, _, width = values.shape
-        summed = values.new_zeros(images, *grid, width)
-        centre = values.new_empty(images, tokens, width)
-        for some in _parts(values):
-            mixed = torch.tensordot(mix, values[some], dims=([0], [2]))  # [K, part of B, G, E]
-            if included_bias is not None:
-                mixed -= included_bias.to(mixed.dtype)[:, None, None]
-            planes = mixed.unflatten(2, grid)
-            for position in range(POSITIONS):
-                here, there = _overlap(position, grid)
-                summed[some][here] += planes[position][there]
-            centre[some] = mixed[CENTRE]
-        return summed.flatten(1, 2), centre
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        values, mix = ctx.saved_tensors
-        grad_summed, grad_centre = grad_outputs
-        grad_values, grad_mix = torch.empty_like(values), torch.zeros_like(mix)
-        for some in _parts(values):
-            grad_map = grad_summed[some].unflatten(1, ctx.grid)
-            planes = grad_map.new_zeros(POSITIONS, *grad_map.shape)
-            for position in range(POSITIONS):
-                here, there = _overlap(position, ctx.grid)
-                planes[position][there] = grad_map[here]
-            mixed = planes.flatten(2, 3)  # [K, part of B, G, E]
-            mixed[CENTRE] += grad_centre[some]
-            grad_values[some] = torch.tensordot(mixed, mix, dims=([0], [1])).transpose(2, 3)
-            grad_mix += torch.tensordot(values[some], mixed, dims=([0, 1, 3], [1, 2, 3]))
-        return grad_values, grad_mix, None, None
-
-
-def _parts(values: Tensor) -> list[slice]:
-    """Return slices of a batch of values [B, G, H, E] so small that nine maps of one are about as large as them all."""
-    images = len(values)
-    size = max(1, images * values.shape[2] // POSITIONS)
-    return [slice(start, start + size) for start in range(0, images, size)]
-
-
-def _overlap(position: int, grid: tuple[int, int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """Return which part of a map [B, height, width, E] a kernel position writes to, and which part it reads."""
-    height, width = grid
-    row, column = offsets(position)
-    here = (slice(max(0, -row), height - max(0, row)), slice(max(0, -column), width - max(0, column)))
-    there = (slice(max(0, row), height + min(0, row)), slice(max(0, column), width + min(0, column)))
-    return (slice(None), *here), (slice(None), *there)
+def _convolve_part(values: Tensor, mix: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    maps = torch.tensordot(mix, values, dims=([0], [2])).unflatten(2, grid).unbind()  # K of [B, height, width, E]
+    summed = torch.zeros_like(maps[CENTRE])
+    for position, plane in enumerate(maps):
+        row, column = offsets(position)
+        summed += F.pad(plane, (0, 0, -column, column, -row, row))
+    return summed.flatten(1, 2), maps[CENTRE].flatten(1, 2)
 
 
 def _out_bias(weights: AttentionWeights) -> Tensor:

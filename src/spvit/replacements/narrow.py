@@ -32,6 +32,7 @@ from spvit.replacements.narrow_attention import NarrowAttention, has_biases
 from spvit.replacements.targets import Gathered, attention_targets
 
 JITTER = 1e-7
+"""Damping of second moments that are factorised, which may be singular."""
 LONGEST = 10.0
 """Length of a kept direction of the values at most, so that what hardly varies does not become noise."""
 
@@ -120,7 +121,7 @@ def inputs_of_attention(pair: BlockPair) -> Tensor:
     arriving = Moments()
     for x in pair.arriving(pair.sites.attention.path):
         arriving.add(torch.cat([x, torch.ones_like(x[..., :1])], dim=-1), prefix=pair.prefix)
-    return arriving.second_x
+    return arriving.products(centred=False)[0]
 
 
 def rotated_queries(pair: BlockPair, kept: Attention, second_moment: Tensor) -> tuple[AttentionWeights, Moments]:
@@ -152,11 +153,6 @@ def _augmented(weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.cat([weight, column[..., None]], dim=-1).double()
 
 
-def _root(moment: Tensor) -> Tensor:
-    """Return the Cholesky factor of a second moment, which may be singular."""
-    return cholesky(moment, JITTER)
-
-
 def low_rank_logits(query_moment: Tensor, key_moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return A and B, [E, R] each, for which q^T A B^T k is the best approximation of q^T k of rank R.
 
@@ -165,7 +161,7 @@ def low_rank_logits(query_moment: Tensor, key_moment: Tensor, rank: int) -> tupl
     A = L_Q^-T U_R S_R^1/2 and B = L_K^-T V_R S_R^1/2. For example with E = 2, C_K = I and C_Q = diag(4, 1):
     L_Q^T L_K = diag(2, 1), and rank 1 keeps the first dimension: A = (1/2, 0)^T sqrt(2), B = (1, 0)^T sqrt(2).
     """
-    query_root, key_root = _root(query_moment), _root(key_moment)
+    query_root, key_root = cholesky(query_moment, JITTER), cholesky(key_moment, JITTER)
     left, values, right = torch.linalg.svd(query_root.T @ key_root)
     weight = values[:rank].sqrt()
     query = torch.linalg.solve_triangular(query_root.T, left[:, :rank] * weight, upper=True)
@@ -248,7 +244,7 @@ def value_directions(weights: AttentionWeights, covariances: Tensor) -> Tensor:
     """
     found = []
     for head, covariance in enumerate(covariances.double()):
-        root, width = _root(covariance), len(covariance)
+        root, width = cholesky(covariance, JITTER), len(covariance)
         right = torch.linalg.svd(weights.out_weight[:, head].double() @ root, full_matrices=False).Vh  # [.., E]
         if len(right) < width:  # fewer outputs than dimensions: any further directions complete the basis
             eye = torch.eye(width, dtype=root.dtype, device=root.device)
@@ -270,7 +266,7 @@ def narrow_values(
     like, rotation = weights.value_weight, directions[:, : kept.value_rank]
     out_weights = []
     for head, covariance in enumerate(covariances.double()):
-        root = _root(covariance)  # makes a definite one of it, whatever rounding has done
+        root = cholesky(covariance, JITTER)  # makes a definite one of it, whatever rounding has done
         reading = rotation[head] @ root @ root.T
         projected = reading @ weights.out_weight[:, head].double().T
         out_weights.append(regression(reading @ rotation[head].T, projected, JITTER).T)

@@ -26,8 +26,8 @@ from spvit.hosts.position import (
     rotated,
 )
 from spvit.hosts.sites import AttentionSite
+from spvit.hosts.units import narrowed
 from spvit.hosts.weights import AttentionWeights, read_weights
-from spvit.replacements.ffn import narrow_linear
 
 
 class NarrowAttention(nn.Module):
@@ -195,7 +195,7 @@ class NarrowAttention(nn.Module):
         """Answer for so many tokens only, the first ones, in place: their queries look at the keys of all."""
         rank = self.heads * self.query_key_rank
         rows = torch.arange(self.qkv.out_features)
-        self.query, self.key_value = (narrow_linear(self.qkv, part, 0) for part in (rows[:rank], rows[rank:]))
+        self.query, self.key_value = (narrowed(self.qkv, part) for part in (rows[:rank], rows[rank:]))
         self.first = tokens
         del self.qkv
 

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spvit.hosts.calling import answering, batch_first
-from spvit.hosts.walk import BlockPair, reached, tokens_of
+from spvit.hosts.calling import answering, answers_changed, batch_first, reached
+from spvit.hosts.walk import BlockPair
 from spvit.moments import Moments, regression
 
 RIDGE = 0.04
@@ -210,12 +210,9 @@ def _answering(others: dict[nn.Module, Tensor]) -> Iterator[dict[nn.Module, Tens
     """Have modules answer other tensors inside the context, [B, N, D] or one vector [D]; yield their own answers."""
     answers: dict[nn.Module, Tensor] = {}
 
-    def answer(module: nn.Module, args: Any, output: Any) -> Any:
-        answers[module] = tokens_of(output)
-        other = others[module].expand_as(answers[module]).clone()  # some blocks add to it in place
-        return (other, *output[1:]) if isinstance(output, tuple) else other
+    def answer(module: nn.Module, own: Tensor) -> Tensor:
+        answers[module] = own
+        return others[module].expand_as(own).clone()  # some blocks add to it in place
 
-    with ExitStack() as stack:
-        for module in others:
-            stack.callback(module.register_forward_hook(answer).remove)
+    with answers_changed({module: functools.partial(answer, module) for module in others}):
         yield answers

@@ -22,11 +22,11 @@ from spvit.hosts.calling import batch_first, tokens_in
 from spvit.hosts.grid import Grid, as_tokens
 from spvit.hosts.sites import AttentionSite
 from spvit.hosts.walk import tokens_of
-from spvit.hosts.weights import AttentionWeights, read_rows, read_weights
+from spvit.hosts.weights import AttentionWeights, read_rows, read_weights, taken
 from spvit.replacements import kernels
 from spvit.replacements.bottleneck import Searched
 from spvit.replacements.kernels import CENTRE, POSITIONS
-from spvit.search.gates import INITIAL_LOGIT, GateDraws, nest, opened, straight_through
+from spvit.search.gates import INITIAL_LOGIT, GateDraws, is_open, nest, opened, straight_through
 
 NESTED = ("skip", "conv1", "conv3", "msa")
 """What a layer becomes by how many of its nested gates are open (paper section 3.3)."""
@@ -152,7 +152,7 @@ class GatedAttention(nn.Module):
 
     def decided(self) -> str:
         """Return the kind that the gates choose in evaluation: `msa`, `conv3`, `conv1` or `skip`."""
-        return NESTED[opened(self.draws.decided_bits(self))]
+        return NESTED[opened(is_open(self.gate_logits).tolist())]
 
     def head_mix(self) -> Tensor:
         """Return S [H, K]."""
@@ -218,7 +218,7 @@ class GatedAttention(nn.Module):
         return drawn.answer(outputs, self._silent(kind, x))
 
     def _attend(self, x: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Return the original layer's output [B, N, D] and the values it computed, bias included, [B, N, H E]."""
+        """Return the original layer's output [B, N, D] and the values it computed, less their bias, [B, N, H E]."""
         captured: list[Tensor] = []
         rows = self.site.value
         linear = self.attention.get_submodule(rows.weight.rpartition(".")[0])
@@ -235,16 +235,14 @@ class GatedAttention(nn.Module):
         finally:
             if handle is not None:
                 handle.remove()
-        if captured:
-            indices = rows.indices(self.site.heads, self.site.head_width).flatten()
-            start, count = rows.start, len(indices)
-            values = batch_first(self.site, captured[0].detach())
-            packed = torch.equal(indices, torch.arange(start, start + count))
-            values = values[..., start : start + count] if packed else values[..., indices.to(values.device)]
-        else:
-            weight, bias = read_rows(self.attention, rows, (self.site.heads, self.site.head_width))
-            with torch.no_grad():
-                values = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+        by_head = (self.site.heads, self.site.head_width)
+        with torch.no_grad():
+            weight, bias = read_rows(self.attention, rows, by_head)
+            if captured:
+                values = taken(batch_first(self.site, captured[0]), rows, by_head, -1)
+                values = (values if bias is None else values - bias.to(values.dtype)).flatten(-2)
+            else:
+                values = F.linear(x, weight.flatten(0, 1))
         return batch_first(self.site, out), values
 
     def _convolve_values(self, x: Tensor, kind: str, needed: set[str], values: Tensor | None) -> dict[str, Tensor]:
@@ -261,11 +259,10 @@ class GatedAttention(nn.Module):
             bias = kernels.mixed_value_bias(mix, weights)  # [K, E]
             if kind == "conv3" or values is None:
                 tokens = F.linear(self.grid.gather(x, self.site.prefix_tokens), weights.value_weight.flatten(0, 1))
-                included = None
             else:
-                tokens, included = self.grid.gather(values, self.site.prefix_tokens), bias
+                tokens = self.grid.gather(values, self.site.prefix_tokens)
             self.grid.as_map(tokens)  # a view, which refuses tokens that do not fit the grid
-            summed, centre = kernels.convolve_values(tokens.unflatten(2, (heads, width)), mix, size, included)
+            summed, centre = kernels.convolve_values(tokens.unflatten(2, (heads, width)), mix, size)
             summed = summed + bias.sum(0)  # [B, G, E]
             normalised = self.bn3(self.grid.as_map(summed))
             if "conv3" in needed:
@@ -307,15 +304,7 @@ def _differences(
     sensitivity: Sequence[Sequence[float]], outputs: dict[str, Tensor]
 ) -> tuple[list[Tensor], tuple[int, ...]]:
     """Return the distinct ways in which opening a gate would change the output, and which one each gate has (or -1)."""
-    distinct: list[Sequence[float]] = []
-    rows = []
-    for row in sensitivity:
-        if not any(row):
-            rows.append(-1)
-            continue
-        if row not in distinct:
-            distinct.append(row)
-        rows.append(distinct.index(row))
+    distinct = list(dict.fromkeys(tuple(row) for row in sensitivity if any(row)))
     differences = []
     for row in distinct:
         first, *rest = [(factor, outputs[name]) for factor, name in zip(row, CANDIDATES) if factor]
@@ -323,4 +312,4 @@ def _differences(
         for factor, output in rest:
             total = torch.add(total, output, alpha=factor)
         differences.append(total)
-    return differences, tuple(rows)
+    return differences, tuple(distinct.index(tuple(row)) if any(row) else -1 for row in sensitivity)

@@ -74,8 +74,8 @@ class GateDraws:
     """
 
     def __init__(self) -> None:
-        self.members: list[nn.Module] = []
-        self.counted: list[nn.Module] = []
+        self.members: list[Any] = []
+        self.counted: list[Any] = []
         self._fixed: Tensor | None = None
         self._noise: dict[int, Tensor] = {}
         self._bits: dict[int, tuple[bool, ...]] = {}
@@ -88,19 +88,19 @@ class GateDraws:
 
     def fix_uniforms(self, uniforms: Tensor | None) -> None:
         """Use these uniforms, [all gates in the order of the network], in place of fresh ones; None draws again."""
-        total = sum(_logits(member).numel() for member in self.members)
+        total = sum(member.gate_logits.numel() for member in self.members)
         if uniforms is not None and uniforms.shape != (total,):
             raise ValueError(f"uniforms have shape {tuple(uniforms.shape)}, expected ({total},): one a gate")
         self._fixed = uniforms
 
     @torch.no_grad()
     def _draw(self) -> None:
-        logits = [_logits(member) for member in self.members]
+        logits = [member.gate_logits for member in self.members]
         sizes, like = [len(item) for item in logits], logits[0]
         uniforms = torch.rand(sum(sizes), device=like.device) if self._fixed is None else self._fixed.to(like.device)
         noises = log_odds(uniforms).to(like.dtype).split(sizes)
         self._noise = dict(zip(map(id, self.members), noises))
-        samples = [self._noise[id(member)] + _logits(member) for member in self.counted]
+        samples = [self._noise[id(member)] + member.gate_logits for member in self.counted]
         bits = iter((torch.cat(samples) > 0).tolist() if samples else [])
         self._bits = {id(member): tuple(itertools.islice(bits, len(own))) for member, own in zip(self.counted, samples)}
 
@@ -115,17 +115,6 @@ class GateDraws:
         """Return the sampled gates as booleans. Ask for the noise first."""
         return self._bits[id(member)]
 
-    @torch.no_grad()
-    def decided_bits(self, member: nn.Module) -> tuple[bool, ...]:
-        """Return the gates that are open in evaluation, as booleans."""
-        return tuple(is_open(_logits(member)).tolist())
-
     def __getstate__(self) -> dict[str, Any]:
         # Draws are keyed by module identity, so copies and files leave them out and draw anew.
         return {**self.__dict__, "_noise": {}, "_bits": {}}
-
-
-def _logits(member: nn.Module) -> Tensor:
-    logits = member.gate_logits
-    assert isinstance(logits, Tensor)
-    return logits

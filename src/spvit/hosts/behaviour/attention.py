@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from spvit.errors import UnsupportedHostError
 from spvit.hosts.behaviour.equations import CLOSE, columns_that_read, places_of, rows_that_make
-from spvit.hosts.behaviour.watch import Call, Core, Pass, answering, first_tensor
+from spvit.hosts.behaviour.watch import Call, Core, Pass, first_tensor
+from spvit.hosts.calling import answers_changed
 from spvit.hosts.position import core_alone, find_bias, rotations
 from spvit.hosts.sites import PLAIN, Bias, Rotary, Rows
 
@@ -321,7 +322,7 @@ def norm_before(seen: Pass, layer: FoundLayer, call: Call | None, source: str | 
         if call is not None and (path == source or feeds):
             outputs = []
             for factor in (1.0, 2.0):
-                with answering(seen.model, {layer.path: torch.zeros_like, path: partial(torch.mul, other=factor)}):
+                with answers_changed({layer.module: torch.zeros_like, module: partial(torch.mul, other=factor)}):
                     outputs.append(first_tensor(call.again(seen.module(layer.block))))
             one, other = outputs
             return path if one is not None and other is not None and torch.equal(one, other) else None

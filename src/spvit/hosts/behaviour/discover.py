@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from spvit.cost import counted
-from spvit.errors import UnsupportedHostError
+from spvit.errors import UnsupportedHostError, first_line
 from spvit.hosts.behaviour.attention import (
     FoundLayer,
     attention_layers,
@@ -58,10 +58,9 @@ def discover(model: nn.Module, size: tuple[int, int, int], declared: Sites | Non
     try:
         seen = watch(twin, images)
     except Exception as error:  # whatever a model raises for images that it does not take
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UnsupportedHostError(
-            f"its forward pass fails on images of {list(images.shape)} ({reason}); give images that it takes: "
-            "spvit.recognise(model, images)"
+            f"its forward pass fails on images of {list(images.shape)} ({first_line(error)}); give images that it "
+            "takes: spvit.recognise(model, images)"
         ) from error
     _check_used_once(seen)
     seen.declared = declared
@@ -187,7 +186,7 @@ def _macs_of(twin: nn.Module, size: tuple[int, int, int], paths: list[str]) -> l
         counts = counted(twin, lambda meta: meta(image)).get_flop_counts()
     except (RuntimeError, NotImplementedError) as error:
         raise UnsupportedHostError(
-            f"its MACs cannot be counted on the meta device ({next(iter(str(error).splitlines()), '')}); let its "
+            f"its MACs cannot be counted on the meta device ({first_line(error)}); let its "
             "forward make tensors on the device of the images, and not depend on their values"
         ) from error
     return [sum(counts.get(f"{type(twin).__name__}.{path}", {}).values()) // 2 for path in paths]

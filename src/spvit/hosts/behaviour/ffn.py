@@ -6,17 +6,20 @@ Shapes: D width, U hidden units.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from spvit.errors import UnsupportedHostError
+from spvit.errors import UnsupportedHostError, first_line
 from spvit.hosts.behaviour.watch import Pass
 from spvit.hosts.calling import reached
 from spvit.hosts.sites import FFNSite, UnitRows, expect
+from spvit.hosts.units import is_depthwise, narrow_ffn
 
 
 def find_ffn(seen: Pass, block: str, attention: str, dim: int) -> FFNSite:
@@ -84,27 +87,6 @@ def _is_norm(module: nn.Module, units: int) -> bool:
     return isinstance(weight, Tensor) and weight.dim() == 1 and len(weight) == units
 
 
-def is_depthwise(module: nn.Module, units: int) -> bool:
-    """Return whether a module is a convolution of each of so many channels by itself."""
-    return type(module) is nn.Conv2d and module.groups == module.in_channels == module.out_channels == units
-
-
-def narrow_norm(norm: nn.Module, units: Tensor) -> nn.Module:
-    """Return a copy of a norm over hidden units, or depthwise convolution, for these alone. units: [kept], indices.
-
-    A norm's mean and variance are then those of the kept units; the repair of the layer behind it makes up for that.
-    """
-    narrow: Any = copy.deepcopy(norm)
-    for name, parameter in norm.named_parameters():
-        kept = parameter.detach()[units.to(parameter.device)].clone()
-        setattr(narrow, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
-    if hasattr(narrow, "normalized_shape"):
-        narrow.normalized_shape = (len(units),)
-    if isinstance(norm, nn.Conv2d):
-        narrow.groups = narrow.in_channels = narrow.out_channels = len(units)
-    return narrow
-
-
 def _move_alone(seen: Pass, runs: str, site: FFNSite) -> bool:
     """Return whether each row of a unit moves that one input of the second layer alone, without the units' norm."""
 
@@ -143,18 +125,11 @@ def _narrower(model: nn.Module, images: Tensor, ffns: Sequence[FFNSite]) -> str 
     narrow: dict[str, nn.Module] = {}
     for site in ffns:
         kept = torch.arange((site.units + 1) // 2)
-        linear: Any
-        for path in site.linears:
-            linear = model.get_submodule(path)
-            rows = [part.start + part.step * kept for part in site.first if part.linear == path]
-            narrow[path] = _with_weight(linear, torch.cat(rows).sort().values.to(linear.weight.device), 0)
-        linear = model.get_submodule(site.second)
-        narrow[site.second] = _with_weight(linear, kept.to(linear.weight.device), 1)
-        whole[site.second] = copy.deepcopy(linear)
-        cast(Any, whole[site.second]).weight[:, len(kept) :] = 0
-        if site.norm is not None and is_depthwise(norm := model.get_submodule(site.norm), site.units):
-            narrow[site.norm] = narrow_norm(norm, kept)
-        elif site.norm is not None:
+        narrow |= narrow_ffn(model, site, kept)
+        second: Any = copy.deepcopy(model.get_submodule(site.second))
+        second.weight[:, len(kept) :] = 0
+        whole[site.second] = second
+        if site.norm is not None and not is_depthwise(model.get_submodule(site.norm), site.units):
             whole[site.norm] = narrow[site.norm] = nn.Identity()
     with swapped(model, whole):
         expected = _tensors(model(images))
@@ -162,7 +137,7 @@ def _narrower(model: nn.Module, images: Tensor, ffns: Sequence[FFNSite]) -> str 
         with swapped(model, narrow):
             found = _tensors(model(images))
     except Exception as error:  # whatever a forward raises for another number of units
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         return f"the FFN does not run with fewer units ({reason}); no forward of the model may name their number"
     for one, other in zip(found, expected):
         near = 1e-4 * float(other.abs().max()) if other.numel() else 0.0
@@ -171,22 +146,10 @@ def _narrower(model: nn.Module, images: Tensor, ffns: Sequence[FFNSite]) -> str 
     return None
 
 
-def _with_weight(linear: nn.Linear, kept: Tensor, axis: int) -> nn.Linear:
-    """Return a linear layer with some of its outputs (axis 0) or inputs (axis 1) alone."""
-    narrow = copy.deepcopy(linear)
-    narrow.weight = nn.Parameter(linear.weight.index_select(axis, kept))
-    narrow.out_features, narrow.in_features = narrow.weight.shape
-    if linear.bias is not None and axis == 0:
-        narrow.bias = nn.Parameter(linear.bias[kept])
-    return narrow
-
-
 def _tensors(output: Any) -> list[Tensor]:
     """Return all numbers in what a model answered."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    return [tensor for value in values for tensor in _tensors(value)]
+    leaves = tree_leaves(vars(output) if dataclasses.is_dataclass(output) else output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from spvit.errors import UnsupportedHostError
 from spvit.hosts.behaviour.attention import FoundLayer
 from spvit.hosts.behaviour.equations import places_of
-from spvit.hosts.behaviour.watch import Call, Pass, answering, first_tensor
-from spvit.hosts.calling import reached
+from spvit.hosts.behaviour.watch import Call, Pass, first_tensor
+from spvit.hosts.calling import answers_changed, reached
 from spvit.hosts.grid import GatheredGrid, Layout
 
 CORNERS = {"top left": (0, 0), "top right": (0, -1), "bottom left": (-1, 0), "bottom right": (-1, -1)}
@@ -49,7 +49,7 @@ def find_tokens(seen: Pass, images: Tensor, layer: FoundLayer, silent: Sequence[
     block, first = layer.block, seen.module(layer.block)
     module = first[0] if isinstance(first, nn.ModuleList) else first
     alike = images[:1].repeat(1 + len(CORNERS), 1, 1, 1)
-    with answering(seen.model, dict.fromkeys(silent, torch.zeros_like)):
+    with answers_changed({seen.module(path): torch.zeros_like for path in silent}):
         given = reached(seen.model, _changed(alike), module, output=False)
         if given.dim() not in (3, 4):
             raise UnsupportedHostError(
@@ -59,7 +59,7 @@ def find_tokens(seen: Pass, images: Tensor, layer: FoundLayer, silent: Sequence[
         count, moved = len(given) if layer.token_first else given.shape[1:-1].numel(), [given]
         maps = _convolution_before(seen, block, count, len(images))
         if maps is not None:
-            with answering(seen.model, {maps: _changed}):
+            with answers_changed({seen.module(maps): _changed}):
                 moved.insert(0, reached(seen.model, alike, module, output=False))
     for arrived in moved:
         rows = (arrived.transpose(0, 1) if layer.token_first else arrived).flatten(1, -2)
@@ -167,7 +167,7 @@ def _check_answers(seen: Pass, layer: FoundLayer, call: Call, layout: Layout) ->
     marked[padding.repeat(images, *[1] * len(layout.shape))] = 1
 
     def answered(answer: Tensor) -> Tensor:
-        with answering(seen.model, {layer.path: lambda out: answer.to(stream)}):
+        with answers_changed({layer.module: lambda out: answer.to(stream)}):
             output = first_tensor(call.again(seen.module(layer.block)))
         assert output is not None
         return output.flatten(1, -2)

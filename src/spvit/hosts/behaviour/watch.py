@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -276,19 +276,6 @@ def _explained(products: Tensor, logits: Tensor, images: int) -> tuple[float | N
             added = bias.to(products) if bool(bias.abs().max() > 1e-3 * spread) else None
             return (1.0, added, scales.flatten()) if by_head else (float(scales), added, None)
     return None, None, None
-
-
-@contextmanager
-def answering(model: nn.Module, answers: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Have modules at some dotted names answer what is made of their output inside the context."""
-
-    def hook(change: Callable[[Tensor], Tensor], module: nn.Module, args: Any, output: Any) -> Any:
-        return change(output) if isinstance(output, Tensor) else (change(output[0]), *output[1:])
-
-    with ExitStack() as undo:
-        for path, change in answers.items():
-            undo.enter_context(model.get_submodule(path).register_forward_hook(partial(hook, change)))
-        yield
 
 
 class _Dropping(TorchFunctionMode):

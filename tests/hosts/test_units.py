@@ -7,17 +7,17 @@ import torch
 from torch import nn
 
 from layers import DOUBLE
-from spvit.replacements.ffn import narrow_linear
+from spvit.hosts.units import narrowed
 from tiny import assert_close
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("units", [[0, 2, 5], [], [3]])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_narrow_linear_selects(axis: int, units: list[int], bias: bool) -> None:
+def test_a_narrower_linear_layer_selects(axis: int, units: list[int], bias: bool) -> None:
     linear = nn.Linear(6, 6, bias=bias, dtype=DOUBLE).eval()
     linear.weight.requires_grad_(False)
-    narrow = narrow_linear(linear, torch.tensor(units, dtype=torch.long), axis)
+    narrow = narrowed(linear, torch.tensor(units, dtype=torch.long), axis)
     expected = linear.weight[units] if axis == 0 else linear.weight[:, units]
     assert torch.equal(narrow.weight, expected)
     assert (narrow.out_features, narrow.in_features) == tuple(expected.shape)
