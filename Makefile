@@ -5,8 +5,13 @@ BIN := $(VENV)/bin
 OUTPUT ?= runs/demo
 
 OLDEST := .venv-oldest
-SMOKE := tests/test_hub.py tests/test_models.py tests/test_surgery.py tests/hosts/test_recognise.py \
-	tests/hosts/test_timm_swin.py tests/repair/test_scores.py tests/train/test_tracking.py tests/train/test_teacher.py
+SMOKE := tests/hosts/test_sites.py::test_a_host_can_be_built_again_from_its_source \
+	tests/hosts/test_sites.py::test_usual_arguments_are_read_off_a_model_of_timm_that_keeps_none \
+	tests/test_surgery.py tests/test_models.py::test_hugging_face_folder tests/repair/test_scores.py \
+	tests/cli/test_cli.py::test_compress_then_evaluate_profile_and_load \
+	tests/cli/test_cli.py::test_help_of_compress_has_groups_units_and_defaults \
+	tests/train/test_tracking.py::test_functions_get_the_progress_of_every_part \
+	tests/train/test_tracking.py::test_tensorboard_gets_the_figures_of_all_phases
 
 .PHONY: demo test test-slow test-oldest kills lint docs package browser census clean
 
@@ -20,9 +25,10 @@ test: $(VENV)/dev.stamp
 test-slow: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m slow --numprocesses auto --dist worksteal
 
-# The oldest releases of the dependencies, on a part of the tests; six minutes, half of them for the install.
+# The oldest releases of the dependencies, on a test or two of each: hosts, checkpoints, the command, a run, its tracking.
+# Older releases of timm lack what the hosts named `options` are made of, and miscount maps of odd sides.
 test-oldest: $(OLDEST)/stamp
-	$(OLDEST)/bin/python -m pytest $(SMOKE)
+	$(OLDEST)/bin/python -m pytest --numprocesses auto $(SMOKE) -k 'not options] and not swin_padded'
 
 # Runs in one and two processes, killed twenty times each and resumed, end at the same bytes; half an hour on two cores.
 kills: $(VENV)/dev.stamp
@@ -51,18 +57,15 @@ census: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/census.py --output docs/models.md
 
 $(VENV)/demo.stamp: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	.ci/install $(PYTHON) $(VENV) --editable '.[demo]'
 	touch $@
 
 $(VENV)/dev.stamp: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	.ci/install $(PYTHON) $(VENV) --editable '.[dev]'
 	touch $@
 
 $(OLDEST)/stamp: pyproject.toml .ci/oldest.txt
-	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --constraint .ci/oldest.txt --editable '.[hf,demo]' pytest tensorboard einops
+	.ci/install $(PYTHON) $(OLDEST) --constraint .ci/oldest.txt --editable '.[hf,demo]' pytest pytest-xdist tensorboard
 	touch $@
 
 clean:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from timm.layers import Attention
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 import reference

@@ -22,7 +22,7 @@ DOUBLE = torch.float64
 def make_attention(library: str, bias: bool) -> nn.Module:
     """Return a dense attention layer of a library."""
     if library == "timm":
-        from timm.layers import Attention
+        from timm.models.vision_transformer import Attention
 
         return Attention(DIM, HEADS, qkv_bias=bias, proj_bias=bias)
     vit = pytest.importorskip("transformers.models.vit.modeling_vit")

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import spvit
 from spvit.architecture import Architecture, Attention, dense
+from spvit.hosts.sources import make_by_timm
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 MIXED = ("conv3", "skip", "conv1", "msa")  # attention last: class tokens see what convolutions did only through it
@@ -28,8 +29,7 @@ def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
     small = {"img_size": 64, "embed_dim": 24, "depth": 4, "num_heads": 3, "mlp_ratio": 3, "num_classes": CLASSES}
 
     def build() -> nn.Module:
-        timm = __import__("timm")
-        return timm.create_model(name, **{**small, **options})
+        return make_by_timm(name, **{**small, **options})
 
     return build
 
@@ -46,9 +46,8 @@ def _swin(img_size: Any, window_size: Any = 4, **options: Any) -> Callable[[], n
     }
 
     def build() -> nn.Module:
-        timm = __import__("timm")
         settings = {**small, "img_size": img_size, "window_size": window_size, **options}
-        return timm.create_model("swin_tiny_patch4_window7_224", **settings)
+        return make_by_timm("swin_tiny_patch4_window7_224", **settings)
 
     return build
 

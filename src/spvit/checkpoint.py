@@ -32,7 +32,7 @@ from spvit.hosts.family import Family
 from spvit.hosts.host import Host
 from spvit.hosts.recognise import family_of
 from spvit.hosts.site_files import from_data, to_data
-from spvit.hosts.sources import build, can_build, source_of
+from spvit.hosts.sources import build, can_build, source_of, without_weights
 from spvit.hub import downloaded
 from spvit.surgery import cut, fold, pruned_record
 
@@ -178,7 +178,7 @@ def save(
     )
     different = None
     if can_build(description.host):
-        with torch.device("meta"):
+        with without_weights():
             different = _difference(model.state_dict(), _built(description, folder / DESCRIPTION).state_dict())
     if different is not None:
         key, own, rebuilt = different

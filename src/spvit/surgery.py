@@ -16,6 +16,7 @@ from spvit.hosts.calling import in_mode
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host
 from spvit.hosts.recognise import RECORD, family_of
+from spvit.hosts.sources import keep_arguments
 from spvit.hosts.walk import Finished, Report, where_float64_is
 from spvit.repair.repair import repair as repair_in_place
 from spvit.replacements.bottleneck import BottleneckConv
@@ -135,6 +136,7 @@ def cut(
     grids = []
     for own, architecture in zip(pruned, architectures):
         check_fits(own, architecture)
+        keep_arguments(own.model)
         blocks = architecture.blocks
         replaced = [index for index, kept in enumerate(blocks) if kept.attention.kind != "msa" or kept.tokens != "all"]
         grids.append(whole_grids(own, replaced, undo))

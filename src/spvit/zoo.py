@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import timm
 from timm.models import register_model
 from torch import nn
 
@@ -17,6 +16,7 @@ from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.cost import count_params
 from spvit.errors import ZooError
 from spvit.hosts.host import Host
+from spvit.hosts.sources import make_by_timm
 from spvit.replacements.costs import network_costs
 from spvit.replacements.kernels import POSITIONS
 from spvit.surgery import prune
@@ -102,7 +102,7 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
             f"{name} has no pretrained weights: the publication does not offer them in a form that can be downloaded "
             f"here; pass pretrained=False, and load your own weights or prune {dense} with its pretrained ones"
         )
-    return prune(timm.create_model(dense, **kwargs), architectures()[name], inplace=True)
+    return prune(make_by_timm(dense, **kwargs), architectures()[name], inplace=True)
 
 
 def unfolded_params(host: nn.Module, architecture: Architecture) -> int:

@@ -31,6 +31,7 @@ def prepared():
 """
 
 
+@pytest.mark.slow
 def test_a_function_of_the_user_is_compressed_evaluated_and_continued(
     capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

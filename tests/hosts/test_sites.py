@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import spvit
+from spvit.architecture import dense
 from spvit.errors import UnsupportedHostError
 from spvit.hosts.host import Host, input_size, logits_of, outputs_of
 from spvit.hosts.sites import Rows
 from spvit.hosts.sources import build, source_of
 from spvit.hosts.weights import read_weights
-from tiny import FAMILY_OF, HOSTS, assert_close, images, logits, make_host, paths_of
+from tiny import FAMILY_OF, HOSTS, assert_close, images, logits, make_host, paths_of, with_kinds
 
 timm = pytest.importorskip("timm")
 
@@ -168,6 +170,54 @@ def test_a_host_changed_after_it_was_made_is_built_as_it_is_now(change: str, nam
     twin = build(source_of(host)).to(torch.float64).eval()
     twin.load_state_dict(host.state_dict(), strict=True)
     assert torch.equal(logits(twin, images(host)), logits(host, images(host)))
+
+
+def _of_old_timm(name: str, **options: Any) -> nn.Module:
+    """Return a model as timm before 1.0.31 makes it: without a note of its arguments."""
+    model = timm.create_model(name, **options)
+    vars(model).pop("_model_args", None)
+    return model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_classes": 7},
+        {
+            "num_classes": 7,
+            "img_size": (32, 64),
+            "patch_size": 8,
+            "in_chans": 1,
+            "drop_path_rate": 0.1,
+            "drop_rate": 0.1,
+        },
+        {"num_classes": 0, "global_pool": "avg", "dynamic_img_size": True},
+    ],
+)
+@pytest.mark.parametrize("name", ["test_vit", "test_vit2"])
+def test_usual_arguments_are_read_off_a_model_of_timm_that_keeps_none(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    host = _of_old_timm(name, **options).eval()
+    blocks = Host.of(host).blocks
+    kinds = ["skip", "conv1"] + ["msa"] * (len(blocks) - 2)
+    pruned = spvit.prune(host, with_kinds(dense([block.ffn.units for block in blocks]), *kinds))
+    twin = spvit.load(spvit.save(pruned, tmp_path / "pruned"))
+    assert torch.equal(logits(twin, images(host)), logits(pruned, images(host)))
+    assert torch.equal(
+        logits(spvit.load(spvit.save(host, tmp_path / "dense")), images(host)), logits(host, images(host))
+    )
+
+
+@pytest.mark.parametrize("change", ["heads", "activation", "pruned before"])
+def test_arguments_that_a_model_of_timm_does_not_tell_are_not_guessed(change: str) -> None:
+    model = _of_old_timm("test_vit", **({"num_heads": 4} if change == "heads" else {}))
+    if change == "activation":
+        model.blocks[1].mlp.act = nn.ReLU()
+    elif change == "pruned before":
+        model.blocks[0].attn = nn.Identity()
+    with pytest.raises(UnsupportedHostError, match=r"timm\.models.*host=model\); models that timm 1\.0\.31 or newer"):
+        build(source_of(model))
 
 
 def test_hosts_that_no_file_describes_are_named_by_their_class() -> None:

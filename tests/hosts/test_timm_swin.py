@@ -17,7 +17,7 @@ import spvit
 from spvit.architecture import Attention, dense
 from spvit.cli.main import main
 from spvit.cost import count_macs, count_params
-from spvit.errors import GridError
+from spvit.errors import GridError, UnsupportedHostError
 from spvit.hosts.grid import Grid
 from spvit.hosts.timm_swin import WindowedGrid
 from spvit.replacements.costs import network_costs
@@ -199,3 +199,10 @@ def test_narrow_attention_of_full_rank_is_the_host_and_a_narrower_one_is_repaire
     assert 0 < errors[1] < errors[0]
     with pytest.raises(GridError, match=r"windows of \d+ tokens are asked of narrow attention with a bias for \d+;"):
         blocks_of(cut)[0].attn.set_window_size((9, 9))
+
+
+def test_a_map_that_timm_miscounts_is_refused() -> None:
+    host = make_host("swin_padded")
+    host.layers[1].output_resolution = (7, 8)  # as timm before 1.0.31 halves 15 x 17
+    with pytest.raises(UnsupportedHostError, match=r"layers\.1 gets a map of \(8, 9\), but timm before"):
+        spvit.cost(host)

@@ -314,7 +314,7 @@ def test_norms_forbid_to_narrow_what_they_are_over(norm: str) -> None:
 
 
 def test_gated_attention_cannot_be_narrowed() -> None:
-    from timm.layers import Attention as TimmAttention
+    from timm.models.vision_transformer import Attention as TimmAttention
 
     host = make_host("class_token")
     host.blocks[2].attn = TimmAttention(24, 3, qkv_bias=True, gated=True).double()

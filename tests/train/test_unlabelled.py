@@ -204,6 +204,7 @@ def test_what_needs_labels_is_refused_without(tmp_path: Path, settings: dict, me
         compressed(micro_host(), "50%", CompressConfig(**settings), tmp_path, unlabelled())
 
 
+@pytest.mark.slow
 def test_the_command_compresses_a_backbone_by_a_folder_of_pictures(tmp_path: Path, capsys) -> None:
     folder, host, output = pictures(tmp_path / "pictures", 120), str(tmp_path / "host"), str(tmp_path / "run")
     spvit.save(micro_host(num_classes=0), host, preprocessing=GREY)

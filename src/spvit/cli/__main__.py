@@ -1,4 +1,4 @@
-"""`python -m spvit.cli` is the command."""
+"""`python -m spvit.cli` is the command, for launchers such as torchrun."""
 
 import sys
 

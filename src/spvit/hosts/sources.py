@@ -7,8 +7,10 @@ plain arguments.
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, cast
 
 from torch import nn
@@ -46,6 +48,7 @@ def build(source: dict[str, Any]) -> nn.Module:
         raise UnsupportedHostError(
             f"the file names no model of {' or '.join(LIBRARIES)} but a {source.get('class', library)}, which cannot "
             "be made from a file; make the dense model and pass it: spvit.load(folder, host=model)"
+            + ("; models that timm 1.0.31 or newer made have their arguments saved" if library == "timm" else "")
         )
     model: nn.Module = LIBRARIES[library][1](source)
     found, expected = type(model).__name__, source.get("class")
@@ -57,12 +60,13 @@ def build(source: dict[str, Any]) -> nn.Module:
 def _of_timm(model: Any) -> dict[str, Any] | None:
     """Return how timm made a model; None if timm.create_model did not, or with values that no file can hold."""
     config = getattr(model, "pretrained_cfg", None)
+    keep_arguments(model)
     arguments = getattr(model, "_model_args", None)
     if not config or arguments is None:
         return None
-    # reset_classifier leaves the recorded arguments as they were.
-    now = {name: getattr(model, name, None) for name in ("num_classes", "global_pool")}
-    arguments = {**arguments, **{name: value for name, value in now.items() if isinstance(value, (int, str))}}
+    # reset_classifier leaves the recorded arguments as they were, and so does set_input_size before timm 1.0.31.
+    now = {name: value for name, value in _read(model).items() if name in {*arguments, "num_classes", "global_pool"}}
+    arguments = {**arguments, **now}
     plain = (str, int, float, bool, list, tuple, dict, type(None))
     if not all(isinstance(value, plain) for value in arguments.values()):
         return None
@@ -72,10 +76,55 @@ def _of_timm(model: Any) -> dict[str, Any] | None:
 
 
 def _by_timm(source: dict[str, Any]) -> nn.Module:
+    check_timm_model(source["name"], source["arguments"])
+    return make_by_timm(source["name"], **source["arguments"])
+
+
+def make_by_timm(name: str, **arguments: Any) -> nn.Module:
+    """Return what `timm.create_model` makes, with a note of its arguments, which timm itself keeps from 1.0.31 on."""
     import timm
 
-    check_timm_model(source["name"], source["arguments"])
-    return timm.create_model(source["name"], **source["arguments"])
+    model: Any = timm.create_model(name, **arguments)
+    if not hasattr(model, "_model_args"):
+        model._model_args = {**_read(model), **{key: v for key, v in arguments.items() if key != "pretrained"}}
+    return model
+
+
+def keep_arguments(model: Any) -> None:
+    """Note the arguments of a dense model that timm before 1.0.31 made, read off it; none where these make another."""
+    if getattr(model, "pretrained_cfg", None) and not hasattr(model, "_model_args"):
+        with suppress(Exception), without_weights():  # whatever timm raises for arguments that do not fit
+            read = _read(model)
+            if _made(make_by_timm(model.pretrained_cfg["architecture"], **read)) == _made(model):
+                model._model_args = read
+
+
+def _read(model: Any) -> dict[str, Any]:
+    """Return the usual arguments of timm.create_model, as a model tells them now."""
+    embed = getattr(model, "patch_embed", None)
+    read = {name: getattr(model, name, None) for name in ("num_classes", "global_pool", "dynamic_img_size")}
+    read |= {name: getattr(embed, name, None) for name in ("img_size", "patch_size")}
+    read["in_chans"] = getattr(getattr(embed, "proj", None), "in_channels", None)
+    known = _arguments_of(model.pretrained_cfg["architecture"])
+    return {name: value for name, value in read.items() if isinstance(value, (int, str, tuple)) and name in known}
+
+
+def _made(model: nn.Module) -> dict[str, Any]:
+    """Return all that tells how a model was made, but for dropout."""
+    passing, plain = re.compile(r"_|training$|grad_checkpointing|fused_attn|drop"), (bool, int, float, str, tuple)
+    made: dict[str, Any] = {key: value.shape for key, value in model.state_dict().items()}
+    for path, module in model.named_modules():
+        if type(module).__name__ not in ("Identity", "Dropout", "DropPath"):
+            own = {key: v for key, v in vars(module).items() if isinstance(v, plain) and not passing.match(key)}
+            made[f"{path}:"] = (type(module), own)
+    return made
+
+
+def without_weights() -> Any:
+    """Return a context in which models are made without memory for their weights."""
+    from accelerate import init_empty_weights  # unlike the meta device it lets timm before 1.0.21 compute its settings
+
+    return init_empty_weights()
 
 
 def check_timm_model(name: str, arguments: Mapping[str, Any]) -> None:
@@ -87,12 +136,19 @@ def check_timm_model(name: str, arguments: Mapping[str, Any]) -> None:
 
     if not name.isidentifier() or not timm.is_model(name):
         raise ModelError(f"{name!r} is no model that timm has registered")
+    known = _arguments_of(name)
+    for argument in arguments:
+        if argument not in known:
+            raise ModelError(f"{argument!r} is no argument of the model {name}; leave it out")
+
+
+def _arguments_of(name: str) -> set[str]:
+    """Return the arguments of all classes beside the function that makes a model of timm."""
+    import timm
+
     module = sys.modules[timm.model_entrypoint(name).__module__]
     classes = [item for item in vars(module).values() if isinstance(item, type) and issubclass(item, nn.Module)]
-    known = {parameter for item in classes for parameter in inspect.signature(item.__init__).parameters}
-    for argument in arguments:
-        if argument not in known - {"self", "args", "kwargs"}:
-            raise ModelError(f"{argument!r} is no argument of the model {name}; leave it out")
+    return {key for item in classes for key in inspect.signature(item.__init__).parameters} - {"self", "args", "kwargs"}
 
 
 def _of_transformers(model: Any) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spvit.errors import GridError
+from spvit.errors import GridError, UnsupportedHostError
 from spvit.hosts.family import Undo
 from spvit.hosts.grid import Grid
 from spvit.hosts.sites import AttentionSite, Bias, BlockSites, expect
@@ -110,9 +110,15 @@ class SwinFamily(TimmFamily):
 
 def family(swin: SwinTransformer) -> SwinFamily:
     """Return the family of a SwinTransformer."""
-    sites = []
+    sites, sides = [], swin.patch_embed.grid_size
     for index, stage in enumerate(swin.layers):
         expect(swin, f"layers.{index}", SwinTransformerStage, NAME)
+        sides = tuple(math.ceil(side / 2) for side in sides) if index else sides
+        if (found := tuple(stage.output_resolution)) != sides:
+            raise UnsupportedHostError(
+                f"layers.{index} gets a map of {sides}, but timm before 1.0.31 takes it for one of {found}; update "
+                "timm, or create the model for images whose maps can be halved"
+            )
         sites += [_block(swin, f"layers.{index}", inner) for inner in range(len(stage.blocks))]
     return SwinFamily(NAME, tuple(sites), input_size(swin), temperature=TEMPERATURE)
 

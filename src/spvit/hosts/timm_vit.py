@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from timm.layers import Attention, HybridEmbed, PatchDropout
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from timm.layers import HybridEmbed, PatchDropout
+from timm.models.vision_transformer import Attention, Block, ResPostBlock, VisionTransformer
 from torch import nn
 
 from spvit.errors import UnknownPartError, UnsupportedHostError
@@ -40,7 +40,7 @@ def _block(vit: VisionTransformer, path: str, grid: tuple[int, int]) -> BlockSit
     attention = vit.get_submodule(f"{path}.attn")
 
     def norm(name: str) -> str | None:
-        return None if isinstance(getattr(attention, name), nn.Identity) else name
+        return None if isinstance(getattr(attention, name, nn.Identity()), nn.Identity) else name
 
     norms = (norm("q_norm"), norm("k_norm"), norm("norm"))
     plain = getattr(attention, "gate", None) is None

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from spvit.architecture import Architecture, dense
@@ -18,6 +17,7 @@ from spvit.checkpoint import DESCRIPTION, Description, describe, described_host,
 from spvit.cost import NetworkCost
 from spvit.errors import RunFolderError, SpvitError
 from spvit.hosts.host import Host
+from spvit.hosts.sources import without_weights
 from spvit.models import ModelConfig, names_code, open_model
 from spvit.repair.scores import Scores
 from spvit.replacements.costs import network_costs
@@ -175,7 +175,7 @@ def _dense(host: nn.Module | Host | None, description: Description | None, setti
     """Return the dense network of a run, with any weights."""
     if host is not None:
         return Host.of(host)
-    with torch.device("meta"):
+    with without_weights():
         if description is not None:
             return described_host(description)
     model = open_model(model_config(settings), weights=False).model
