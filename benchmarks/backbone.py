@@ -1,12 +1,14 @@
 """How much of a real backbone's features is kept when nothing is trained, by spvit and its peers at equal MACs.
 
 python benchmarks/backbone.py --images FOLDER [--model NAME] [--weights FILE] [--size 98] [--budgets 50% 25%]
-                              [--methods spvit whitened-svd vbp corp] [--repair-views 1 4]
+                              [--methods spvit whitened-svd vbp corp] [--repair-views 1 4] [--cutouts FOLDER]
                               [--json FILE] [--plot FILE.svg]
 python benchmarks/backbone.py --rows FILE.json [FILE.json ...] --plot FILE.svg
 
 Photographs, not crops, are split into calibration and test, anew by every seed; every method gets the same crops. With
---repair-views 4 spvit also repairs on four times as many crops of the same photographs, as `spvit compress` does. MACs
+--repair-views 4 spvit also repairs on four times as many crops of the same photographs, as `spvit compress` does. With
+--cutouts every second calibration crop has a picture of that folder pasted in, which has transparent surroundings (such
+as Debian's tuxpaint-stamps-default), for more kinds of things than some dozen photographs show; tests have none. MACs
 are those that torch counts on the pruned model. A centred cosine is that of features less the dense network's mean
 feature; it tells more, as all features of one network look alike. `neighbours` is the share of a test crop's ten
 nearest, by class token, that are the dense network's ten. Without --weights timm downloads the pretrained ones. Peers
@@ -76,17 +78,50 @@ def load_photographs(folder: str) -> list[Image.Image]:
     return photographs
 
 
-def crops(photographs: Sequence[Image.Image], count: int, size: int, seed: int, normal: dict[str, Any]) -> Tensor:
-    """Return random crops of all photographs in turn, half of them mirrored: [count, 3, size, size]."""
+def load_cutouts(folder: str) -> list[Image.Image]:
+    """Return the pictures with transparent surroundings of a folder and its folders, but for symbols, shrunk."""
+    found = []
+    for file in sorted(path for path in Path(folder).rglob("*.png") if "symbols" not in path.parts):
+        with Image.open(file) as opened:
+            if opened.mode in ("RGBA", "LA", "P"):
+                found.append(opened.convert("RGBA"))
+                found[-1].thumbnail((CROPS[0], CROPS[0]))
+    return found
+
+
+def crops(
+    photographs: Sequence[Image.Image],
+    count: int,
+    size: int,
+    seed: int,
+    normal: dict[str, Any],
+    cutouts: Sequence[Image.Image] = (),
+) -> Tensor:
+    """Return random crops of all photographs in turn, half of them mirrored: [count, 3, size, size].
+
+    cutouts: pictures of which every second crop gets one, shuffled, whose longer side is 0.5 to 1.1 of its own.
+    """
     generator, drawn = random.Random(seed), []
+    cutouts = random.Random(seed).sample(cutouts, len(cutouts))
     for index in range(count):
         photograph = photographs[index % len(photographs)]
         side = generator.randint(*CROPS)
         left, top = (generator.randint(0, length - side) for length in photograph.size)
-        drawn.append((photograph, (left, top, left + side, top + side), generator.random() < 0.5))
+        mirrored, pasted = generator.random() < 0.5, None
+        if cutouts and index % 2:
+            own = cutouts[index // 2 % len(cutouts)]
+            scale = generator.uniform(0.5, 1.1) * size / max(own.size)
+            shape = [max(1, round(scale * length)) for length in own.size]
+            place = [generator.randint(*sorted((0, size - length))) for length in shape]
+            pasted = own, shape, place
+        drawn.append((photograph, (left, top, left + side, top + side), mirrored, pasted))
 
-    def crop(photograph: Image.Image, box: tuple[int, ...], mirrored: bool) -> Tensor:
-        tensor = functional.to_tensor(photograph.resize((size, size), Image.Resampling.BICUBIC, box))
+    def crop(photograph: Image.Image, box: tuple[int, ...], mirrored: bool, pasted: Any) -> Tensor:
+        view = photograph.resize((size, size), Image.Resampling.BICUBIC, box)
+        if pasted is not None:
+            own = pasted[0].resize(pasted[1], Image.Resampling.BICUBIC)
+            view.paste(own, tuple(pasted[2]), own)
+        tensor = functional.to_tensor(view)
         return cast(Tensor, tensor.flip(2) if mirrored else tensor)
 
     with ThreadPoolExecutor() as pool:
@@ -149,13 +184,19 @@ def methods_of(model: nn.Module, views: Tensor, options: argparse.Namespace) -> 
             yield name, partial(pruned, model, scores, views[: times * options.count]), seconds
 
 
-def measure(model: nn.Module, photographs: Sequence[Image.Image], seed: int, options: argparse.Namespace) -> list[Any]:
+def measure(
+    model: nn.Module,
+    photographs: Sequence[Image.Image],
+    cutouts: Sequence[Image.Image],
+    seed: int,
+    options: argparse.Namespace,
+) -> list[Any]:
     """Return a row for every method and budget of one split of the photographs."""
     normal = timm.data.resolve_model_data_config(model)
     shuffled = random.Random(seed).sample(photographs, len(photographs))
     tested = max(1, round(TEST_SHARE * len(shuffled)))
     count = options.count * max(options.repair_views)
-    views = crops(shuffled[tested:], count, options.size, seed, normal).to(options.device)
+    views = crops(shuffled[tested:], count, options.size, seed, normal, cutouts).to(options.device)
     test = crops(shuffled[:tested], TEST_CROPS, options.size, seed + 50, normal).to(options.device)
     dense, dense_macs = features(model, test), macs_of(model, test)
     rows = []
@@ -229,6 +270,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--model", default="vit_small_patch14_dinov2", help="a timm ViT (default: %(default)s)")
     parser.add_argument("--weights", help="safetensors file for it (default: timm's pretrained weights)")
     parser.add_argument("--images", help="folder of photographs")
+    parser.add_argument("--cutouts", help="folder of pictures to paste into every second calibration crop")
     parser.add_argument("--size", type=int, default=98, help="pixels of the sides of crops (default: %(default)s)")
     parser.add_argument("--count", type=int, default=800, help="calibration crops (default: %(default)s)")
     parser.add_argument("--budgets", nargs="+", default=["75%", "50%", "35%", "25%", "15%"], help="of the MACs")
@@ -263,10 +305,12 @@ def measured(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[st
     """Measure every split, write the rows, and return them and the settings."""
     check_free(options.json)
     model, photographs = load_model(options), load_photographs(options.images)
-    settings = {**vars(options), "photographs": len(photographs), "test_crops": TEST_CROPS}
+    cutouts = [] if options.cutouts is None else load_cutouts(options.cutouts)
+    sizes = {"photographs": len(photographs), "cutouts_found": len(cutouts), "test_crops": TEST_CROPS}
+    settings = {**vars(options), **sizes}
     rows: list[dict[str, Any]] = []
     for seed in range(1, options.seeds + 1):
-        rows += measure(model, photographs, seed, options)
+        rows += measure(model, photographs, cutouts, seed, options)
         write_results(options.json, "backbone", rows, anew=True, settings=settings)
     return rows, settings
 
