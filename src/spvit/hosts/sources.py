@@ -11,9 +11,12 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from importlib.metadata import version
 from typing import Any, cast
 
+import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from spvit.errors import ModelError, UnsupportedHostError
 
@@ -122,7 +125,9 @@ def _made(model: nn.Module) -> dict[str, Any]:
 
 def without_weights() -> Any:
     """Return a context in which models are made without memory for their weights."""
-    from accelerate import init_empty_weights  # unlike the meta device it lets timm before 1.0.21 compute its settings
+    if TorchVersion(version("timm")) >= "1.0.21":
+        return torch.device("meta")
+    from accelerate import init_empty_weights  # which lets older ones compute settings with tensors
 
     return init_empty_weights()
 
