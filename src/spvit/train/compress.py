@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import set_seed
@@ -44,6 +44,8 @@ from spvit.train.rate import with_rate
 from spvit.train.run_folder import DENSE, FINETUNE, REPAIR, SCORE, SEARCH, RunFolder
 from spvit.train.settings import CompressConfig, ImageConfig, ScoresConfig, SearchConfig
 from spvit.train.states import BlockStates, checksum
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -246,14 +248,21 @@ def _repaired(
     """Return a pruned model as the first process repairs it, block by block in the run folder."""
     finished = block_states(REPAIR, dense if weights is None else weights, config, run, architecture.to_json())
 
-    def repair(views: Iterable[Tensor], report: Report | None = None) -> nn.Module:
+    def repair(views: Iterable[Tensor]) -> nn.Module:
         set_seed(config.seed)  # a continued run starts from the same weights where they are drawn
-        return prune(dense, architecture, weights=weights, repair=views, report=report, finished=finished)
+        more: dict[str, Any] = {"report": run.progress.count, "finished": finished}
+        return prune(dense, architecture, weights=weights, repair=views, **more)
 
     views = calibration(run.images, config.seed, config.repair_views * config.calibration_images)
-    with run.progress.bar(REPAIR, len(architecture.blocks)):
-        by_the_first(lambda: repair(views, run.progress.count))
-    return repair(())  # all blocks are finished, which takes no images
+    return repaired(repair, views, len(architecture.blocks), run)
+
+
+def repaired(repair: Callable[[Iterable[Tensor]], Made], views: Iterable[Tensor], blocks: int, run: Run) -> Made:
+    """Return what the first process makes of views; the others make it of the blocks that it has finished."""
+    made: list[Made] = []
+    with run.progress.bar(REPAIR, blocks):
+        by_the_first(lambda: made.append(repair(views)))
+        return made[0] if made else repair(())
 
 
 def block_states(phase: str, model: nn.Module, config: ScoresConfig, run: Run, *more: str) -> BlockStates:

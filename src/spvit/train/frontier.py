@@ -40,6 +40,7 @@ from spvit.train.compress import (
     deployed,
     fitting,
     judged,
+    repaired,
     scored,
     timed,
     write_model,
@@ -172,7 +173,12 @@ def _groups(
             folder.path.mkdir(exist_ok=True)
             group[text] = decided(folder, partial(group.__getitem__, text))
         views = views or list(calibration(run.images, config.seed, config.repair_views * config.calibration_images))
-        models = [deployed(own) for own in _repaired(group, folders, views, host, config, run)]
+        states = [
+            block_states(REPAIR, host.model, config, replace(run, folder=folders[text]), architecture.to_json())
+            for text, architecture in group.items()
+        ]
+        repair = partial(prune_each, host, list(group.values()), report=run.progress.count, finished=states)
+        models = [deployed(own) for own in repaired(repair, views, len(host.blocks), run)]
         found = figures_of(models, run.images, config, run.reference)
         points = {}
         for (text, architecture), model, figures in zip(group.items(), models, found):
@@ -183,31 +189,6 @@ def _groups(
             by_the_first(partial(shutil.rmtree, folders[text].states(REPAIR).parent, ignore_errors=True))
             run.progress.note(f"{text}: {points[text].words}")
         yield points, dict(zip(group, models))
-
-
-def _repaired(
-    group: Mapping[str, Architecture],
-    folders: Mapping[str, RunFolder],
-    views: Sequence[Tensor],
-    host: Host,
-    config: FrontierConfig,
-    run: Run,
-) -> list[nn.Module]:
-    """Return the models of some budgets as the first process repairs them, block by block in their folders."""
-    states = [
-        block_states(REPAIR, host.model, config, replace(run, folder=folders[text]), architecture.to_json())
-        for text, architecture in group.items()
-    ]
-    models: list[nn.Module] = []
-
-    def repair(views: Sequence[Tensor]) -> None:
-        models[:] = prune_each(host, list(group.values()), views, run.progress.count, states)
-
-    with run.progress.bar(REPAIR, len(host.blocks)):
-        by_the_first(lambda: repair(views))
-        if not models:
-            repair(())  # all blocks are finished, which takes no images
-    return models
 
 
 def _side_by_side(host: Host, images: int) -> int:
