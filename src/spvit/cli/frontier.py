@@ -26,7 +26,7 @@ def frontier_command(options: FrontierCommand, console: Console) -> None:
     drawn = [f"frontier{suffix}" for suffix in (".svg", ".png") if (folder / f"frontier{suffix}").is_file()]
     say(
         console,
-        f"{dense.words.split()[0]} on {found.images:,} validation images; nothing was trained",
+        f"{dense.judged_by} on {found.images:,} validation images; nothing was trained",
         f"files in {folder}: frontier.json, frontier.csv{''.join(f', {name}' for name in drawn)}",
         f'load a model with spvit.load("{folder}/{found.points[-1].folder}")',
     )
@@ -36,12 +36,12 @@ def frontier_command(options: FrontierCommand, console: Console) -> None:
 def _table(found: Frontier) -> Table:
     """Return what every budget costs and gives."""
     dense = found.points[0]
-    table = Table("budget", *right(dense.words.split()[0], "macs", "share", "params", "share", "seconds"))
+    table = Table("budget", *right(dense.judged_by, "macs", "share", "params", "share", "seconds"))
     for point in found.points:
         counts = [(point.macs, dense.macs), (point.params, dense.params)]
         cells = [cell for own, whole in counts for cell in (human(own), f"{own / whole:.1%}")]
         seconds = found.seconds["scores"] if point is dense else point.seconds
-        table.add_row(point.budget, point.words.split()[1], *cells, f"{seconds:.1f}")
+        table.add_row(point.budget, point.written, *cells, f"{seconds:.1f}")
     table.caption = "seconds: of the dense model to score it, of a budget its share of the rest"
     table.caption_justify = "left"
     return table

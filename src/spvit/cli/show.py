@@ -67,11 +67,11 @@ def speed_text(latency: Latency) -> str:
 
 def comparison_table(result: Compressed, costs: dict[str, NetworkCost]) -> Table:
     """Return dense and pruned side by side: accuracy or agreement, params and MACs."""
-    table = Table("", *right(result.dense.words.split()[0], "params", "macs"))
+    table = Table("", *right(result.dense.judged_by, "params", "macs"))
     for name, figures in (("dense", result.dense), ("pruned", result.pruned)):
         by_metric = [costs["params"], costs["macs"]]
         counts = [cost.dense if name == "dense" else cost.of(result.architecture) for cost in by_metric]
-        table.add_row(name, figures.words.split()[1], *map(human, counts))
+        table.add_row(name, figures.written, *map(human, counts))
     return table
 
 

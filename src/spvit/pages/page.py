@@ -160,11 +160,11 @@ def _sentence(reading: Reading) -> str:
     """Return what came out, in plain words."""
     if reading.frontier is not None:
         dense, *_, last = reading.frontier.points
-        metric, whole, (name, left) = reading.frontier.metric, dense.words.split()[1], last.words.split()
+        metric = reading.frontier.metric
         return (
             f"One scoring and {len(reading.frontier.points) - 1} budgets: at {last.budget} of the "
-            f"{METRICS.get(metric, metric)} the {name} is {left}, of the dense network {whole}, on "
-            f"{reading.frontier.images:,} validation images."
+            f"{METRICS.get(metric, metric)} the {last.judged_by} is {last.written}, of the dense network "
+            f"{dense.written}, on {reading.frontier.images:,} validation images."
         )
     costs, summary = reading.both("macs"), reading.summary
     if costs is None or not reading.finished:
@@ -253,9 +253,9 @@ def _budgets(reading: Reading) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         counts = ((point.macs, dense.macs), (point.params, dense.params))
         shares = [f"{human(own)} ({own / whole:.0%})" for own, whole in counts]
         measured = [f"{one.latency_ms:.2f}" for one in point.latency]
-        rows.append((point.budget, point.words.split()[1], *shares, *measured))
+        rows.append((point.budget, point.written, *shares, *measured))
     times = [f"ms, batch {one.batch}" for one in dense.latency]
-    return ("budget", dense.words.split()[0], "MACs", "parameters", *times), rows
+    return ("budget", dense.judged_by, "MACs", "parameters", *times), rows
 
 
 def _commands(reading: Reading) -> list[str]:

@@ -50,10 +50,19 @@ class Judged:
         return quality_of(vars(self))[1]
 
     @property
+    def judged_by(self) -> str:
+        """What the quality is: `accuracy` or `agreement`."""
+        return quality_of(vars(self))[0]
+
+    @property
+    def written(self) -> str:
+        """The quality as it is written."""
+        return said(*quality_of(vars(self)))
+
+    @property
     def words(self) -> str:
-        """The quality in words, of which the first is its name."""
-        name, value = quality_of(vars(self))
-        return f"{name} {said(name, value)}"
+        """What the quality is, and how good."""
+        return f"{self.judged_by} {self.written}"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from spvit.train.points import Frontier
 def frontier_pictures(found: Frontier) -> Iterator[Picture]:
     """Yield a chart for MACs and each batch size: the dense model with its level, and the budgets by name."""
     points, whole = found.points, found.points[0].quality
-    name, heights = points[0].words.split()[0], [point.quality for point in points]
+    name, heights = points[0].judged_by, [point.quality for point in points]
     costs = {"macs": ("MACs", "", [float(point.macs) for point in points])}
     for index, own in enumerate(points[0].latency):
         on = f" ({own.device}, {own.dtype}, threads {own.threads})"
