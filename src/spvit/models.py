@@ -14,7 +14,7 @@ from torch import nn
 
 from spvit import checkpoint
 from spvit.checkpoint import Preprocessing
-from spvit.errors import ModelError, UnsupportedHostError, ZooError
+from spvit.errors import ModelError, UnsupportedHostError, ZooError, first_line
 from spvit.hosts.recognise import family_of, known_family, said_size
 from spvit.hub import HUB, downloaded, spare_retries
 
@@ -119,7 +119,7 @@ def _open_own(config: ModelConfig) -> OpenedModel:
     except Exception as error:  # whatever the user's code raises
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             raise ModelError(f"no module {module} is found from {Path.cwd()}; see {config.model}") from error
-        raise ModelError(f"{config.model} failed: {type(error).__name__}: {checkpoint.first_line(error)}") from error
+        raise ModelError(f"{config.model} failed: {type(error).__name__}: {first_line(error)}") from error
     model, preprocessing = made if isinstance(made, tuple) and len(made) == 2 else (made, Preprocessing())
     if make is None:
         raise ModelError(f"module {module} has no {name!r}; expected a function or class that returns the model")
@@ -230,7 +230,7 @@ def _auto_class(config: Any, wants_classes: bool) -> tuple[Any, bool, bool]:
 
 def _not_downloaded(name: str, library: str, error: Exception) -> ModelError:
     return ModelError(
-        f"could not download the weights of {name} from {library} ({checkpoint.first_line(error)}); without a "
+        f"could not download the weights of {name} from {library} ({first_line(error)}); without a "
         "connection, name a folder, or a weights file with --checkpoint if it is the model to compress"
     )
 

@@ -12,10 +12,9 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from spvit.checkpoint import first_line
 from spvit.cli.options import ExportCommand
 from spvit.cli.show import right, say, speed_text
-from spvit.errors import ExportError, SpvitError
+from spvit.errors import ExportError, SpvitError, first_line
 from spvit.hosts.host import input_size
 from spvit.models import ModelConfig, OpenedModel, open_model
 from spvit.pages.reading import dense_model

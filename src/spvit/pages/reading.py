@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from spvit.architecture import Architecture, dense
-from spvit.checkpoint import DESCRIPTION, Description, describe, described_host, first_line, load
+from spvit.checkpoint import DESCRIPTION, Description, describe, described_host, load
 from spvit.cost import NetworkCost
-from spvit.errors import RunFolderError, SpvitError
+from spvit.errors import RunFolderError, SpvitError, first_line
 from spvit.hosts.host import Host
 from spvit.hosts.sources import without_weights
 from spvit.models import ModelConfig, names_code, open_model

@@ -24,9 +24,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from spvit.checkpoint import Preprocessing, first_line
+from spvit.checkpoint import Preprocessing
 from spvit.cost import count_params
-from spvit.errors import ExportError, RunError
+from spvit.errors import ExportError, RunError, first_line
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host, macs_of_image, outputs_of
 from spvit.hosts.recognise import family_of

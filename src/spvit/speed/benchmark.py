@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spvit.checkpoint import DESCRIPTION, WEIGHTS, first_line
+from spvit.checkpoint import DESCRIPTION, WEIGHTS
 from spvit.cost import count_params
-from spvit.errors import ModelError, RunError
+from spvit.errors import ModelError, RunError, first_line
 from spvit.hosts.host import input_size, macs_of_image
 from spvit.models import ModelConfig, device_named, open_model
 from spvit.runtimes.export import bytes_of

@@ -13,8 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast, parse_flag_from_env, reduce
 from torch import nn
 
-from spvit.checkpoint import first_line
-from spvit.errors import DataError, RunError
+from spvit.errors import DataError, RunError, first_line
 from spvit.models import device_named
 
 SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")

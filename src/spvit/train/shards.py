@@ -12,8 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from spvit.checkpoint import first_line
-from spvit.errors import DataError
+from spvit.errors import DataError, first_line
 from spvit.hosts.recognise import family_of
 from spvit.train.processes import processes
 

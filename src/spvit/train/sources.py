@@ -28,8 +28,8 @@ from rich.console import Console
 from torch.utils.data import Subset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from spvit.checkpoint import first_line, make_folder, replace_atomically
-from spvit.errors import DataError
+from spvit.checkpoint import make_folder, replace_atomically
+from spvit.errors import DataError, first_line
 from spvit.train.pictures import Stored, part_of
 from spvit.train.progress import PhaseProgress
 from spvit.train.settings import ImageConfig

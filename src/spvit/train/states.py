@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spvit.checkpoint import first_line, make_folder, read_weights, replace_atomically
-from spvit.errors import CheckpointError, RunFolderError
+from spvit.checkpoint import make_folder, read_weights, replace_atomically
+from spvit.errors import CheckpointError, RunFolderError, first_line
 from spvit.hosts.walk import Part
 
 STATE_FORMAT = 4  # those of others are not read, the first of which were pickles

@@ -11,8 +11,8 @@ from typing import Any
 
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, WandBTracker
 
-from spvit.checkpoint import first_line, write_text
-from spvit.errors import RunError
+from spvit.checkpoint import write_text
+from spvit.errors import RunError, first_line
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig
 
