@@ -120,6 +120,11 @@ def test_a_killed_frontier_does_not_repeat_what_is_done(monkeypatch, tmp_path: P
     assert all(len(point.latency) == 1 for point in found.points)
     assert states_equal(spvit.load(out / "70pct"), kept)
     assert Frontier.load(out).points[1].latency[0].speed_up_range == found.points[1].latency[0].speed_up_range
+    more = spvit.frontier(host, images, ("55%",), output=out, config=SHORT, resume=True)
+    assert [point.budget for point in more.points] == ["dense", "70%", "55%", "40%"]
+    assert states_equal(spvit.load(out / "70pct"), kept)
+    with (out / "frontier.csv").open(encoding="utf-8", newline="") as file:
+        assert all(float(row["latency_ms_batch_1"]) > 0 for row in csv.DictReader(file))
 
 
 def test_a_frontier_killed_while_it_repairs_goes_on_at_the_next_block(monkeypatch, tmp_path: Path) -> None:

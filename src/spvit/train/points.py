@@ -87,6 +87,7 @@ class Frontier:
                 for one in point.latency:
                     row |= {f"{name}_batch_{one.batch}": getattr(one, name) for name in COLUMNS}
                 rows.append(row)
-            writer = csv.DictWriter(file, rows[0])
+            # Budgets that were done before have latencies when the dense model has none yet.
+            writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
             writer.writeheader()
             writer.writerows(rows)
