@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from spvit.cli.main import main
 from spvit.errors import DataError
 from spvit.train.data import Images
 from spvit.train.figures import Agreement, Answering, Reference, figures_of, reference_of
-from spvit.train.loop import Phase, Run, run_phase
+from spvit.train.loop import Loop, Phase, Run, run_phase
 from spvit.train.rate import with_rate
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import CompressConfig, ImageConfig, LoopConfig, PhaseConfig
@@ -105,8 +107,8 @@ def test_agreement_of_classifiers_is_the_share_of_equal_first_guesses() -> None:
     assert figures.words == f"agreement {float(share):.4f}"
 
 
-def _run(folder: Path, images: Images, reference: Reference) -> Run:
-    return Run(images, RunFolder(folder), LoopConfig(), reference=reference)
+def _run(folder: Path, images: Images, reference: Reference, **settings: int) -> Run:
+    return Run(images, RunFolder(folder), LoopConfig(**settings), reference=reference)
 
 
 @pytest.mark.parametrize("classes", [0, 10])
@@ -153,20 +155,54 @@ def test_the_rate_is_the_last_that_a_short_trial_gains_by(tmp_path: Path, monkey
     run = _run(tmp_path, images, reference_of(dense, images, LoopConfig()))
     tried = []
 
-    def trial(phase: Phase, run: Run, rate: float, folder: RunFolder) -> float:
+    def trial(phase: Phase, run: Run, rate: float, folder: RunFolder) -> tuple[float, float]:
         tried.append(rate)
-        return [0.1, 0.2, 0.3, 0.25, 0.9][len(tried) - 1]
+        return [0.1, 0.2, 0.3, 0.25, 0.9][len(tried) - 1], 1280.0
 
     monkeypatch.setattr("spvit.train.rate._trial", trial)
     asked = Phase("finetune", dense, short(1, learning_rate=None))
-    assert with_rate(asked, run).config.learning_rate == 5e-5
+    found = with_rate(asked, run)
+    assert (found.config.learning_rate, found.config.minimum_learning_rate, found.steps) == (5e-5, 0.0, None)
     assert tried == [5e-6, 1.5e-5, 5e-5, 1.5e-4]
     assert with_rate(asked, run).config.learning_rate == 5e-5  # as the run's folder says
     assert len(tried) == 4
+    timed = replace(asked, config=replace(asked.config, minutes=2.0))
+    assert with_rate(timed, run).steps == 0.9 * 120 * 1280 / run.images.config.batch_size
     given = Phase("finetune", dense, short(1, learning_rate=1e-2))
     assert with_rate(given, run) is given
     labelled = Run(digits(), RunFolder(tmp_path), LoopConfig())
     assert with_rate(asked, labelled) is asked
+
+
+def test_steps_that_minutes_have_room_for_end_a_phase_and_its_schedule(tmp_path: Path) -> None:
+    images, dense, model = unlabelled(batch_size=128), micro_host(num_classes=0), micro_host(1, num_classes=0)
+    run = _run(tmp_path, images, reference_of(dense, images, LoopConfig()), log_every=1)
+    config = short(100, minutes=60.0, minimum_learning_rate=0.0, warmup_epochs=0)
+    run_phase(Phase("finetune", model, config, steps=15), run)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["learning_rate"] for line in lines if line["event"] == "step"]
+    assert rates == pytest.approx([1e-3 * 0.5 * (1 + math.cos(math.pi * step / 15)) for step in range(15)])
+    assert [line["epoch"] for line in lines if line["event"] == "evaluation"] == [1, 2]  # of 12 steps each
+    again = run_phase(Phase("finetune", micro_host(1, num_classes=0), config, steps=15), run)
+    assert again.quality == lines[-1]["agreement"]  # it has ended, and is not trained on
+
+
+def test_weights_half_way_are_kept_where_they_are_the_best(tmp_path: Path, monkeypatch) -> None:
+    images, dense, model = unlabelled(), micro_host(num_classes=0), micro_host(1, num_classes=0)
+
+    def too_far(loop: Loop, epoch: int, start: int) -> None:
+        loop.place = epoch, loop.steps
+        with torch.no_grad():
+            for own, wanted in zip(loop.phase.model.parameters(), dense.parameters()):
+                own.copy_(2 * wanted - own)
+
+    monkeypatch.setattr(Loop, "_epoch", too_far)
+    monkeypatch.setattr(Loop, "reading", Mock(), raising=False)
+    run = _run(tmp_path, images, reference_of(dense, images, LoopConfig()))
+    figures = run_phase(Phase("finetune", model, short(1, keep_best=True)), run)
+    assert figures.quality == pytest.approx(1, abs=1e-5)
+    for own, wanted in zip(model.parameters(), dense.parameters()):
+        torch.testing.assert_close(own, wanted, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -63,13 +63,17 @@ class Run:
 
 @dataclass
 class Phase:
-    """What the loop trains: a model, its settings, the budget of a search, and who teaches if settings name no one."""
+    """What the loop trains: a model, its settings, the budget of a search, and who teaches if settings name no one.
+
+    Steps are those after which it ends, where they are fewer than those of the epochs.
+    """
 
     name: str
     model: nn.Module
     config: PhaseConfig
     budget: BudgetLoss | None = None
     teacher: nn.Module | None = None
+    steps: int | None = None
 
 
 def run_phase(phase: Phase, run: Run) -> Figures:
@@ -106,7 +110,8 @@ class Loop:
         self.train = prepare_data_loader(loader, self.accelerator.device, 1, 0, put_on_device=True)
         self.accumulate = run.images.config.accumulate
         self.steps = len(self.train) // self.accumulate  # of an epoch
-        self.total = max(1, settings.epochs * self.steps)
+        steps = settings.epochs * self.steps
+        self.total = max(1, steps if phase.steps is None else min(steps, phase.steps))
         self.sharded = run.config.shard and phase.budget is None and processes > 1
         self.whole = phase.model.to("cpu" if self.sharded else self.accelerator.device)
         if self.sharded:
@@ -142,6 +147,8 @@ class Loop:
         self.unread: tuple[dict[str, Tensor], Tensor, int, int] | None = None
         if self.average is not None:
             self.parts["average"] = self.kept
+        halved = settings.keep_best and run.reference is not None
+        self.start = [value.clone() for value in self._floats()] if halved else []
 
     def _called(self, model: nn.Module) -> nn.Module:
         """Return a model that answers what a step compares: the parts that count, where there is a reference."""
@@ -164,7 +171,7 @@ class Loop:
         done, start = self.place
         if self.place == (0, 0) and self.settings.keep_best:
             figures = self._evaluate(0)
-        with self.progress.bar(self.phase.name, epochs * steps, done * steps + start):
+        with self.progress.bar(self.phase.name, self.total, done * steps + start):
             for epoch in range(done, epochs):
                 self._epoch(epoch, start if epoch == done else 0)
                 figures = self._evaluate(epoch + 1)
@@ -179,6 +186,8 @@ class Loop:
                 if over:
                     break
         figures = self._evaluate() if figures is None else figures
+        if self.start:
+            self._offer_half_way()
         if self.kept is not self.phase.model:
             self.phase.model.load_state_dict(self.kept.state_dict())
         best, path = self.folder.best(self.phase.name)
@@ -186,14 +195,30 @@ class Loop:
             load_tensors(self.phase.model, read_weights(path), "of the best weights")
             self.judged = self.model
             figures = self._evaluate()
-            which = f"epoch {best['epoch']}" if best["epoch"] > 0 else "what it started from"
-            self.progress.note(f"{self.phase.name}: {which} was the best on the validation images and is kept")
+            self.progress.note(f"{self.phase.name}: {best['name']} was the best on the validation images and is kept")
         if self.sharded:
             put_together(self.phase.model, self.whole)
         self.accelerator.free_memory()
         return finite(figures, self.whole)
 
-    def _evaluate(self, epoch: int | None = None) -> Figures:
+    def _floats(self) -> list[Tensor]:
+        """Return the weights and statistics that are kept, of which this process may hold parts."""
+        return [local(value) for value in self.kept.state_dict().values() if value.is_floating_point()]
+
+    @torch.no_grad()
+    def _offer_half_way(self) -> None:
+        """Keep the weights half-way from where the phase started to where it ended, if they are the best.
+
+        Where a rate is too high for so few images they are better than both (docs/experiments/distillation.md).
+        """
+        ends = [value.clone() for value in self._floats()]
+        for own, start in zip(self._floats(), self.start):
+            own.lerp_(start, 0.5)
+        self._evaluate(math.ceil(self.total / self.steps), "half-way from its start to its end")
+        for own, end in zip(self._floats(), ends):
+            own.copy_(end)
+
+    def _evaluate(self, epoch: int | None = None, name: str = "") -> Figures:
         """Return the figures now; of an epoch its weights are kept, if they are the best and that is asked for."""
         share_buffers(self.kept)
         [figures] = evaluate(
@@ -202,7 +227,8 @@ class Loop:
         )
         if self.settings.keep_best and epoch is not None and is_finite(figures):
             tensors = tensors_of(self.kept)
-            by_the_first(partial(self.folder.offer_best, self.phase.name, epoch, figures.quality, tensors))
+            name = name or (f"epoch {epoch}" if epoch > 0 else "what it started from")
+            by_the_first(partial(self.folder.offer_best, self.phase.name, epoch, name, figures.quality, tensors))
         return figures
 
     def _epoch(self, epoch: int, start: int) -> None:
@@ -234,7 +260,10 @@ class Loop:
                     break
 
     def _over(self) -> bool:
-        """Return whether the minutes of the phase are over, to any process."""
+        """Return whether the phase has had its steps, or its minutes are over, to any process."""
+        epoch, step = self.place
+        if epoch * self.steps + step >= self.total:
+            return True
         return self.ends_at < math.inf and summed(time.monotonic() > self.ends_at)[0] > 0
 
     def _stale(self, epoch: int) -> bool:

@@ -1,6 +1,8 @@
 """The learning rate of distillation without labels: the last of a few rising ones that a short trial gains by.
 
 How high a rate a network bears differs a hundredfold between a large one trained on millions of images and a small one.
+Trials and training fall from it to zero along a cosine: where minutes end the training, the trials say how many steps
+they have room for.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ from typing import Any
 from torch.utils.data import Subset
 
 from spvit.train.loop import Phase, Run, run_phase
-from spvit.train.processes import by_the_first
+from spvit.train.processes import by_the_first, processes, summed
 from spvit.train.run_folder import RunFolder
 
 RATES = (5e-6, 1.5e-5, 5e-5, 1.5e-4, 5e-4)
 STEPS, VALIDATED = 40, 1000
 """Of a trial: how many steps it trains, and at most how many images judge it."""
+TRAINING = 0.9
+"""Share of the minutes that steps have; the rest is for evaluations."""
 EVENT = "learning_rate"
 
 
@@ -28,30 +32,39 @@ def with_rate(phase: Phase, run: Run) -> Phase:
     if phase.config.learning_rate is not None or run.reference is None:
         return phase
     found = run.folder.recorded(phase.name, EVENT)
-    rate = found["learning_rate"] if found else _best(phase, run)
     if not found:
-        line = {"phase": phase.name, "event": EVENT, "epoch": 0, "learning_rate": rate}
-        by_the_first(lambda: run.folder.record(line))
+        rate, speed = _best(phase, run)
+        found = {"phase": phase.name, "event": EVENT, "epoch": 0, "learning_rate": rate, "images_per_s": speed}
+        by_the_first(lambda: run.folder.record(found))
         run.progress.note(f"{phase.name}: learning rate {rate:.2g}, by short trials")
-    return replace(phase, config=replace(phase.config, learning_rate=rate, reference_batch=0))
+    steps = None
+    if phase.config.minutes is not None:
+        seconds = TRAINING * 60 * phase.config.minutes
+        steps = max(STEPS, int(seconds * found["images_per_s"] / (_batch(run) * processes().num_processes)))
+    settled = replace(phase.config, learning_rate=found["learning_rate"], minimum_learning_rate=0.0, reference_batch=0)
+    return replace(phase, config=settled, steps=steps)
 
 
-def _best(phase: Phase, run: Run) -> float:
-    """Return the rate after which the next one brings a model less near to the dense one."""
-    found: list[float] = []
+def _batch(run: Run) -> int:
+    return run.images.config.batch_size * run.images.config.accumulate
+
+
+def _best(phase: Phase, run: Run) -> tuple[float, float]:
+    """Return the rate after which the next one brings a model less near to the dense one, and images a second."""
+    found: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         for rate in RATES:
             found.append(_trial(phase, run, rate, RunFolder(folder)))
-            if len(found) > 1 and found[-1] <= found[-2]:
-                return RATES[len(found) - 2]
-    return RATES[-1]
+            if len(found) > 1 and found[-1][0] <= found[-2][0]:
+                return RATES[len(found) - 2], found[-1][1]
+    return RATES[-1], found[-1][1]
 
 
-def _trial(phase: Phase, run: Run, rate: float, folder: RunFolder) -> float:
-    """Return the quality of a copy of the model after some steps at a constant rate."""
+def _trial(phase: Phase, run: Run, rate: float, folder: RunFolder) -> tuple[float, float]:
+    """Return the quality of a copy of the model after some steps, and how many images a second these took."""
     train: Any = run.images.train
     validation: Any = run.images.validation
-    count = STEPS * run.images.config.batch_size * run.images.config.accumulate
+    count = STEPS * _batch(run)
     images = replace(
         run.images,
         train=Subset(train, list(islice(cycle(range(len(train))), count))),
@@ -64,7 +77,9 @@ def _trial(phase: Phase, run: Run, rate: float, folder: RunFolder) -> float:
         "keep_best": False,
         "patience": 0,
     }
-    short = replace(phase.config, epochs=1, learning_rate=rate, **plain)
-    name = f"rate {rate:.2g}"
-    tried = replace(phase, name=name, model=copy.deepcopy(phase.model), config=replace(short, warmup_epochs=0))
-    return run_phase(tried, replace(run, images=images, folder=folder)).quality
+    short = replace(phase.config, epochs=1, learning_rate=rate, minimum_learning_rate=0.0, warmup_epochs=0, **plain)
+    tried = replace(phase, name=f"rate {rate:.2g}", model=copy.deepcopy(phase.model), config=short)
+    quality = run_phase(tried, replace(run, images=images, folder=folder)).quality
+    last = folder.recorded(tried.name, "step")  # which the first process writes
+    [speed] = summed(last["images_per_s"] if last else 0.0)
+    return quality, speed

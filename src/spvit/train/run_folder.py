@@ -286,21 +286,21 @@ class RunFolder:
             raise RunFolderError(f"no state in {self.states(phase)} is whole; {advice}")
         return {"epoch": 0, "step": 0, "figures": {}}, {}
 
-    def offer_best(self, phase: str, epoch: int, accuracy: float, tensors: dict[str, Tensor]) -> None:
-        """Keep weights if none had a higher accuracy: of equals the later ones, which trained longer."""
+    def offer_best(self, phase: str, epoch: int, name: str, accuracy: float, tensors: dict[str, Tensor]) -> None:
+        """Keep weights, named in words, if none had a higher accuracy: of equals the later ones, trained longer."""
         best, path = self.best(phase)
         if accuracy >= best["accuracy"]:
             gained = epoch if accuracy > best["accuracy"] else best["gained"]
-            write_state(path, tensors, {"epoch": epoch, "gained": gained, "accuracy": accuracy})
+            write_state(path, tensors, {"epoch": epoch, "name": name, "gained": gained, "accuracy": accuracy})
 
     def best(self, phase: str) -> tuple[dict[str, Any], Path]:
         """Return what is known of a phase's best weights, and their file; without any the accuracy is below 0.
 
-        Known are their `epoch`, their `accuracy`, and `gained`, the first epoch that had it.
+        Known are their `epoch`, their `name`, their `accuracy`, and `gained`, the first epoch that had it.
         """
         path = self.states(phase) / "best.safetensors"
         values: Any = about_state(path) if path.is_file() else {"epoch": 0, "accuracy": -1.0}
-        return {"gained": values["epoch"], **values}, path
+        return {"gained": values["epoch"], "name": f"epoch {values['epoch']}", **values}, path
 
     def drop_damaged_best(self, phase: str) -> None:
         """Remove a phase's best weights if they are damaged; the best from here on are kept."""
