@@ -12,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from torch.utils.data import Subset
 
 import spvit
 from spvit.cli.main import main
 from spvit.errors import DataError
+from spvit.train.compress import halves
 from spvit.train.data import Images
 from spvit.train.figures import Agreement, Answering, Reference, figures_of, reference_of
 from spvit.train.loop import Loop, Phase, Run, run_phase
@@ -215,6 +217,18 @@ def test_a_trial_trains_a_copy_and_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_halves_of_the_validation_images_choose_and_report() -> None:
+    images = unlabelled()
+    every = range(len(images.validation))
+    for count in (1, 2, 7):
+        chosen_by, reported = halves(replace(images, validation=Subset(images.validation, range(count))))
+        places = [
+            [part.dataset.indices[place] for place in part.indices]
+            for part in (chosen_by.validation, reported.validation)
+        ]
+        assert places == ([[0], [0]] if count == 1 else [list(every[:count:2]), list(every[1:count:2])])
+
+
 @pytest.mark.slow
 def test_compress_of_a_backbone_repairs_distils_and_writes_agreement(tmp_path: Path) -> None:
     host = micro_host(num_classes=0)
@@ -223,7 +237,8 @@ def test_compress_of_a_backbone_repairs_distils_and_writes_agreement(tmp_path: P
     assert result.dense.quality == pytest.approx(1, abs=1e-5)
     assert result.pruned.quality >= result.after_pruning.quality
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["pruned"] == {"agreement": result.pruned.quality, "images": 360}
+    assert summary["pruned"] == {"agreement": result.pruned.quality, "images": 180}
+    assert result.dense.images == result.after_pruning.images == 180  # the others chose among epochs
     assert spvit.describe(tmp_path).classes is None
     assert spvit.load(tmp_path)(torch.randn(2, 1, 8, 8)).shape == (2, 24)
 

@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import set_seed
 from rich.console import Console
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from spvit.architecture import DEFAULT_MULTIPLE, Architecture
 from spvit.budget import DEFAULT_BUDGET, Budget, check_multiple
@@ -115,7 +116,9 @@ def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: R
     run = replace(run, images=fitting(run.images, host))
     limits = check_compress(host, budget, config, run)
     run.folder.path.mkdir(parents=True, exist_ok=True)
-    run = checked(run)
+    run = chooser = checked(run)
+    if not run.images.classes and config.finetuning.epochs > 0:
+        chooser, run = (replace(run, images=images) for images in halves(run.images))
     dense = copy.deepcopy(host).to(processes().device)
     if config.dense.epochs > 0:
         dense_figures = run_phase(Phase(DENSE, dense, config.dense), run)
@@ -138,7 +141,11 @@ def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: R
     figures = after_pruning
     run.progress.note(f"after pruning{' and repair' if config.repair else ''}: {after_pruning.words}")
     if config.finetuning.epochs > 0:
-        figures = run_phase(with_rate(Phase(FINETUNE, pruned, config.finetuning, teacher=dense), run), run)
+        if chooser is not run:
+            chooser, _ = judged(dense, config, chooser)
+        figures = run_phase(with_rate(Phase(FINETUNE, pruned, config.finetuning, teacher=dense), chooser), chooser)
+        if chooser is not run:  # these have chosen nothing
+            [figures] = figures_of([pruned], run.images, config, run.reference)
     model = deployed(pruned)
     write_model(model, figures, run.images, run.folder.path)
     costs = {
@@ -180,6 +187,14 @@ def fitting(images: Images, host: nn.Module) -> Images:
         found = f"the images have {count} classes, but the host tells {number_of_classes(host)} apart"
         raise DataError(f"{found}; give it a head of as many")
     return images
+
+
+def halves(images: Images) -> tuple[Images, Images]:
+    """Return images with one half of the validation images, to choose weights by, and with the other, to report on."""
+    validation: Any = images.validation
+    count = len(validation)
+    first, second = (range(start, count, 2) if count > 1 else range(count) for start in (0, 1))
+    return replace(images, validation=Subset(validation, first)), replace(images, validation=Subset(validation, second))
 
 
 def judged(dense: nn.Module | Host, config: ScoresConfig, run: Run) -> tuple[Run, Figures]:

@@ -162,8 +162,8 @@ class PhaseConfig:
     minutes: float | None = within(None, 0, above=True)
     """Most minutes of the phase, counted anew by a continued run: then the epoch under way ends, and is the last."""
     learning_rate: float | None = within(None, 0)
-    """Peak learning rate of the weights (AdamW). When absent 5e-4; without labels, what short trials find best, and then
-    it falls to zero."""
+    """Peak learning rate of the weights (AdamW). When absent 5e-4; without labels, what short trials find best, which
+    then falls to zero."""
     minimum_learning_rate: float = within(1e-5, 0)
     """Learning rate at the end of the cosine schedule; equal to the peak for a constant rate."""
     warmup_epochs: float = within(0.5, 0)
