@@ -20,7 +20,7 @@ from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.cli.main import parse
 from spvit.errors import CheckpointError, HubError, ModelError, ReportError, RunFolderError
 from spvit.models import ModelConfig, open_model
-from spvit.publish import model_card
+from spvit.pages.card import model_card
 from spvit.train.run_folder import RunFolder
 from training import GREY, micro_host, states_equal
 
@@ -197,7 +197,7 @@ def test_picture_of_the_report_goes_with_the_card(hub: Hub, saved: Path, monkeyp
     def missing(*_: object, **__: object) -> Path:
         raise ReportError("a report needs jinja2")
 
-    monkeypatch.setattr("spvit.publish.report", missing)
+    monkeypatch.setattr("spvit.pages.card.report", missing)
     spvit.push(saved, "me/plain")
     assert "network.svg" not in hub.repositories["me/plain"].files()
     assert "network.svg" not in hub.repositories["me/plain"].files()["README.md"].decode()

@@ -1,90 +1,36 @@
-"""Sites to and from JSON values, field by field and strictly; blocks that differ in their number alone are one entry.
-
-Fields that have their default are left out. Where a field may be of several dataclasses, `class` names which it is.
-"""
+"""What is known of a model, to and from JSON values; blocks that differ in their number alone are one entry."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
-import types
 from collections.abc import Iterator, Sequence
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
-from spvit.errors import CheckpointError
+from spvit.fields import from_data, to_data
+from spvit.hosts.family import Family
 from spvit.hosts.sites import BlockSites
 
 NUMBER = "{}"
 """Stands for a block's number in names."""
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 
 
-def to_data(value: Any, hint: Any = None) -> Any:
-    """Return a dataclass, or a value of a type that its fields may have, as JSON values.
-
-    Raises:
-        CheckpointError: a field holds what no file can.
-    """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        data = {"class": type(value).__name__} if hint is not None and _classes(hint) != [type(value)] else {}
-        hints = get_type_hints(type(value))
-        for field in dataclasses.fields(value):
-            item = getattr(value, field.name)
-            if item != _default(field):
-                data[field.name] = to_data(item, hints[field.name])
-        return data
-    if isinstance(value, (tuple, list)):
-        if BlockSites in get_args(hint):
-            return _together(value)
-        inner = next((part for part in _options(hint) if get_origin(part) is tuple), None)
-        return [to_data(item, part) for item, part in zip(value, _items(inner, len(value)) if inner else ())]
-    if not isinstance(value, tuple(_WORDS)):
-        raise CheckpointError(f"{type(value).__name__} {value!r} of a site cannot be written to a file")
-    return value
+def family_to_data(family: Family) -> dict[str, Any]:
+    """Return a family as JSON values. Raises CheckpointError when a field holds what no file can."""
+    together = [
+        {**({"numbers": numbers} if numbers else {}), **to_data(pattern)} for pattern, numbers in alike(family.sites)
+    ]
+    return {**to_data(dataclasses.replace(family, sites=())), "sites": together}
 
 
-def from_data(hint: Any, data: Any, where: str) -> Any:
-    """Return a value of a type, a dataclass among them, from JSON values; the inverse of `to_data`.
-
-    Raises:
-        CheckpointError: names the field that is unknown, missing, or of another type.
-    """
-    options = _options(hint)
-    tuples = [part for part in options if get_origin(part) is tuple]
-    if isinstance(data, dict) and _classes(hint):
-        return _dataclass_from(hint, data, where)
-    if isinstance(data, list) and tuples:
-        if BlockSites in get_args(tuples[0]):
-            data = list(_apart(data, where))
-        parts = _items(tuples[0], len(data))
-        if len(parts) == len(data):
-            pairs = enumerate(zip(parts, data))
-            return tuple(from_data(part, item, f"{where}[{index}]") for index, (part, item) in pairs)
-    elif type(data) in options:
-        return data
-    elif float in options and type(data) is int:
-        return float(data)
-    known = [_WORDS.get(part, "a list" if part in tuples else "an object") for part in options]
-    lengths = [f" of {len(get_args(part))}" for part in tuples if Ellipsis not in get_args(part)]
-    raise CheckpointError(f"{where} is {data!r}, expected {' or '.join(dict.fromkeys(known))}{''.join(lengths)}")
-
-
-def _dataclass_from(hint: Any, data: dict[str, Any], where: str) -> Any:
-    classes = {cls.__name__: cls for option in _classes(hint) for cls in _with_subclasses(option)}
-    name = data.get("class", next(iter(classes)))
-    if name not in classes:
-        raise CheckpointError(f"{where}.class is {name!r}, expected one of {', '.join(classes)}")
-    cls = classes[name]
-    fields, hints = {field.name: field for field in dataclasses.fields(cls)}, get_type_hints(cls)
-    given = {key: value for key, value in data.items() if key != "class"}
-    for key in given:
-        if key not in fields:
-            raise CheckpointError(f"{where}: unknown field {key!r}, expected {', '.join(fields)}")
-    for key, field in fields.items():
-        if key not in given and _default(field) is dataclasses.MISSING:
-            raise CheckpointError(f"{where}: field {key!r} is missing")
-    return cls(**{key: from_data(hints[key], value, f"{where}.{key}") for key, value in given.items()})
+def family_from_data(data: Any, where: str) -> Family:
+    """Return the family that JSON values are of. Raises CheckpointError naming the field that is odd."""
+    entries = data.get("sites") if isinstance(data, dict) else None
+    if not isinstance(entries, list):
+        return from_data(Family, data, where)
+    family: Family = from_data(Family, {**data, "sites": []}, where)
+    blocks = [block for index, entry in enumerate(entries) for block in _apart(entry, f"{where}.sites[{index}]")]
+    return dataclasses.replace(family, sites=tuple(blocks))
 
 
 def pattern_of(block: BlockSites) -> tuple[BlockSites, int | None]:
@@ -121,47 +67,12 @@ def alike(blocks: Sequence[BlockSites]) -> list[tuple[BlockSites, list[int]]]:
     return found
 
 
-def _together(blocks: Sequence[BlockSites]) -> list[dict[str, Any]]:
-    return [{**({"numbers": numbers} if numbers else {}), **to_data(pattern)} for pattern, numbers in alike(blocks)]
-
-
-def _apart(data: list[Any], where: str) -> Iterator[Any]:
-    """Yield the JSON values of each block of those that `_together` wrote."""
-    for entry in data:
-        if not isinstance(entry, dict) or "numbers" not in entry:
-            yield entry
-            continue
-        numbers = from_data(tuple[int, ...], entry["numbers"], f"{where}.numbers")
-        for number in numbers:
-            yield _numbered({key: value for key, value in entry.items() if key != "numbers"}, number)
-
-
-def _numbered(value: Any, number: int) -> Any:
-    if isinstance(value, dict):
-        return {key: _numbered(item, number) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbered(item, number) for item in value]
-    return value.replace(NUMBER, str(number)) if isinstance(value, str) else value
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
-def _classes(hint: Any) -> list[type]:
-    return [part for part in _options(hint) if dataclasses.is_dataclass(part) and isinstance(part, type)]
-
-
-def _with_subclasses(cls: type[Any]) -> list[type[Any]]:
-    inside = (_with_subclasses(own) for own in cls.__subclasses__())
-    return [cls, *itertools.chain(*inside)]
-
-
-def _items(hint: Any, count: int) -> tuple[Any, ...]:
-    """Return the types of the items of a tuple of so many."""
-    parts = get_args(hint)
-    return parts[:1] * count if Ellipsis in parts else parts
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+def _apart(entry: Any, where: str) -> Iterator[BlockSites]:
+    """Yield the blocks of one entry."""
+    plain = {key: value for key, value in entry.items() if key != "numbers"} if isinstance(entry, dict) else entry
+    pattern: BlockSites = from_data(BlockSites, plain, where)
+    if plain is entry or "numbers" not in entry:
+        yield pattern
+        return
+    for number in from_data(tuple[int, ...], entry["numbers"], f"{where}.numbers"):
+        yield renamed(pattern, pattern.path, pattern.path.replace(NUMBER, str(number)))

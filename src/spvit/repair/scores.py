@@ -22,9 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spvit.architecture import DEFAULT_MULTIPLE, FFN, KINDS, Attention, Block, attention_from_dict
+from spvit.architecture import DEFAULT_MULTIPLE, FFN, KINDS, Attention, Block
 from spvit.budget import check_multiple
-from spvit.errors import ArchitectureError, CalibrationError
+from spvit.errors import CalibrationError
+from spvit.fields import fields_of, from_data, to_data
 from spvit.hosts.host import Host
 from spvit.hosts.walk import (
     BATCH,
@@ -81,14 +82,14 @@ class BlockScores:
         }
         tensors = {name: torch.tensor(own, dtype=torch.float64) for name, own in numbers.items()}
         tensors["units"] = torch.tensor(self.ranking.units)
-        return {"attention": [attention.to_dict() for attention, _ in self.attention]}, tensors
+        return {"attention": [to_data(attention) for attention, _ in self.attention]}, tensors
 
     @staticmethod
     def of_part(part: Part, where: str) -> BlockScores:
         """Return the scores that `part` returned; `where` is what errors name them by."""
         values, tensors = part
         own = {name: tensors[name].tolist() for name in ("attention", "errors", "ffn", "units")}
-        attention = [attention_from_dict(item, f"{where} attention") for item in values["attention"]]
+        attention = [from_data(Attention, item, f"{where} attention") for item in values["attention"]]
         pairs = tuple(zip(attention, own["attention"], strict=True))
         return BlockScores(pairs, Ranking(tuple(own["units"]), tuple(own["errors"])), tuple(own["ffn"]))
 
@@ -141,15 +142,14 @@ class Scores:
         """Read the scores of a folder. Raises CalibrationError naming the folder when they are missing or damaged."""
         path = Path(folder) / DESCRIPTION
         try:
-            data, tensors = json.loads(path.read_text(encoding="utf-8")), load_file(Path(folder) / TENSORS)
-            if (data["format"], data["version"]) != (FORMAT, VERSION):
-                raise ValueError(f'expected "format": "{FORMAT}", "version": {VERSION}')
+            data = fields_of(json.loads(path.read_text(encoding="utf-8")), FORMAT, VERSION)
+            tensors = load_file(Path(folder) / TENSORS)
             blocks = []
             for index, candidates in enumerate(data["attention"]):
                 own = {name: tensors[f"{index}.{name}"] for name in ("attention", "errors", "ffn", "units")}
                 blocks.append(BlockScores.of_part(({"attention": candidates}, own), f"block {index}"))
             return Scores(tuple(blocks), int(data["multiple"]), str(data["weights"]), str(data.get("objective", "")))
-        except (OSError, ValueError, KeyError, TypeError, ArchitectureError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise CalibrationError(
                 f"{folder} holds no scores that can be read ({reason}); make them with spvit.score(host, images)"

@@ -86,7 +86,6 @@ def transform(model: Description | nn.Module, preprocessing: Preprocessing | Non
         preprocessing: how to normalise, resize and crop; None: as the description says, or ImageNet's.
     """
     size = model.input_size if isinstance(model, Description) else input_size(model)
-    assert size is not None  # descriptions that were read say it
     own = preprocessing or getattr(model, "preprocessing", None) or Preprocessing()
     prepare = transforms(ImageConfig(), size, own)[1]
     return lambda source: prepare(read_picture(source, size[0]))

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from spvit.checkpoint import write_text
 from spvit.errors import RunFolderError
+from spvit.fields import from_file
 from spvit.speed.benchmark import Latency
 from spvit.train.figures import Judged
 
@@ -49,7 +49,7 @@ class Point(Judged):
     """Mean cosine to the dense outputs, of both less the mean of the dense ones, where it has none."""
     seconds: float = 0.0
     """Its share of what it took to repair, evaluate and write the budgets that were repaired side by side."""
-    latency: Sequence[Latency] = ()
+    latency: tuple[Latency, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,10 @@ class Frontier:
     @staticmethod
     def load(folder: str | Path) -> Frontier:
         """Read a frontier's folder. Raises RunFolderError when it holds none that can be read."""
-        path = Path(folder) / FILE
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if (data.pop("format"), data.pop("version")) != (FORMAT, VERSION):
-                raise ValueError(f'expected "format": "{FORMAT}", "version": {VERSION}')
-            for point in data["points"]:
-                point["latency"] = [Latency.of(row) for row in point["latency"]]
-            return Frontier(**{**data, "points": tuple(Point(**point) for point in data["points"])})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunFolderError(f"{folder} holds no frontier that can be read ({path.name}: {error})") from error
+            return from_file(Frontier, Path(folder) / FILE, FORMAT, VERSION)
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"{folder} holds no frontier that can be read ({FILE}: {error})") from error
 
     def save(self, folder: Path) -> None:
         """Write frontier.json and frontier.csv, each as a whole."""

@@ -195,7 +195,7 @@ def _figures(run: RunFolder, description: Description) -> str:
 
 
 def _usage(description: Description, name: str) -> str:
-    size = ", ".join(map(str, description.input_size or ()))
+    size = ", ".join(map(str, description.input_size))
     host = "" if can_build(description.host) else ", host=the_dense_model"
     cls = description.host.get("class")
     more = f"\n\nIt is a `{cls}` of transformers, with its `config`; call it as you do that."
