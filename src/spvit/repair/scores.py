@@ -45,7 +45,6 @@ from spvit.repair.gradients import gradients, metric
 from spvit.repair.interpolation import FLOOR, by_errors, interpolated_widths, measured_choices, with_all_ranks
 from spvit.repair.objective import Asked, Objective, name_of
 from spvit.repair.repair import repair_block
-from spvit.replacements import replacement
 from spvit.replacements.ffn import correct
 from spvit.replacements.install import installed
 
@@ -290,8 +289,8 @@ def _score_attention(
     choices = list(errors)
     measured = {choices.index(kept): score_of(kept) for kept in measured_choices(errors)}
     narrow = dict(zip(choices, by_errors(list(errors.values()), measured)))
-    forms = [kept for kind in KINDS for kept in replacement(kind).forms(site) if kept != Attention()]
-    return ((Attention(), 0.0), *with_all_ranks(narrow, ranks), *((kept, score_of(kept)) for kept in forms))
+    others = [kept for kept in map(Attention, KINDS) if kept != Attention()]
+    return ((Attention(), 0.0), *with_all_ranks(narrow, ranks), *((kept, score_of(kept)) for kept in others))
 
 
 def _score_ffn(bench: _Bench, fitting: BlockPair, measuring: BlockPair) -> tuple[Ranking, tuple[float, ...]]:
