@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,7 +43,7 @@ def test_sites_are_where_the_family_says(name: str) -> None:
         paths += [f"{site.path}.{linear_of(rows)}" for rows in (site.query, site.key, site.value)]
         for path in {path for path in paths if path is not None}:
             model.get_submodule(path).register_forward_hook(partial(record, path))
-    grids, _ = host.family.watch_grids(model, range(4))
+    grids = host.family.watch_grids(model, range(4), ExitStack())
     logits(model, x)
 
     for index, (block, paths) in enumerate(zip(host.blocks, paths_of(model))):

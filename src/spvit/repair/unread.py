@@ -16,7 +16,7 @@ from spvit.hosts.calling import answers_changed, batch_first
 from spvit.hosts.host import Host
 from spvit.hosts.walk import evaluating
 from spvit.repair.objective import Asked, Objective, answer_of
-from spvit.replacements.install import has_prefix, installed, whole_grids
+from spvit.replacements.install import has_prefix, installed
 from spvit.replacements.prefix_only import answer_prefix
 
 CLOSE = 1e-5
@@ -63,7 +63,7 @@ def _running_for_prefix(host: Host) -> ExitStack:
     last, stack = len(host.blocks) - 1, ExitStack()
     sites = host.blocks[last]
     stack.enter_context(installed(host, last, Block(Attention(), FFN.whole(sites.ffn.units), "prefix")))
-    answer_prefix(host, last, whole_grids(host, [last], stack)[last], stack)
+    answer_prefix(host, last, host.family.whole_grids(host.model, [last], stack)[last], stack)
     block = host.model.get_submodule(sites.path)
 
     def disturb(answer: Tensor) -> Tensor:
