@@ -16,7 +16,7 @@ from published_files import unfolded_params
 from spvit.cli.main import main
 from spvit.cost import count_params
 from spvit.errors import ArchitectureError, ZooError
-from spvit.hosts.sources import source_of
+from spvit.hosts.rebuild import source_of
 from spvit.models import ModelConfig, number_of_classes, open_model
 from spvit.surgery import pruned_record
 from spvit.zoo import host_name

@@ -31,9 +31,9 @@ from spvit.errors import ArchitectureError, CheckpointError, RunError, first_lin
 from spvit.fields import fields_of, from_data
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host
+from spvit.hosts.rebuild import build, can_build, source_of, without_weights
 from spvit.hosts.recognise import family_of
 from spvit.hosts.site_files import family_from_data, family_to_data
-from spvit.hosts.sources import build, can_build, source_of, without_weights
 from spvit.hub import downloaded
 from spvit.surgery import cut, fold, pruned_record
 

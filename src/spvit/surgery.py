@@ -15,8 +15,8 @@ from spvit.errors import NotSearchableError, UnsupportedHostError
 from spvit.hosts.calling import in_mode
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host
+from spvit.hosts.rebuild import keep_arguments
 from spvit.hosts.recognise import RECORD, family_of
-from spvit.hosts.sources import keep_arguments
 from spvit.hosts.walk import Finished, Report, where_float64_is
 from spvit.repair.repair import repair as repair_in_place
 from spvit.replacements.bottleneck import BottleneckConv

@@ -14,7 +14,7 @@ from torch import nn
 
 from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.errors import ZooError
-from spvit.hosts.sources import make_by_timm
+from spvit.hosts.rebuild import make_by_timm
 from spvit.surgery import prune
 
 # Read off the published checkpoints (method.md 6), a stage in one row or two: width of the FFNs, attention a letter a

@@ -17,8 +17,8 @@ import spvit
 from spvit.architecture import dense
 from spvit.errors import UnsupportedHostError
 from spvit.hosts.host import Host, input_size, logits_of, outputs_of
+from spvit.hosts.rebuild import build, source_of
 from spvit.hosts.sites import Rows
-from spvit.hosts.sources import build, source_of
 from spvit.hosts.weights import read_weights
 from tiny import FAMILY_OF, HOSTS, assert_close, images, logits, make_host, paths_of, with_kinds
 

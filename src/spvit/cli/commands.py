@@ -24,7 +24,7 @@ from spvit.cli.show import block_table, comparison_table, kinds_text, latency_ta
 from spvit.cost import count_params
 from spvit.errors import ArchitectureError, CheckpointError, DataError, ModelError, RunFolderError
 from spvit.hosts.host import macs_of_image
-from spvit.hosts.sources import build, can_build, source_of
+from spvit.hosts.rebuild import build, can_build, source_of
 from spvit.models import ModelConfig, open_model
 from spvit.replacements.costs import network_costs
 from spvit.speed.benchmark import BATCHES, Latency, Program, measure_batches

@@ -21,7 +21,7 @@ from spvit.architecture import Architecture
 from spvit.budget import human
 from spvit.checkpoint import DESCRIPTION, WEIGHTS, Description, describe, load, save
 from spvit.errors import CheckpointError, HubError, SpvitError
-from spvit.hosts.sources import build, can_build
+from spvit.hosts.rebuild import build, can_build
 from spvit.hub import HUB, hub_errors, spare_retries
 from spvit.models import HUGGING_FACE
 from spvit.pages.page import report

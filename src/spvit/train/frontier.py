@@ -26,7 +26,7 @@ from spvit.cost import METRICS
 from spvit.decide import decide
 from spvit.errors import BudgetError
 from spvit.hosts.host import Host, input_size
-from spvit.hosts.sources import can_build
+from spvit.hosts.rebuild import can_build
 from spvit.repair.choose import check_reachable
 from spvit.repair.scores import Scores
 from spvit.replacements.costs import network_costs

@@ -18,7 +18,7 @@ from spvit.cost import NetworkCost
 from spvit.errors import RunFolderError, SpvitError, first_line
 from spvit.fields import from_data
 from spvit.hosts.host import Host
-from spvit.hosts.sources import without_weights
+from spvit.hosts.rebuild import without_weights
 from spvit.models import ModelConfig, names_code, open_model
 from spvit.repair.scores import Scores
 from spvit.replacements.costs import network_costs
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Reading:
+class Contents:
     """What a run folder holds; None or empty: it does not, or what it holds cannot be read."""
 
     folder: RunFolder
@@ -83,7 +83,7 @@ class Reading:
         return time.time() - max(path.stat().st_mtime for path in files)
 
 
-def read(folder: str | Path, host: nn.Module | Host | None = None) -> Reading:
+def read(folder: str | Path, host: nn.Module | Host | None = None) -> Contents:
     """Return what a run folder holds. host: the dense model, for one that no library makes.
 
     Raises RunFolderError when the folder is none, or holds nothing of a run.
@@ -120,7 +120,7 @@ def read(folder: str | Path, host: nn.Module | Host | None = None) -> Reading:
             "figures", None, lambda: _of_budget(Frontier.load(whole.path), run), (nothing, nothing)
         )
     frontier = attempt("frontier", run.frontier, lambda: Frontier.load(run.path), None)
-    return Reading(
+    return Contents(
         folder=run,
         command=command,
         config=own.settings,
