@@ -177,7 +177,7 @@ def test_card_says_what_the_run_says(saved: Path, tmp_path: Path) -> None:
     assert rows["accuracy"].count("90.00% ") == 3
     assert "1,500" in rows["validation images"]
     assert "264.5k" in rows["MACs of one image"]
-    assert rows["1"].startswith("| 1 | ")
+    assert "```\nblock  attention  FFN units\n    0  " in card
     assert "`spvit compress --recipe recipe.yaml --output RUN`" in card
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(card.split("```yaml\n")[1].partition("```")[0])

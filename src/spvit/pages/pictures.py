@@ -14,7 +14,7 @@ from spvit.cost import BlockCost
 from spvit.pages.contents import Contents, attempted
 from spvit.train.drawing import Mark, Picture, Series, box, chart, word
 from spvit.train.figures import quality_of, said
-from spvit.train.plot import frontier_pictures
+from spvit.train.points import frontier_pictures
 
 NAMES = {
     "msa": "attention",
