@@ -28,12 +28,11 @@ from torch import Tensor, nn
 
 from spvit.architecture import Architecture, architecture_from_dict
 from spvit.errors import ArchitectureError, CheckpointError, RunError, first_line
-from spvit.fields import fields_of, from_data
+from spvit.fields import fields_of, from_data, to_data
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host
 from spvit.hosts.rebuild import build, can_build, source_of, without_weights
 from spvit.hosts.recognise import family_of
-from spvit.hosts.site_files import family_from_data, family_to_data
 from spvit.hub import downloaded
 from spvit.surgery import cut, fold, pruned_record
 
@@ -173,7 +172,7 @@ def save(
     if classes is not None and len(classes) != family.classes(model):
         raise CheckpointError(f"{len(classes)} class names were given for a model of {family.classes(model)} classes")
     description = Description(
-        host=source_of(model) | ({"family": family_to_data(family)} if type(family) is Family else {}),
+        host=source_of(model) | ({"family": to_data(family)} if type(family) is Family else {}),
         architecture=record.architecture if record else None,
         folded=record is not None and record.folded,
         input_size=family.input_size(model),
@@ -276,7 +275,7 @@ def described_host(description: Description, given: nn.Module | None = None) -> 
     model = build(source) if given is None else copy.deepcopy(given).cpu()
     if "family" not in source:  # known by its class
         return Host.of(model)
-    return Host(model, family_from_data(source["family"], "host.family"))
+    return Host(model, from_data(Family, source["family"], "host.family"))
 
 
 def _check_frame(host: Host, state: Mapping[str, Tensor]) -> None:

@@ -23,8 +23,7 @@ from spvit.hosts.family import Family
 from spvit.hosts.host import Host, recognise
 from spvit.hosts.rebuild import build, source_of
 from spvit.hosts.recognise import said_size
-from spvit.hosts.site_files import NUMBER, alike
-from spvit.hosts.sites import AttentionSite, BlockSites, Rows
+from spvit.hosts.sites import NUMBER, AttentionSite, BlockSites, Rows, alike
 from spvit.models import ModelConfig, open_model
 from spvit.replacements.install import check_fits
 from spvit.search.network import make_searchable
