@@ -179,7 +179,7 @@ def _scores(contents: Contents) -> Iterator[Picture]:
     bars = [replace(one, points=[(x, y / 10**power) for x, y in one.points]) for one in bars] if unit else bars
     most = most / 10**power if unit else most
     name = contents.scores.objective
-    cost = "divergence of the class probabilities" if name in ("", "logits") else f"relative squared error of {name}"
+    cost = "divergence of the class probabilities" if name == "logits" else f"relative squared error of {name}"
     yield chart(
         "scores",
         "What each choice cost",

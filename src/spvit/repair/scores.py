@@ -102,8 +102,8 @@ class Scores:
     """What the ranks of narrower attention are multiples of."""
     weights: str
     """Fingerprint of the host's weights."""
-    objective: str = ""
-    """What counted of the outputs; empty in files from before there was a choice."""
+    objective: str
+    """What counted of the outputs."""
 
     def check(self, host: Host) -> None:
         """Raise CalibrationError unless the scores are of this host."""
@@ -113,13 +113,11 @@ class Scores:
                 f"the scores are of other weights than {host.name} has; score it again with spvit.score(host, images)"
             )
 
-    def check_objective(self, host: Host, asked: Asked) -> None:
+    def check_objective(self, asked: Asked) -> None:
         """Raise CalibrationError unless the scores are by an objective; `auto` is whatever they were made with."""
-        made = self.objective or ("logits" if host.family.classes(host.model) >= 2 else "pooled")
-        if name_of(asked) not in ("auto", made):
-            raise CalibrationError(
-                f"the scores are by objective {made}, not {name_of(asked)}; leave the objective out, or score anew"
-            )
+        if name_of(asked) not in ("auto", self.objective):
+            found = f"the scores are by objective {self.objective}, not {name_of(asked)}"
+            raise CalibrationError(f"{found}; leave the objective out, or score anew")
 
     def save(self, folder: str | Path) -> None:
         """Write the scores to a folder, as scores.json and scores.safetensors."""
@@ -147,7 +145,7 @@ class Scores:
             for index, candidates in enumerate(data["attention"]):
                 own = {name: tensors[f"{index}.{name}"] for name in ("attention", "errors", "ffn", "units")}
                 blocks.append(BlockScores.of_part(({"attention": candidates}, own), f"block {index}"))
-            return Scores(tuple(blocks), int(data["multiple"]), str(data["weights"]), str(data.get("objective", "")))
+            return Scores(tuple(blocks), int(data["multiple"]), str(data["weights"]), str(data["objective"]))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise CalibrationError(

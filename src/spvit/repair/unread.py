@@ -29,9 +29,9 @@ def patches_unread(host: Host, objective: Asked) -> bool:
     So it does in a copy, where patch tokens behind it are random numbers besides: all outputs that count must stay.
     Objectives that count tokens, or that are functions, always need all.
     """
-    if objective not in ("", "auto", "logits", "pooled") or not has_prefix(host.blocks[-1].attention):
+    if objective not in ("auto", "logits", "pooled") or not has_prefix(host.blocks[-1].attention):
         return False
-    counted = Objective.of(objective or "auto", host)
+    counted = Objective.of(objective, host)
     if counted.name == "features":
         return False
     if counted.name not in host.unread:

@@ -171,9 +171,7 @@ def decide_by_latency(
         BudgetError: the budget cannot be reached; names what was measured nearest to it.
     """
     dense_ns, tried = table.cost.dense, {}  # type: int, dict[Architecture, tuple[int, Timing]]
-    wanted = target = check_reachable(
-        host, budget, multiple, constraints, scores.blocks, scores.objective or "auto", table.cost
-    )
+    wanted = target = check_reachable(host, budget, multiple, constraints, scores.blocks, scores.objective, table.cost)
     for _ in range(DECISIONS):
         limit = Budget("latency", amount=min(target, dense_ns))
         try:
