@@ -16,6 +16,17 @@ _OPTIONS = Path(__file__).parent / "spvit" / "cli" / "options.py"
 
 def main() -> int:
     """Run the command line and return the exit code."""
+    try:
+        try:
+            return _run()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # what read the output has ended, as head does; Python flushes once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run() -> int:
     # Until the command handles signals itself: an exception within an import might be taken for a missing library.
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"spvit: interrupted\n"), os._exit(130)))
     first = sys.argv[1] if len(sys.argv) > 1 else ""

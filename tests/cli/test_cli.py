@@ -366,6 +366,13 @@ def test_what_needs_no_model_is_answered_without_torch(tmp_path: Path) -> None:
     assert spvit_command._commands().keys() == COMMANDS.keys()
 
 
+@pytest.mark.parametrize("words", ["--help", "profile vit_tiny_patch16_224"])
+def test_output_that_nobody_reads_ends_a_command_without_a_word(words: str) -> None:
+    process = started(*words.split())
+    process.stdout.close()
+    assert (process.wait(timeout=60), process.stderr.read()) == (128 + signal.SIGPIPE, "")
+
+
 @pytest.mark.slow
 def test_a_phase_that_others_followed_is_not_changed(capsys, recipe, tmp_path: Path) -> None:
     out = tmp_path / "run"
