@@ -32,7 +32,7 @@ from spvit.hosts.family import Family
 from spvit.hosts.host import Host
 from spvit.hosts.recognise import family_of
 from spvit.hosts.site_files import from_data, to_data
-from spvit.hosts.sources import build, can_build, source_of, without_weights
+from spvit.hosts.sources import build, can_build, other_release, source_of, without_weights
 from spvit.hub import downloaded
 from spvit.surgery import cut, fold, pruned_record
 
@@ -178,7 +178,7 @@ def save(
     )
     different = None
     if can_build(description.host):
-        with without_weights():
+        with without_weights(description.host["library"]):
             different = _difference(model.state_dict(), _built(description, folder / DESCRIPTION).state_dict())
     if different is not None:
         key, own, rebuilt = different
@@ -219,7 +219,9 @@ def describe(folder: str | Path) -> Description:
     except (TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(f"{path}: a field is missing or of the wrong kind ({error}); write it anew") from error
     if description.input_size is None:  # files of former versions do not say it
-        description = replace(description, input_size=_rebuilding(path, lambda: described_host(description).input_size))
+        description = replace(
+            description, input_size=_rebuilding(path, description, lambda: described_host(description).input_size)
+        )
     return description
 
 
@@ -260,7 +262,7 @@ def load(folder: str | Path, *, host: nn.Module | None = None) -> nn.Module:
     description, state = describe(folder), read_weights(folder / WEIGHTS)
     model = _built(description, folder / DESCRIPTION, host, state)
     dtype = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
-    fit_state(model.to(dtype), state, str(folder / WEIGHTS))
+    fit_state(model.to(dtype), state, f"{folder / WEIGHTS}{other_release(description.host)}")
     return model.eval()
 
 
@@ -280,15 +282,16 @@ def _built(
                 undo.pop_all()
         return fold(model, inplace=True) if description.folded else model
 
-    return _rebuilding(path, make)
+    return _rebuilding(path, description, make)
 
 
-def _rebuilding(path: Path, make: Callable[[], Any]) -> Any:
+def _rebuilding(path: Path, description: Description, make: Callable[[], Any]) -> Any:
     """Return what is made of a description. Raises CheckpointError naming its file."""
     try:
         return make()
     except Exception as error:  # whatever a host's library raises for a name or an argument it does not know
-        raise CheckpointError(f"{path}: the model cannot be rebuilt: {error}") from error
+        said = f"{error}{other_release(description.host)}"
+        raise CheckpointError(f"{path}: the model cannot be rebuilt: {said}") from error
 
 
 def described_host(description: Description, given: nn.Module | None = None) -> Host:
