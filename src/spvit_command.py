@@ -1,6 +1,7 @@
 """Where the command `spvit` starts: what needs no model is answered before spvit, and with it torch, is imported.
 
-Nothing else belongs here. `python -m spvit.cli` starts here too.
+Nothing else belongs here. `python -m spvit_command` is the command, for launchers such as torchrun; of `python -m
+spvit.cli` Python imports spvit first, so that Ctrl-C within its first seconds ends in a traceback.
 """
 
 import ast
@@ -62,3 +63,7 @@ def _commands() -> dict[str, str]:
         for node in classes
         if node.name != "RunCommand"
     }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
