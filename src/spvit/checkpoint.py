@@ -219,9 +219,8 @@ def describe(folder: str | Path) -> Description:
     except (TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(f"{path}: a field is missing or of the wrong kind ({error}); write it anew") from error
     if description.input_size is None:  # files of former versions do not say it
-        description = replace(
-            description, input_size=_rebuilding(path, description, lambda: described_host(description).input_size)
-        )
+        host = _rebuilding(path, description, lambda: described_host(description))
+        description = replace(description, input_size=host.input_size)
     return description
 
 
@@ -362,32 +361,34 @@ def fit_state(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     model.load_state_dict(dict(state))
 
 
-def timm_state(host: nn.Module, state: Mapping[str, Tensor], name: str, resampled: bool = False) -> dict[str, Tensor]:
+def timm_state(host: nn.Module, state: Mapping[str, Tensor], name: str, sized: bool | None = None) -> dict[str, Tensor]:
     """Return a checkpoint's weights under the keys of a timm host, as timm itself converts them.
 
     Weights for a model of another library come back as they are. Raises CheckpointError when they are for images or
-    windows of another size, unless they may be resampled.
+    windows of another size, unless these are resampled: `sized` says if the user named a size; None: nobody may.
     """
     convert = getattr(importlib.import_module(type(host).__module__), "checkpoint_filter_fn", None)
     if convert is None:
         return dict(state)
     own = host.state_dict()
-    sized = {key: value for key, value in state.items() if key.endswith(_OF_INPUT_SIZE)}
-    different = _difference({key: own[key] for key in sized if key in own}, sized)
-    if different is not None and resampled and different[0] in own:
+    sizes = {key: value for key, value in state.items() if key.endswith(_OF_INPUT_SIZE)}
+    different = _difference({key: own[key] for key in sizes if key in own}, sizes)
+    if different is not None and sized and different[0] in own:
         logger.warning("checkpoint %s: %s is %s there and resampled to %s", name, *different[::2], different[1])
     elif different is not None:
-        shared = {key: value for key, value in state.items() if key in own or key in sized}
-        _check_fit({key: value for key, value in own.items() if key in shared}, shared, name)
+        both = {key: value for key, value in state.items() if key in own or key in sizes}
+        same = (key in own and (key in sizes or "head" in key or own[key].shape == both[key].shape) for key in both)
+        advice = "; --model-args '{\"img_size\": N}' resamples it" if sized is False and all(same) else ""
+        _check_fit({key: value for key, value in own.items() if key in both}, both, name, advice)
     converted: dict[str, Tensor] = convert(dict(state), host)
     return converted
 
 
-def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> None:
+def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str, advice: str = "") -> None:
     different = _difference(own, state)
     if different is not None:
-        key, expected, found = different
-        raise CheckpointError(f"checkpoint {name} does not fit: {key} is {found} there, but {expected} in the model")
+        problem = "{0} is {2} there, but {1} in the model".format(*different)
+        raise CheckpointError(f"checkpoint {name} does not fit: {problem}{advice}")
 
 
 def _difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> tuple[str, str, str] | None:
