@@ -143,7 +143,7 @@ def decided() -> list[dict[str, Any]]:
 def compress() -> list[dict[str, Any]]:
     """Run the demo, which trains a small ViT on digits and compresses it, and return the end of what it prints."""
     with tempfile.TemporaryDirectory() as folder:
-        output, seconds = run("-m", "spvit.cli", "demo", "--output", str(Path(folder) / "demo"))
+        output, seconds = run("-m", "spvit_command", "demo", "--output", str(Path(folder) / "demo"))
     return [{"demo": output.strip().splitlines()[-12:], "seconds": seconds}]
 
 

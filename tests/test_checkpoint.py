@@ -474,3 +474,14 @@ def test_odd_sites_are_named(change: dict[str, Any], message: str, tmp_path: Pat
     edit(folder, host={**host, "family": {**host["family"], **change}})
     with pytest.raises(CheckpointError, match=rf"model\.json: the model cannot be rebuilt: {message}"):
         spvit.load(folder)
+
+
+def test_another_release_of_transformers_is_named(tmp_path: Path) -> None:
+    folder = spvit.save(make_host("huggingface"), tmp_path)
+    host = json.loads((folder / DESCRIPTION).read_text())["host"]
+    edit(folder, host={**host, "config": {**host["config"], "transformers_version": "4.0.0"}})
+    spvit.load(folder)
+    weights = {f"old.{key}": value for key, value in load_file(folder / WEIGHTS).items()}
+    save_file(weights, folder / WEIGHTS)
+    with pytest.raises(CheckpointError, match="written with transformers 4.0.0, which may name layers otherwise than"):
+        spvit.load(folder)

@@ -116,8 +116,9 @@ def paths_of(host: nn.Module) -> list[Paths]:
     found = []
     for name, module in host.named_modules():
         for attention, norm in (("attn", "norm1"), ("attention", "layernorm_before")):
-            if hasattr(module, attention) and hasattr(module, "mlp"):
-                parts = (attention, norm, "mlp.fc1", "mlp.fc2")
+            if hasattr(module, norm):
+                mlp = ("mlp.fc1", "mlp.fc2") if hasattr(module, "mlp") else ("intermediate.dense", "output.dense")
+                parts = (attention, norm, *mlp)  # the second of transformers before 5
                 found.append(Paths(name, *(f"{name}.{part}" for part in parts)))
     return found
 

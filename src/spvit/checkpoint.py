@@ -31,7 +31,7 @@ from spvit.errors import ArchitectureError, CheckpointError, RunError, first_lin
 from spvit.fields import fields_of, from_data, to_data
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host
-from spvit.hosts.rebuild import build, can_build, source_of, without_weights
+from spvit.hosts.rebuild import build, can_build, other_release, source_of, without_weights
 from spvit.hosts.recognise import family_of
 from spvit.hub import downloaded
 from spvit.surgery import cut, fold, pruned_record
@@ -182,7 +182,7 @@ def save(
     )
     different = None
     if can_build(description.host):
-        with without_weights():
+        with without_weights(description.host["library"]):
             different = _difference(model.state_dict(), _built(description, folder / DESCRIPTION).state_dict())
     if different is not None:
         key, own, rebuilt = different
@@ -248,7 +248,7 @@ def load(folder: str | Path, *, host: nn.Module | None = None) -> nn.Module:
     description, state = describe(folder), read_weights(folder / WEIGHTS)
     model = _built(description, folder / DESCRIPTION, host, state)
     dtype = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
-    fit_state(model.to(dtype), state, str(folder / WEIGHTS))
+    fit_state(model.to(dtype), state, f"{folder / WEIGHTS}{other_release(description.host)}")
     return model.eval()
 
 
@@ -266,7 +266,8 @@ def _built(
                 undo.pop_all()
         return fold(host.model, inplace=True) if description.folded else host.model
     except Exception as error:  # whatever a host's library raises for a name or an argument it does not know
-        raise CheckpointError(f"{path}: the model cannot be rebuilt: {error}") from error
+        said = f"{error}{other_release(description.host)}"
+        raise CheckpointError(f"{path}: the model cannot be rebuilt: {said}") from error
 
 
 def described_host(description: Description, given: nn.Module | None = None) -> Host:
@@ -337,32 +338,34 @@ def fit_state(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     model.load_state_dict(dict(state))
 
 
-def timm_state(host: nn.Module, state: Mapping[str, Tensor], name: str, resampled: bool = False) -> dict[str, Tensor]:
+def timm_state(host: nn.Module, state: Mapping[str, Tensor], name: str, sized: bool | None = None) -> dict[str, Tensor]:
     """Return a checkpoint's weights under the keys of a timm host, as timm itself converts them.
 
     Weights for a model of another library come back as they are. Raises CheckpointError when they are for images or
-    windows of another size, unless they may be resampled.
+    windows of another size, unless these are resampled: `sized` says if the user named a size; None: nobody may.
     """
     convert = getattr(importlib.import_module(type(host).__module__), "checkpoint_filter_fn", None)
     if convert is None:
         return dict(state)
     own = host.state_dict()
-    sized = {key: value for key, value in state.items() if key.endswith(_OF_INPUT_SIZE)}
-    different = _difference({key: own[key] for key in sized if key in own}, sized)
-    if different is not None and resampled and different[0] in own:
+    sizes = {key: value for key, value in state.items() if key.endswith(_OF_INPUT_SIZE)}
+    different = _difference({key: own[key] for key in sizes if key in own}, sizes)
+    if different is not None and sized and different[0] in own:
         logger.warning("checkpoint %s: %s is %s there and resampled to %s", name, *different[::2], different[1])
     elif different is not None:
-        shared = {key: value for key, value in state.items() if key in own or key in sized}
-        _check_fit({key: value for key, value in own.items() if key in shared}, shared, name)
+        both = {key: value for key, value in state.items() if key in own or key in sizes}
+        same = (key in own and (key in sizes or "head" in key or own[key].shape == both[key].shape) for key in both)
+        advice = "; --model-args '{\"img_size\": N}' resamples it" if sized is False and all(same) else ""
+        _check_fit({key: value for key, value in own.items() if key in both}, both, name, advice)
     converted: dict[str, Tensor] = convert(dict(state), host)
     return converted
 
 
-def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> None:
+def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str, advice: str = "") -> None:
     different = _difference(own, state)
     if different is not None:
-        key, expected, found = different
-        raise CheckpointError(f"checkpoint {name} does not fit: {key} is {found} there, but {expected} in the model")
+        problem = "{0} is {2} there, but {1} in the model".format(*different)
+        raise CheckpointError(f"checkpoint {name} does not fit: {problem}{advice}")
 
 
 def _difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> tuple[str, str, str] | None:

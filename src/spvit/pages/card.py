@@ -185,7 +185,7 @@ def _figures(run: RunFolder, description: Description) -> str:
     measured = run.figures() or {"pruned": description.metrics}
     for stage, name in _STAGES.items():
         for key, value in measured.get(stage, {}).items():
-            columns[name][_NAMES.get(key, key)] = f"{value:,}" if key == "images" else said(key, value)
+            columns[name][_NAMES.get(key, key)] = f"{value:,.0f}" if key == "images" else said(key, value)
     shown = [name for name, own in columns.items() if own]
     rows = dict.fromkeys(row for name in shown for row in columns[name])
     lines = [["", *shown], ["---"] * (1 + len(shown))]

@@ -176,8 +176,8 @@ def _dense(host: nn.Module | Host | None, description: Description | None, setti
     """Return the dense network of a run, with any weights."""
     if host is not None:
         return Host.of(host)
-    with without_weights():
-        if description is not None:
+    if description is not None:
+        with without_weights(description.host["library"]):
             return described_host(description)
     model = open_model(model_config(settings), weights=False).model
     record = pruned_record(model)

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from spvit.errors import DataError, RunError, RunStoppedError
 from spvit.hosts.host import logits_of
 from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import gate_parameters
+from spvit.train.best import Best
 from spvit.train.data import Images, epoch_loader, mixup_of, seed_of, validation_loader
 from spvit.train.figures import Answering, Figures, Reference, autocast, evaluate, figures_from, finite, is_finite
 from spvit.train.losses import agreement_loss, open_teacher, task_loss
@@ -147,8 +147,7 @@ class Loop:
         self.unread: tuple[dict[str, Tensor], Tensor, int, int] | None = None
         if self.average is not None:
             self.parts["average"] = self.kept
-        halved = settings.keep_best and run.reference is not None
-        self.start = [value.clone() for value in self._floats()] if halved else []
+        self.best = Best(self.folder, phase.name, self.kept, settings.keep_best and run.reference is not None)
 
     def _called(self, model: nn.Module) -> nn.Module:
         """Return a model that answers what a step compares: the parts that count, where there is a reference."""
@@ -167,8 +166,8 @@ class Loop:
 
     def run(self) -> Figures:
         """Train from the last saved state to the end and return the final figures."""
-        figures, epochs, steps = self._resume(), self.settings.epochs, self.steps
-        done, start = self.place
+        figures, steps = self._resume(), self.steps
+        epochs, (done, start) = min(self.settings.epochs, math.ceil(self.total / max(1, steps))), self.place
         if self.place == (0, 0) and self.settings.keep_best:
             figures = self._evaluate(0)
         with self.progress.bar(self.phase.name, self.total, done * steps + start):
@@ -186,8 +185,9 @@ class Loop:
                 if over:
                     break
         figures = self._evaluate() if figures is None else figures
-        if self.start:
-            self._offer_half_way()
+        if self.best.start:
+            with self.best.half_way():
+                self._evaluate(epochs, "half-way from its start to its end")
         if self.kept is not self.phase.model:
             self.phase.model.load_state_dict(self.kept.state_dict())
         best, path = self.folder.best(self.phase.name)
@@ -201,23 +201,6 @@ class Loop:
         self.accelerator.free_memory()
         return finite(figures, self.whole)
 
-    def _floats(self) -> list[Tensor]:
-        """Return the weights and statistics that are kept, of which this process may hold parts."""
-        return [local(value) for value in self.kept.state_dict().values() if value.is_floating_point()]
-
-    @torch.no_grad()
-    def _offer_half_way(self) -> None:
-        """Keep the weights half-way from where the phase started to where it ended, if they are the best.
-
-        Where a rate is too high for so few images they are better than both (docs/experiments/distillation.md).
-        """
-        ends = [value.clone() for value in self._floats()]
-        for own, start in zip(self._floats(), self.start):
-            own.lerp_(start, 0.5)
-        self._evaluate(math.ceil(self.total / self.steps), "half-way from its start to its end")
-        for own, end in zip(self._floats(), ends):
-            own.copy_(end)
-
     def _evaluate(self, epoch: int | None = None, name: str = "") -> Figures:
         """Return the figures now; of an epoch its weights are kept, if they are the best and that is asked for."""
         share_buffers(self.kept)
@@ -226,9 +209,8 @@ class Loop:
             after_batch=self._stop_or_save,
         )
         if self.settings.keep_best and epoch is not None and is_finite(figures):
-            tensors = tensors_of(self.kept)
             name = name or (f"epoch {epoch}" if epoch > 0 else "what it started from")
-            by_the_first(partial(self.folder.offer_best, self.phase.name, epoch, name, figures.quality, tensors))
+            self.best.offer(epoch, name, figures.quality)
         return figures
 
     def _epoch(self, epoch: int, start: int) -> None:
