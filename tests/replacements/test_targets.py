@@ -84,7 +84,9 @@ def aims_of(pair: BlockPair, path: str) -> Iterator[targets.Target]:
     """Yield the targets of a layer."""
     if path == pair.sites.attention.path:
         return targets.attention_targets(pair)
-    return ((own, missing) for _, own, missing in targets.ffn_targets(pair))
+    second: Any = pair.model.get_submodule(pair.sites.ffn.second)
+    some = targets.ffn_targets(pair, range(pair.sites.ffn.units))
+    return ((lacking + second(x), missing) for x, lacking, missing in some)
 
 
 def all_of(own: Tensor, missing: Tensor | None) -> Tensor:
@@ -293,10 +295,13 @@ def test_the_repaired_network_is_nearer_to_the_dense_one_on_new_images(
     dense = lambda pair, path: ((answer, None) for answer in pair.wanted(path))  # noqa: E731
     ffn, narrow = (importlib.import_module(f"spvit.replacements.{kind}") for kind in ("ffn", "narrow"))
     monkeypatch.setattr(narrow, "attention_targets", lambda pair: dense(pair, pair.sites.attention.path))
-    both = lambda pair, path: zip(pair.arriving(path), dense(pair, path))  # noqa: E731
-    monkeypatch.setattr(
-        ffn, "ffn_targets", lambda pair: ((x, *target) for x, target in both(pair, pair.sites.ffn.second))
-    )
+
+    def of_dense(pair: BlockPair, kept: object) -> Iterator[tuple[Tensor, Tensor, None]]:
+        path = pair.sites.ffn.second
+        second = pair.model.get_submodule(path)
+        return ((x, answer - second(x), None) for x, answer in zip(pair.arriving(path), pair.wanted(path)))
+
+    monkeypatch.setattr(ffn, "ffn_targets", of_dense)
     assert own < 0.93 * error()
 
 
