@@ -32,7 +32,7 @@ from spvit.hosts.family import Family
 from spvit.hosts.host import Host
 from spvit.hosts.recognise import family_of
 from spvit.hosts.site_files import from_data, to_data
-from spvit.hosts.sources import build, can_build, source_of, without_weights
+from spvit.hosts.sources import blank, build, can_build, source_of, without_weights
 from spvit.hub import downloaded
 from spvit.surgery import cut, fold, pruned_record
 
@@ -178,8 +178,10 @@ def save(
     )
     different = None
     if can_build(description.host):
+        path = folder / DESCRIPTION
+        given = _rebuilding(path, lambda: blank(description.host))
         with without_weights():
-            different = _difference(model.state_dict(), _built(description, folder / DESCRIPTION).state_dict())
+            different = _difference(model.state_dict(), _built(description, path, given).state_dict())
     if different is not None:
         key, own, rebuilt = different
         found = f"its {key} is {own}, but {rebuilt} in what spvit.load would rebuild"
@@ -258,7 +260,8 @@ def load(folder: str | Path, *, host: nn.Module | None = None) -> nn.Module:
     """
     folder = downloaded(folder, DESCRIPTION, WEIGHTS)
     description, state = describe(folder), read_weights(folder / WEIGHTS)
-    model = _built(description, folder / DESCRIPTION, host, state)
+    given = None if host is None else copy.deepcopy(host).cpu()
+    model = _built(description, folder / DESCRIPTION, given, state)
     dtype = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
     fit_state(model.to(dtype), state, str(folder / WEIGHTS))
     return model.eval()
@@ -267,12 +270,12 @@ def load(folder: str | Path, *, host: nn.Module | None = None) -> nn.Module:
 def _built(
     description: Description, path: Path, given: nn.Module | None = None, state: Mapping[str, Tensor] | None = None
 ) -> nn.Module:
-    """Return a model as a file describes it, with random weights; made of a dense model where one is given."""
+    """Return a model as a file describes it, with random weights; a dense one that is given becomes it."""
 
     def make() -> nn.Module:
         host = described_host(description, given)
-        if given is not None:
-            _check_frame(host, state or {})
+        if given is not None and state is not None:
+            _check_frame(host, state)
         model = host.model
         if description.architecture is not None:
             with ExitStack() as undo:
@@ -292,9 +295,9 @@ def _rebuilding(path: Path, make: Callable[[], Any]) -> Any:
 
 
 def described_host(description: Description, given: nn.Module | None = None) -> Host:
-    """Return the dense host that a file describes, with random weights, or a copy of one that is given."""
+    """Return the dense host that a file describes, with random weights, or that is given."""
     source = description.host
-    model = build(source) if given is None else copy.deepcopy(given).cpu()
+    model = build(source) if given is None else given
     if "family" not in source:  # known by its class, or of files before sites were written
         return Host.of(model)
     return Host(model, from_data(Family, source["family"], "host.family"))

@@ -24,8 +24,8 @@ from spvit.hosts.sites import BlockSites
 Report = Callable[[str, int, int, Mapping[str, float]], object]
 """What long work calls as it goes: with its phase, the steps done, the steps in all, and figures by name."""
 BATCH = 64
-FULL = 8192
-"""Tokens of the first block that a batch of small images is filled up to."""
+FULL = 3072
+"""Tokens of the first block that a batch of small images is filled up to; more at once take memory anew each time."""
 Found = TypeVar("Found")
 
 Part = tuple[dict[str, Any], dict[str, Tensor]]

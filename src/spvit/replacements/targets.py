@@ -57,7 +57,7 @@ class Gathered:
     def add(self, x: Tensor, own: Tensor, missing: Tensor | None, prefix: int = 0) -> None:
         """Take in the next batch: inputs x [B, N, X], maybe windows, and a target; prefix as in `Moments.add`."""
         if missing is not None:
-            squares = missing.flatten(0, -2).double().square().sum(0)
+            squares = missing.flatten(0, -2).square().sum(0, dtype=torch.float64)
             self._squares = squares if self._squares is None else self._squares + squares
             own = torch.cat([own, missing], dim=-1)
         images = self._left.pop(0)
