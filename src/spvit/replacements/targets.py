@@ -138,7 +138,7 @@ def attention_targets(pair: BlockPair) -> Iterator[Target]:
 def ffn_targets(pair: BlockPair, kept: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Yield what arrives at the second linear layer of the pruned block's FFN, [B, N, X], and its target, a batch each.
 
-    `own` is there what that layer, with the dense one's weights, lacks of it: what the units that are not kept add.
+    In place of `own` it is what the layer's answer lacks of that: what the units add that are not kept.
     """
     attention, scale = pair.sites.attention, _scale(pair, pair.sites.ffn.second)
     second, narrow = (model.get_submodule(pair.sites.ffn.second) for model in (pair.host.model, pair.model))
@@ -146,6 +146,7 @@ def ffn_targets(pair: BlockPair, kept: Sequence[int]) -> Iterator[tuple[Tensor, 
     # All units of the dense layers, with those first that are kept.
     ordered = narrow_ffn(pair.host.model, pair.sites.ffn, torch.tensor(order))
     outward: Any = ordered.pop(pair.sites.ffn.second)
+    removed = outward.weight[:, len(kept) :]
     norm, answers = pair.sites.ffn.norm, [] if pair.attention is None else pair.attention
     mixed = norm is not None and not isinstance(pair.model.get_submodule(norm), nn.Conv2d)
 
@@ -159,10 +160,7 @@ def ffn_targets(pair: BlockPair, kept: Sequence[int]) -> Iterator[tuple[Tensor, 
             rest, whole = _without_second(pair, x, ordered)
             units = _without_second(pair, x, {})[1] if mixed else whole[..., : len(kept)]
         given, missing = narrow(units), None
-        if mixed:
-            lacking = outward(whole) - given
-        else:
-            lacking = F.linear(whole[..., len(kept) :], outward.weight[:, len(kept) :])
+        lacking = outward(whole) - given if mixed else F.linear(whole[..., len(kept) :], removed)
         if scale is not None:
             missing = (aim - rest).reshape(given.shape) * scale + answer - (given + lacking)
             missing = batch_first(attention, missing)
