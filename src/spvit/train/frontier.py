@@ -56,7 +56,7 @@ from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import REPAIR, RunFolder
 from spvit.train.settings import FrontierConfig, ImageConfig
 
-MEMORY, BESIDE = 6 * 2**30, 5
+MEMORY, BESIDE = 6 * 2**30, 6
 """Bytes of tokens that a repair may hold, and how many models' tokens it takes beside those of each model."""
 SECONDS = 0.15
 """Least time for each model and batch size; seven rounds of larger ones take longer."""
