@@ -52,7 +52,7 @@ def started(folder: Path, way: str, processes: int) -> subprocess.Popen[bytes]:
             port = str(free.getsockname()[1])
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, *launcher, "-m", "spvit.cli", *words]
+    command = [sys.executable, *launcher, "-m", "spvit_command", *words]
     with folder.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 

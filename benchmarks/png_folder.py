@@ -73,7 +73,7 @@ def said(what: str, seconds: float) -> None:
 def spvit(*words: object) -> subprocess.Popen[bytes]:
     """Start a command of spvit."""
     print("spvit", *words, flush=True)
-    return subprocess.Popen([sys.executable, "-m", "spvit.cli", *map(str, words)])
+    return subprocess.Popen([sys.executable, "-m", "spvit_command", *map(str, words)])
 
 
 def done(run: subprocess.Popen[bytes], code: int = 0) -> None:

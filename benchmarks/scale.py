@@ -183,7 +183,7 @@ def _trained(count: int, epochs: int, more: Sequence[str]) -> float:
     words += ["--images.batch-size", str(128 // count), "--dense.epochs", str(epochs), *more]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", *launcher, *(["-m"] if launcher else []), "spvit.cli", *words]
+        command = [sys.executable, "-m", *launcher, *(["-m"] if launcher else []), "spvit_command", *words]
         own = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(
             [*command, "--output", str(Path(folder) / "run")], check=True, env=own, stdout=subprocess.DEVNULL

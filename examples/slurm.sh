@@ -29,7 +29,7 @@ export WORLD_SIZE=$SLURM_NTASKS MASTER_PORT=29500
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR
 srun --kill-on-bad-exit=1 bash -c \
-    'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python -m spvit.cli "$@"' spvit "${words[@]}"
+    'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python -m spvit_command "$@"' spvit "${words[@]}"
 code=$?
 
 if [ "$code" -eq 138 ] || [ "$code" -eq 143 ]; then  # stopped by SIGUSR1, here or in another process

@@ -1,6 +1,7 @@
 """Where the command `spvit` starts: what needs no model is answered before spvit, and with it torch, is imported.
 
-Nothing else belongs here. `python -m spvit.cli` starts here too.
+Nothing else belongs here. `python -m spvit_command` is the command, for launchers such as torchrun; of `python -m
+spvit.cli` Python imports spvit first, so that Ctrl-C within its first seconds ends in a traceback.
 """
 
 import ast
@@ -16,6 +17,17 @@ _OPTIONS = Path(__file__).parent / "spvit" / "cli" / "options.py"
 
 def main() -> int:
     """Run the command line and return the exit code."""
+    try:
+        try:
+            return _run()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # what read the output has ended, as head does; Python flushes once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run() -> int:
     # Until the command handles signals itself: an exception within an import might be taken for a missing library.
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"spvit: interrupted\n"), os._exit(130)))
     first = sys.argv[1] if len(sys.argv) > 1 else ""
@@ -51,3 +63,7 @@ def _commands() -> dict[str, str]:
         for node in classes
         if node.name != "RunCommand"
     }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

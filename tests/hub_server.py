@@ -166,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def hub_of_test(monkeypatch: pytest.MonkeyPatch, cache: str, token: str | None = TOKEN) -> Iterator[Hub]:
     """Serve an empty hub, which huggingface_hub's client asks in place of the real one, and a cache of its own."""
-    from huggingface_hub import constants, file_download
+    from huggingface_hub import constants, file_download, utils
 
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("OfTest", (Handler,), {"hub": hub}))
@@ -177,6 +177,7 @@ def hub_of_test(monkeypatch: pytest.MonkeyPatch, cache: str, token: str | None =
         monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    getattr(utils, "reset_sessions", lambda: None)()  # in which older clients remember that they were offline
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", f"{cache}/token")
     monkeypatch.setenv("HF_TOKEN", token or "")
     Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()

@@ -45,7 +45,7 @@ def test_the_slurm_script_starts_a_run_and_goes_on_with_it(tmp_path: Path, monke
         done = subprocess.run(["bash", "examples/slurm.sh"], cwd=root, env=own, check=False)
         assert done.returncode == code
         where, *words = asked.read_text().splitlines()
-        assert (where, words[:3]) == ("3 1 32 first:29500", ["-m", "spvit.cli", "compress"])
+        assert (where, words[:3]) == ("3 1 32 first:29500", ["-m", "spvit_command", "compress"])
         assert queued.exists() == (code in (138, 143))
         assert ("--resume" in words) == resumed
         monkeypatch.chdir(root)

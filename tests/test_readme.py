@@ -34,7 +34,7 @@ def commands(page: Path) -> list[list[str]]:
     """Return the words of every `spvit` command of a page, whatever launches it, without comments."""
     lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
     every = [shlex.split(line, comments=True) for line in lines]
-    return [words[words.index(name) + 1 :] for words in every for name in ("spvit", "spvit.cli") if name in words]
+    return [words[words.index(name) + 1 :] for words in every for name in ("spvit", "spvit_command") if name in words]
 
 
 def anchors(page: Path) -> set[str]:

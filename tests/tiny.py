@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import spvit
 from spvit.architecture import Architecture, Attention, dense
-from spvit.hosts.sources import make_by_timm
+from spvit.hosts.rebuild import make_by_timm
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 MIXED = ("conv3", "skip", "conv1", "msa")  # attention last: class tokens see what convolutions did only through it
@@ -116,8 +116,9 @@ def paths_of(host: nn.Module) -> list[Paths]:
     found = []
     for name, module in host.named_modules():
         for attention, norm in (("attn", "norm1"), ("attention", "layernorm_before")):
-            if hasattr(module, attention) and hasattr(module, "mlp"):
-                parts = (attention, norm, "mlp.fc1", "mlp.fc2")
+            if hasattr(module, norm):
+                mlp = ("mlp.fc1", "mlp.fc2") if hasattr(module, "mlp") else ("intermediate.dense", "output.dense")
+                parts = (attention, norm, *mlp)  # the second of transformers before 5
                 found.append(Paths(name, *(f"{name}.{part}" for part in parts)))
     return found
 

@@ -17,7 +17,7 @@ import stat
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from spvit.architecture import Architecture, architecture_from_dict
 from spvit.errors import ArchitectureError, CheckpointError, RunError, first_line
+from spvit.fields import fields_of, from_data, to_data
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host
+from spvit.hosts.rebuild import blank, build, can_build, other_release, source_of, without_weights
 from spvit.hosts.recognise import family_of
-from spvit.hosts.site_files import from_data, to_data
-from spvit.hosts.sources import blank, build, can_build, source_of, without_weights
 from spvit.hub import downloaded
 from spvit.surgery import cut, fold, pruned_record
 
@@ -62,6 +62,10 @@ class Preprocessing:
     crop: float = 0.9
     """Share of the resized image's side that evaluation crops from its centre, above 0 and at most 1."""
 
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std):
+            raise CheckpointError(f"preprocessing has {len(self.mean)} values of mean and {len(self.std)} of std")
+
 
 @dataclass(frozen=True)
 class Description:
@@ -69,11 +73,11 @@ class Description:
 
     host: dict[str, Any]
     """The dense model's library, name and arguments, and where its layers were found."""
+    input_size: tuple[int, int, int]
+    """(channels, height, width) of the images that it takes."""
     architecture: Architecture | None = None
     """What pruning kept; None for a dense model."""
     folded: bool = False
-    input_size: tuple[int, int, int] | None = None
-    """(channels, height, width) of the images that it takes."""
     preprocessing: Preprocessing | None = None
     classes: tuple[str, ...] | None = None
     """Names of the classes, in the order of the logits."""
@@ -178,10 +182,10 @@ def save(
     )
     different = None
     if can_build(description.host):
-        path = folder / DESCRIPTION
-        given = _rebuilding(path, lambda: blank(description.host))
-        with without_weights():
-            different = _difference(model.state_dict(), _built(description, path, given).state_dict())
+        with without_weights(description.host["library"]):
+            different = _difference(
+                model.state_dict(), _built(description, folder / DESCRIPTION, make=blank).state_dict()
+            )
     if different is not None:
         key, own, rebuilt = different
         found = f"its {key} is {own}, but {rebuilt} in what spvit.load would rebuild"
@@ -207,32 +211,16 @@ def describe(folder: str | Path) -> Description:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(data, dict) or data.pop("format", None) != FORMAT or data.pop("version", None) != VERSION:
-        expected = f'"format": "{FORMAT}", "version": {VERSION}'
-        raise CheckpointError(f"{path} is not a model of this version, expected {expected}")
-    known = [item.name for item in fields(Description)]
-    for name in data:
-        if name not in known:
-            raise CheckpointError(f"{path}: unknown field {name!r}, expected {', '.join(known)}")
     try:
-        description = Description(**{name: _read_field(name, value) for name, value in data.items()})
-    except ArchitectureError as error:
+        values = fields_of(data, FORMAT, VERSION)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is not a model of this version, {error}") from error
+    try:
+        kept = values.pop("architecture", None)
+        description: Description = from_data(Description, values, "model")
+        return replace(description, architecture=None if kept is None else architecture_from_dict(kept))
+    except (ArchitectureError, CheckpointError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (TypeError, AttributeError, KeyError) as error:
-        raise CheckpointError(f"{path}: a field is missing or of the wrong kind ({error}); write it anew") from error
-    if description.input_size is None:  # files of former versions do not say it
-        description = replace(description, input_size=_rebuilding(path, lambda: described_host(description).input_size))
-    return description
-
-
-def _read_field(name: str, value: Any) -> Any:
-    if value is None:
-        return None
-    if name == "architecture":
-        return architecture_from_dict(value)
-    if name == "preprocessing":
-        return Preprocessing(**{**value, "mean": tuple(value["mean"]), "std": tuple(value["std"])})
-    return tuple(value) if name in ("classes", "input_size") else value
 
 
 def _to_json(description: Description) -> str:
@@ -260,45 +248,41 @@ def load(folder: str | Path, *, host: nn.Module | None = None) -> nn.Module:
     """
     folder = downloaded(folder, DESCRIPTION, WEIGHTS)
     description, state = describe(folder), read_weights(folder / WEIGHTS)
-    given = None if host is None else copy.deepcopy(host).cpu()
-    model = _built(description, folder / DESCRIPTION, given, state)
+    model = _built(description, folder / DESCRIPTION, host, state)
     dtype = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
-    fit_state(model.to(dtype), state, str(folder / WEIGHTS))
+    fit_state(model.to(dtype), state, f"{folder / WEIGHTS}{other_release(description.host)}")
     return model.eval()
 
 
 def _built(
-    description: Description, path: Path, given: nn.Module | None = None, state: Mapping[str, Tensor] | None = None
+    description: Description,
+    path: Path,
+    given: nn.Module | None = None,
+    state: Mapping[str, Tensor] | None = None,
+    make: Callable[[dict[str, Any]], nn.Module] = build,
 ) -> nn.Module:
-    """Return a model as a file describes it, with random weights; a dense one that is given becomes it."""
-
-    def make() -> nn.Module:
-        host = described_host(description, given)
-        if given is not None and state is not None:
-            _check_frame(host, state)
-        model = host.model
+    """Return a model as a file describes it, with random weights; made of a dense model where one is given."""
+    try:
+        host = described_host(description, given, make)
+        if given is not None:
+            _check_frame(host, state or {})
         if description.architecture is not None:
             with ExitStack() as undo:
                 cut([host], host, [description.architecture], undo, fitted=True)
                 undo.pop_all()
-        return fold(model, inplace=True) if description.folded else model
-
-    return _rebuilding(path, make)
-
-
-def _rebuilding(path: Path, make: Callable[[], Any]) -> Any:
-    """Return what is made of a description. Raises CheckpointError naming its file."""
-    try:
-        return make()
+        return fold(host.model, inplace=True) if description.folded else host.model
     except Exception as error:  # whatever a host's library raises for a name or an argument it does not know
-        raise CheckpointError(f"{path}: the model cannot be rebuilt: {error}") from error
+        said = f"{error}{other_release(description.host)}"
+        raise CheckpointError(f"{path}: the model cannot be rebuilt: {said}") from error
 
 
-def described_host(description: Description, given: nn.Module | None = None) -> Host:
-    """Return the dense host that a file describes, with random weights, or that is given."""
+def described_host(
+    description: Description, given: nn.Module | None = None, make: Callable[[dict[str, Any]], nn.Module] = build
+) -> Host:
+    """Return the dense host that a file describes, with random weights, or a copy of one that is given."""
     source = description.host
-    model = build(source) if given is None else given
-    if "family" not in source:  # known by its class, or of files before sites were written
+    model = make(source) if given is None else copy.deepcopy(given).cpu()
+    if "family" not in source:  # known by its class
         return Host.of(model)
     return Host(model, from_data(Family, source["family"], "host.family"))
 
@@ -362,32 +346,34 @@ def fit_state(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     model.load_state_dict(dict(state))
 
 
-def timm_state(host: nn.Module, state: Mapping[str, Tensor], name: str, resampled: bool = False) -> dict[str, Tensor]:
+def timm_state(host: nn.Module, state: Mapping[str, Tensor], name: str, sized: bool | None = None) -> dict[str, Tensor]:
     """Return a checkpoint's weights under the keys of a timm host, as timm itself converts them.
 
     Weights for a model of another library come back as they are. Raises CheckpointError when they are for images or
-    windows of another size, unless they may be resampled.
+    windows of another size, unless these are resampled: `sized` says if the user named a size; None: nobody may.
     """
     convert = getattr(importlib.import_module(type(host).__module__), "checkpoint_filter_fn", None)
     if convert is None:
         return dict(state)
     own = host.state_dict()
-    sized = {key: value for key, value in state.items() if key.endswith(_OF_INPUT_SIZE)}
-    different = _difference({key: own[key] for key in sized if key in own}, sized)
-    if different is not None and resampled and different[0] in own:
+    sizes = {key: value for key, value in state.items() if key.endswith(_OF_INPUT_SIZE)}
+    different = _difference({key: own[key] for key in sizes if key in own}, sizes)
+    if different is not None and sized and different[0] in own:
         logger.warning("checkpoint %s: %s is %s there and resampled to %s", name, *different[::2], different[1])
     elif different is not None:
-        shared = {key: value for key, value in state.items() if key in own or key in sized}
-        _check_fit({key: value for key, value in own.items() if key in shared}, shared, name)
+        both = {key: value for key, value in state.items() if key in own or key in sizes}
+        same = (key in own and (key in sizes or "head" in key or own[key].shape == both[key].shape) for key in both)
+        advice = "; --model-args '{\"img_size\": N}' resamples it" if sized is False and all(same) else ""
+        _check_fit({key: value for key, value in own.items() if key in both}, both, name, advice)
     converted: dict[str, Tensor] = convert(dict(state), host)
     return converted
 
 
-def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> None:
+def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str, advice: str = "") -> None:
     different = _difference(own, state)
     if different is not None:
-        key, expected, found = different
-        raise CheckpointError(f"checkpoint {name} does not fit: {key} is {found} there, but {expected} in the model")
+        problem = "{0} is {2} there, but {1} in the model".format(*different)
+        raise CheckpointError(f"checkpoint {name} does not fit: {problem}{advice}")
 
 
 def _difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> tuple[str, str, str] | None:

@@ -83,7 +83,7 @@ def open_model(
     trained = found is None or found == number_of_classes(opened.model)
     if not trained and classes is None:
         opened, trained = _open(config, found, weights), True
-    state = checkpoint.timm_state(opened.model, read, config.checkpoint, resampled="img_size" in config.model_args)
+    state = checkpoint.timm_state(opened.model, read, config.checkpoint, sized="img_size" in config.model_args)
     if not trained:
         own = opened.model.state_dict()
         state |= {key: own[key] for key in head}
@@ -155,7 +155,7 @@ def _open_timm(config: ModelConfig, classes: int | None, weights: bool) -> Opene
     import timm
     from timm.data import resolve_data_config
 
-    from spvit.hosts.sources import check_timm_model, make_by_timm
+    from spvit.hosts.rebuild import check_timm_model, make_by_timm
     from spvit.zoo import architectures, host_name  # with it timm knows the published models
 
     name = config.model.split(".")[0]

@@ -337,6 +337,14 @@ def test_sigterm_ends_a_run_with_a_state_and_ctrl_c_takes_one_line(recipe, tmp_p
     assert any((out / "state" / "dense").glob("epoch-*"))
 
 
+def test_ctrl_c_within_imports_takes_one_line(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)")
+    paths = os.pathsep.join([str(tmp_path), str(Path(spvit_command.__file__).parent)])
+    command = [sys.executable, "-m", "spvit_command", "profile", MODEL]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "spvit: interrupted\n")
+
+
 def test_a_signal_does_not_cut_short_what_is_said_at_the_end(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(error: RuntimeError) -> str:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -364,6 +372,13 @@ def test_what_needs_no_model_is_answered_without_torch(tmp_path: Path) -> None:
         assert done.returncode == expected, done.stderr
         assert text in done.stdout + done.stderr
     assert spvit_command._commands().keys() == COMMANDS.keys()
+
+
+@pytest.mark.parametrize("words", ["--help", "profile vit_tiny_patch16_224"])
+def test_output_that_nobody_reads_ends_a_command_without_a_word(words: str) -> None:
+    process = started(*words.split())
+    process.stdout.close()
+    assert (process.wait(timeout=60), process.stderr.read()) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.slow

@@ -17,9 +17,9 @@ from spvit.cli.main import main
 from spvit.errors import DataError
 from spvit.search.network import gate_parameters, make_searchable
 from spvit.train.loop import Loop, Phase, run_phase
-from spvit.train.optimizers import groups_of, optimizer_of
+from spvit.train.optimizers import groups_of, optimizer_of, tensors_of
 from spvit.train.settings import PhaseConfig, SearchConfig
-from training import digits, micro_host, run_in, short, short_search
+from training import digits, micro_host, run_in, short, short_search, states_equal
 
 
 def test_a_phase_ends_when_nothing_gets_better(tmp_path: Path) -> None:
@@ -32,6 +32,16 @@ def test_a_phase_ends_when_nothing_gets_better(tmp_path: Path) -> None:
     assert (best["epoch"], best["gained"]) == (2, 0)
     assert run_phase(Phase("dense", micro_host(), short(5, **settings)), run) == figures
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == len(lines)
+
+
+def test_weights_are_copied_only_when_they_are_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, best, copied = run_in(tmp_path, digits(batch_size=512)), micro_host(), []
+    run.folder.keep_best("dense", 0, 2.0, tensors_of(best))
+    monkeypatch.setattr("spvit.train.loop.tensors_of", lambda part: copied.append(part) or tensors_of(part))
+    model = micro_host(seed=1)
+    run_phase(Phase("dense", model, short(1, keep_best=True)), run)
+    assert copied.count(model) == 1  # for the state
+    assert states_equal(model, best)
 
 
 def test_patience_needs_weights_to_return_to() -> None:
@@ -53,7 +63,7 @@ def test_learning_rates_fall_from_layer_to_layer(form: str) -> None:
     config = (SearchConfig if form == "searchable" else PhaseConfig)(layer_decay=0.5)
     model = make_searchable(model) if form == "searchable" else model
     optimizer = optimizer_of(model, config, 10)
-    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    scales = {id(p): group.get("lr_scale", 1.0) for group in optimizer.param_groups for p in group["params"]}
     assert set(scales) == {id(parameter) for parameter in model.parameters()}
     blocks = "layers.0.blocks" if form == "swin" else "blocks"
     for name, expected in (("patch_embed.", 1 / 8), (f"{blocks}.0.", 1 / 4), (f"{blocks}.1.", 1 / 2), ("head.", 1)):

@@ -1,4 +1,4 @@
-"""`python -m spvit.cli` is the command, for launchers such as torchrun."""
+"""`python -m spvit.cli` is the command too; see `spvit_command`."""
 
 import sys
 

@@ -1,7 +1,7 @@
 """The command `spvit`: words become settings, a function runs, and what goes wrong takes one line.
 
 Exit codes: 0 done, 1 a run failed, 2 bad usage or input; 128 and the signal's number when one ended it: 130 Ctrl-C,
-143 SIGTERM, 138 SIGUSR1.
+143 SIGTERM, 138 SIGUSR1, 141 when what reads the output has ended.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 from rich.console import Console
@@ -56,6 +56,12 @@ COMMANDS: dict[str, tuple[Any, Callable[..., None]]] = {  # the options and the 
     "demo": (cli.DemoCommand, run.compress_command),
 }
 ADVICE = "a run that has saved a state continues with --resume"
+
+
+class _Output(Console):
+    def on_broken_pipe(self) -> NoReturn:
+        """End without a word, as SIGPIPE ends other commands: nobody reads the output any more."""
+        raise SystemExit(128 + signal.SIGPIPE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,7 +120,7 @@ def _command(arguments: list[str], problems: Console) -> None:
         processes()  # which meet, so that one of them says it
         raise
     device = None if name == "benchmark" else getattr(options, "device", None)
-    console = Console(quiet=not processes(device == "cpu").is_main_process)  # one reports progress
+    console = _Output(quiet=not processes(device == "cpu").is_main_process)  # one reports progress
     use_device(device)
     writes = isinstance(options, cli.RunCommand) and not getattr(options, "dry_run", False)
     hours = getattr(options, "max_hours", None)

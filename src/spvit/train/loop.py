@@ -201,8 +201,11 @@ class Loop:
             after_batch=self._stop_or_save,
         )
         if self.settings.keep_best and epoch is not None and is_finite(figures):
-            tensors = tensors_of(self.kept)
-            by_the_first(partial(self.folder.offer_best, self.phase.name, epoch, figures.quality, tensors))
+            # The first decides for all, who gather shards together. Of equals it keeps the later, which trained longer.
+            best = self.folder.best(self.phase.name)[0]["accuracy"] if self.accelerator.is_main_process else math.inf
+            if summed(figures.quality >= best)[0] > 0:
+                tensors = tensors_of(self.kept)
+                by_the_first(partial(self.folder.keep_best, self.phase.name, epoch, figures.quality, tensors))
         return figures
 
     def _epoch(self, epoch: int, start: int) -> None:

@@ -174,9 +174,8 @@ class RunFolder:
         if not self.summary.is_file():
             return {}
         try:
-            found: dict[str, dict[str, float]] = json.loads(self.summary.read_text(encoding="utf-8"))
-            _ = [float(value) for own in found.values() for value in own.values()]  # or they are no figures
-            return found
+            found = json.loads(self.summary.read_text(encoding="utf-8")).items()
+            return {name: {key: float(value) for key, value in own.items()} for name, own in found}
         except (ValueError, TypeError, AttributeError) as error:
             raise RunFolderError(f"{self.summary} is damaged ({error}); run its command again") from error
 
@@ -286,12 +285,11 @@ class RunFolder:
             raise RunFolderError(f"no state in {self.states(phase)} is whole; {advice}")
         return {"epoch": 0, "step": 0, "figures": {}}, {}
 
-    def offer_best(self, phase: str, epoch: int, accuracy: float, tensors: dict[str, Tensor]) -> None:
-        """Keep weights if none had a higher accuracy: of equals the later ones, which trained longer."""
+    def keep_best(self, phase: str, epoch: int, accuracy: float, tensors: dict[str, Tensor]) -> None:
+        """Write the best weights of a phase so far, or equally good ones."""
         best, path = self.best(phase)
-        if accuracy >= best["accuracy"]:
-            gained = epoch if accuracy > best["accuracy"] else best["gained"]
-            write_state(path, tensors, {"epoch": epoch, "gained": gained, "accuracy": accuracy})
+        gained = epoch if accuracy > best["accuracy"] else best["gained"]
+        write_state(path, tensors, {"epoch": epoch, "gained": gained, "accuracy": accuracy})
 
     def best(self, phase: str) -> tuple[dict[str, Any], Path]:
         """Return what is known of a phase's best weights, and their file; without any the accuracy is below 0.

@@ -25,7 +25,6 @@ from spvit.errors import ModelError, UnsupportedHostError
 
 # Implementations of attention that come with transformers; it would download and run any other.
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-_OF_OLD_FILES = "ViTForImageClassification"
 _POOLING = "add_pooling_layer"
 
 
@@ -58,7 +57,7 @@ def build(source: dict[str, Any]) -> nn.Module:
         )
     model: nn.Module = LIBRARIES[library][1](source)
     found, expected = type(model).__name__, source.get("class")
-    if expected not in (None, found):
+    if expected != found:
         raise UnsupportedHostError(f"the host's class is {expected!r}, but what {library} makes is a {found}")
     return model
 
@@ -73,8 +72,9 @@ def blank(source: dict[str, Any]) -> nn.Module:
 
 @functools.lru_cache(maxsize=1)
 def _blank(source: str) -> nn.Module:
-    with without_weights():
-        return build(json.loads(source))
+    described = json.loads(source)
+    with without_weights(described["library"]):
+        return build(described)
 
 
 def _of_timm(model: Any) -> dict[str, Any] | None:
@@ -113,7 +113,7 @@ def make_by_timm(name: str, **arguments: Any) -> nn.Module:
 def keep_arguments(model: Any) -> None:
     """Note the arguments of a dense model that timm before 1.0.31 made, read off it; none where these make another."""
     if getattr(model, "pretrained_cfg", None) and not hasattr(model, "_model_args"):
-        with suppress(Exception), without_weights():  # whatever timm raises for arguments that do not fit
+        with suppress(Exception), without_weights("timm"):  # whatever timm raises for arguments that do not fit
             read = _read(model)
             if _made(make_by_timm(model.pretrained_cfg["architecture"], **read)) == _made(model):
                 model._model_args = read
@@ -140,11 +140,11 @@ def _made(model: nn.Module) -> dict[str, Any]:
     return made
 
 
-def without_weights() -> Any:
-    """Return a context in which models are made without memory for their weights."""
-    if TorchVersion(version("timm")) >= "1.0.21":
+def without_weights(library: str) -> Any:
+    """Return a context in which a library's models are made without memory for their weights."""
+    if library == "timm" and TorchVersion(version("timm")) >= "1.0.21":
         return torch.device("meta")
-    from accelerate import init_empty_weights  # which lets older ones compute settings with tensors
+    from accelerate import init_empty_weights  # which lets models compute settings with tensors
 
     return init_empty_weights()
 
@@ -183,7 +183,7 @@ def _of_transformers(model: Any) -> dict[str, Any] | None:
     source = {
         "library": "transformers",
         "class": cls.__name__,
-        "config": model.config.to_diff_dict(),
+        "config": dict(sorted(model.config.to_diff_dict().items())),  # whose order depends on how it was made
         "attention": model.config._attn_implementation,
     }
     if _POOLING in inspect.signature(cls).parameters and getattr(model, "pooler", None) is None:
@@ -193,7 +193,7 @@ def _of_transformers(model: Any) -> dict[str, Any] | None:
 
 def _by_transformers(source: dict[str, Any]) -> nn.Module:
     """Make a model of transformers. Raises ModelError when its settings ask for code."""
-    cls, config = _class_named(source.get("class", _OF_OLD_FILES)), source["config"]
+    cls, config = _class_named(source.get("class")), source["config"]
     named = (value for key, value in _settings(config) if "implementation" in key and not isinstance(value, bool))
     asked = {source["attention"], *map(str, named)}
     if not asked <= {"None", *_ATTENTION} or any(key == "auto_map" for key, _ in _settings(config)):
@@ -203,6 +203,16 @@ def _by_transformers(source: dict[str, Any]) -> nn.Module:
             raise ModelError(f"its configuration asks for code of others: {key}={value!r}")
     settings = cls.config_class.from_dict(config, attn_implementation=source["attention"])
     return cast(nn.Module, cls(settings, **({} if source.get("pooling", True) else {_POOLING: False})))
+
+
+def other_release(source: Mapping[str, Any]) -> str:
+    """Return in words that a model is of another release of transformers than the one here; else nothing."""
+    with suppress(KeyError, TypeError):
+        wrote = source["config"]["transformers_version"]
+        here = getattr(sys.modules.get("transformers"), "__version__", wrote)
+        if here != wrote:
+            return f" (written with transformers {wrote}, which may name layers otherwise than {here}, which is here)"
+    return ""
 
 
 def _class_named(name: Any) -> Any:
