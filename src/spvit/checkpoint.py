@@ -31,7 +31,7 @@ from spvit.errors import ArchitectureError, CheckpointError, RunError, first_lin
 from spvit.fields import fields_of, from_data, to_data
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host
-from spvit.hosts.rebuild import build, can_build, other_release, source_of, without_weights
+from spvit.hosts.rebuild import blank, build, can_build, other_release, source_of, without_weights
 from spvit.hosts.recognise import family_of
 from spvit.hub import downloaded
 from spvit.surgery import cut, fold, pruned_record
@@ -183,7 +183,9 @@ def save(
     different = None
     if can_build(description.host):
         with without_weights(description.host["library"]):
-            different = _difference(model.state_dict(), _built(description, folder / DESCRIPTION).state_dict())
+            different = _difference(
+                model.state_dict(), _built(description, folder / DESCRIPTION, make=blank).state_dict()
+            )
     if different is not None:
         key, own, rebuilt = different
         found = f"its {key} is {own}, but {rebuilt} in what spvit.load would rebuild"
@@ -253,11 +255,15 @@ def load(folder: str | Path, *, host: nn.Module | None = None) -> nn.Module:
 
 
 def _built(
-    description: Description, path: Path, given: nn.Module | None = None, state: Mapping[str, Tensor] | None = None
+    description: Description,
+    path: Path,
+    given: nn.Module | None = None,
+    state: Mapping[str, Tensor] | None = None,
+    make: Callable[[dict[str, Any]], nn.Module] = build,
 ) -> nn.Module:
     """Return a model as a file describes it, with random weights; made of a dense model where one is given."""
     try:
-        host = described_host(description, given)
+        host = described_host(description, given, make)
         if given is not None:
             _check_frame(host, state or {})
         if description.architecture is not None:
@@ -270,10 +276,12 @@ def _built(
         raise CheckpointError(f"{path}: the model cannot be rebuilt: {said}") from error
 
 
-def described_host(description: Description, given: nn.Module | None = None) -> Host:
+def described_host(
+    description: Description, given: nn.Module | None = None, make: Callable[[dict[str, Any]], nn.Module] = build
+) -> Host:
     """Return the dense host that a file describes, with random weights, or a copy of one that is given."""
     source = description.host
-    model = build(source) if given is None else copy.deepcopy(given).cpu()
+    model = make(source) if given is None else copy.deepcopy(given).cpu()
     if "family" not in source:  # known by its class
         return Host.of(model)
     return Host(model, from_data(Family, source["family"], "host.family"))

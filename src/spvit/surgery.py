@@ -109,7 +109,8 @@ def prune_each(
     """Return a host cut down to each of several architectures as `prune` does it, repaired side by side.
 
     The host runs once for all. Each model takes the memory of its tokens of all images, and so do what the host
-    answers, three times, and one model's next tokens. `finished` holds one of these for each architecture.
+    answers, three times, one model's next tokens and what its attention answers. `finished` holds one of these for
+    each architecture.
     """
     pruned = [host.on(copy.deepcopy(host.model)) for _ in architectures]
     with ExitStack() as undo:

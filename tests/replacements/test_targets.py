@@ -13,20 +13,34 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
 import reference
 import spvit
+from own_models import EXPECTED, OWN
 from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.hosts.host import Host
 from spvit.hosts.walk import BlockPair, advance, first_inputs
 from spvit.moments import Moments
+from spvit.repair.repair import repair_block
 from spvit.replacements import targets
-from tiny import assert_close, assert_differ, assert_untouched, everything_of, ffn_widths, images, logits, make_host
+from tiny import (
+    assert_close,
+    assert_differ,
+    assert_untouched,
+    everything_of,
+    ffn_widths,
+    images,
+    logits,
+    make_host,
+    randomise,
+)
 
 SOME = ["class_token", "options", "residual_post_norm", "huggingface", "swin_non_square", "swin_padded"]
 STREAMS = [name for name in SOME if name != "residual_post_norm"]
+NARROW = Attention(heads=(0, 2), value_rank=3)
 SHIFTED = 1  # every second block of Swin shifts its windows
 
 
@@ -84,7 +98,9 @@ def aims_of(pair: BlockPair, path: str) -> Iterator[targets.Target]:
     """Yield the targets of a layer."""
     if path == pair.sites.attention.path:
         return targets.attention_targets(pair)
-    return ((own, missing) for _, own, missing in targets.ffn_targets(pair))
+    second: Any = pair.model.get_submodule(pair.sites.ffn.second)
+    some = targets.ffn_targets(pair, range(pair.sites.ffn.units))
+    return ((lacking + second(x), missing) for x, lacking, missing in some)
 
 
 def all_of(own: Tensor, missing: Tensor | None) -> Tensor:
@@ -111,6 +127,58 @@ def test_targets_are_those_of_the_formulas(name: str) -> None:
                 assert (missing is None) == (name == "residual_post_norm")
                 if missing is not None:
                     assert_close(missing, expected[1])
+
+
+def cut_pair(name: str, kept: Attention) -> tuple[BlockPair, Block, BlockPair]:
+    """Return a block with such attention and a third of its units, what it keeps, and the block with all units."""
+    if name.startswith("eva02"):
+        small = {"img_size": 64, "patch_size": 16, "embed_dim": 24, "depth": 4, "num_heads": 3, "mlp_ratio": 3}
+        model = timm.create_model("eva02_tiny_patch14_224", scale_mlp="normed" in name, **small)
+        model = randomise(model).double().eval()
+    else:
+        model = randomise(OWN[name]()).double().eval() if name in OWN else make_host(name)
+    own = torch.randn(4, *EXPECTED[name].image, dtype=torch.float64) if name in OWN else None
+    host = Host.of(model if own is None else spvit.recognise(model, own))
+    dense_inputs = first_inputs(host, list(torch.randn(5, *host.input_size, dtype=torch.float64).split(3)))
+    for earlier in range(SHIFTED):
+        advance(host, earlier, dense_inputs)
+    inputs = [x + 0.3 * torch.randn_like(x) for x in dense_inputs]
+    widths = [block.ffn.units for block in host.blocks]
+    whole, some = ([Block(kept, FFN.whole(width)) for width in widths] for _ in range(2))
+    some[SHIFTED] = Block(kept, FFN(widths[SHIFTED], tuple(range(1, widths[SHIFTED], 3))))
+    pairs = [
+        BlockPair(spvit.prune(host, Architecture(tuple(blocks), skip_rule="mean")), host, SHIFTED, inputs, dense_inputs)
+        for blocks in (some, whole)
+    ]
+    return replace(pairs[0], attention=[]), some[SHIFTED], pairs[1]
+
+
+@pytest.mark.parametrize("name", [*SOME, "packed_swiglu", "parallel", "eva02", "eva02 normed"])
+def test_a_narrower_ffn_lacks_what_the_dense_one_answers_to_the_same_tokens_beyond_it(name: str) -> None:
+    torch.manual_seed(0)
+    pair, block, whole = cut_pair(name, Attention("conv1"))
+    path = pair.sites.ffn.second
+    assert (pair.sites.ffn.norm is not None) == (name == "eva02 normed")
+    found = list(targets.ffn_targets(pair, block.ffn.units))
+    second = pair.model.get_submodule(path)
+    dense = replace(whole, host=pair.host.on(whole.model), dense_inputs=pair.inputs)
+    for (x, lacking, _), arriving, own in zip(found, pair.arriving(path), dense.wanted(path), strict=True):
+        assert_close(x, arriving)
+        assert_close(lacking + second(x), own)
+        assert_differ(second(x), own)
+
+
+@pytest.mark.parametrize("kept", [Attention(), NARROW, Attention("conv3"), Attention("skip")], ids=str)
+@pytest.mark.parametrize("name", ["class_token", "huggingface", "swin_padded", "parallel"])
+def test_what_a_repair_keeps_of_attention_is_what_that_answers_once_fitted(name: str, kept: Attention) -> None:
+    torch.manual_seed(0)
+    pair, block, _ = cut_pair(name, kept)
+    repair_block(pair, block)
+    known, anew = list(pair.inputs), list(pair.inputs)
+    advance(pair.host.on(pair.model), SHIFTED, known, pair.attention)
+    advance(pair.host.on(pair.model), SHIFTED, anew)
+    for own, expected in zip(known, anew, strict=True):
+        assert_close(own, expected)
 
 
 @pytest.mark.parametrize("name", STREAMS)
@@ -293,10 +361,13 @@ def test_the_repaired_network_is_nearer_to_the_dense_one_on_new_images(
     dense = lambda pair, path: ((answer, None) for answer in pair.wanted(path))  # noqa: E731
     ffn, narrow = (importlib.import_module(f"spvit.replacements.{kind}") for kind in ("ffn", "narrow"))
     monkeypatch.setattr(narrow, "attention_targets", lambda pair: dense(pair, pair.sites.attention.path))
-    both = lambda pair, path: zip(pair.arriving(path), dense(pair, path))  # noqa: E731
-    monkeypatch.setattr(
-        ffn, "ffn_targets", lambda pair: ((x, *target) for x, target in both(pair, pair.sites.ffn.second))
-    )
+
+    def of_dense(pair: BlockPair, kept: object) -> Iterator[tuple[Tensor, Tensor, None]]:
+        path = pair.sites.ffn.second
+        second = pair.model.get_submodule(path)
+        return ((x, answer - second(x), None) for x, answer in zip(pair.arriving(path), pair.wanted(path)))
+
+    monkeypatch.setattr(ffn, "ffn_targets", of_dense)
     assert own < 0.93 * error()
 
 

@@ -6,7 +6,10 @@ plain arguments.
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -57,6 +60,21 @@ def build(source: dict[str, Any]) -> nn.Module:
     if expected != found:
         raise UnsupportedHostError(f"the host's class is {expected!r}, but what {library} makes is a {found}")
     return model
+
+
+def blank(source: dict[str, Any]) -> nn.Module:
+    """Make a dense model as `build` does, without memory for its weights; the one made last is copied, which is faster.
+
+    Raises what `build` raises.
+    """
+    return copy.deepcopy(_blank(json.dumps(source)))
+
+
+@functools.lru_cache(maxsize=1)
+def _blank(source: str) -> nn.Module:
+    described = json.loads(source)
+    with without_weights(described["library"]):
+        return build(described)
 
 
 def _of_timm(model: Any) -> dict[str, Any] | None:

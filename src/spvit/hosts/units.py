@@ -17,15 +17,18 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def narrow_ffn(model: nn.Module, site: FFNSite, units: Tensor) -> dict[str, nn.Module]:
-    """Return by dotted name what stands for the layers of an FFN that keeps these units. units: [K], ascending.
+    """Return by dotted name what stands for the layers of an FFN that keeps these units, in this order. units: [K].
 
     A norm's mean and variance are then those of the kept units; the repair of the layer behind it makes up for that.
     """
     narrow = {}
     for path in site.linears:
-        # Packed rows keep their order, interleaved ones too.
-        rows = torch.cat([part.start + part.step * units for part in site.first if part.linear == path]).sort().values
-        narrow[path] = narrowed(model.get_submodule(path), rows)
+        # Packed rows stay packed as they are, interleaved ones too.
+        rows, places = (
+            torch.cat([part.start + part.step * some for part in site.first if part.linear == path])
+            for some in (units, torch.arange(len(units)))
+        )
+        narrow[path] = narrowed(model.get_submodule(path), rows[places.argsort()])
     narrow[site.second] = narrowed(model.get_submodule(site.second), units, axis=1)
     if site.norm is not None:
         narrow[site.norm] = narrowed(model.get_submodule(site.norm), units)

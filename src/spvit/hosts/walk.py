@@ -8,23 +8,24 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from spvit.errors import CalibrationError
-from spvit.hosts.calling import batch_first, in_mode, inside, reached, tokens_of
+from spvit.hosts.calling import answering, batch_first, in_mode, inside, reached, tokens_of
 from spvit.hosts.host import Host, check_values
 from spvit.hosts.sites import BlockSites
 
 Report = Callable[[str, int, int, Mapping[str, float]], object]
 """What long work calls as it goes: with its phase, the steps done, the steps in all, and figures by name."""
 BATCH = 64
-FULL = 8192
-"""Tokens of the first block that a batch of small images is filled up to."""
+FULL = 3072
+"""Tokens of the first block that a batch of small images is filled up to; more at once take memory anew each time."""
 Found = TypeVar("Found")
 
 Part = tuple[dict[str, Any], dict[str, Tensor]]
@@ -160,10 +161,28 @@ def through(host: Host, index: int, x: Tensor) -> Tensor:
     return tokens_of(call(module, out))
 
 
-def advance(host: Host, index: int, inputs: list[Tensor]) -> None:
-    """Replace a block's inputs by those of the next block, in place, batch by batch."""
+def advance(host: Host, index: int, inputs: list[Tensor], answers: list[Tensor] | None = None) -> None:
+    """Replace a block's inputs by those of the next block, in place, batch by batch.
+
+    answers: what is kept of its attention, as by `keeping`; None: it runs.
+    """
+    attention = inside(host.model.get_submodule(host.blocks[index].attention.path))
     for number, x in enumerate(inputs):
-        inputs[number] = through(host, index, x)
+        with nullcontext() if answers is None else keeping(attention, answers, number):
+            inputs[number] = through(host, index, x)
+
+
+def keeping(module: nn.Module, answers: list[Any], number: int) -> AbstractContextManager[None]:
+    """Have a module answer what is kept for a batch inside the context; the first time it runs, and that is kept."""
+    run = module.forward
+
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        if number == len(answers):
+            answers.append(run(*args, **kwargs))
+        # Some blocks add to it in place.
+        return tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, answers[number])
+
+    return answering(module, answer)
 
 
 @dataclass(frozen=True)
@@ -185,6 +204,8 @@ class BlockPair:
 
     excess: list[float] = field(default_factory=list)
     """What fits leave behind: by which share their errors on held-out images are larger than on those fitted to."""
+    attention: list[Any] | None = None
+    """If a list, what they leave behind of the pruned block's attention: what it answers once fitted, a batch each."""
 
     @property
     def sites(self) -> BlockSites:

@@ -98,7 +98,11 @@ def check_reachable(
     blocks = scores or [_unscored(block, multiple or DEFAULT_MULTIPLE) for block in host.blocks]
 
     def smallest(under: Constraints) -> int:
-        variants = _variants(_sites(blocks, _under(cost, host, under), step, under.at(host)), _attends(host))
+        sites = _sites(blocks, _under(cost, host, under), step, under.at(host))
+        dear_first = (sorted(site, key=lambda choice: -choice[1]) for site in sites)
+        # Of each kind of attention, and of widths, the cheapest counts.
+        least = [list({getattr(choice[0], "kind", ""): choice for choice in site}.values()) for site in dear_first]
+        variants = _variants(least, _attends(host))
         return cost.fixed + min(sum(min(spent for _, spent, _ in site) for site in variant) for variant in variants)
 
     fewest, given = smallest(constraints), constraints.given()

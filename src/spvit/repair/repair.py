@@ -67,8 +67,10 @@ def repair(
             for number in (number for number, first in enumerate(firsts) if index >= first):
                 model, before, part = models[number], len(excess[number]), parts[number][index]
                 inputs, block = list(streams[number]), model.get_submodule(host.blocks[index].path)
+                answers: list[Any] | None = None
                 if part is None:
-                    pair = BlockPair(model, host, index, inputs, dense_inputs, known, excess=excess[number])
+                    answers = []
+                    pair = BlockPair(model, host, index, inputs, dense_inputs, known, 0, excess[number], answers)
                     repair_block(pair, architectures[number].blocks[index], mend=True)
                     if finished is not None:
                         state = {name: value.cpu().contiguous().clone() for name, value in block.state_dict().items()}
@@ -77,7 +79,7 @@ def repair(
                     block.load_state_dict(part[1])
                     excess[number] += part[0]["excess"]
                 if index + 1 < len(places):
-                    advance(host.on(model), index, inputs)
+                    advance(host.on(model), index, inputs, answers)
                     streams[number] = inputs
             if index + 1 < len(places):
                 advance(host, index, dense_inputs)
@@ -110,4 +112,4 @@ def repair_block(pair: BlockPair, kept: Block, mend: bool = False) -> None:
         replaced = inside(pair.model.get_submodule(pair.sites.attention.path))
         replacement(attention.kind).fit(replaced, pair, attention)
     if mend or len(kept.ffn.units) < kept.ffn.width:
-        fit_ffn(pair)
+        fit_ffn(pair, kept.ffn.units)

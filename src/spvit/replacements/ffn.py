@@ -8,7 +8,8 @@ Shapes: D width, X inputs and Y outputs of a linear layer.
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from spvit.hosts.walk import BlockPair
@@ -16,19 +17,19 @@ from spvit.moments import Moments, regression, ridge_for
 from spvit.replacements.targets import Gathered, ffn_targets
 
 
-def fit_ffn(pair: BlockPair) -> None:
+def fit_ffn(pair: BlockPair, kept: Sequence[int]) -> None:
     """Correct the second linear layer of the pruned block's FFN so that it comes closest to its target, in place.
 
     W <- W + S_yx (S_xx + lI)^-1, y being the target less this layer's output. For an FFN with the inputs of the dense
     one, y = W2[:, P] h_P is the part of the removed units P, and the correction W2[:, P] S_PK (S_KK + lI)^-1.
+    kept: its units, ascending.
     """
     path = pair.sites.ffn.second
     linear = pair.model.get_submodule(path)
     assert isinstance(linear, nn.Linear)
-    whole = linear.in_features == pair.sites.ffn.units
     gathered = Gathered(pair)
-    for x, own, missing in ffn_targets(pair):
-        gathered.add(x, torch.zeros_like(own) if whole else own - linear(x), missing, pair.prefix)
+    for x, lacking, missing in ffn_targets(pair, kept):
+        gathered.add(x, lacking, missing, pair.prefix)
     correct(linear, gathered.moments(linear.bias is not None))
 
 

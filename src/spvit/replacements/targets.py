@@ -21,15 +21,17 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from spvit.hosts.calling import answering, answers_changed, batch_first, reached
-from spvit.hosts.walk import BlockPair
+from spvit.hosts.calling import answering, answers_changed, batch_first, inside, reached
+from spvit.hosts.units import narrow_ffn
+from spvit.hosts.walk import BlockPair, keeping
 from spvit.moments import Moments, regression
 
 RIDGE = 0.04
@@ -55,7 +57,7 @@ class Gathered:
     def add(self, x: Tensor, own: Tensor, missing: Tensor | None, prefix: int = 0) -> None:
         """Take in the next batch: inputs x [B, N, X], maybe windows, and a target; prefix as in `Moments.add`."""
         if missing is not None:
-            squares = missing.flatten(0, -2).double().square().sum(0)
+            squares = missing.flatten(0, -2).square().sum(0, dtype=torch.float64)
             self._squares = squares if self._squares is None else self._squares + squares
             own = torch.cat([own, missing], dim=-1)
         images = self._left.pop(0)
@@ -95,19 +97,20 @@ class Gathered:
             return 0.0
         # Outputs count by what they miss relative to their own size, whatever the scales are that they go through.
         weight = 1 / self._squares.clamp(min=1e-30)
-        # Products of what is predicted with what is missing, and with itself; on held-out and on fitted images.
+        # Products of what is predicted with what is missing, and with itself; on fitted and on held-out images.
         alike, power = torch.zeros(2, 2, dtype=torch.float64)
         for fitted, held in (self._halves, self._halves[::-1]):
             covariance, cross = fitted.products(biased)
             predicts = regression(covariance, cross[:, len(weight) :], self._ridge(fitted))
-            for number, half in enumerate((held, fitted)):
-                covariance, cross = half.products(biased, about=fitted)
+            for number, half in enumerate((fitted, held)):
+                if half is held:
+                    covariance, cross = held.products(biased, about=fitted)
                 scaled = half.count * weight * predicts
                 alike[number] += float((scaled * cross[:, len(weight) :]).sum())
                 power[number] += float((scaled * (covariance @ predicts)).sum())
-        held_out, at_fit = (len(weight) - 2 * alike + power).tolist()
+        at_fit, held_out = (len(weight) - 2 * alike + power).tolist()
         self._excess.append(held_out / at_fit - 1 if at_fit > 0 else 0.0)
-        share = min(1.0, max(0.0, float(alike[0] / power[0]))) if power[0] > 0 else 0.0
+        share = min(1.0, max(0.0, float(alike[1] / power[1]))) if power[1] > 0 else 0.0
         return 2 * share / (1 + share)
 
 
@@ -132,55 +135,54 @@ def attention_targets(pair: BlockPair) -> Iterator[Target]:
         yield own, missing
 
 
-def ffn_targets(pair: BlockPair) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+def ffn_targets(pair: BlockPair, kept: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Yield what arrives at the second linear layer of the pruned block's FFN, [B, N, X], and its target, a batch each.
 
-    For the pruned tokens attention runs once, in the pruned block, and the dense block's FFN.
+    In place of `own` it is what the layer's answer lacks of that: what the units add that are not kept.
     """
     attention, scale = pair.sites.attention, _scale(pair, pair.sites.ffn.second)
-    second = pair.host.model.get_submodule(pair.sites.ffn.second)
+    second, narrow = (model.get_submodule(pair.sites.ffn.second) for model in (pair.host.model, pair.model))
+    order = [*kept, *sorted(set(range(pair.sites.ffn.units)) - set(kept))]
+    # All units of the dense layers, with those first that are kept.
+    ordered = narrow_ffn(pair.host.model, pair.sites.ffn, torch.tensor(order))
+    outward: Any = ordered.pop(pair.sites.ffn.second)
+    removed = outward.weight[:, len(kept) :]
+    norm, answers = pair.sites.ffn.norm, [] if pair.attention is None else pair.attention
+    mixed = norm is not None and not isinstance(pair.model.get_submodule(norm), nn.Conv2d)
 
     def beside(x: Tensor) -> tuple[Tensor, Tensor]:
         with _answering({second: x.new_zeros(())}) as answers:
             return pair.dense_block(x), answers[second]
 
     aims: Iterator[Any] = itertools.repeat((None, None)) if scale is None else pair.of_dense("beside", beside)
-    for x, (aim, answer) in zip(pair.inputs, aims):
-        rest, seen = _without_second(pair, x)
-        own, missing = _unpruned_ffn(pair, x, seen), None
+    for number, (x, (aim, answer)) in enumerate(zip(pair.inputs, aims)):
+        with keeping(inside(pair.model.get_submodule(attention.path)), answers, number):
+            rest, whole = _without_second(pair, x, ordered)
+            units = _without_second(pair, x, {})[1] if mixed else whole[..., : len(kept)]
+        given, missing = narrow(units), None
+        lacking = outward(whole) - given if mixed else F.linear(whole[..., len(kept) :], removed)
         if scale is not None:
-            missing = batch_first(attention, (aim - rest).reshape(own.shape) * scale + answer - own)
-        yield batch_first(attention, seen["units"]), batch_first(attention, own), missing
+            missing = (aim - rest).reshape(given.shape) * scale + answer - (given + lacking)
+            missing = batch_first(attention, missing)
+        yield batch_first(attention, units), batch_first(attention, lacking), missing
 
 
-def _without_second(pair: BlockPair, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """Return what the pruned block answers when its FFN's second layer answers zeros, and what is seen on the way."""
-    seen: dict[str, Any] = {}
-    paths = (pair.sites.attention.path, pair.sites.ffn.linears[0], pair.sites.ffn.second)
-    attention, first, second = (pair.model.get_submodule(path) for path in paths)
+def _without_second(pair: BlockPair, x: Tensor, others: Mapping[str, nn.Module]) -> tuple[Tensor, Tensor]:
+    """Return what the pruned block answers when its FFN's second layer answers zeros, and what arrives at that.
+
+    others: by path, what runs in place of some of its layers.
+    """
+    found: list[Tensor] = []
 
     def zeros(units: Tensor) -> Tensor:
-        seen["units"] = units
+        found.append(units)
         return units.new_zeros(*units.shape[:-1], pair.sites.attention.dim)
 
-    with (
-        attention.register_forward_hook(lambda module, args, output: seen.update(attention=output)),
-        first.register_forward_pre_hook(lambda module, args: seen.update(tokens=args[0].clone())),
-        answering(second, zeros),
-    ):
-        return pair.block(x), seen
-
-
-def _unpruned_ffn(pair: BlockPair, x: Tensor, seen: dict[str, Any]) -> Tensor:
-    """Return what the dense FFN's second layer answers to the tokens that arrived at the pruned FFN."""
-    site, get = pair.sites.attention, pair.host.model.get_submodule
     with ExitStack() as stack:
-        if site.layout is None:  # else what stands for attention may answer for the map, attention for windows
-            stack.enter_context(answering(get(site.path), lambda *args, **kwargs: seen["attention"]))
-        for path in pair.sites.ffn.linears:
-            hook = get(path).register_forward_pre_hook(lambda module, args: (seen["tokens"],))
-            stack.callback(hook.remove)
-        return reached(pair.dense_block, x, get(pair.sites.ffn.second), output=True)
+        stack.enter_context(answering(pair.model.get_submodule(pair.sites.ffn.second), zeros))
+        for path, module in others.items():
+            stack.enter_context(answering(pair.model.get_submodule(path), module.forward))
+        return pair.block(x), found[0]
 
 
 def _scale(pair: BlockPair, path: str) -> Tensor | None:

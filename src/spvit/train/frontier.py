@@ -55,8 +55,10 @@ from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import REPAIR, RunFolder
 from spvit.train.settings import FrontierConfig, ImageConfig
 
-MEMORY, BESIDE = 6 * 2**30, 5
+MEMORY, BESIDE = 6 * 2**30, 6
 """Bytes of tokens that a repair may hold, and how many models' tokens it takes beside those of each model."""
+SECONDS = 0.15
+"""Least time for each model and batch size; seven rounds of larger ones take longer."""
 BUDGETS = ("75%", "60%", "50%", "35%", "25%")
 
 
@@ -218,7 +220,7 @@ def _measured(
         programs.append(Program.of(point.budget, model))
     batches = batches_to_measure(config.batches, config.latency_batch if found.metric == "latency" else None)
     with run.progress.bar("latency", len(batches)):
-        measured = measure_batches(programs, batches, 0.3, run.progress.step)
+        measured = measure_batches(programs, batches, SECONDS, run.progress.step)
     points = tuple(replace(point, latency=own) for point, own in zip(found.points, measured))
     found = replace(found, points=points, seconds={**found.seconds, "latency": time.perf_counter() - started})
     found.save(folder)

@@ -11,7 +11,6 @@ from spvit.errors import DataError
 from spvit.repair.constraints import Constraints
 from spvit.repair.objective import OBJECTIVES
 from spvit.search.budget_loss import BUDGET_WEIGHT
-from spvit.speed.benchmark import BATCHES
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 CALIBRATION_IMAGES = 1024
@@ -262,8 +261,8 @@ class FrontierConfig(ScoresConfig):
 
     repair_views: int = within(1, 1)
     """Times the calibration images for the repair of each budget: less than `compress` takes, for one time each."""
-    batches: tuple[int, ...] = within(BATCHES, 1)
-    """Batch sizes at which latency is measured."""
+    batches: tuple[int, ...] = within((1, 16), 1)
+    """Batch sizes at which latency is measured: large ones take long with many models."""
 
 
 @dataclass(frozen=True, kw_only=True)
