@@ -342,6 +342,8 @@ class Harmful:
         ("a.npz", b"", r"a\.npz: expected a \.safetensors or \.pth file, found \.npz"),
         ("weights", b"", r"weights: expected a \.safetensors or \.pth file, found no ending"),
         ("a.safetensors", b"not one", r"a\.safetensors is damaged or not a safetensors file"),
+        ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\n", r"it is a pointer of git-lfs or a web page"),
+        ("a.pth", b"<!DOCTYPE html>", r"it is a pointer of git-lfs or a web page; download the file itself"),
         ("a.safetensors", None, r"a\.safetensors does not exist"),
     ],
 )
