@@ -145,7 +145,7 @@ class Bench:
             self.train(Phase(DENSE, model, phase), self.loop)
             metrics = {"seconds": time.perf_counter() - started}
             spvit.save(model, folder, preprocessing=self.images.preprocessing, metrics=metrics)
-        dense, seconds = spvit.load(folder), spvit.describe(folder).metrics["seconds"]
+        dense, seconds = spvit.load(folder, host=make_dense(options.host)), spvit.describe(folder).metrics["seconds"]
         accuracy = figures_of([dense], self.images, self.loop)[0].accuracy
         self.note(f"dense model of {folder}: accuracy {accuracy:.2%}, trained in {seconds:.0f} s")
         return dense, accuracy, seconds

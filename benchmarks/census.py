@@ -38,8 +38,8 @@ import spvit
 import tiny_models
 from census_page import Outcome, page
 from spvit.architecture import FFN, Architecture, Attention, Block, dense
+from spvit.hosts.rebuild import can_build, source_of
 from spvit.hosts.sites import AttentionSite
-from spvit.hosts.sources import can_build, source_of
 from spvit.replacements.costs import network_costs
 from timm_vit import macs_of
 

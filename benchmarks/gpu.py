@@ -1,6 +1,6 @@
 """What spvit does on one GPU: its tests there, a search step, inference, deciding and repairing, one whole run.
 
-python benchmarks/gpu.py --json FILE [--parts tests decide search compress inference compiled] [--minutes 8]
+python benchmarks/gpu.py --json FILE [--parts tests decide decided search compress inference compiled] [--minutes 8]
 
 Weights and images are random but for the run on scikit-learn's digits, so nothing is downloaded. Every ratio has both
 sides, measured in this run. A part that fails is written with its error, and the others go on; after the minutes none
@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import nn
 
 import spvit
-from inference import measure
+from inference import measure, measure_pruned
 from reporting import check_free, machine, spread, write_results
 
 ROOT = Path(__file__).parents[1]
@@ -126,6 +126,20 @@ def decide() -> list[dict[str, Any]]:
     return [row]
 
 
+def decided() -> list[dict[str, Any]]:
+    """Return latencies of DeiT-S as `decide` makes it at half and a quarter of the MACs, eager and in bf16 compiled."""
+    model, _, _ = DECIDING
+    host, images = timm.create_model(model).cuda().eval(), torch.randn(256, 3, 224, 224)
+    scores = spvit.score(host, images)
+    chosen = {budget: spvit.decide(host, macs=budget, scores=scores) for budget in ("50%", "25%")}
+    rows = []
+    for compiled, dtypes in ((False, ["fp32", "bf16"]), (True, ["bf16"])):
+        for budget, architecture in chosen.items():
+            what = f"{model} {budget}", host, architecture, BATCHES, dtypes, 0.5
+            rows += measure_pruned(*what, device="cuda", compiled=compiled)
+    return rows
+
+
 def compress() -> list[dict[str, Any]]:
     """Run the demo, which trains a small ViT on digits and compresses it, and return the end of what it prints."""
     with tempfile.TemporaryDirectory() as folder:
@@ -136,6 +150,7 @@ def compress() -> list[dict[str, Any]]:
 PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "tests": tests,
     "decide": decide,
+    "decided": decided,
     "search": search,
     "compress": compress,
     "inference": inference,

@@ -13,6 +13,7 @@ beyond is norms, activations and copies.
 from __future__ import annotations
 
 import argparse
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -85,11 +86,26 @@ def measure(
     torch.manual_seed(0)
     architecture = rounded(spvit.architectures()[name], multiple)
     dense = timm.create_model(host_name(name)).eval()
+    return measure_pruned(name, dense, architecture, batches, dtypes, seconds, profile, device, compiled)
+
+
+def measure_pruned(
+    name: str,
+    dense: nn.Module,
+    architecture: Architecture,
+    batches: list[int],
+    dtypes: list[str],
+    seconds: float,
+    profile: bool = False,
+    device: str = "cpu",
+    compiled: bool = False,
+) -> list[dict[str, Any]]:
+    """Return a row for every dtype and batch size of a dense model and what an architecture makes of it."""
     dense_macs, pruned_macs = (spvit.cost(dense, kept)["macs"] for kept in (None, architecture))
     pruned = spvit.fold(spvit.prune(dense, architecture))
     rows = []
     for dtype in dtypes:
-        sides: list[Any] = [model.to(device, DTYPES[dtype]) for model in (dense, pruned)]
+        sides: list[Any] = [copy.deepcopy(model).to(device, DTYPES[dtype]) for model in (dense, pruned)]
         for batch in batches:
             images = torch.randn(batch, *input_size(dense), dtype=DTYPES[dtype], device=device)
             timed = sides

@@ -5,6 +5,7 @@ Shapes: B batch, N tokens, D width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,9 +23,13 @@ ACTIVE = 0.01
 
 @torch.no_grad()
 def macs_of(model: nn.Module, image: Tensor) -> int:
-    """Return the MACs of one image's forward pass as torch counts them: linear, convolution, attention products."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(image[:1])
+    """Return the MACs of one image's forward pass as torch counts them: linear, convolution, attention products.
+
+    Counted without a device: on the CPU narrow attention fills up widths with zeros, as its fused kernel wants them.
+    """
+    twin = copy.deepcopy(model).to("meta").requires_grad_(False)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        twin(image[:1].to("meta"))
     return counter.get_total_flops() // 2
 
 

@@ -12,10 +12,15 @@ from types import SimpleNamespace as Namespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import reference
+from spvit.architecture import Architecture, Attention
+from spvit.cost import count_params
+from spvit.hosts.host import Host
+from spvit.replacements.costs import network_costs
+from spvit.replacements.kernels import POSITIONS
 from tiny import CLASSES
 
 WIDTH, MLP = 24, 72
@@ -238,3 +243,24 @@ def _norm(state: dict[str, Tensor], name: str, z: Tensor, eps: float) -> Tensor:
 def _ffn(state: dict[str, Tensor], name: str, z: Tensor) -> Tensor:
     hidden = F.gelu(F.linear(z, state[f"{name}.fc1.weight"], state[f"{name}.fc1.bias"]))
     return F.linear(hidden, state[f"{name}.fc2.weight"], state[f"{name}.fc2.bias"])
+
+
+def unfolded_params(host: nn.Module, architecture: Architecture) -> int:
+    """Return the parameters of an architecture of a dense host as the publication counts them.
+
+    There a convolution has the whole W_v and W_o of the attention that it replaces, its head mix logits and its batch
+    norm; in a deployed network all of these are folded into two small layers.
+    """
+    dense = Host.of(host)
+    cost = network_costs(dense)["params"]
+    total = cost.of(architecture)
+    for index, kind in enumerate(architecture.kinds()):
+        if kind not in ("conv3", "conv1"):
+            continue
+        site, weights = dense.blocks[index].attention, dense.weights(index)
+        shared = (weights.value_weight, weights.value_bias, weights.out_weight, weights.out_bias)
+        whole = sum(tensor.numel() for tensor in shared if tensor is not None)
+        mix_and_norm = site.heads * POSITIONS + 2 * site.head_width
+        norm = 0 if site.norm is None else count_params(dense.model.get_submodule(site.norm))
+        total += whole + mix_and_norm - (cost.blocks[index].attention(Attention(kind)) - norm)
+    return total

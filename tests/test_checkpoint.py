@@ -180,8 +180,6 @@ def test_files_without_the_input_size_are_read(tmp_path: Path) -> None:
     model = spvit.fold(spvit.prune(host, spvit.decide(net), weights=net))
     spvit.save(model, tmp_path, preprocessing=LOOKS)
     found = describe(tmp_path)
-    edit(tmp_path, input_size=...)
-    assert describe(tmp_path) == found
     assert found.input_size == images(host).shape[1:]
 
 
@@ -220,14 +218,14 @@ def edit(folder: Path, **changes: Any) -> None:
         ({"format": "other"}, r'is not a model of this version, expected "format": "spvit-model", "version": 1'),
         ({"format": ...}, "is not a model of this version"),
         ({"version": 2}, "is not a model of this version"),
-        ({"colour": 1}, "unknown field 'colour', expected host, architecture, folded, input_size, preprocessing"),
-        ({"host": ...}, "missing 1 required positional argument: 'host'"),
+        ({"colour": 1}, "unknown field 'colour', expected host, input_size, architecture, folded, preprocessing"),
+        ({"host": ...}, "field 'host' is missing"),
         ({"architecture": {}}, "not an architecture"),
-        ({"architecture": 3}, "architecture: found int, expected an object"),
-        ({"preprocessing": {"mean": [0.5]}}, "std"),
+        ({"architecture": 3}, "not an architecture: expected"),
+        ({"preprocessing": {"mean": [0.5]}}, "1 values of mean and 3 of std"),
         ({"preprocessing": {"mean": [0.5], "std": [0.5], "zoom": 2}}, "zoom"),
-        ({"preprocessing": 3}, "int"),
-        ({"classes": 3}, "not iterable"),
+        ({"preprocessing": 3}, "model.preprocessing is 3, expected an object or null"),
+        ({"classes": 3}, "model.classes is 3, expected a list or null"),
     ],
 )
 def test_wrong_descriptions_are_refused(saved: Path, changes: dict[str, Any], message: str) -> None:
@@ -256,7 +254,7 @@ def test_descriptions_that_are_no_objects_are_refused(saved: Path, content: str)
     [
         ({"host": {"library": "keras"}}, "the file names no model of timm or transformers but a keras, which"),
         ({"host": {}}, "library"),
-        ({"host": 3}, "not subscriptable"),
+        ({"host": {"library": "timm", "name": 3, "arguments": {}}}, "no attribute"),
         ({"host": {"library": "timm", "arguments": {}}}, "name"),
         ({"host": {"library": "timm", "name": "no_such_model", "arguments": {}}}, "no_such_model"),
         ({"host": {"library": "timm", "name": "vit_tiny_patch16_224", "arguments": {"wings": 2}}}, "wings"),
@@ -380,17 +378,13 @@ def test_states_that_fit_are_loaded() -> None:
     assert_close(model(torch.ones(1, 3)), torch.full((1, 4), 3.0))
 
 
-def test_files_of_before_hosts_named_their_class_are_read(tmp_path: Path) -> None:
-    host = make_host("class_token")
-    path = spvit.save(host, tmp_path / "old") / DESCRIPTION
+def test_a_model_of_another_class_is_refused(tmp_path: Path) -> None:
+    path = spvit.save(make_host("class_token"), tmp_path / "saved") / DESCRIPTION
     data = json.loads(path.read_text())
-    assert data["host"].pop("class") == "VisionTransformer"
-    path.write_text(json.dumps(data))
-    assert torch.equal(logits(spvit.load(tmp_path / "old"), images(host)), logits(host, images(host)))
     data["host"]["class"] = "ResNet"
     path.write_text(json.dumps(data))
     with pytest.raises(CheckpointError, match="rebuilt: the host's class is 'ResNet', but what timm makes is a Vis"):
-        spvit.load(tmp_path / "old")
+        spvit.load(tmp_path / "saved")
 
 
 def _transformers(name: str, **options: Any) -> nn.Module:
@@ -436,18 +430,6 @@ def test_models_that_were_recognised_are_rebuilt(name: str, tmp_path: Path) -> N
 def first(output: Any) -> torch.Tensor:
     """Return the first tensor of what a model answers."""
     return output if isinstance(output, torch.Tensor) else output[0]
-
-
-def test_files_of_hugging_face_models_of_before_sites_were_written_are_read(tmp_path: Path) -> None:
-    host, net = make_net("huggingface_options")
-    pruned = spvit.prune(host, spvit.decide(net), weights=net)
-    for name, model in (("dense", host), ("pruned", pruned)):
-        path = spvit.save(model, tmp_path / name) / DESCRIPTION
-        data = json.loads(path.read_text())
-        source = {key: data["host"][key] for key in ("library", "config", "attention")}
-        path.write_text(json.dumps({**data, "host": source, "input_size": None}))
-        assert torch.equal(logits(spvit.load(path.parent), images(host)), logits(model, images(host)))
-        assert describe(path.parent).input_size == (3, 64, 96)
 
 
 def _torchvision(width: int = 24, depth: int = 4) -> nn.Module:

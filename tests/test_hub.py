@@ -20,7 +20,7 @@ from spvit.architecture import FFN, Architecture, Attention, Block
 from spvit.cli.main import parse
 from spvit.errors import CheckpointError, HubError, ModelError, ReportError, RunFolderError
 from spvit.models import ModelConfig, open_model
-from spvit.publish import model_card
+from spvit.pages.card import model_card
 from spvit.train.run_folder import RunFolder
 from training import GREY, micro_host, states_equal
 
@@ -177,7 +177,7 @@ def test_card_says_what_the_run_says(saved: Path, tmp_path: Path) -> None:
     assert rows["accuracy"].count("90.00% ") == 3
     assert "1,500" in rows["validation images"]
     assert "264.5k" in rows["MACs of one image"]
-    assert rows["1"].startswith("| 1 | ")
+    assert "```\nblock  attention  FFN units\n    0  " in card
     assert "`spvit compress --recipe recipe.yaml --output RUN`" in card
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(card.split("```yaml\n")[1].partition("```")[0])
@@ -197,7 +197,7 @@ def test_picture_of_the_report_goes_with_the_card(hub: Hub, saved: Path, monkeyp
     def missing(*_: object, **__: object) -> Path:
         raise ReportError("a report needs jinja2")
 
-    monkeypatch.setattr("spvit.publish.report", missing)
+    monkeypatch.setattr("spvit.pages.card.report", missing)
     spvit.push(saved, "me/plain")
     assert "network.svg" not in hub.repositories["me/plain"].files()
     assert "network.svg" not in hub.repositories["me/plain"].files()["README.md"].decode()

@@ -15,6 +15,7 @@ import yaml
 
 import spvit
 from command import RECIPES, TINY, measure_briefly
+from published_files import unfolded_params
 from spvit.architecture import dense
 from spvit.budget import human
 from spvit.checkpoint import Preprocessing
@@ -22,7 +23,7 @@ from spvit.cli.main import main, parse
 from spvit.cli.parser import DEMO
 from spvit.replacements.costs import network_costs
 from spvit.train.data import load_images, mixup_of
-from spvit.zoo import architectures, unfolded_params
+from spvit.zoo import architectures
 from training import photographs
 
 MEASURED = ("digits", "fashion_mnist")

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import spvit
 from spvit.architecture import Architecture, Attention, dense
-from spvit.hosts.sources import make_by_timm
+from spvit.hosts.rebuild import make_by_timm
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 MIXED = ("conv3", "skip", "conv1", "msa")  # attention last: class tokens see what convolutions did only through it

@@ -61,8 +61,8 @@ __version__ = "0.1.0"
 
 # These bring Accelerate or timm, which load model libraries; importing spvit must load none.
 _LATER = {
+    "spvit.pages.card": ("push",),
     "spvit.pages.page": ("report",),
-    "spvit.publish": ("push",),
     "spvit.train.compress": ("compress",),
     "spvit.train.frontier": ("frontier",),
     "spvit.train.data": ("Images", "transform"),

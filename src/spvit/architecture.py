@@ -1,18 +1,19 @@
 """What a pruned network is: frozen dataclasses and their JSON form.
 
-An architecture is data. It knows nothing of weights or of any host, and this file imports the standard library only,
-so that an architecture can be read, written and compared anywhere.
+An architecture is data. It knows nothing of weights or of any host, and this file needs the standard library only, so
+that an architecture can be read, written and compared anywhere.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spvit.errors import ArchitectureError
+from spvit.errors import ArchitectureError, CheckpointError
+from spvit.fields import fields_of, from_data, to_data
 
 DEFAULT_MULTIPLE = 8
 """Widths and ranks are multiples of it unless said otherwise: what hardware computes well."""
@@ -84,10 +85,6 @@ class Attention:
     def narrowed(self) -> bool:
         """Return whether the layer keeps some of its heads or dimensions only."""
         return any(getattr(self, name) is not None for name in NARROWINGS)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what is said of the layer, as JSON values."""
-        return {name: value for name, value in vars(self).items() if value is not None}
 
     def __str__(self) -> str:
         parts = [self.kind]
@@ -202,7 +199,8 @@ class Architecture:
     def to_json(self) -> str:
         """Return the architecture as JSON text, one block a line."""
         written: list[dict[str, Any]] = [
-            {"attention": block.attention.to_dict(), "ffn": vars(block.ffn)} for block in self.blocks
+            {"attention": {"kind": block.attention.kind, **to_data(block.attention)}, "ffn": vars(block.ffn)}
+            for block in self.blocks
         ]
         if self.blocks[-1].tokens != "all":  # left out elsewhere, so that older versions read the file
             written[-1]["tokens"] = self.blocks[-1].tokens
@@ -241,58 +239,10 @@ def dense(widths: Sequence[int]) -> Architecture:
     return Architecture(tuple(Block(Attention(), FFN.whole(width)) for width in widths))
 
 
-def _take_fields(
-    cls: type, data: Any, where: str, needed: Sequence[str] = (), extra: Sequence[str] = ()
-) -> dict[str, Any]:
-    if not isinstance(data, Mapping):
-        raise ArchitectureError(f"{where}: found {type(data).__name__}, expected an object")
-    known = [field.name for field in fields(cls)] + list(extra)
-    for name in data:
-        if name not in known:
-            raise ArchitectureError(f"{where}: unknown field {name!r}, expected {', '.join(known)}")
-    for name in needed:
-        if name not in data:
-            raise ArchitectureError(f"{where}: field {name!r} is missing")
-    return dict(data)
-
-
-def _tuple(value: Any, where: str) -> tuple[int, ...]:
-    if not isinstance(value, (list, tuple)):
-        raise ArchitectureError(f"{where}: found {value!r}, expected a list of whole numbers")
-    return tuple(value)
-
-
-def attention_from_dict(data: Any, where: str) -> Attention:
-    """Build what stands at an attention layer from parsed JSON. Raises ArchitectureError naming the field."""
-    values = _take_fields(Attention, data, where)
-    if values.get("heads") is not None:
-        values["heads"] = _tuple(values["heads"], f"{where} heads")
-    try:
-        return Attention(**values)
-    except ArchitectureError as error:
-        raise ArchitectureError(f"{where.removesuffix(' attention')}: {error}") from error
-
-
-def _block_from_dict(data: Any, where: str) -> Block:
-    values = _take_fields(Block, data, where, needed=("attention", "ffn"))
-    attention = attention_from_dict(values["attention"], f"{where} attention")
-    ffn = _take_fields(FFN, values["ffn"], f"{where} ffn", needed=("width", "units"))
-    ffn["units"] = _tuple(ffn["units"], f"{where} ffn units")
-    try:
-        return Block(attention, FFN(**ffn), values.get("tokens", "all"))
-    except ArchitectureError as error:
-        raise ArchitectureError(f"{where}: {error}") from error
-
-
 def architecture_from_dict(data: Any) -> Architecture:
     """Build an architecture from parsed JSON. Raises ArchitectureError naming the field that is wrong."""
-    values = _take_fields(Architecture, data, "architecture", extra=("format", "version"))
-    if values.pop("format", None) != FORMAT:
-        raise ArchitectureError(f'not an architecture: expected "format": "{FORMAT}"')
-    version = values.pop("version", None)
-    if version != VERSION:
-        raise ArchitectureError(f"architecture version {version!r} cannot be read, expected {VERSION}")
-    blocks = values.pop("blocks", None)
-    if not isinstance(blocks, list):
-        raise ArchitectureError("architecture: field 'blocks' is missing or not a list")
-    return Architecture(tuple(_block_from_dict(block, f"block {i}") for i, block in enumerate(blocks)), **values)
+    try:
+        found: Architecture = from_data(Architecture, fields_of(data, FORMAT, VERSION), "architecture")
+        return found
+    except CheckpointError as error:
+        raise ArchitectureError(f"not an architecture: {error}") from error

@@ -17,7 +17,7 @@ import stat
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from spvit.architecture import Architecture, architecture_from_dict
 from spvit.errors import ArchitectureError, CheckpointError, RunError, first_line, why_unread
+from spvit.fields import fields_of, from_data, to_data
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host
+from spvit.hosts.rebuild import build, can_build, other_release, source_of, without_weights
 from spvit.hosts.recognise import family_of
-from spvit.hosts.site_files import from_data, to_data
-from spvit.hosts.sources import build, can_build, other_release, source_of, without_weights
 from spvit.hub import downloaded
 from spvit.surgery import cut, fold, pruned_record
 
@@ -62,6 +62,10 @@ class Preprocessing:
     crop: float = 0.9
     """Share of the resized image's side that evaluation crops from its centre, above 0 and at most 1."""
 
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std):
+            raise CheckpointError(f"preprocessing has {len(self.mean)} values of mean and {len(self.std)} of std")
+
 
 @dataclass(frozen=True)
 class Description:
@@ -69,11 +73,11 @@ class Description:
 
     host: dict[str, Any]
     """The dense model's library, name and arguments, and where its layers were found."""
+    input_size: tuple[int, int, int]
+    """(channels, height, width) of the images that it takes."""
     architecture: Architecture | None = None
     """What pruning kept; None for a dense model."""
     folded: bool = False
-    input_size: tuple[int, int, int] | None = None
-    """(channels, height, width) of the images that it takes."""
     preprocessing: Preprocessing | None = None
     classes: tuple[str, ...] | None = None
     """Names of the classes, in the order of the logits."""
@@ -205,33 +209,16 @@ def describe(folder: str | Path) -> Description:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(data, dict) or data.pop("format", None) != FORMAT or data.pop("version", None) != VERSION:
-        expected = f'"format": "{FORMAT}", "version": {VERSION}'
-        raise CheckpointError(f"{path} is not a model of this version, expected {expected}")
-    known = [item.name for item in fields(Description)]
-    for name in data:
-        if name not in known:
-            raise CheckpointError(f"{path}: unknown field {name!r}, expected {', '.join(known)}")
     try:
-        description = Description(**{name: _read_field(name, value) for name, value in data.items()})
-    except ArchitectureError as error:
+        values = fields_of(data, FORMAT, VERSION)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is not a model of this version, {error}") from error
+    try:
+        kept = values.pop("architecture", None)
+        description: Description = from_data(Description, values, "model")
+        return replace(description, architecture=None if kept is None else architecture_from_dict(kept))
+    except (ArchitectureError, CheckpointError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (TypeError, AttributeError, KeyError) as error:
-        raise CheckpointError(f"{path}: a field is missing or of the wrong kind ({error}); write it anew") from error
-    if description.input_size is None:  # files of former versions do not say it
-        host = _rebuilding(path, description, lambda: described_host(description))
-        description = replace(description, input_size=host.input_size)
-    return description
-
-
-def _read_field(name: str, value: Any) -> Any:
-    if value is None:
-        return None
-    if name == "architecture":
-        return architecture_from_dict(value)
-    if name == "preprocessing":
-        return Preprocessing(**{**value, "mean": tuple(value["mean"]), "std": tuple(value["std"])})
-    return tuple(value) if name in ("classes", "input_size") else value
 
 
 def _to_json(description: Description) -> str:
@@ -269,25 +256,15 @@ def _built(
     description: Description, path: Path, given: nn.Module | None = None, state: Mapping[str, Tensor] | None = None
 ) -> nn.Module:
     """Return a model as a file describes it, with random weights; made of a dense model where one is given."""
-
-    def make() -> nn.Module:
+    try:
         host = described_host(description, given)
         if given is not None:
             _check_frame(host, state or {})
-        model = host.model
         if description.architecture is not None:
             with ExitStack() as undo:
                 cut([host], host, [description.architecture], undo, fitted=True)
                 undo.pop_all()
-        return fold(model, inplace=True) if description.folded else model
-
-    return _rebuilding(path, description, make)
-
-
-def _rebuilding(path: Path, description: Description, make: Callable[[], Any]) -> Any:
-    """Return what is made of a description. Raises CheckpointError naming its file."""
-    try:
-        return make()
+        return fold(host.model, inplace=True) if description.folded else host.model
     except Exception as error:  # whatever a host's library raises for a name or an argument it does not know
         said = f"{error}{other_release(description.host)}"
         raise CheckpointError(f"{path}: the model cannot be rebuilt: {said}") from error
@@ -297,7 +274,7 @@ def described_host(description: Description, given: nn.Module | None = None) -> 
     """Return the dense host that a file describes, with random weights, or a copy of one that is given."""
     source = description.host
     model = build(source) if given is None else copy.deepcopy(given).cpu()
-    if "family" not in source:  # known by its class, or of files before sites were written
+    if "family" not in source:  # known by its class
         return Host.of(model)
     return Host(model, from_data(Family, source["family"], "host.family"))
 

@@ -96,7 +96,7 @@ def decide(
         scores = score(host, calibration, multiple=multiple or DEFAULT_MULTIPLE, objective=objective, report=report)
     elif calibration is not None:
         raise CalibrationError("decide takes scores or calibration images, found both; leave one of the two out")
-    scores.check_objective(host, objective)
+    scores.check_objective(objective)
     if table is not None:
         return decide_by_latency(host, scores, budget, table, multiple, constraints)
     return decide_by_scores(host, scores, budget, multiple, constraints)

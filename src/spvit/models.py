@@ -155,7 +155,7 @@ def _open_timm(config: ModelConfig, classes: int | None, weights: bool) -> Opene
     import timm
     from timm.data import resolve_data_config
 
-    from spvit.hosts.sources import check_timm_model, make_by_timm
+    from spvit.hosts.rebuild import check_timm_model, make_by_timm
     from spvit.zoo import architectures, host_name  # with it timm knows the published models
 
     name = config.model.split(".")[0]

@@ -15,12 +15,12 @@ from spvit.errors import NotSearchableError, UnsupportedHostError
 from spvit.hosts.calling import in_mode
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host
+from spvit.hosts.rebuild import keep_arguments
 from spvit.hosts.recognise import RECORD, family_of
-from spvit.hosts.sources import keep_arguments
 from spvit.hosts.walk import Finished, Report, where_float64_is
 from spvit.repair.repair import repair as repair_in_place
 from spvit.replacements.bottleneck import BottleneckConv
-from spvit.replacements.install import check_fits, keep_units, replace_attention, whole_grids
+from spvit.replacements.install import check_fits, keep_units, replace_attention
 from spvit.replacements.prefix_only import answer_prefix
 from spvit.search.network import dense_state, gated_layers
 
@@ -139,7 +139,7 @@ def cut(
         keep_arguments(own.model)
         blocks = architecture.blocks
         replaced = [index for index, kept in enumerate(blocks) if kept.attention.kind != "msa" or kept.tokens != "all"]
-        grids.append(whole_grids(own, replaced, undo))
+        grids.append(own.family.whole_grids(own.model, replaced, undo))
         with where_float64_is(own.model):
             for index, kept in enumerate(blocks):
                 found = None if searched is None else searched[index][0].searched(kept.attention.kind)

@@ -13,12 +13,8 @@ from timm.models import register_model
 from torch import nn
 
 from spvit.architecture import FFN, Architecture, Attention, Block
-from spvit.cost import count_params
 from spvit.errors import ZooError
-from spvit.hosts.host import Host
-from spvit.hosts.sources import make_by_timm
-from spvit.replacements.costs import network_costs
-from spvit.replacements.kernels import POSITIONS
+from spvit.hosts.rebuild import make_by_timm
 from spvit.surgery import prune
 
 # Read off the published checkpoints (method.md 6), a stage in one row or two: width of the FFNs, attention a letter a
@@ -103,27 +99,6 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
             f"here; pass pretrained=False, and load your own weights or prune {dense} with its pretrained ones"
         )
     return prune(make_by_timm(dense, **kwargs), architectures()[name], inplace=True)
-
-
-def unfolded_params(host: nn.Module, architecture: Architecture) -> int:
-    """Return the parameters of an architecture of a dense host as the publication counts them.
-
-    There a convolution has the whole W_v and W_o of the attention that it replaces, its head mix logits and its batch
-    norm; in a deployed network all of these are folded into two small layers.
-    """
-    dense = Host.of(host)
-    cost = network_costs(dense)["params"]
-    total = cost.of(architecture)
-    for index, kind in enumerate(architecture.kinds()):
-        if kind not in ("conv3", "conv1"):
-            continue
-        site, weights = dense.blocks[index].attention, dense.weights(index)
-        shared = (weights.value_weight, weights.value_bias, weights.out_weight, weights.out_bias)
-        whole = sum(tensor.numel() for tensor in shared if tensor is not None)
-        mix_and_norm = site.heads * POSITIONS + 2 * site.head_width
-        norm = 0 if site.norm is None else count_params(dense.model.get_submodule(site.norm))
-        total += whole + mix_and_norm - (cost.blocks[index].attention(Attention(kind)) - norm)
-    return total
 
 
 def _entry_point(name: str) -> Callable[..., nn.Module]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from torch import nn
@@ -36,14 +38,14 @@ def test_prefix_tokens_stand_before_the_grid() -> None:
 def test_the_watched_grid_follows_the_images_until_it_is_taken_back(name: str) -> None:
     host = Host.of(make_host(name))
     expected = {index: block.attention.grid for index, block in enumerate(host.blocks) if index != 1}
-    grids, undos = host.family.watch_grids(host.model, list(expected))
+    undo = ExitStack()
+    grids = host.family.watch_grids(host.model, list(expected), undo)
     assert {index: (grid.height, grid.width) for index, grid in grids.items()} == expected
     for grid in grids.values():
         grid.height = grid.width = 0
     logits(host.model, images(host.model))
     assert {index: (grid.height, grid.width) for index, grid in grids.items()} == expected
-    for take_back in undos:
-        take_back()
+    undo.close()
     assert not any(module._forward_pre_hooks for module in host.model.modules())
 
 
@@ -51,7 +53,7 @@ def test_the_watched_grid_follows_the_images_until_it_is_taken_back(name: str) -
 def test_watching_no_block_leaves_the_host_alone(name: str) -> None:
     host = Host.of(make_host(name))
     for watch in (host.family.watch_grids, host.family.whole_grids):
-        assert watch(host.model, []) == ({}, [])
+        assert watch(host.model, [], ExitStack()) == {}
     assert not any(module._forward_pre_hooks for module in host.model.modules())
 
 

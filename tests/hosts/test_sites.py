@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +17,8 @@ import spvit
 from spvit.architecture import dense
 from spvit.errors import UnsupportedHostError
 from spvit.hosts.host import Host, input_size, logits_of, outputs_of
+from spvit.hosts.rebuild import build, source_of
 from spvit.hosts.sites import Rows
-from spvit.hosts.sources import build, source_of
 from spvit.hosts.weights import read_weights
 from tiny import FAMILY_OF, HOSTS, assert_close, images, logits, make_host, paths_of, with_kinds
 
@@ -42,7 +43,7 @@ def test_sites_are_where_the_family_says(name: str) -> None:
         paths += [f"{site.path}.{linear_of(rows)}" for rows in (site.query, site.key, site.value)]
         for path in {path for path in paths if path is not None}:
             model.get_submodule(path).register_forward_hook(partial(record, path))
-    grids, _ = host.family.watch_grids(model, range(4))
+    grids = host.family.watch_grids(model, range(4), ExitStack())
     logits(model, x)
 
     for index, (block, paths) in enumerate(zip(host.blocks, paths_of(model))):

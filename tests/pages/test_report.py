@@ -63,7 +63,7 @@ def test_a_run_that_has_ended(searched: Path) -> None:
     assert not re.search(r"""(src|href)=["'](?!data:)|url\(|@import|<script""", page.read_text())
 
 
-def test_pictures_as_files_and_a_page_elsewhere(capsys, searched: Path, tmp_path: Path) -> None:
+def test_image_files_as_files_and_a_page_elsewhere(capsys, searched: Path, tmp_path: Path) -> None:
     output = tmp_path / "page.html"
     code, text, problems = run(capsys, "report", str(searched), "--output", str(output), "--svg", "--png")
     assert (code, problems) == (0, "")

@@ -5,7 +5,6 @@ Nothing of it is learned; prefix tokens pass as they are. test_new_kind.py adds 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,9 +38,6 @@ class Average(nn.Module):
 
 class _Average:
     """The kind `average`."""
-
-    def forms(self, site: AttentionSite) -> Iterator[Attention]:
-        yield Attention("average")
 
     def make(
         self, layer: nn.Module, site: AttentionSite, kept: Attention, rules: Rules, grid: Grid, **hints: Any

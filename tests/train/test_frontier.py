@@ -108,7 +108,7 @@ def test_a_killed_frontier_does_not_repeat_what_is_done(monkeypatch, tmp_path: P
         spvit.frontier(host, images, ("70%", "40%"), output=out, config=SHORT)
     assert calls == ["score", "prune"]
     [dense, first] = Frontier.load(out).points
-    assert (dense.budget, first.budget, first.latency) == ("dense", "70%", [])
+    assert (dense.budget, first.budget, first.latency) == ("dense", "70%", ())
     kept = spvit.load(out / "70pct")
     calls.clear()
     with pytest.raises(RunFolderError, match="is in use; name another folder, or continue"):

@@ -63,7 +63,7 @@ def test_learning_rates_fall_from_layer_to_layer(form: str) -> None:
     config = (SearchConfig if form == "searchable" else PhaseConfig)(layer_decay=0.5)
     model = make_searchable(model) if form == "searchable" else model
     optimizer = optimizer_of(model, config, 10)
-    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    scales = {id(p): group.get("lr_scale", 1.0) for group in optimizer.param_groups for p in group["params"]}
     assert set(scales) == {id(parameter) for parameter in model.parameters()}
     blocks = "layers.0.blocks" if form == "swin" else "blocks"
     for name, expected in (("patch_embed.", 1 / 8), (f"{blocks}.0.", 1 / 4), (f"{blocks}.1.", 1 / 2), ("head.", 1)):

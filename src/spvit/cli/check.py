@@ -21,10 +21,9 @@ from spvit.cli.show import say
 from spvit.errors import ModelError, SpvitError
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host, recognise
+from spvit.hosts.rebuild import build, source_of
 from spvit.hosts.recognise import said_size
-from spvit.hosts.site_files import NUMBER, alike
-from spvit.hosts.sites import AttentionSite, BlockSites, Rows
-from spvit.hosts.sources import build, source_of
+from spvit.hosts.sites import NUMBER, AttentionSite, BlockSites, Rows, alike
 from spvit.models import ModelConfig, open_model
 from spvit.replacements.install import check_fits
 from spvit.search.network import make_searchable

@@ -24,7 +24,7 @@ from spvit.cli.show import block_table, comparison_table, kinds_text, latency_ta
 from spvit.cost import count_params
 from spvit.errors import ArchitectureError, CheckpointError, DataError, ModelError, RunFolderError
 from spvit.hosts.host import macs_of_image
-from spvit.hosts.sources import build, can_build, source_of
+from spvit.hosts.rebuild import build, can_build, source_of
 from spvit.models import ModelConfig, open_model
 from spvit.replacements.costs import network_costs
 from spvit.speed.benchmark import BATCHES, Latency, Program, measure_batches
@@ -38,7 +38,7 @@ from spvit.train.processes import by_the_first, processes
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import DENSE, FINETUNE, RunFolder
 from spvit.train.settings import LoopConfig
-from spvit.zoo import architectures, unfolded_params
+from spvit.zoo import architectures
 
 NOT_SETTINGS = ("resume", "dry_run")
 
@@ -141,7 +141,7 @@ def evaluate_command(options: cli.EvaluateCommand, console: Console) -> None:
 
 
 def profile_command(options: cli.ProfileCommand, console: Console) -> None:
-    """Print the costs of a model by block, dense against pruned; those of a published one as published too."""
+    """Print the costs of a model by block, dense against pruned."""
     model = open_model(options, weights=False, code=True).model  # weights, which cost a download, are not counted
     record = pruned_record(model)
     if record is not None and options.architecture is not None:
@@ -156,12 +156,6 @@ def profile_command(options: cli.ProfileCommand, console: Console) -> None:
         architecture = dense([block.units for block in costs["macs"].blocks])
     pruned = deployed(model if record is not None else _pruned_to(host, architecture, options.architecture))
     console.print(block_table(architecture, costs, options.model))
-    if architecture in architectures().values():
-        params, macs = (costs[metric].of(architecture) for metric in ("params", "macs"))
-        unfolded = unfolded_params(host, architecture)
-        counts = "which counts convolutions before folding, with the whole value and output projections"
-        say(console, f"deployed: {params:,} params, {macs:,} macs")
-        say(console, f"as published: {unfolded:,} params ({human(unfolded)}), {counts}")
     if options.latency:
         models = (
             {"dense": host} if record is None and options.architecture is None else {"dense": host, "pruned": pruned}

@@ -17,7 +17,7 @@ from spvit.cli.show import right, say, speed_text
 from spvit.errors import ExportError, SpvitError, first_line
 from spvit.hosts.host import input_size
 from spvit.models import ModelConfig, OpenedModel, open_model
-from spvit.pages.reading import dense_model
+from spvit.pages.contents import dense_model
 from spvit.runtimes.export import Exported, export, fitting_images
 from spvit.runtimes.quantize import CALIBRATION_IMAGES, HELD_OUT, answers
 from spvit.runtimes.writers import SUFFIXES, session

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from spvit.cli.options import PushCommand
 from spvit.cli.show import say
-from spvit.publish import model_card, push
+from spvit.pages.card import model_card, push
 
 
 def push_command(options: PushCommand, console: Console) -> None:

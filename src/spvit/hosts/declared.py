@@ -15,8 +15,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from spvit.errors import UnsupportedHostError
-from spvit.hosts.site_files import NUMBER
-from spvit.hosts.sites import BlockSites, Rows, UnitRows, expect
+from spvit.hosts.sites import NUMBER, BlockSites, Rows, UnitRows, expect
 from spvit.hosts.weights import read_rows
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,9 +11,6 @@ from torch import nn
 
 from spvit.hosts.grid import GatheredGrid, Grid, Layout, expect_size, follow
 from spvit.hosts.sites import BlockSites
-
-Undo = Callable[[], object]
-"""Takes one change of a model back."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +36,14 @@ class Family:
         """Return how many classes the head tells apart; 0 when the model has no head."""
         return self.classes_told_apart
 
-    def watch_grids(self, model: nn.Module, blocks: Sequence[int]) -> tuple[dict[int, Grid], list[Undo]]:
+    def watch_grids(self, model: nn.Module, blocks: Sequence[int], undo: ExitStack) -> dict[int, Grid]:
         """Return the grids of blocks by index, as their attention gets them, kept at the size of the images by hooks.
 
         Blocks that get their tokens plainly and alike share one. Windows are those of the model's own size, so that it
-        then refuses images of others. What was changed of the model, the undos take back.
+        then refuses images of others. Closing `undo` takes back what was changed of the model.
         """
         grids: dict[int, Grid] = {}
         shared: dict[tuple[int, int], Grid] = {}
-        undos: list[Undo] = []
         module, device = model.get_submodule(self.images), next(model.parameters()).device
         for index in blocks:
             site = self.sites[index].attention
@@ -56,15 +53,15 @@ class Family:
             if site.grid not in shared:
                 shared[site.grid] = Grid(*site.grid)
                 hook = partial(follow, shared[site.grid], self._patch(module, site.grid))
-                undos.append(module.register_forward_pre_hook(hook).remove)
+                undo.callback(module.register_forward_pre_hook(hook).remove)
             grids[index] = shared[site.grid]
         if any(isinstance(grid, GatheredGrid) for grid in grids.values()):
-            undos.append(module.register_forward_pre_hook(partial(expect_size, self.size[1:])).remove)
-        return grids, undos
+            undo.callback(module.register_forward_pre_hook(partial(expect_size, self.size[1:])).remove)
+        return grids
 
-    def whole_grids(self, model: nn.Module, blocks: Sequence[int]) -> tuple[dict[int, Grid], list[Undo]]:
+    def whole_grids(self, model: nn.Module, blocks: Sequence[int], undo: ExitStack) -> dict[int, Grid]:
         """Return the same for blocks whose attention is replaced, which may then get the grid in another way."""
-        return self.watch_grids(model, blocks)
+        return self.watch_grids(model, blocks, undo)
 
     def _patch(self, module: nn.Module, grid: tuple[int, int]) -> tuple[int, int]:
         """Return (height, width) of the images' patches, which need not fill them, or may reach beyond them."""

@@ -5,7 +5,11 @@ Weights are read and replacements are put in place by dotted names, so that no h
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -190,6 +194,8 @@ class BlockSites:
     """Whether that module takes and answers maps [B, D, height, width]."""
 
 
+NUMBER = "{}"
+"""Stands for a block's number in names."""
 PLAIN = (
     "merge adapters first (model = model.merge_and_unload()), prune before you quantise, and take off parametrisations"
 )
@@ -209,3 +215,37 @@ def expect(model: nn.Module, path: str, cls: type, family: str) -> None:
         f"{path} is a {found.__module__}.{found.__qualname__}, but {family} hosts are supported with exactly "
         f"{cls.__module__}.{cls.__qualname__} there{advice}"
     )
+
+
+def pattern_of(block: BlockSites) -> tuple[BlockSites, int | None]:
+    """Return a block's sites with `{}` for its number in every name, and the number; None where it has none."""
+    found = re.search(r"\d+(?=\D*$)", block.path)
+    if found is None:
+        return block, None
+    path = f"{block.path[: found.start()]}{NUMBER}{block.path[found.end() :]}"
+    return renamed(block, block.path, path), int(found[0])
+
+
+def renamed(value: Any, old: str, new: str) -> Any:
+    """Return sites with another beginning of every dotted name that begins with one, or is it."""
+    if isinstance(value, str):
+        return new + value[len(old) :] if f"{value}.".startswith(f"{old}.") else value
+    if isinstance(value, tuple):
+        return tuple(renamed(item, old, new) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changed = {field.name: renamed(getattr(value, field.name), old, new) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **changed)
+    return value
+
+
+def alike(blocks: Sequence[BlockSites]) -> list[tuple[BlockSites, list[int]]]:
+    """Return blocks that follow each other and are alike but for their number together: the pattern, the numbers."""
+    found: list[tuple[BlockSites, list[int]]] = []
+    for block in blocks:
+        pattern, number = pattern_of(block)
+        numbers = [] if number is None else [number]
+        if found and number is not None and found[-1][0] == pattern:
+            found[-1][1].append(number)
+        else:
+            found.append((pattern, numbers))
+    return found

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spvit.errors import GridError, UnsupportedHostError
-from spvit.hosts.family import Undo
 from spvit.hosts.grid import Grid
 from spvit.hosts.sites import AttentionSite, Bias, BlockSites, expect
 from spvit.hosts.timm_models import TimmFamily, input_size, parts
@@ -87,25 +87,26 @@ def _spread(block: SwinTransformerBlock, size: tuple[int, int]) -> None:
 class SwinFamily(TimmFamily):
     """The family of a SwinTransformer, whose blocks keep their own grids: they may take images of any size."""
 
-    def watch_grids(self, model: nn.Module, blocks: Sequence[int]) -> tuple[dict[int, Grid], list[Undo]]:
+    def watch_grids(self, model: nn.Module, blocks: Sequence[int], undo: ExitStack) -> dict[int, Grid]:
         """Return a windowed grid a block, which each block keeps at its own map."""
-        own = {index: _block_at(model, self.sites[index].path) for index in blocks}
-        grids = {index: _windowed(block) for index, block in own.items()}
-        handles = [
-            block.register_forward_pre_hook(partial(_follow_windows, grids[index])) for index, block in own.items()
-        ]
-        return {**grids}, [handle.remove for handle in handles]
+        grids: dict[int, Grid] = {}
+        for index in blocks:
+            block = _block_at(model, self.sites[index].path)
+            grids[index] = grid = _windowed(block)
+            undo.callback(block.register_forward_pre_hook(partial(_follow_windows, grid)).remove)
+        return grids
 
-    def whole_grids(self, model: nn.Module, blocks: Sequence[int]) -> tuple[dict[int, Grid], list[Undo]]:
+    def whole_grids(self, model: nn.Module, blocks: Sequence[int], undo: ExitStack) -> dict[int, Grid]:
         """Return a grid a block, which each block keeps at its own map and hands on as one window."""
-        own = {index: _block_at(model, self.sites[index].path) for index in blocks}
-        grids = {index: Grid(*block.input_resolution) for index, block in own.items()}
-        undos: list[Undo] = []
-        for index, block in own.items():
-            undos += [partial(setattr, block, name, getattr(block, name)) for name in WINDOWS]
-            undos += [block.register_forward_pre_hook(partial(_follow_map, grids[index])).remove]
+        grids: dict[int, Grid] = {}
+        for index in blocks:
+            block = _block_at(model, self.sites[index].path)
+            grids[index] = Grid(*block.input_resolution)
+            for name in WINDOWS:
+                undo.callback(setattr, block, name, getattr(block, name))
+            undo.callback(block.register_forward_pre_hook(partial(_follow_map, grids[index])).remove)
             _spread(block, block.input_resolution)
-        return grids, undos
+        return grids
 
 
 def family(swin: SwinTransformer) -> SwinFamily:

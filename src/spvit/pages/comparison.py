@@ -23,7 +23,7 @@ from spvit.hosts.host import Host, input_size, outputs_of
 from spvit.hosts.recognise import family_of
 from spvit.hosts.sites import AttentionSite
 from spvit.hosts.walk import evaluating
-from spvit.pages.reading import Reading, attempted, dense_model
+from spvit.pages.contents import Contents, attempted, dense_model
 from spvit.surgery import pruned_record
 from spvit.train.data import load_images
 from spvit.train.drawing import Mark, Picture, word
@@ -43,22 +43,22 @@ Captions = dict[int, tuple[str, ...]]
 """Lines below an image, by its number."""
 
 
-def compared(reading: Reading, host: nn.Module | Host | None, images: int | Tensor) -> tuple[str, list[Picture]]:
+def compared(contents: Contents, host: nn.Module | Host | None, images: int | Tensor) -> tuple[str, list[Picture]]:
     """Return how alike two networks answer, in words and pictures, on some of the run's validation images or others.
 
     Raises RunFolderError when a model or the images are not to be found, and what opening them raises.
     """
-    if not (reading.folder.path / WEIGHTS).is_file():
+    if not (contents.folder.path / WEIGHTS).is_file():
         raise RunFolderError("the run has written no model yet")
-    about = reading.description
+    about = contents.description
     if host is not None:
         dense = host.model if isinstance(host, Host) else host
     else:
-        dense = dense_model(reading.folder, reading.settings, len(about.classes) if about and about.classes else None)
-    small = load(reading.folder.path, host=None if host is None else dense).to(next(dense.parameters()).device)
+        dense = dense_model(contents.folder, contents.settings, len(about.classes) if about and about.classes else None)
+    small = load(contents.folder.path, host=None if host is None else dense).to(next(dense.parameters()).device)
     if pruned_record(small) is None:
         raise RunFolderError("the model of this run is not pruned")
-    shown: Any = [(image, None) for image in images] if isinstance(images, Tensor) else _chosen(reading, dense, images)
+    shown: Any = [(image, None) for image in images] if isinstance(images, Tensor) else _chosen(contents, dense, images)
     preprocessing = (about and about.preprocessing) or Preprocessing()
     with evaluating(dense, small):
         answers = [_answers(model, shown) for model in (dense, small)]
@@ -69,7 +69,7 @@ def compared(reading: Reading, host: nn.Module | Host | None, images: int | Tens
             says, captions, words = _of_classes(answers, [label for _, label in shown], classes)
         some = torch.stack([shown[index][0] for index in range(0, len(shown), -(-len(shown) // LOOKED_AT))])
         looks = attempted(
-            reading.problems, "attention", lambda: [_attention(dense, small, some, preprocessing)], list[Picture]()
+            contents.problems, "attention", lambda: [_attention(dense, small, some, preprocessing)], list[Picture]()
         )
     moved = {index: shown[index][0] for index in list(captions)[:SHOWN]}
     return says, [*_gallery(words, moved, captions, preprocessing), *looks]
@@ -106,19 +106,19 @@ def _cut(name: str) -> str:
     return name if len(name) <= LETTERS // 2 + 3 else f"{name[: LETTERS // 2 + 2]}…"
 
 
-def _chosen(reading: Reading, model: nn.Module, most: int) -> list[tuple[Tensor, int | None]]:
+def _chosen(contents: Contents, model: nn.Module, most: int) -> list[tuple[Tensor, int | None]]:
     """Return so many of the run's validation images at most, evenly from all, with their classes; none is downloaded.
 
     Those that cannot be read are left out where the run leaves them out.
     """
-    source, given = reading.settings.get("data"), reading.settings.get("images") or {}
+    source, given = contents.settings.get("data"), contents.settings.get("images") or {}
     if not source:
         raise RunFolderError("its settings name no images")
     known = {item.name for item in fields(ImageConfig)}
     values: dict[str, Any] = {key: value for key, value in given.items() if key in known}
     lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
     config = ImageConfig(**{**values, **lists, "download": False})
-    preprocessing = reading.description.preprocessing if reading.description is not None else None
+    preprocessing = contents.description.preprocessing if contents.description is not None else None
     found = load_images(str(source), config, input_size(model), preprocessing or Preprocessing())
     every: Any = found.validation
     indices = torch.linspace(0, len(every) - 1, min(most, len(every))).long().unique().tolist()

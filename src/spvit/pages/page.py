@@ -18,11 +18,11 @@ from spvit.budget import human
 from spvit.checkpoint import write_text
 from spvit.errors import ReportError
 from spvit.hosts.host import Host
-from spvit.hosts.sources import can_build
+from spvit.hosts.rebuild import can_build
 from spvit.models import names_code
 from spvit.pages.comparison import compared
-from spvit.pages.figures import block_name, pictures
-from spvit.pages.reading import Reading, attempted, read
+from spvit.pages.contents import Contents, attempted, read
+from spvit.pages.pictures import block_name, pictures
 from spvit.train.drawing import COLOURS, Picture, framed, templates, write_png, write_svg
 from spvit.train.figures import quality_of, said
 
@@ -83,20 +83,20 @@ def report(
         raise ReportError(f"a report needs {' and '.join(missing)}; install with: pip install 'spvit[report]'")
     if not isinstance(images, Tensor) and not 0 <= images <= MOST_IMAGES:
         raise ReportError(f"images is {images}, expected 0 to {MOST_IMAGES:,}: they are kept in memory")
-    reading = read(run, host)
-    path = Path(output) if output is not None else reading.folder.report
+    contents = read(run, host)
+    path = Path(output) if output is not None else contents.folder.report
     if path.is_dir() or (path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:500]):
         raise ReportError(f"{path} is no page of spvit's, so it stays as it is; name another file (--output)")
-    parts: dict[str, list[Picture]] = {**pictures(reading), "images": []}
+    parts: dict[str, list[Picture]] = {**pictures(contents), "images": []}
     says = ""
-    if (isinstance(images, Tensor) or images > 0) and not reading.frontier:
+    if (isinstance(images, Tensor) or images > 0) and not contents.frontier:
         name = "dense against pruned"
         says, parts["images"] = attempted(
-            reading.problems, name, lambda: compared(reading, host, images), (says, parts["images"])
+            contents.problems, name, lambda: compared(contents, host, images), (says, parts["images"])
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     page = templates(Path(__file__).parent).get_template("page.html")
-    write_text(path, page.render(**_content(reading, parts, says)))
+    write_text(path, page.render(**_content(contents, parts, says)))
     for picture in (picture for own in parts.values() for picture in own):
         whole, beside = framed(picture), path.with_name(f"{path.stem}-{picture.name}")
         if svg:
@@ -106,18 +106,18 @@ def report(
     return path
 
 
-def _content(reading: Reading, parts: dict[str, list[Picture]], compared_says: str) -> dict[str, Any]:
+def _content(contents: Contents, parts: dict[str, list[Picture]], compared_says: str) -> dict[str, Any]:
     """Return all that the template fills in."""
 
-    def tried(make: Callable[[Reading], Any], empty: Any = ()) -> Any:
-        return attempted(reading.problems, "figures", lambda: make(reading), empty)
+    def tried(make: Callable[[Contents], Any], empty: Any = ()) -> Any:
+        return attempted(contents.problems, "figures", lambda: make(contents), empty)
 
     titles = SECTIONS | {"images": (SECTIONS["images"][0], compared_says)}
     return {
-        "name": reading.folder.path.resolve().name,
+        "name": contents.folder.path.resolve().name,
         "mark": MARK,
         "colours": COLOURS,
-        "about": " · ".join(_about(reading)),
+        "about": " · ".join(_about(contents)),
         "sentence": tried(_sentence, "What can be read of this run."),
         "state": tried(_state, ""),
         "cards": [*tried(_quality), *tried(_costs), *tried(_latencies)],
@@ -127,53 +127,53 @@ def _content(reading: Reading, parts: dict[str, list[Picture]], compared_says: s
             titles["frontier"][0]: tried(_budgets, ((), ())),
         },
         "commands": tried(_commands),
-        "settings": reading.settings_text,
-        "missing": [*_missing(reading, parts)],
+        "settings": contents.settings_text,
+        "missing": [*_missing(contents, parts)],
         "written": f"Written by spvit {sys.modules['spvit'].__version__} on {time.strftime('%d %B %Y, %H:%M')}",
     }
 
 
-def _about(reading: Reading) -> Iterator[str]:
+def _about(contents: Contents) -> Iterator[str]:
     """Yield what the run is, in a few words each."""
-    yield f"spvit {reading.command}" if reading.command else "A model that spvit saved"
-    host = {} if reading.description is None else reading.description.host
-    model = reading.settings.get("model") or host.get("name") or host.get("class")
+    yield f"spvit {contents.command}" if contents.command else "A model that spvit saved"
+    host = {} if contents.description is None else contents.description.host
+    model = contents.settings.get("model") or host.get("name") or host.get("class")
     yield from [str(model)] if model else []
-    yield from [f"data: {reading.settings['data']}"] if reading.settings.get("data") else []
+    yield from [f"data: {contents.settings['data']}"] if contents.settings.get("data") else []
 
 
-def _state(reading: Reading) -> str:
+def _state(contents: Contents) -> str:
     """Return how far an unfinished run is; empty for one that has written its result."""
-    steps = [line for line in reading.lines if "phase" in line]
+    steps = [line for line in contents.lines if "phase" in line]
     at = f" It had come to epoch {steps[-1]['epoch']} of {steps[-1]['phase']}." if steps else ""
-    if reading.failure is not None:
-        return f"The run failed: {reading.failure}.{at}"
-    if reading.finished:
+    if contents.failure is not None:
+        return f"The run failed: {contents.failure}.{at}"
+    if contents.finished:
         return ""
-    ago = "less than a minute" if reading.age_s < 60 else f"{reading.age_s / 60:.0f} min"
+    ago = "less than a minute" if contents.age_s < 60 else f"{contents.age_s / 60:.0f} min"
     says = f"The run is under way, or was stopped: it last wrote {ago} before this page.{at}"
     undecided = " Nothing is decided yet: the network below is the dense one."
-    return says if reading.folder.architecture.is_file() else says + undecided
+    return says if contents.folder.architecture.is_file() else says + undecided
 
 
-def _sentence(reading: Reading) -> str:
+def _sentence(contents: Contents) -> str:
     """Return what came out, in plain words."""
-    if reading.frontier is not None:
-        dense, *_, last = reading.frontier.points
-        metric = reading.frontier.metric
+    if contents.frontier is not None:
+        dense, *_, last = contents.frontier.points
+        metric = contents.frontier.metric
         return (
-            f"One scoring and {len(reading.frontier.points) - 1} budgets: at {last.budget} of the "
+            f"One scoring and {len(contents.frontier.points) - 1} budgets: at {last.budget} of the "
             f"{METRICS.get(metric, metric)} the {last.judged_by} is {last.written}, of the dense network "
-            f"{dense.written}, on {reading.frontier.images:,} validation images."
+            f"{dense.written}, on {contents.frontier.images:,} validation images."
         )
-    costs, summary = reading.both("macs"), reading.summary
-    if costs is None or not reading.finished:
-        return "What is known of this model." if reading.finished else "What is known of this run so far."
-    if reading.architecture is not None and costs[0] == costs[1]:
+    costs, summary = contents.both("macs"), contents.summary
+    if costs is None or not contents.finished:
+        return "What is known of this model." if contents.finished else "What is known of this run so far."
+    if contents.architecture is not None and costs[0] == costs[1]:
         return f"A dense network of {human(costs[0])} MACs an image."
     says = f"The pruned network takes {costs[1] / costs[0]:.0%} of the dense one's MACs"
     if "pruned" not in summary or "dense" not in summary:
-        params = reading.both("params")
+        params = contents.both("params")
         return says + (f" and {params[1] / params[0]:.0%} of its parameters." if params is not None else ".")
     (name, now), (_, before), count = (
         quality_of(summary["pruned"]),
@@ -190,23 +190,23 @@ def _sentence(reading: Reading) -> str:
     return f"{says} {right}: {abs(change):.1f} points {'more' if change > 0 else 'less'}."
 
 
-def _quality(reading: Reading) -> list[Card]:
+def _quality(contents: Contents) -> list[Card]:
     """Return the accuracy or agreement, or what else a saved model says of itself."""
-    summary = reading.summary
+    summary = contents.summary
     if "pruned" in summary and "dense" in summary:
         pruned = summary["pruned"]
         before = {"dense": "dense", "after_pruning": "right after pruning"}
         notes = [f"{words} {said(*quality_of(summary[key]))}" for key, words in before.items() if key in summary]
         name, value = quality_of(pruned)
         return [Card(name, said(name, value), (*notes, f"{pruned['images']:,} validation images"))]
-    metrics = reading.description.metrics if reading.description is not None else {}
+    metrics = contents.description.metrics if contents.description is not None else {}
     return [Card(name.replace("_", " "), said(name, value)) for name, value in metrics.items()]
 
 
-def _costs(reading: Reading) -> list[Card]:
+def _costs(contents: Contents) -> list[Card]:
     cards = []
     for metric, name in METRICS.items():
-        costs = reading.both(metric)
+        costs = contents.both(metric)
         name = f"{name} an image" if metric == "macs" else name
         if costs is not None and costs[0] == costs[1]:
             cards.append(Card(name, human(costs[0])))
@@ -216,10 +216,10 @@ def _costs(reading: Reading) -> list[Card]:
     return cards
 
 
-def _latencies(reading: Reading) -> list[Card]:
+def _latencies(contents: Contents) -> list[Card]:
     """Return the latency at each batch size, with what it was measured on, and the budget of one."""
-    cards, settings, asked = [], reading.settings, reading.settings.get("latency")
-    for before, now in zip(reading.latency.get("dense", []), reading.latency.get("pruned", [])):
+    cards, settings, asked = [], contents.settings, contents.settings.get("latency")
+    for before, now in zip(contents.latency.get("dense", []), contents.latency.get("pruned", [])):
         (low, high), noise = now.speed_up_range, "; noise" if now.within_noise else ""
         of = f"{now.speed_up:.2f}x as fast ({low:.2f} to {high:.2f}{noise})"
         threads = f"{now.threads} thread{'s'[: now.threads != 1]}"
@@ -230,13 +230,13 @@ def _latencies(reading: Reading) -> list[Card]:
     return cards
 
 
-def _blocks(reading: Reading) -> list[tuple[str, ...]]:
+def _blocks(contents: Contents) -> list[tuple[str, ...]]:
     """Return the rows of the table of blocks."""
-    if reading.architecture is None:
+    if contents.architecture is None:
         return []
-    costs, rules = reading.costs["macs"].blocks if reading.costs else (), reading.architecture.rules
+    costs, rules = contents.costs["macs"].blocks if contents.costs else (), contents.architecture.rules
     rows: list[tuple[str, ...]] = []
-    for index, block in enumerate(reading.architecture.blocks):
+    for index, block in enumerate(contents.architecture.blocks):
         cost = costs[index] if costs else None
         macs = "" if cost is None else f"{human(cost.of(block, rules))} of {human(cost.dense)}"
         units = f"{len(block.ffn.units):,} of {block.ffn.width:,}"
@@ -244,12 +244,12 @@ def _blocks(reading: Reading) -> list[tuple[str, ...]]:
     return rows
 
 
-def _budgets(reading: Reading) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def _budgets(contents: Contents) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the head and the rows of the table of a frontier."""
-    if reading.frontier is None:
+    if contents.frontier is None:
         return (), []
-    dense, rows = reading.frontier.points[0], []
-    for point in reading.frontier.points:
+    dense, rows = contents.frontier.points[0], []
+    for point in contents.frontier.points:
         counts = ((point.macs, dense.macs), (point.params, dense.params))
         shares = [f"{human(own)} ({own / whole:.0%})" for own, whole in counts]
         measured = [f"{one.latency_ms:.2f}" for one in point.latency]
@@ -258,32 +258,32 @@ def _budgets(reading: Reading) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     return ("budget", dense.judged_by, "MACs", "parameters", *times), rows
 
 
-def _commands(reading: Reading) -> list[str]:
+def _commands(contents: Contents) -> list[str]:
     """Return the commands that make the run again, or go on from it."""
-    folder, whole = (shlex.quote(str(path)) for path in (reading.folder.path, reading.config.parent))
-    found, model, data = [], str(reading.settings.get("model")), reading.settings.get("data")
+    folder, whole = (shlex.quote(str(path)) for path in (contents.folder.path, contents.config.parent))
+    found, model, data = [], str(contents.settings.get("model")), contents.settings.get("data")
     typed = f" --model {shlex.quote(model)}" if names_code(model) else ""  # code is never taken from a file
-    if reading.command:
-        found.append(f"spvit {reading.command} --recipe {whole}/config.yaml --output {whole}-again{typed}")
-        if not reading.finished:
-            found.append(f"spvit {reading.command} --output {folder} --resume{typed}")
-    if reading.description is not None and can_build(reading.description.host):
-        labelled = data and "accuracy" in reading.description.metrics
+    if contents.command:
+        found.append(f"spvit {contents.command} --recipe {whole}/config.yaml --output {whole}-again{typed}")
+        if not contents.finished:
+            found.append(f"spvit {contents.command} --output {folder} --resume{typed}")
+    if contents.description is not None and can_build(contents.description.host):
+        labelled = data and "accuracy" in contents.description.metrics
         found += [f"spvit evaluate --model {folder} --data {shlex.quote(str(data))}"] if labelled else []
         found += [f"spvit profile {folder} --latency", f"spvit export {folder} --to onnx"]
     return [*found, f"spvit report {folder}{typed}"]
 
 
-def _missing(reading: Reading, parts: dict[str, list[Picture]]) -> Iterator[tuple[str, str]]:
+def _missing(contents: Contents, parts: dict[str, list[Picture]]) -> Iterator[tuple[str, str]]:
     """Yield what a reader may look for and not find, and why."""
-    yield from reading.problems.items()
-    if reading.frontier is not None:
-        example = f"{reading.folder.path}/{reading.frontier.points[-1].folder}"
+    yield from contents.problems.items()
+    if contents.frontier is not None:
+        example = f"{contents.folder.path}/{contents.frontier.points[-1].folder}"
         yield "dense against pruned", f"each budget's folder has a page of its own: spvit report {example}"
         return
-    if not reading.lines and "curves" not in reading.problems:
+    if not contents.lines and "curves" not in contents.problems:
         yield "curves", "the run has trained nothing, or left no metrics.jsonl"
     if not parts["network"]:
         yield "the network", "nothing is decided yet"
-    if not reading.latency and "latency" not in reading.problems:
+    if not contents.latency and "latency" not in contents.problems:
         yield "latency", "the folder holds none; spvit compress measures it at its end"

@@ -22,9 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spvit.architecture import DEFAULT_MULTIPLE, FFN, KINDS, Attention, Block, attention_from_dict
+from spvit.architecture import DEFAULT_MULTIPLE, FFN, KINDS, Attention, Block
 from spvit.budget import check_multiple
-from spvit.errors import ArchitectureError, CalibrationError
+from spvit.errors import CalibrationError
+from spvit.fields import fields_of, from_data, to_data
 from spvit.hosts.host import Host
 from spvit.hosts.walk import (
     BATCH,
@@ -44,7 +45,6 @@ from spvit.repair.gradients import gradients, metric
 from spvit.repair.interpolation import FLOOR, by_errors, interpolated_widths, measured_choices, with_all_ranks
 from spvit.repair.objective import Asked, Objective, name_of
 from spvit.repair.repair import repair_block
-from spvit.replacements import replacement
 from spvit.replacements.ffn import correct
 from spvit.replacements.install import installed
 
@@ -81,14 +81,14 @@ class BlockScores:
         }
         tensors = {name: torch.tensor(own, dtype=torch.float64) for name, own in numbers.items()}
         tensors["units"] = torch.tensor(self.ranking.units)
-        return {"attention": [attention.to_dict() for attention, _ in self.attention]}, tensors
+        return {"attention": [to_data(attention) for attention, _ in self.attention]}, tensors
 
     @staticmethod
     def of_part(part: Part, where: str) -> BlockScores:
         """Return the scores that `part` returned; `where` is what errors name them by."""
         values, tensors = part
         own = {name: tensors[name].tolist() for name in ("attention", "errors", "ffn", "units")}
-        attention = [attention_from_dict(item, f"{where} attention") for item in values["attention"]]
+        attention = [from_data(Attention, item, f"{where} attention") for item in values["attention"]]
         pairs = tuple(zip(attention, own["attention"], strict=True))
         return BlockScores(pairs, Ranking(tuple(own["units"]), tuple(own["errors"])), tuple(own["ffn"]))
 
@@ -102,8 +102,8 @@ class Scores:
     """What the ranks of narrower attention are multiples of."""
     weights: str
     """Fingerprint of the host's weights."""
-    objective: str = ""
-    """What counted of the outputs; empty in files from before there was a choice."""
+    objective: str
+    """What counted of the outputs."""
 
     def check(self, host: Host) -> None:
         """Raise CalibrationError unless the scores are of this host."""
@@ -113,13 +113,11 @@ class Scores:
                 f"the scores are of other weights than {host.name} has; score it again with spvit.score(host, images)"
             )
 
-    def check_objective(self, host: Host, asked: Asked) -> None:
+    def check_objective(self, asked: Asked) -> None:
         """Raise CalibrationError unless the scores are by an objective; `auto` is whatever they were made with."""
-        made = self.objective or ("logits" if host.family.classes(host.model) >= 2 else "pooled")
-        if name_of(asked) not in ("auto", made):
-            raise CalibrationError(
-                f"the scores are by objective {made}, not {name_of(asked)}; leave the objective out, or score anew"
-            )
+        if name_of(asked) not in ("auto", self.objective):
+            found = f"the scores are by objective {self.objective}, not {name_of(asked)}"
+            raise CalibrationError(f"{found}; leave the objective out, or score anew")
 
     def save(self, folder: str | Path) -> None:
         """Write the scores to a folder, as scores.json and scores.safetensors."""
@@ -141,15 +139,14 @@ class Scores:
         """Read the scores of a folder. Raises CalibrationError naming the folder when they are missing or damaged."""
         path = Path(folder) / DESCRIPTION
         try:
-            data, tensors = json.loads(path.read_text(encoding="utf-8")), load_file(Path(folder) / TENSORS)
-            if (data["format"], data["version"]) != (FORMAT, VERSION):
-                raise ValueError(f'expected "format": "{FORMAT}", "version": {VERSION}')
+            data = fields_of(json.loads(path.read_text(encoding="utf-8")), FORMAT, VERSION)
+            tensors = load_file(Path(folder) / TENSORS)
             blocks = []
             for index, candidates in enumerate(data["attention"]):
                 own = {name: tensors[f"{index}.{name}"] for name in ("attention", "errors", "ffn", "units")}
                 blocks.append(BlockScores.of_part(({"attention": candidates}, own), f"block {index}"))
-            return Scores(tuple(blocks), int(data["multiple"]), str(data["weights"]), str(data.get("objective", "")))
-        except (OSError, ValueError, KeyError, TypeError, ArchitectureError, SafetensorError) as error:
+            return Scores(tuple(blocks), int(data["multiple"]), str(data["weights"]), str(data["objective"]))
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise CalibrationError(
                 f"{folder} holds no scores that can be read ({reason}); make them with spvit.score(host, images)"
@@ -290,8 +287,8 @@ def _score_attention(
     choices = list(errors)
     measured = {choices.index(kept): score_of(kept) for kept in measured_choices(errors)}
     narrow = dict(zip(choices, by_errors(list(errors.values()), measured)))
-    forms = [kept for kind in KINDS for kept in replacement(kind).forms(site) if kept != Attention()]
-    return ((Attention(), 0.0), *with_all_ranks(narrow, ranks), *((kept, score_of(kept)) for kept in forms))
+    others = [kept for kept in map(Attention, KINDS) if kept != Attention()]
+    return ((Attention(), 0.0), *with_all_ranks(narrow, ranks), *((kept, score_of(kept)) for kept in others))
 
 
 def _score_ffn(bench: _Bench, fitting: BlockPair, measuring: BlockPair) -> tuple[Ranking, tuple[float, ...]]:

@@ -16,7 +16,7 @@ from spvit.hosts.calling import answers_changed, batch_first
 from spvit.hosts.host import Host
 from spvit.hosts.walk import evaluating
 from spvit.repair.objective import Asked, Objective, answer_of
-from spvit.replacements.install import has_prefix, installed, whole_grids
+from spvit.replacements.install import has_prefix, installed
 from spvit.replacements.prefix_only import answer_prefix
 
 CLOSE = 1e-5
@@ -29,9 +29,9 @@ def patches_unread(host: Host, objective: Asked) -> bool:
     So it does in a copy, where patch tokens behind it are random numbers besides: all outputs that count must stay.
     Objectives that count tokens, or that are functions, always need all.
     """
-    if objective not in ("", "auto", "logits", "pooled") or not has_prefix(host.blocks[-1].attention):
+    if objective not in ("auto", "logits", "pooled") or not has_prefix(host.blocks[-1].attention):
         return False
-    counted = Objective.of(objective or "auto", host)
+    counted = Objective.of(objective, host)
     if counted.name == "features":
         return False
     if counted.name not in host.unread:
@@ -63,7 +63,7 @@ def _running_for_prefix(host: Host) -> ExitStack:
     last, stack = len(host.blocks) - 1, ExitStack()
     sites = host.blocks[last]
     stack.enter_context(installed(host, last, Block(Attention(), FFN.whole(sites.ffn.units), "prefix")))
-    answer_prefix(host, last, whole_grids(host, [last], stack)[last], stack)
+    answer_prefix(host, last, host.family.whole_grids(host.model, [last], stack)[last], stack)
     block = host.model.get_submodule(sites.path)
 
     def disturb(answer: Tensor) -> Tensor:

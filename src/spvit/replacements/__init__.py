@@ -6,7 +6,6 @@ A kind is one object with the protocol below, in a file of its own, and one line
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 from torch import nn
@@ -21,10 +20,6 @@ from spvit.hosts.walk import BlockPair
 
 class Replacement(Protocol):
     """One kind of what may stand where an attention layer was."""
-
-    def forms(self, site: AttentionSite) -> Iterator[Attention]:
-        """Yield how the kind is written in an architecture at a site, in the forms that scores measure one by one."""
-        ...
 
     def make(
         self, layer: nn.Module, site: AttentionSite, kept: Attention, rules: Rules, grid: Grid, **hints: Any

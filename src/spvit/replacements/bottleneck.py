@@ -8,7 +8,6 @@ Shapes: B batch, N tokens = P prefix tokens + G grid tokens (height x width, row
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -140,9 +139,6 @@ class _Bottleneck:
     """The kinds `conv3` and `conv1`."""
 
     kind: str
-
-    def forms(self, site: AttentionSite) -> Iterator[Attention]:
-        yield Attention(self.kind)
 
     def make(
         self,

@@ -6,7 +6,7 @@ Every change goes through `put`, which says how to take it back: a verb that fai
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -92,14 +92,6 @@ def _not_narrowed(site: AttentionSite, kept: Attention, name: str) -> str | None
     return None
 
 
-def whole_grids(host: Host, blocks: Sequence[int], undo: ExitStack) -> dict[int, Grid]:
-    """Return the grids of blocks whose attention is replaced, which the host's model then keeps up to date."""
-    grids, undos = host.family.whole_grids(host.model, blocks)
-    for take_back in undos:
-        undo.callback(take_back)
-    return grids
-
-
 def replace_attention(
     host: Host, index: int, kept: Attention, rules: Rules, grids: dict[int, Grid], undo: ExitStack, **hints: Any
 ) -> None:
@@ -150,7 +142,7 @@ def installed(host: Host, index: int, kept: Block) -> Iterator[Grid | None]:
     grid, if it is no attention.
     """
     with ExitStack() as undo:
-        grids = whole_grids(host, [index] if kept.attention.kind != "msa" else [], undo)
+        grids = host.family.whole_grids(host.model, [index] if kept.attention.kind != "msa" else [], undo)
         replace_attention(host, index, kept.attention, REPAIRED, grids, undo, fitted=True, tokens=kept.tokens)
         keep_units(host, index, kept.ffn, undo)
         yield grids.get(index)

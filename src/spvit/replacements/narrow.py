@@ -11,7 +11,6 @@ Shapes: B batch, N tokens, D width, H heads, E head width, R query/key dimension
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -39,10 +38,6 @@ LONGEST = 10.0
 
 class _Narrow:
     """The kind `msa`: the layer as it was, or narrower."""
-
-    def forms(self, site: AttentionSite) -> Iterator[Attention]:
-        """Yield the whole layer; `repair.errors` knows the narrower ones, since it says which heads to keep."""
-        yield Attention()
 
     def make(
         self,

@@ -5,7 +5,6 @@ Shapes: B batch, N tokens = P prefix tokens + G grid tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -73,9 +72,6 @@ class Constant(nn.Module):
 
 class _Skip:
     """The kind `skip`."""
-
-    def forms(self, site: AttentionSite) -> Iterator[Attention]:
-        yield Attention("skip")
 
     def make(
         self, layer: nn.Module, site: AttentionSite, kept: Attention, rules: Rules, grid: Grid, **hints: Any

@@ -22,7 +22,7 @@ from spvit.hosts.calling import batch_first, tokens_in
 from spvit.hosts.grid import Grid, as_tokens
 from spvit.hosts.sites import AttentionSite
 from spvit.hosts.walk import tokens_of
-from spvit.hosts.weights import AttentionWeights, read_rows, read_weights, taken
+from spvit.hosts.weights import AttentionWeights, read_weights
 from spvit.replacements import kernels
 from spvit.replacements.bottleneck import Searched
 from spvit.replacements.kernels import CENTRE, POSITIONS
@@ -210,46 +210,14 @@ class GatedAttention(nn.Module):
         drawn, x = self._draw(), tokens_in(self.site, self.attention, args, kwargs)
         kind, needed = drawn.kind, drawn.needed()
         outputs: dict[str, Tensor] = {"skip": torch.zeros_like(x)} if kind == "skip" else {}
-        values = None
         if "msa" in needed:
             with gradients_if(kind == "msa"):
-                outputs["msa"], values = self._attend(x, args, kwargs)
-        outputs.update(self._convolve_values(x, kind, needed, values))
+                outputs["msa"] = batch_first(self.site, tokens_of(self.attention(*args, **kwargs)))
+        outputs.update(self._convolve_values(x, kind, needed))
         return drawn.answer(outputs, self._silent(kind, x))
 
-    def _attend(self, x: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Return the original layer's output [B, N, D] and the values it computed, less their bias, [B, N, H E]."""
-        captured: list[Tensor] = []
-        rows = self.site.value
-        linear = self.attention.get_submodule(rows.weight.rpartition(".")[0])
-        # A layer that reads its projection's parameters does not call it, and it may add a bias of its own.
-        called = type(linear) is nn.Linear and (rows.bias is None) == (linear.bias is None)
-
-        def capture(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if inputs[0].shape[:-1] == x.shape[:-1] or self.site.token_first:  # not in windows cut inside the layer
-                captured.append(output)
-
-        handle = linear.register_forward_hook(capture) if called else None
-        try:
-            out = tokens_of(self.attention(*args, **kwargs))
-        finally:
-            if handle is not None:
-                handle.remove()
-        by_head = (self.site.heads, self.site.head_width)
-        with torch.no_grad():
-            weight, bias = read_rows(self.attention, rows, by_head)
-            if captured:
-                values = taken(batch_first(self.site, captured[0]), rows, by_head, -1)
-                values = (values if bias is None else values - bias.to(values.dtype)).flatten(-2)
-            else:
-                values = F.linear(x, weight.flatten(0, 1))
-        return batch_first(self.site, out), values
-
-    def _convolve_values(self, x: Tensor, kind: str, needed: set[str], values: Tensor | None) -> dict[str, Tensor]:
-        """Return the outputs [B, N, D] of the convolutions that are needed, and update both batch norms' statistics.
-
-        values: what attention computed as values, or None when it did not run.
-        """
+    def _convolve_values(self, x: Tensor, kind: str, needed: set[str]) -> dict[str, Tensor]:
+        """Return the outputs [B, N, D] of the convolutions that are needed, and update both batch norms' statistics."""
         weights = read_weights(self.attention, self.site)
         heads, width = weights.value_weight.shape[:2]
         size = (self.grid.height, self.grid.width)
@@ -257,10 +225,8 @@ class GatedAttention(nn.Module):
         with gradients_if(kind == "conv3"):
             mix = self.head_mix()
             bias = kernels.mixed_value_bias(mix, weights)  # [K, E]
-            if kind == "conv3" or values is None:
-                tokens = F.linear(self.grid.gather(x, self.site.prefix_tokens), weights.value_weight.flatten(0, 1))
-            else:
-                tokens = self.grid.gather(values, self.site.prefix_tokens)
+            # Attention computes values too; to catch them in layers of all libraries is more trouble than a product.
+            tokens = F.linear(self.grid.gather(x, self.site.prefix_tokens), weights.value_weight.flatten(0, 1))
             self.grid.as_map(tokens)  # a view, which refuses tokens that do not fit the grid
             summed, centre = kernels.convolve_values(tokens.unflatten(2, (heads, width)), mix, size)
             summed = summed + bias.sum(0)  # [B, G, E]

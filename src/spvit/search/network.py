@@ -92,9 +92,7 @@ def make_searchable(
     searched = dense if inplace else dense.on(copy.deepcopy(dense.model))
     net = searched.model
     with ExitStack() as undo:
-        grids, undos = dense.family.watch_grids(net, range(len(dense.blocks)))
-        for take_back in undos:
-            undo.callback(take_back)
+        grids = dense.family.watch_grids(net, range(len(dense.blocks)), undo)
         draws = GateDraws()
         for index, block in enumerate(dense.blocks):
             site = block.attention

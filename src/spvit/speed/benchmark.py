@@ -11,7 +11,7 @@ import ctypes
 import importlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -59,11 +59,6 @@ class Latency:
     backend: str
     threads: int
     repeats: int
-
-    @staticmethod
-    def of(values: Mapping[str, Any]) -> Latency:
-        """Return what a file holds of one, as JSON reads it."""
-        return Latency(**{**values, "speed_up_range": tuple(values["speed_up_range"])})
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from spvit.budget import TOLERANCE_MEASURED, Budget, in_words
 from spvit.checkpoint import write_text
 from spvit.cost import AttentionCost, BlockCost, NetworkCost
 from spvit.errors import BudgetError, CalibrationError
+from spvit.fields import from_file
 from spvit.hosts.host import Host, check_values
 from spvit.hosts.sites import BlockSites
 from spvit.hosts.walk import Report, evaluating
@@ -90,16 +91,10 @@ class LatencyTable:
     def load(path: str | Path) -> LatencyTable:
         """Read a table. Raises CalibrationError naming the file when it is missing or damaged."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            if (data["format"], data["version"]) != (FORMAT, VERSION):
-                raise ValueError(f'expected "format": "{FORMAT}", "version": {VERSION}')
-            blocks = tuple(map(_block_from_dict, data["cost"]["blocks"]))
-            networks = {name: Timing(**timing) for name, timing in data["networks"].items()}
-            return LatencyTable(data["setting"], NetworkCost(**{**data["cost"], "blocks": blocks}), networks)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            return from_file(LatencyTable, path, FORMAT, VERSION)
+        except (OSError, ValueError) as error:
             raise CalibrationError(
-                f"{path} holds no latency table that can be read ({reason}); make one with spvit.measure(host)"
+                f"{path} holds no latency table that can be read ({error}); make one with spvit.measure(host)"
             ) from error
 
     def timing(self, host: Host, architecture: Architecture) -> Timing:
@@ -176,9 +171,7 @@ def decide_by_latency(
         BudgetError: the budget cannot be reached; names what was measured nearest to it.
     """
     dense_ns, tried = table.cost.dense, {}  # type: int, dict[Architecture, tuple[int, Timing]]
-    wanted = target = check_reachable(
-        host, budget, multiple, constraints, scores.blocks, scores.objective or "auto", table.cost
-    )
+    wanted = target = check_reachable(host, budget, multiple, constraints, scores.blocks, scores.objective, table.cost)
     for _ in range(DECISIONS):
         limit = Budget("latency", amount=min(target, dense_ns))
         try:
@@ -317,9 +310,3 @@ def _choices(sites: BlockSites) -> list[Block]:
         forms.append(Attention("msa", some, queries, values))
     choices = [Block(kept, FFN.whole(units)) for kept in dict.fromkeys(forms) if kept != Attention()]
     return [*choices, Block(Attention(), FFN(units, tuple(range(min(DEFAULT_MULTIPLE, max(1, units // 2))))))]
-
-
-def _block_from_dict(data: Any) -> BlockCost:
-    kinds = {kind: AttentionCost(**own) for kind, own in data["kinds"].items()}
-    alone = None if data["prefix_only"] is None else _block_from_dict(data["prefix_only"])
-    return BlockCost(**{**data, "kinds": kinds, "prefix_only": alone})

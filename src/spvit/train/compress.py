@@ -157,7 +157,7 @@ def check_compress(
     limits = check_decision(host, budget, config.multiple, searched)
     if config.scores is not None:
         scores = Scores.load(config.scores)
-        scores.check_objective(Host.of(host), config.objective)
+        scores.check_objective(config.objective)
         objective = scores.objective
         if weights:
             scores.check(Host.of(host))

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, S
 from spvit.checkpoint import Description, Preprocessing
 from spvit.errors import DataError
 from spvit.hosts.host import input_size
-from spvit.train.pictures import read_picture
+from spvit.train.image_files import read_image
 from spvit.train.settings import ImageConfig
 from spvit.train.signals import ignored_by_workers
 from spvit.train.sources import Files, Found, Items, find_images
@@ -66,7 +66,7 @@ class TransformedImages(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
         try:
             source, target = self.items[index]
-            image = read_picture(source, self.channels, self.background)
+            image = read_image(source, self.channels, self.background)
         except DataError as error:
             if not self.skip_corrupt:
                 raise DataError(f"{error}; remove it, or pass --images.skip_corrupt true") from error
@@ -86,10 +86,9 @@ def transform(model: Description | nn.Module, preprocessing: Preprocessing | Non
         preprocessing: how to normalise, resize and crop; None: as the description says, or ImageNet's.
     """
     size = model.input_size if isinstance(model, Description) else input_size(model)
-    assert size is not None  # descriptions that were read say it
     own = preprocessing or getattr(model, "preprocessing", None) or Preprocessing()
     prepare = transforms(ImageConfig(), size, own)[1]
-    return lambda source: prepare(read_picture(source, size[0]))
+    return lambda source: prepare(read_image(source, size[0]))
 
 
 def load_images(source: str, config: ImageConfig, size: tuple[int, int, int], preprocessing: Preprocessing) -> Images:
@@ -99,12 +98,12 @@ def load_images(source: str, config: ImageConfig, size: tuple[int, int, int], pr
 
 def images_of(found: Found, config: ImageConfig, size: tuple[int, int, int], preprocessing: Preprocessing) -> Images:
     """Return images for a model of (channels, height, width), normalised as it asks or as the settings say instead."""
-    given = {name: getattr(config, name) for name in ("mean", "std", "crop")}
-    preprocessing = replace(preprocessing, **{name: value for name, value in given.items() if value})
-    for name, values in (("mean", preprocessing.mean), ("std", preprocessing.std)):
-        if len(values) != size[0]:
+    given = {name: getattr(config, name) or getattr(preprocessing, name) for name in ("mean", "std", "crop")}
+    for name in ("mean", "std"):
+        if len(given[name]) != size[0]:
             takes = f"but the model takes {size[0]} channels; give one a channel"
-            raise DataError(f"images.{name} has {len(values)} values, {takes}")
+            raise DataError(f"images.{name} has {len(given[name])} values, {takes}")
+    preprocessing = replace(preprocessing, **given)
     training, evaluation = transforms(config, size, preprocessing)
     geometric = replace(config, color_jitter=0.0, auto_augment=None, random_erasing=0.0)
     train_items, validation_items, classes = found

@@ -26,7 +26,7 @@ from spvit.cost import METRICS
 from spvit.decide import decide
 from spvit.errors import BudgetError
 from spvit.hosts.host import Host, input_size
-from spvit.hosts.sources import can_build
+from spvit.hosts.rebuild import can_build
 from spvit.repair.choose import check_reachable
 from spvit.repair.scores import Scores
 from spvit.replacements.costs import network_costs
@@ -49,8 +49,7 @@ from spvit.train.data import Images, load_images
 from spvit.train.figures import Figures, figures_of
 from spvit.train.headers import checked
 from spvit.train.loop import Run
-from spvit.train.plot import plot_frontier
-from spvit.train.points import DENSE, FILE, Frontier, Point
+from spvit.train.points import DENSE, FILE, Frontier, Point, plot_frontier
 from spvit.train.processes import by_the_first, processes, use_device
 from spvit.train.progress import PhaseProgress
 from spvit.train.run_folder import REPAIR, RunFolder

@@ -16,8 +16,8 @@ from torch.utils.data import Subset
 
 from spvit.errors import CheckpointError, DataError
 from spvit.train.data import Images, file_at
+from spvit.train.image_files import Stored, check_header
 from spvit.train.loop import Run
-from spvit.train.pictures import Stored, check_header
 from spvit.train.processes import by_the_first
 from spvit.train.reading import NAMED
 from spvit.train.states import about_state, read_state, write_state

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from timm.models import group_parameters
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -22,7 +22,11 @@ LARGEST_GATE_LEARNING_RATE = 0.05
 
 def optimizer_of(model: nn.Module, settings: PhaseConfig, steps: int) -> AdamW:
     """Return AdamW for a phase of so many steps; a search trains the gate logits too, at a constant rate."""
-    groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=undecayed(model))
+    decay = settings.layer_decay
+    if decay < 1 and not hasattr(model, "group_matcher"):
+        raise DataError(f"layer_decay is {decay}, but only timm's models say which layer is which; leave it out")
+    grouped: Any = param_groups_weight_decay if decay == 1 else partial(param_groups_layer_decay, layer_decay=decay)
+    groups: list[dict[str, Any]] = grouped(model, settings.weight_decay, no_weight_decay_list=undecayed(model))
     if isinstance(settings, SearchConfig):
         gates, rate = gate_parameters(model), settings.gate_learning_rate
         own = {id(parameter) for parameter in gates}
@@ -30,21 +34,7 @@ def optimizer_of(model: nn.Module, settings: PhaseConfig, steps: int) -> AdamW:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
         rate = min(PUBLISHED_GATE_TRAVEL / steps, LARGEST_GATE_LEARNING_RATE) if rate is None else rate
         groups.append({"params": gates, "lr": rate, "weight_decay": 0.0, "gates": True})
-    if settings.layer_decay < 1:
-        groups = [part for group in groups for part in _by_layer(model, group, settings.layer_decay)]
     return AdamW(groups, lr=settings.peak_learning_rate)
-
-
-def _by_layer(model: Any, group: dict[str, Any], decay: float) -> list[dict[str, Any]]:
-    """Return a group in parts, one a layer, whose learning rates fall by a factor from each layer to the one before."""
-    if not hasattr(model, "group_matcher"):
-        raise DataError(f"layer_decay is {decay}, but only timm's models say which layer is which; leave it out")
-    layers = {} if "gates" in group else group_parameters(model, model.group_matcher(coarse=False), reverse=True)
-    last, parts = max(layers.values(), default=0), dict[int, list[Any]]()
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for parameter in group["params"]:
-        parts.setdefault(layers.get(names[id(parameter)], last), []).append(parameter)
-    return [{**group, "params": parts[layer], "lr_scale": decay ** (last - layer)} for layer in sorted(parts)]
 
 
 def groups_of(optimizer: Optimizer, gates: bool = False) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""A frontier as data: the dense model and one for each budget, what each costs, how good and how fast it is.
+"""A frontier as data and as a plot: the dense model and one for each budget, what each costs, how good and how fast.
 
 A frontier's folder holds, beside config.yaml and the scores (`--scores` takes the folder):
 
@@ -18,13 +18,16 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from spvit.budget import human
 from spvit.checkpoint import write_text
 from spvit.errors import RunFolderError
+from spvit.fields import from_file
 from spvit.speed.benchmark import Latency
+from spvit.train.drawing import Picture, Series, chart, in_a_row, write_png, write_svg
 from spvit.train.figures import Judged
 
 FORMAT, VERSION = "spvit-frontier", 1
@@ -49,7 +52,7 @@ class Point(Judged):
     """Mean cosine to the dense outputs, of both less the mean of the dense ones, where it has none."""
     seconds: float = 0.0
     """Its share of what it took to repair, evaluate and write the budgets that were repaired side by side."""
-    latency: Sequence[Latency] = ()
+    latency: tuple[Latency, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,16 +69,10 @@ class Frontier:
     @staticmethod
     def load(folder: str | Path) -> Frontier:
         """Read a frontier's folder. Raises RunFolderError when it holds none that can be read."""
-        path = Path(folder) / FILE
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if (data.pop("format"), data.pop("version")) != (FORMAT, VERSION):
-                raise ValueError(f'expected "format": "{FORMAT}", "version": {VERSION}')
-            for point in data["points"]:
-                point["latency"] = [Latency.of(row) for row in point["latency"]]
-            return Frontier(**{**data, "points": tuple(Point(**point) for point in data["points"])})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunFolderError(f"{folder} holds no frontier that can be read ({path.name}: {error})") from error
+            return from_file(Frontier, Path(folder) / FILE, FORMAT, VERSION)
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"{folder} holds no frontier that can be read ({FILE}: {error})") from error
 
     def save(self, folder: Path) -> None:
         """Write frontier.json and frontier.csv, each as a whole."""
@@ -91,3 +88,30 @@ class Frontier:
             writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
             writer.writeheader()
             writer.writerows(rows)
+
+
+def frontier_pictures(found: Frontier) -> Iterator[Picture]:
+    """Yield a chart for MACs and each batch size: the dense model with its level, and the budgets by name."""
+    points, whole = found.points, found.points[0].quality
+    name, heights = points[0].judged_by, [point.quality for point in points]
+    costs = {"macs": ("MACs", "", [float(point.macs) for point in points])}
+    for index, own in enumerate(points[0].latency):
+        on = f" ({own.device}, {own.dtype}, threads {own.threads})"
+        costs[str(own.batch)] = f"ms at batch {own.batch}", on, [point.latency[index].latency_ms for point in points]
+    for key, (axis, on, values) in costs.items():
+        places = list(zip(values, heights))
+        hover = [f"{point.budget}: {point.words}, {human(value)} {axis}" for point, value in zip(points, values)]
+        series = [
+            Series("soft", [(min(values), whole), (max(values), whole)], "the dense model", style="dashed"),
+            Series("msa", places[1:], "budgets", hover=hover[1:], labels=[point.budget for point in points[1:]]),
+            Series("soft", places[:1], form="dot", hover=hover[:1]),
+        ]
+        title = f"{name.capitalize()} against {'MACs of an image' if key == 'macs' else 'latency'}"
+        yield chart(f"frontier-{key}", title, "", series, (axis + on, ""), percent=True, whole=False)
+
+
+def plot_frontier(found: Frontier, folder: Path) -> None:
+    """Write frontier.svg and frontier.png to a folder. Needs the extra `report`."""
+    picture = in_a_row("frontier", [*frontier_pictures(found)])
+    write_svg(picture, folder / "frontier.svg")
+    write_png(picture, folder / "frontier.png")

@@ -30,7 +30,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from spvit.checkpoint import make_folder, replace_atomically
 from spvit.errors import DataError, first_line
-from spvit.train.pictures import Stored, part_of
+from spvit.train.image_files import Stored, part_of
 from spvit.train.progress import PhaseProgress
 from spvit.train.settings import ImageConfig
 

@@ -21,7 +21,7 @@ from spvit.architecture import Architecture
 from spvit.budget import human
 from spvit.checkpoint import DESCRIPTION, WEIGHTS, Description, describe, load, save
 from spvit.errors import CheckpointError, HubError, SpvitError
-from spvit.hosts.sources import build, can_build
+from spvit.hosts.rebuild import build, can_build
 from spvit.hub import HUB, hub_errors, spare_retries
 from spvit.models import HUGGING_FACE
 from spvit.pages.page import report
@@ -188,14 +188,16 @@ def _figures(run: RunFolder, description: Description) -> str:
             columns[name][_NAMES.get(key, key)] = f"{value:,.0f}" if key == "images" else said(key, value)
     shown = [name for name, own in columns.items() if own]
     rows = dict.fromkeys(row for name in shown for row in columns[name])
-    table = _table(["", *shown], [[row, *(columns[name].get(row, "") for name in shown)] for row in rows])
+    lines = [["", *shown], ["---"] * (1 + len(shown))]
+    lines += [[row, *(columns[name].get(row, "") for name in shown)] for row in rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     data = _without_places(run.command_and_settings()[1].get("data"))
     source = f"Measured on the validation images of `{data}`, which may also have chosen the weights among epochs."
     return f"{table}\n\n{source}" if data and any(measured.values()) else table
 
 
 def _usage(description: Description, name: str) -> str:
-    size = ", ".join(map(str, description.input_size or ()))
+    size = ", ".join(map(str, description.input_size))
     host = "" if can_build(description.host) else ", host=the_dense_model"
     cls = description.host.get("class")
     more = f"\n\nIt is a `{cls}` of transformers, with its `config`; call it as you do that."
@@ -213,13 +215,9 @@ outputs = model(images)  # [batch, {size}], resized and normalised as `about` sa
 def _blocks(architecture: Architecture | None, drawn: bool) -> str:
     if architecture is None:
         return ""
-    rows = []
-    for index, block in enumerate(architecture.blocks):
-        alone = "" if block.tokens == "all" else ", prefix tokens alone"
-        rows.append([str(index), f"{block.attention}{alone}", f"{len(block.ffn.units)} of {block.ffn.width}"])
     said = "`msa 16/24` has queries and keys of 16 dimensions a head and values of 24."
     picture = f"![The network, block by block]({PICTURE})\n\n" if drawn else ""
-    return f"## What each block keeps\n\n{picture}{_table(['block', 'attention', 'FFN units'], rows)}\n\n{said}"
+    return f"## What each block keeps\n\n{picture}```\n{architecture}\n```\n\n{said}"
 
 
 def _how(run: RunFolder) -> str:
@@ -296,8 +294,3 @@ def _on_hub(name: str) -> Base:
 
 def _licence(name: str) -> dict[str, str]:
     return {"license": name} if name in _LICENCES else {"license": "other", "license_name": name}
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -11,10 +11,10 @@ from typing import Any
 from spvit.architecture import KINDS, Architecture, Attention, Block
 from spvit.budget import human
 from spvit.cost import BlockCost
-from spvit.pages.reading import Reading, attempted
+from spvit.pages.contents import Contents, attempted
 from spvit.train.drawing import Mark, Picture, Series, box, chart, word
 from spvit.train.figures import quality_of, said
-from spvit.train.plot import frontier_pictures
+from spvit.train.points import frontier_pictures
 
 NAMES = {
     "msa": "attention",
@@ -29,12 +29,12 @@ MOST_POINTS = 240
 """Of a curve; more do not show."""
 
 
-def pictures(reading: Reading) -> dict[str, list[Picture]]:
+def pictures(contents: Contents) -> dict[str, list[Picture]]:
     """Return the pictures that a run has, by section; what cannot be drawn of old or damaged files is noted."""
     draws = {"network": _network, "scores": _scores, "frontier": _frontier, "gates": _gates, "curves": _curves}
     nothing: list[Picture] = []
     return {
-        name: attempted(reading.problems, name, lambda draw=draw: list(draw(reading)), nothing)  # type: ignore[misc]
+        name: attempted(contents.problems, name, lambda draw=draw: list(draw(contents)), nothing)  # type: ignore[misc]
         for name, draw in draws.items()
     }
 
@@ -55,14 +55,14 @@ def block_name(block: Block, cost: BlockCost | None) -> str:
     return f"attention, {', '.join(parts)}{'' if block.tokens == 'all' else '; of the prefix tokens alone'}"
 
 
-def _network(reading: Reading) -> Iterator[Picture]:
+def _network(contents: Contents) -> Iterator[Picture]:
     """Yield a column a block: what stands for its attention above, its FFN below, each in its dense outline."""
-    architecture = reading.architecture
+    architecture = contents.architecture
     if architecture is None:
-        yield from _budgets(reading)
+        yield from _budgets(contents)
         return
     blocks, widest = architecture.blocks, max(block.ffn.width for block in architecture.blocks)
-    costs = reading.costs["macs"].blocks if reading.costs else (None,) * len(blocks)
+    costs = contents.costs["macs"].blocks if contents.costs else (None,) * len(blocks)
     stages = [len(list(group)) for _, group in groupby(block.ffn.width for block in blocks)]
     gap = 14.0 if len(stages) > 1 else 0.0
     pitch = (WIDTH - gap * (len(stages) - 1)) / (len(blocks) - 0.2)  # the last one ends the picture
@@ -102,13 +102,13 @@ def _network(reading: Reading) -> Iterator[Picture]:
     )
 
 
-def _budgets(reading: Reading) -> Iterator[Picture]:
+def _budgets(contents: Contents) -> Iterator[Picture]:
     """Yield the network at each budget of a frontier, the first with what it shows in words."""
     told = False
-    for point in () if reading.frontier is None else reading.frontier.points[1:]:
-        path = reading.folder.path / str(point.folder) / reading.folder.architecture.name
+    for point in () if contents.frontier is None else contents.frontier.points[1:]:
+        path = contents.folder.path / str(point.folder) / contents.folder.architecture.name
         if path.is_file():
-            for picture in _network(replace(reading, architecture=Architecture.load(path))):
+            for picture in _network(replace(contents, architecture=Architecture.load(path))):
                 picture = replace(picture, name=f"network-{point.folder}", title=point.budget)
                 yield picture if not told else replace(picture, says="", legend=())
                 told = True
@@ -153,12 +153,12 @@ def _hovers(index: int, block: Block, cost: BlockCost | None, architecture: Arch
     return f"{attention}; {of[0]}", f"{ffn}; {of[1]}"
 
 
-def _scores(reading: Reading) -> Iterator[Picture]:
+def _scores(contents: Contents) -> Iterator[Picture]:
     """Yield how much each block's choices cost in agreement with the dense network, as it was scored."""
-    if reading.scores is None or reading.architecture is None:
+    if contents.scores is None or contents.architecture is None:
         return
     bars: list[Series] = []
-    for index, (block, scores) in enumerate(zip(reading.architecture.blocks, reading.scores.blocks)):
+    for index, (block, scores) in enumerate(zip(contents.architecture.blocks, contents.scores.blocks)):
         known = {kept: score for kept, score in scores.attention}
         others = ", ".join(f"{NAMES[kept.kind]} {score:.2g}" for kept, score in scores.attention if kept.kind != "msa")
         attention, units = known.get(block.attention), scores.ffn[len(block.ffn.units)]
@@ -178,8 +178,8 @@ def _scores(reading: Reading) -> Iterator[Picture]:
     unit = f", in units of 1e{power}" if power < -1 else ""
     bars = [replace(one, points=[(x, y / 10**power) for x, y in one.points]) for one in bars] if unit else bars
     most = most / 10**power if unit else most
-    name = reading.scores.objective
-    cost = "divergence of the class probabilities" if name in ("", "logits") else f"relative squared error of {name}"
+    name = contents.scores.objective
+    cost = "divergence of the class probabilities" if name == "logits" else f"relative squared error of {name}"
     yield chart(
         "scores",
         "What each choice cost",
@@ -187,23 +187,23 @@ def _scores(reading: Reading) -> Iterator[Picture]:
         "the repair has not seen. Hover for what else could have stood there.",
         bars,
         ("block", cost + unit),
-        x=(-0.6, len(reading.scores.blocks) - 0.4),
+        x=(-0.6, len(contents.scores.blocks) - 0.4),
         y=(0.0, 1.06 * most),
         width=WIDTH,
         height=230.0,
     )
 
 
-def _frontier(reading: Reading) -> Iterator[Picture]:
+def _frontier(contents: Contents) -> Iterator[Picture]:
     """Yield accuracy, or agreement of a backbone, against MACs, and against latency at each batch size."""
-    if reading.frontier is not None:
-        yield from frontier_pictures(reading.frontier)
+    if contents.frontier is not None:
+        yield from frontier_pictures(contents.frontier)
 
 
-def _curves(reading: Reading) -> Iterator[Picture]:
+def _curves(contents: Contents) -> Iterator[Picture]:
     """Yield the loss and the accuracy, or agreement, of each phase over its epochs."""
     for phase, title in PHASES.items():
-        own = [line for line in reading.lines if line.get("phase") == phase]
+        own = [line for line in contents.lines if line.get("phase") == phase]
         steps, ends = ([line for line in own if line["event"] == event] for event in ("step", "evaluation"))
         steps = [line for line in steps if math.isfinite(line["loss"])]
         if steps:
@@ -215,7 +215,7 @@ def _curves(reading: Reading) -> Iterator[Picture]:
             found = [(line["epoch"], line[name]) for line in ends]
             hover = [f"epoch {line['epoch']}: {name} {said(*quality_of(line))}" for line in ends]
             series = [Series("msa", found, "on validation images", hover=hover)]
-            dense = reading.summary.get("dense", {}).get(name)
+            dense = contents.summary.get("dense", {}).get(name)
             if dense is not None and phase != "dense" and len(ends) > 1:
                 level = [(found[0][0], dense), (found[-1][0], dense)]
                 series.append(Series("soft", level, "the dense model", style="dashed"))
@@ -226,10 +226,10 @@ def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines[:: -(-len(lines) // MOST_POINTS) or 1]
 
 
-def _gates(reading: Reading) -> Iterator[Picture]:
+def _gates(contents: Contents) -> Iterator[Picture]:
     """Yield what the gates of a search left open, and what that cost, over its steps."""
     lines = _thinned(
-        [line for line in reading.lines if line.get("phase") == "search" and "step" in line and "kinds" in line]
+        [line for line in contents.lines if line.get("phase") == "search" and "step" in line and "kinds" in line]
     )
     if len(lines) < 2:
         return

@@ -1,23 +1,37 @@
-"""Sites to and from JSON values, field by field and strictly; blocks that differ in their number alone are one entry.
+"""Frozen dataclasses to and from JSON values, field by field and strictly: the one reader of the files of spvit.
 
 Fields that have their default are left out. Where a field may be of several dataclasses, `class` names which it is.
+This file imports the standard library only.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
+import json
 import types
-from collections.abc import Iterator, Sequence
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from spvit.errors import CheckpointError
-from spvit.hosts.sites import BlockSites
+from spvit.errors import CheckpointError, SpvitError
 
-NUMBER = "{}"
-"""Stands for a block's number in names."""
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+
+Read = TypeVar("Read")
+
+
+def from_file(cls: type[Read], path: str | Path, form: str, version: int) -> Read:
+    """Return what a JSON file of a format holds. Raises OSError, or a ValueError that says what is wrong with it."""
+    return from_data(cls, fields_of(json.loads(Path(path).read_text(encoding="utf-8")), form, version), form)
+
+
+def fields_of(data: Any, form: str, version: int) -> dict[str, Any]:
+    """Return what a JSON object holds beside its format and version. Raises CheckpointError when these are others."""
+    found = data if isinstance(data, dict) else {}
+    if (found.get("format"), found.get("version")) != (form, version):
+        raise CheckpointError(f'expected "format": "{form}", "version": {version}')
+    return {key: value for key, value in found.items() if key not in ("format", "version")}
 
 
 def to_data(value: Any, hint: Any = None) -> Any:
@@ -35,12 +49,10 @@ def to_data(value: Any, hint: Any = None) -> Any:
                 data[field.name] = to_data(item, hints[field.name])
         return data
     if isinstance(value, (tuple, list)):
-        if BlockSites in get_args(hint):
-            return _together(value)
         inner = next((part for part in _options(hint) if get_origin(part) is tuple), None)
         return [to_data(item, part) for item, part in zip(value, _items(inner, len(value)) if inner else ())]
     if not isinstance(value, tuple(_WORDS)):
-        raise CheckpointError(f"{type(value).__name__} {value!r} of a site cannot be written to a file")
+        raise CheckpointError(f"{type(value).__name__} {value!r} cannot be written to a file")
     return value
 
 
@@ -49,19 +61,23 @@ def from_data(hint: Any, data: Any, where: str) -> Any:
 
     Raises:
         CheckpointError: names the field that is unknown, missing, or of another type.
+        SpvitError: what a dataclass raises for its values, behind their place.
     """
     options = _options(hint)
     tuples = [part for part in options if get_origin(part) is tuple]
+    mappings = [part for part in options if get_origin(part) in (dict, Mapping)]
+    if isinstance(data, dict) and mappings:
+        part = get_args(mappings[0])[1]
+        return {name: from_data(part, item, f"{where}.{name}") for name, item in data.items()}
     if isinstance(data, dict) and _classes(hint):
         return _dataclass_from(hint, data, where)
     if isinstance(data, list) and tuples:
-        if BlockSites in get_args(tuples[0]):
-            data = list(_apart(data, where))
         parts = _items(tuples[0], len(data))
         if len(parts) == len(data):
+            plain = set(parts) <= {int, float, str} and all(type(item) is parts[0] for item in data)
             pairs = enumerate(zip(parts, data))
-            return tuple(from_data(part, item, f"{where}[{index}]") for index, (part, item) in pairs)
-    elif type(data) in options:
+            return tuple(data if plain else (from_data(part, item, f"{where}[{at}]") for at, (part, item) in pairs))
+    elif type(data) in options or Any in options:
         return data
     elif float in options and type(data) is int:
         return float(data)
@@ -84,64 +100,11 @@ def _dataclass_from(hint: Any, data: dict[str, Any], where: str) -> Any:
     for key, field in fields.items():
         if key not in given and _default(field) is dataclasses.MISSING:
             raise CheckpointError(f"{where}: field {key!r} is missing")
-    return cls(**{key: from_data(hints[key], value, f"{where}.{key}") for key, value in given.items()})
-
-
-def pattern_of(block: BlockSites) -> tuple[BlockSites, int | None]:
-    """Return a block's sites with `{}` for its number in every name, and the number; None where it has none."""
-    found = re.search(r"\d+(?=\D*$)", block.path)
-    if found is None:
-        return block, None
-    path = f"{block.path[: found.start()]}{NUMBER}{block.path[found.end() :]}"
-    return renamed(block, block.path, path), int(found[0])
-
-
-def renamed(value: Any, old: str, new: str) -> Any:
-    """Return sites with another beginning of every dotted name that begins with one, or is it."""
-    if isinstance(value, str):
-        return new + value[len(old) :] if f"{value}.".startswith(f"{old}.") else value
-    if isinstance(value, tuple):
-        return tuple(renamed(item, old, new) for item in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changed = {field.name: renamed(getattr(value, field.name), old, new) for field in dataclasses.fields(value)}
-        return dataclasses.replace(value, **changed)
-    return value
-
-
-def alike(blocks: Sequence[BlockSites]) -> list[tuple[BlockSites, list[int]]]:
-    """Return blocks that follow each other and are alike but for their number together: the pattern, the numbers."""
-    found: list[tuple[BlockSites, list[int]]] = []
-    for block in blocks:
-        pattern, number = pattern_of(block)
-        numbers = [] if number is None else [number]
-        if found and number is not None and found[-1][0] == pattern:
-            found[-1][1].append(number)
-        else:
-            found.append((pattern, numbers))
-    return found
-
-
-def _together(blocks: Sequence[BlockSites]) -> list[dict[str, Any]]:
-    return [{**({"numbers": numbers} if numbers else {}), **to_data(pattern)} for pattern, numbers in alike(blocks)]
-
-
-def _apart(data: list[Any], where: str) -> Iterator[Any]:
-    """Yield the JSON values of each block of those that `_together` wrote."""
-    for entry in data:
-        if not isinstance(entry, dict) or "numbers" not in entry:
-            yield entry
-            continue
-        numbers = from_data(tuple[int, ...], entry["numbers"], f"{where}.numbers")
-        for number in numbers:
-            yield _numbered({key: value for key, value in entry.items() if key != "numbers"}, number)
-
-
-def _numbered(value: Any, number: int) -> Any:
-    if isinstance(value, dict):
-        return {key: _numbered(item, number) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbered(item, number) for item in value]
-    return value.replace(NUMBER, str(number)) if isinstance(value, str) else value
+    values = {key: from_data(hints[key], value, f"{where}.{key}") for key, value in given.items()}
+    try:
+        return cls(**values)
+    except SpvitError as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

@@ -16,8 +16,9 @@ from spvit.architecture import Architecture, dense
 from spvit.checkpoint import DESCRIPTION, Description, describe, described_host, load
 from spvit.cost import NetworkCost
 from spvit.errors import RunFolderError, SpvitError, first_line
+from spvit.fields import from_data
 from spvit.hosts.host import Host
-from spvit.hosts.sources import without_weights
+from spvit.hosts.rebuild import without_weights
 from spvit.models import ModelConfig, names_code, open_model
 from spvit.repair.scores import Scores
 from spvit.replacements.costs import network_costs
@@ -31,7 +32,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Reading:
+class Contents:
     """What a run folder holds; None or empty: it does not, or what it holds cannot be read."""
 
     folder: RunFolder
@@ -47,7 +48,7 @@ class Reading:
     scores: Scores | None
     summary: dict[str, Any]
     """Figures by model (`dense`, `after_pruning`, `pruned`), and costs by metric."""
-    latency: dict[str, list[Latency]]
+    latency: dict[str, tuple[Latency, ...]]
     lines: list[dict[str, Any]]
     """Of metrics.jsonl."""
     frontier: Frontier | None
@@ -82,7 +83,7 @@ class Reading:
         return time.time() - max(path.stat().st_mtime for path in files)
 
 
-def read(folder: str | Path, host: nn.Module | Host | None = None) -> Reading:
+def read(folder: str | Path, host: nn.Module | Host | None = None) -> Contents:
     """Return what a run folder holds. host: the dense model, for one that no library makes.
 
     Raises RunFolderError when the folder is none, or holds nothing of a run.
@@ -119,7 +120,7 @@ def read(folder: str | Path, host: nn.Module | Host | None = None) -> Reading:
             "figures", None, lambda: _of_budget(Frontier.load(whole.path), run), (nothing, nothing)
         )
     frontier = attempt("frontier", run.frontier, lambda: Frontier.load(run.path), None)
-    return Reading(
+    return Contents(
         folder=run,
         command=command,
         config=own.settings,
@@ -183,17 +184,19 @@ def _dense(host: nn.Module | Host | None, description: Description | None, setti
     return Host.of(model) if record is None else described_host(describe(settings["model"]))
 
 
-def _of_budget(frontier: Frontier, run: RunFolder) -> tuple[dict[str, Any], dict[str, list[Latency]]]:
+def _of_budget(frontier: Frontier, run: RunFolder) -> tuple[dict[str, Any], dict[str, tuple[Latency, ...]]]:
     """Return the figures and the latency of a budget and of the dense model, as a run's own files hold them."""
     point = next(one for one in frontier.points if one.folder == run.path.resolve().name)
     both = {"dense": frontier.points[0], "pruned": point}
     figures = {name: {**dict([quality_of(vars(one))]), "images": frontier.images} for name, one in both.items()}
-    return figures, {name: list(one.latency) for name, one in both.items()}
+    return figures, {name: one.latency for name, one in both.items()}
 
 
-def _latencies(path: Path) -> dict[str, list[Latency]]:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return {name: [Latency.of(row) for row in rows] for name, rows in found.items()}
+def _latencies(path: Path) -> dict[str, tuple[Latency, ...]]:
+    found: dict[str, tuple[Latency, ...]] = from_data(
+        dict[str, tuple[Latency, ...]], json.loads(path.read_text(encoding="utf-8")), path.name
+    )
+    return found
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

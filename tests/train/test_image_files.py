@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from spvit.errors import DataError
-from spvit.train.pictures import read_picture
+from spvit.train.image_files import read_image
 from training import GREY, image_folder
 
 RAMP = np.linspace(0, 1, 16).reshape(4, 4)
@@ -18,7 +18,7 @@ EIGHT = np.rint(RAMP * 255).astype(np.uint8)
 
 
 def assert_reads(source: object, expected: np.ndarray, channels: int = 1, **settings: float) -> None:
-    found = np.asarray(read_picture(source, channels, **settings))
+    found = np.asarray(read_image(source, channels, **settings))
     assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
 
 
@@ -43,10 +43,10 @@ def test_fractions_are_read_from_0_to_1_and_other_numbers_refused(tmp_path: Path
     ):
         Image.fromarray(shades.astype(np.float32)).save(tmp_path / "a.tif")
         with pytest.raises(DataError, match=words):
-            read_picture(tmp_path / "a.tif", 3)
+            read_image(tmp_path / "a.tif", 3)
     Image.fromarray((RAMP * 1e6).astype(np.int32)).save(tmp_path / "b.tif")
     with pytest.raises(DataError, match=r"b\.tif cannot be read \(its shades are integers of 32 bits"):
-        read_picture(tmp_path / "b.tif", 1)
+        read_image(tmp_path / "b.tif", 1)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
@@ -87,7 +87,7 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path: Path, monkeypatch: pyte
         ("two\nlines.png", r"two\\nlines\.png' cannot be read \(Image size \(81 pixels\) exceeds"),
     ):
         with pytest.raises(DataError, match=words) as refusal:
-            read_picture(tmp_path / name, 3)
+            read_image(tmp_path / name, 3)
         assert "\n" not in str(refusal.value)
 
 

@@ -22,7 +22,6 @@ from spvit.errors import ModelError, UnsupportedHostError
 
 # Implementations of attention that come with transformers; it would download and run any other.
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-_OF_OLD_FILES = "ViTForImageClassification"
 _POOLING = "add_pooling_layer"
 
 
@@ -55,7 +54,7 @@ def build(source: dict[str, Any]) -> nn.Module:
         )
     model: nn.Module = LIBRARIES[library][1](source)
     found, expected = type(model).__name__, source.get("class")
-    if expected not in (None, found):
+    if expected != found:
         raise UnsupportedHostError(f"the host's class is {expected!r}, but what {library} makes is a {found}")
     return model
 
@@ -176,7 +175,7 @@ def _of_transformers(model: Any) -> dict[str, Any] | None:
 
 def _by_transformers(source: dict[str, Any]) -> nn.Module:
     """Make a model of transformers. Raises ModelError when its settings ask for code."""
-    cls, config = _class_named(source.get("class", _OF_OLD_FILES)), source["config"]
+    cls, config = _class_named(source.get("class")), source["config"]
     named = (value for key, value in _settings(config) if "implementation" in key and not isinstance(value, bool))
     asked = {source["attention"], *map(str, named)}
     if not asked <= {"None", *_ATTENTION} or any(key == "auto_map" for key, _ in _settings(config)):

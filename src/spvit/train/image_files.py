@@ -37,7 +37,7 @@ def part_of(path: str, start: int, end: int) -> Any:
     return ContainerIO(open(path, "rb"), start, end - start)  # it closes with what it is part of
 
 
-def read_picture(source: Any, channels: int, background: float = 1.0) -> Image.Image:
+def read_image(source: Any, channels: int, background: float = 1.0) -> Image.Image:
     """Return a picture of a path, an array or a PIL image: upright, grey (1 channel) or RGB, eight bits a channel.
 
     A background, from 0 (black) to 1 (white), shows through transparent pixels. Raises DataError naming what cannot be
