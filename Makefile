@@ -7,7 +7,6 @@ OUTPUT ?= runs/demo
 OLDEST := .venv-oldest
 SMOKE := tests/test_checkpoint.py::test_models_that_were_recognised_are_rebuilt \
 	tests/test_checkpoint.py::test_saved_models_load_bit_identically \
-	'tests/hosts/test_own_models.py::test_saved_models_load_onto_a_new_model_bit_for_bit[windows huggingface]' \
 	tests/hosts/test_sites.py::test_a_host_can_be_built_again_from_its_source \
 	tests/hosts/test_sites.py::test_usual_arguments_are_read_off_a_model_of_timm_that_keeps_none \
 	tests/test_surgery.py tests/test_models.py::test_hugging_face_folder tests/repair/test_scores.py \

@@ -404,6 +404,9 @@ FOUND = {
     "dinov2": lambda: _transformers("Dinov2Model", patch_size=16),
     "without pooling": lambda: _transformers("ViTModel"),
     "siglip": lambda: _transformers("SiglipVisionModel"),
+    "swin": lambda: _transformers(
+        "SwinModel", patch_size=4, window_size=4, embed_dim=24, depths=[2, 2], num_attention_heads=[3, 3]
+    ),
 }
 
 
