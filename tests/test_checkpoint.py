@@ -340,6 +340,8 @@ class Harmful:
         ("a.npz", b"", r"a\.npz: expected a \.safetensors or \.pth file, found \.npz"),
         ("weights", b"", r"weights: expected a \.safetensors or \.pth file, found no ending"),
         ("a.safetensors", b"not one", r"a\.safetensors is damaged or not a safetensors file"),
+        ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\n", r"it is a pointer of git-lfs or a web page"),
+        ("a.pth", b"<!DOCTYPE html>", r"it is a pointer of git-lfs or a web page; download the file itself"),
         ("a.safetensors", None, r"a\.safetensors does not exist"),
     ],
 )
@@ -402,6 +404,9 @@ FOUND = {
     "dinov2": lambda: _transformers("Dinov2Model", patch_size=16),
     "without pooling": lambda: _transformers("ViTModel"),
     "siglip": lambda: _transformers("SiglipVisionModel"),
+    "swin": lambda: _transformers(
+        "SwinModel", patch_size=4, window_size=4, embed_dim=24, depths=[2, 2], num_attention_heads=[3, 3]
+    ),
 }
 
 

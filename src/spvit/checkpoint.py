@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spvit.architecture import Architecture, architecture_from_dict
-from spvit.errors import ArchitectureError, CheckpointError, RunError, first_line
+from spvit.errors import ArchitectureError, CheckpointError, RunError, first_line, why_unread
 from spvit.fields import fields_of, from_data, to_data
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host
@@ -327,9 +327,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals(_SETTINGS):
             data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the damaged bytes lead to; all of it means the same to the user
-        kind, reason = "safetensors" if path.suffix == ".safetensors" else "weights", first_line(error)
-        if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):  # torch says how to read it anyway
-            reason = f"it holds a {refused[1]}, which is not read since it could run code; save the weights alone"
+        kind, reason = "safetensors" if path.suffix == ".safetensors" else "weights", why_unread(path, error)
         raise CheckpointError(f"checkpoint {path} is damaged or not a {kind} file: {reason}") from error
     for name in ("model", "state_dict"):
         if isinstance(data, dict) and isinstance(data.get(name), dict):

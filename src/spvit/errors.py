@@ -1,5 +1,8 @@
 """Every error that spvit raises for what a user did or has; each says what was wrong and what to do."""
 
+import re
+from pathlib import Path
+
 
 class SpvitError(Exception):
     """Base of all errors that spvit raises on purpose."""
@@ -84,3 +87,13 @@ class ExportError(SpvitError, ValueError):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type when it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def why_unread(path: Path, error: Exception) -> str:
+    """Return why a file of weights is not read."""
+    with path.open("rb") as file:
+        if file.read(9).lstrip().startswith((b"version ", b"<!", b"<h", b"<?")):
+            return "it is a pointer of git-lfs or a web page; download the file itself (git lfs pull)"
+    if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):  # torch says how to read it anyway
+        return f"it holds a {refused[1]}, which is not read since it could run code; save the weights alone"
+    return first_line(error)

@@ -188,6 +188,15 @@ def test_a_folder_is_held_by_one_process(tmp_path: Path, caplog: Any) -> None:
         pass
 
 
+def test_a_folder_that_is_a_link_to_nowhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to(tmp_path / "gone")
+    with (
+        pytest.raises(RunFolderError, match="run is a link to .*gone, which does not exist; make that first"),
+        RunFolder(tmp_path / "run").held(),
+    ):
+        pass
+
+
 def test_files_that_cannot_be_written_leave_the_old_ones(tmp_path: Path) -> None:
     write_text(tmp_path / "a.json", "old")
 

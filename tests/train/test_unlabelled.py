@@ -271,7 +271,15 @@ def test_the_command_compresses_a_backbone_by_a_folder_of_pictures(tmp_path: Pat
     assert "Not on this page" not in page
     assert main(["compress", *common, *small, "--dry-run", "--output", str(tmp_path / "plan")]) == 0
     assert main(["evaluate", *common]) == 2
-    assert "has no labels, which this command needs" in capsys.readouterr().err
+    assert "has no labels, but this command needs several classes" in capsys.readouterr().err
+
+
+def test_a_single_class_is_no_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("train", "val"):
+        pictures(tmp_path / "data" / part / "all", 4)
+    words = ["--model", "vit_tiny_patch16_224", "--data", str(tmp_path / "data"), "--output", str(tmp_path / "run")]
+    assert main(["train", *words]) == 2
+    assert "has a single class, but this command needs several classes" in capsys.readouterr().err
 
 
 def test_a_labelled_folder_still_has_its_classes(tmp_path: Path) -> None:

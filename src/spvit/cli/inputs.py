@@ -30,10 +30,11 @@ def model_and_images(
     classes that cannot be changed; and what `open_model` raises.
     """
     found = find(options.data, options.images)
-    classes = found[-1]
+    classes = found[-1] if len(found[-1]) > 1 else ()
     if not classes and not unlabelled:
         expected = "expected train/ and val/, with a folder a class in each"
-        raise DataError(f"{options.data} has no labels, which this command needs; {expected}")
+        problem = "a single class" if found[-1] else "no labels"
+        raise DataError(f"{options.data} has {problem}, but this command needs several classes; {expected}")
     opened = open_model(options, None if unlabelled else len(classes), weights=weights, code=True)
     if unlabelled and (not classes or family_of(opened.model).classes(opened.model) < 2):
         return opened, images_of((*found[:-1], ()), options.images, input_size(opened.model), opened.preprocessing)

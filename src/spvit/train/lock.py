@@ -26,6 +26,8 @@ logger = logging.getLogger("spvit")
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder, which is made when absent. Raises RunFolderError saying who holds it already."""
+    if folder.is_symlink() and not folder.exists():
+        raise RunFolderError(f"output {folder} is a link to {folder.readlink()}, which does not exist; make that first")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     file = _held(path)
