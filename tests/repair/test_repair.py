@@ -428,9 +428,10 @@ NOT_FINITE = "the activations of the calibration images are not finite; check th
 
 
 @pytest.mark.parametrize("name", ["class_token", "huggingface_options"])
-def test_a_repair_that_was_cut_short_goes_on_to_the_same_weights(name: str) -> None:
+@pytest.mark.parametrize("second", ["conv3", "narrow"])
+def test_a_repair_that_was_cut_short_goes_on_to_the_same_weights(name: str, second: str) -> None:
     host = make_host(name)
-    kept = architecture(Attention(), ATTENTION["conv3"], ATTENTION["skip"], ATTENTION["heads"], units=(*WHOLE, *UNITS))
+    kept = architecture(Attention(), ATTENTION[second], ATTENTION["skip"], ATTENTION["heads"], units=(*WHOLE, *UNITS))
     x, finished = images(host, 32), {}
 
     def cut(phase: str, done: int, *_: object) -> None:

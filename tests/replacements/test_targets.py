@@ -21,8 +21,9 @@ import reference
 import spvit
 from own_models import EXPECTED, OWN
 from spvit.architecture import FFN, Architecture, Attention, Block
+from spvit.hosts.calling import inside
 from spvit.hosts.host import Host
-from spvit.hosts.walk import BlockPair, advance, first_inputs
+from spvit.hosts.walk import BlockPair, advance, first_inputs, keeping
 from spvit.moments import Moments
 from spvit.repair.repair import repair_block
 from spvit.replacements import targets
@@ -174,11 +175,12 @@ def test_what_a_repair_keeps_of_attention_is_what_that_answers_once_fitted(name:
     torch.manual_seed(0)
     pair, block, _ = cut_pair(name, kept)
     repair_block(pair, block)
-    known, anew = list(pair.inputs), list(pair.inputs)
-    advance(pair.host.on(pair.model), SHIFTED, known, pair.attention)
-    advance(pair.host.on(pair.model), SHIFTED, anew)
-    for own, expected in zip(known, anew, strict=True):
-        assert_close(own, expected)
+    attention = inside(pair.model.get_submodule(pair.sites.attention.path))
+    assert len(pair.attention or []) == len(pair.inputs)
+    for number, x in enumerate(pair.inputs):
+        expected = pair.block(x)
+        with keeping(attention, pair.attention, number):
+            assert_close(pair.block(x), expected)
 
 
 @pytest.mark.parametrize("name", STREAMS)

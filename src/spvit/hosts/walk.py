@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
@@ -161,15 +161,10 @@ def through(host: Host, index: int, x: Tensor) -> Tensor:
     return tokens_of(call(module, out))
 
 
-def advance(host: Host, index: int, inputs: list[Tensor], answers: list[Tensor] | None = None) -> None:
-    """Replace a block's inputs by those of the next block, in place, batch by batch.
-
-    answers: what is kept of its attention, as by `keeping`; None: it runs.
-    """
-    attention = inside(host.model.get_submodule(host.blocks[index].attention.path))
+def advance(host: Host, index: int, inputs: list[Tensor]) -> None:
+    """Replace a block's inputs by those of the next block, in place, batch by batch."""
     for number, x in enumerate(inputs):
-        with nullcontext() if answers is None else keeping(attention, answers, number):
-            inputs[number] = through(host, index, x)
+        inputs[number] = through(host, index, x)
 
 
 def keeping(module: nn.Module, answers: list[Any], number: int) -> AbstractContextManager[None]:
