@@ -175,7 +175,10 @@ class RunFolder:
             return {}
         try:
             found = json.loads(self.summary.read_text(encoding="utf-8")).items()
-            return {name: {key: float(value) for key, value in own.items()} for name, own in found}
+            return {
+                name: {key: value if isinstance(value, int) else float(value) for key, value in own.items()}
+                for name, own in found
+            }
         except (ValueError, TypeError, AttributeError) as error:
             raise RunFolderError(f"{self.summary} is damaged ({error}); run its command again") from error
 
