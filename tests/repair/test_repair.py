@@ -424,6 +424,15 @@ def test_heads_whose_outputs_have_few_directions_are_narrowed() -> None:
     assert (logits(model, x) - logits(host, x)).abs().max() < 0.05 * logits(host, x).abs().max()
 
 
+@pytest.mark.parametrize("name", ["class_token", "huggingface"])
+def test_a_first_ffn_with_fewer_units_misses_nothing_but_these(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    host, seen = make_host(name), []
+    monkeypatch.setattr("spvit.repair.repair.mean", lambda excess: seen.append(list(excess)) or 0.0)
+    spvit.prune(host, architecture(Attention(), units=UNITS), repair=images(host, 32))
+    assert seen[0][0] == 0.0  # rounding is nothing that more images would tell
+    assert seen[0][1] != 0.0
+
+
 NOT_FINITE = "the activations of the calibration images are not finite; check the model's weights and the images"
 
 

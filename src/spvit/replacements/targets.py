@@ -162,7 +162,9 @@ def ffn_targets(pair: BlockPair, kept: Sequence[int]) -> Iterator[tuple[Tensor, 
         given, missing = narrow(units), None
         lacking = outward(whole) - given if mixed else F.linear(whole[..., len(kept) :], removed)
         if scale is not None:
-            missing = (aim - rest).reshape(given.shape) * scale + answer - (given + lacking)
+            missing = torch.zeros_like(given)
+            if not torch.equal(aim, rest):  # or only rounding would be missing
+                missing = (aim - rest).reshape(given.shape) * scale + answer - (given + lacking)
             missing = batch_first(attention, missing)
         yield batch_first(attention, units), batch_first(attention, lacking), missing
 
