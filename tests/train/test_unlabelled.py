@@ -109,7 +109,7 @@ def test_agreement_of_classifiers_is_the_share_of_equal_first_guesses() -> None:
     assert figures.words == f"agreement {float(share):.4f}"
 
 
-def _run(folder: Path, images: Images, reference: Reference, **settings: int) -> Run:
+def _run(folder: Path, images: Images, reference: Reference, **settings: float) -> Run:
     return Run(images, RunFolder(folder), LoopConfig(**settings), reference=reference)
 
 
@@ -200,9 +200,13 @@ def test_weights_half_way_are_kept_where_they_are_the_best(tmp_path: Path, monke
 
     monkeypatch.setattr(Loop, "_epoch", too_far)
     monkeypatch.setattr(Loop, "reading", Mock(), raising=False)
-    run = _run(tmp_path, images, reference_of(dense, images, LoopConfig()))
+    run = _run(tmp_path, images, reference_of(dense, images, LoopConfig()), save_minutes=1e-9)
+    ends = {name: 2 * value - model.get_parameter(name) for name, value in dense.named_parameters()}
     figures = run_phase(Phase("finetune", model, short(1, keep_best=True)), run)
     assert figures.quality == pytest.approx(1, abs=1e-5)
+    _, state = run.folder.read_state("finetune")
+    for name, end in ends.items():
+        torch.testing.assert_close(state[f"model.{name}"], end)  # of where it ended, not of half the way
     for own, wanted in zip(model.parameters(), dense.parameters()):
         torch.testing.assert_close(own, wanted, atol=1e-6, rtol=1e-5)
 

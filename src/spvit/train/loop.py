@@ -194,7 +194,7 @@ class Loop:
         if self.settings.keep_best and best["accuracy"] > figures.quality:
             load_tensors(self.phase.model, read_weights(path), "of the best weights")
             self.judged = self.model
-            figures = self._evaluate()
+            figures = self._evaluate(name=best["name"])
             self.progress.note(f"{self.phase.name}: {best['name']} was the best on the validation images and is kept")
         if self.sharded:
             put_together(self.phase.model, self.whole)
@@ -206,7 +206,7 @@ class Loop:
         share_buffers(self.kept)
         [figures] = evaluate(
             *([self.judged], self.validation, self.accelerator, self.config.precision, self.reference),
-            after_batch=self._stop_or_save,
+            after_batch=(lambda: None) if name else self._stop_or_save,  # no state is of weights put there to be tried
         )
         if self.settings.keep_best and epoch is not None and is_finite(figures):
             name = name or (f"epoch {epoch}" if epoch > 0 else "what it started from")
