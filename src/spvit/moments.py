@@ -18,8 +18,9 @@ WANTED_TOKENS = 4
 PREFIX_WEIGHT = 9
 """Weight of prefix tokens relative to all others together, where nothing reads those: they decide what few images leave
 open."""
-GRAM_COLUMNS = 256
-"""Columns whose products with all later ones are taken at once: narrow ones waste time on small products."""
+GRAM_COLUMNS = 64
+"""Columns whose products with all later ones are taken at once: half of the products would be known twice, and narrow
+ones waste time on small products."""
 
 NOT_FINITE = "the activations of the calibration images are not finite; check the model's weights and the images"
 
@@ -35,32 +36,36 @@ class Moments:
         self.count, self._squares, self.tokens = 0.0, 0.0, 0  # sums of weights and of their squares, and tokens
         self._origin_x: Tensor | None = None if beside is None else beside._origin_x
         self._origin_y: Tensor | None = None if beside is None else beside._origin_y
-        self._sums: list[Tensor] = []
+        self._sums: list[Tensor] = []  # of x, of y, of x x^T (right from the diagonal on), and of x y^T
 
     def add(self, x: Tensor, y: Tensor | None = None, prefix: int = 0) -> None:
         """Take in x: [..., X] and y: [..., Y]. Raises CalibrationError when a value is not finite.
 
         prefix: first tokens of x [B, N, X] that are to weigh nine times all others together; 0: all weigh alike.
         """
-        y = x[..., :0] if y is None else y
-        if not prefix:
-            self._add(x, y, 1)
-        else:
-            self._add(x[:, prefix:], y[:, prefix:], 1)
-            self._add(x[:, :prefix], y[:, :prefix], PREFIX_WEIGHT * (x.shape[1] - prefix) / prefix)
-
-    def _add(self, x: Tensor, y: Tensor, weight: float) -> None:
-        x, y = _flat(x), _flat(y)
+        images, weight = len(x), PREFIX_WEIGHT * (x.shape[1] - prefix) / prefix if prefix else 1.0
+        x, y = _flat(x), _flat(x[..., :0] if y is None else y)
         if self._origin_x is None or self._origin_y is None:
             self._origin_x, self._origin_y = x.mean(0), y.mean(0)
-        x, y = x - self._origin_x, y - self._origin_y
-        parts = (x.sum(0), y.sum(0), _gram(x), x.T @ y)
-        self._sums = self._sums or [torch.zeros_like(part, dtype=torch.float64) for part in parts]
-        for total, part in zip(self._sums, parts):
-            total.add_(part, alpha=weight)
-        self.count, self._squares = self.count + weight * len(x), self._squares + weight**2 * len(x)
+        x, y, roots = x - self._origin_x, y - self._origin_y, x.new_ones(len(x))
+        if prefix:
+            roots.view(images, -1)[:, :prefix] = weight**0.5
+            x, y = x * roots[:, None], y * roots[:, None]
+        width, outputs = x.shape[1], y.shape[1]
+        shapes = (width, outputs, (width, width), (width, outputs))
+        self._sums = self._sums or [x.new_zeros(shape, dtype=torch.float64) for shape in shapes]
+        sum_x, sum_y, upper, cross = self._sums
+        sum_x.add_(roots @ x)
+        sum_y.add_(roots @ y)
+        cross.add_(x.T @ y)
+        for start in range(0, width, GRAM_COLUMNS):
+            some = x[:, start : start + GRAM_COLUMNS]
+            upper[start : start + GRAM_COLUMNS, start:].add_(some.T @ x[:, start:])
+        weighted, others = images * prefix, len(x) - images * prefix
+        self.count += others + weight * weighted
+        self._squares += others + weight**2 * weighted
         self.tokens += len(x)
-        if not (self._sums[2].diagonal().isfinite().all() and self._sums[3].isfinite().all()):
+        if not (upper.diagonal().isfinite().all() and cross.isfinite().all()):
             raise CalibrationError(NOT_FINITE)
 
     def left_out(self, kept: Sequence[int], weight: Tensor) -> Moments:
@@ -68,7 +73,7 @@ class Moments:
         assert self._origin_x is not None
         kept, others = list(kept), sorted(set(range(self.inputs)) - set(kept))
         outward = weight[:, others].T.double()
-        sum_x, _, second, _ = self._sums
+        sum_x, second = self._sums[0], self._second
         part = Moments()
         part.count, part._squares, part.tokens = self.count, self._squares, self.tokens
         part._origin_x, part._origin_y = self._origin_x[kept], self._origin_x[others].double() @ outward
@@ -87,12 +92,18 @@ class Moments:
         """Return the moments of the first Y outputs with x @ weight + constant added. weight: [X, Y]; constant: [Y]."""
         assert self._origin_x is not None
         assert self._origin_y is not None
-        sum_x, sum_y, second, cross = self._sums
+        sum_x, sum_y, upper, cross = self._sums
         some, part = slice(len(constant)), Moments(self)
         part.count, part._squares, part.tokens = self.count, self._squares, self.tokens
         part._origin_y = self._origin_y[some] + self._origin_x.double() @ weight + constant
-        part._sums = [sum_x, sum_y[some] + sum_x @ weight, second, cross[:, some] + second @ weight]
+        part._sums = [sum_x, sum_y[some] + sum_x @ weight, upper, cross[:, some] + self._second @ weight]
         return part
+
+    @property
+    def _second(self) -> Tensor:
+        """Sums of the inputs' products, [X, X]; those kept are right from the diagonal on."""
+        upper = self._sums[2]
+        return upper.triu() + upper.triu(1).T
 
     @property
     def inputs(self) -> int:
@@ -122,7 +133,7 @@ class Moments:
         about: whose means these are; None: its own.
         """
         x, y = self._sums[0] / self.count, self._sums[1] / self.count
-        covariance = self._sums[2] / self.count - torch.outer(x, x)
+        covariance = self._second / self.count - torch.outer(x, x)
         cross = self._sums[3] / self.count - torch.outer(x, y)
         if centred and about is None:
             return covariance, cross
@@ -140,16 +151,6 @@ class Moments:
 def _flat(tensor: Tensor) -> Tensor:
     """Return vectors [n, width] of at least single precision."""
     return tensor.detach().flatten(0, -2).to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _gram(x: Tensor) -> Tensor:
-    """Return x^T x [X, X] from x: [n, X]; what is below the diagonal is copied, which saves a third in wide layers."""
-    products = x.new_zeros(x.shape[1], x.shape[1])
-    for start in range(0, x.shape[1], GRAM_COLUMNS):
-        end = start + GRAM_COLUMNS
-        products[start:end, start:] = x[:, start:end].T @ x[:, start:]
-        products[end:, start:end] = products[start:end, end:].T
-    return products
 
 
 def ridge_for(moments: Moments, inputs: int | None = None) -> float:

@@ -15,7 +15,7 @@ from tiny import HOSTS, images, make_host, paths_of
 @pytest.mark.parametrize("name", HOSTS)
 def test_inputs_of_blocks_are_those_of_a_whole_forward_pass(name: str) -> None:
     model = make_host(name)
-    host, x = Host.of(model), images(model, 3)
+    host, parts = Host.of(model), images(model, 3).split(2)  # some processors round a batch of three otherwise
     seen: list[Tensor] = []
     for paths in paths_of(model):
         model.get_submodule(paths.block).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -25,15 +25,17 @@ def test_inputs_of_blocks_are_those_of_a_whole_forward_pass(name: str) -> None:
         lambda module, args, out: outputs.append(out[0] if isinstance(out, tuple) else out)
     )
     with torch.no_grad():
-        model(x)
-        expected = list(seen)
+        for part in parts:
+            model(part)
+        expected = [(seen[index], seen[len(host.blocks) + index]) for index in range(len(host.blocks))]
         handle.remove()
-        inputs = first_inputs(host, x.split(2))
+        inputs = first_inputs(host, parts)
         for index, wanted in enumerate(expected):
-            assert torch.equal(torch.cat(inputs), wanted)
+            assert all(torch.equal(own, other) for own, other in zip(inputs, wanted, strict=True))
             if index + 1 < len(expected):
                 advance(host, index, inputs)
-        assert torch.equal(torch.cat([through(host, 3, part) for part in inputs]), outputs[0])
+        ends = [through(host, len(expected) - 1, own) for own in inputs]
+        assert all(torch.equal(own, other) for own, other in zip(ends, outputs, strict=True))
 
 
 def test_flags_come_back_after_an_error() -> None:

@@ -88,6 +88,11 @@ class Host:
         return {}
 
     @cached_property
+    def scales(self) -> dict[str, Tensor | None]:
+        """One over the scale at which a layer's output reaches the stream, by path, of those for which it was found."""
+        return {}
+
+    @cached_property
     def totals(self) -> dict[str, int]:
         """What the whole model costs, by metric: MACs of one image, counted, and parameters."""
         return {"macs": macs_of_image(self), "params": count_params(self.model)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
@@ -161,10 +161,15 @@ def through(host: Host, index: int, x: Tensor) -> Tensor:
     return tokens_of(call(module, out))
 
 
-def advance(host: Host, index: int, inputs: list[Tensor]) -> None:
-    """Replace a block's inputs by those of the next block, in place, batch by batch."""
+def advance(host: Host, index: int, inputs: list[Tensor], attention: list[Any] | None = None) -> None:
+    """Replace a block's inputs by those of the next block, in place, batch by batch.
+
+    attention: what the block's attention answers for each batch; where there is nothing the layer runs.
+    """
+    layer = inside(host.model.get_submodule(host.blocks[index].attention.path))
     for number, x in enumerate(inputs):
-        inputs[number] = through(host, index, x)
+        with keeping(layer, attention, number) if attention else nullcontext():
+            inputs[number] = through(host, index, x)
 
 
 def keeping(module: nn.Module, answers: list[Any], number: int) -> AbstractContextManager[None]:

@@ -67,8 +67,9 @@ def repair(
             for number in (number for number, first in enumerate(firsts) if index >= first):
                 model, before, part = models[number], len(excess[number]), parts[number][index]
                 inputs, block = list(streams[number]), model.get_submodule(host.blocks[index].path)
+                attention: list[Any] = []
                 if part is None:
-                    pair = BlockPair(model, host, index, inputs, dense_inputs, known, 0, excess[number], [])
+                    pair = BlockPair(model, host, index, inputs, dense_inputs, known, 0, excess[number], attention)
                     repair_block(pair, architectures[number].blocks[index], mend=True)
                     if finished is not None:
                         state = {name: value.cpu().contiguous().clone() for name, value in block.state_dict().items()}
@@ -77,8 +78,7 @@ def repair(
                     block.load_state_dict(part[1])
                     excess[number] += part[0]["excess"]
                 if index + 1 < len(places):
-                    # What the fit keeps of attention is rounded otherwise, and a continued repair has none of it.
-                    advance(host.on(model), index, inputs)
+                    advance(host.on(model), index, inputs, attention)
                     streams[number] = inputs
             if index + 1 < len(places):
                 advance(host, index, dense_inputs)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spvit.architecture import Attention, Rules
 from spvit.cost import AttentionCost, count_params
@@ -76,13 +75,8 @@ class _Narrow:
         covariance, cross = moments.products(biased)
         prior = weights.out_weight.flatten(1).double()
         out = fitted_output(prior, rotation @ covariance @ rotation.T, rotation @ cross, moments)
-        of_whole = out @ rotation  # of the heads' outputs before values were narrowed
-        bias = moments.mean_y - of_whole @ moments.mean_x if biased else None
+        bias = moments.mean_y - out @ (rotation @ moments.mean_x) if biased else None
         module.load(replace(weights, out_weight=out.view(weights.out_weight.shape), out_bias=bias))
-        if pair.attention is not None:
-            like, shift = module.proj.weight, module.proj.bias
-            for number, heads in enumerate(pair.attention):
-                pair.attention[number] = F.linear(heads, of_whole.to(like), shift)
 
     def cost(self, host: Host, site: AttentionSite, metric: str) -> AttentionCost:
         """MACs: projections, and two products of [tokens, keys, H E] (paper section 3.4)."""
@@ -138,10 +132,7 @@ def rotated_queries(pair: BlockPair, kept: Attention, second_moment: Tensor) -> 
     gathered = Gathered(pair)
     with called_with(pair.model.get_submodule(site.path), site) as named:
         for x, target in zip(pair.arriving(site.path), attention_targets(pair)):
-            heads = whole.heads_out(x, **named)
-            gathered.add(heads, *target, pair.prefix)
-            if pair.attention is not None:  # which is this behind the projection that is fitted to it
-                pair.attention.append(heads)
+            gathered.add(whole.heads_out(x, **named), *target, pair.prefix)
     return weights, gathered.moments(weights.out_bias is not None)
 
 

@@ -188,7 +188,14 @@ def _without_second(pair: BlockPair, x: Tensor, others: Mapping[str, nn.Module])
 
 
 def _scale(pair: BlockPair, path: str) -> Tensor | None:
-    """Return one over the scale g at which a layer's output reaches the block's output, [D]; None where none is found.
+    """Return one over the scale g at which a layer's output reaches the block's, [D]; None where none is found."""
+    if path not in pair.host.scales:
+        pair.host.scales[path] = _measured_scale(pair, path)
+    return pair.host.scales[path]
+
+
+def _measured_scale(pair: BlockPair, path: str) -> Tensor | None:
+    """Return it from a run of the dense block.
 
     Measured on a stream of zeros, beside which nothing is rounded off: the layer answers 0, v and 2 v, and the block's
     other layer 0. Then the block's output is to change by g v and 2 g v; behind a norm, say, it does not.

@@ -261,8 +261,8 @@ class FrontierConfig(ScoresConfig):
 
     repair_views: int = within(1, 1)
     """Times the calibration images for the repair of each budget: less than `compress` takes, for one time each."""
-    batches: tuple[int, ...] = within((1, 16), 1)
-    """Batch sizes at which latency is measured: large ones take long with many models."""
+    batches: tuple[int, ...] = within((1, 8), 1)
+    """Batch sizes at which latency is measured; on an accelerator a larger one tells more."""
 
 
 @dataclass(frozen=True, kw_only=True)
