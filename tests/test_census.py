@@ -52,7 +52,13 @@ def test_an_unknown_name_is_refused(census: Any, monkeypatch: pytest.MonkeyPatch
 
 
 def test_faults_are_crashes_and_name_the_stage(census: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    (outcome,) = census.outcomes_of([VIT], limit=0.001)
+    def endless(name: str) -> None:
+        while True:
+            pass
+
+    with monkeypatch.context() as changed:
+        changed.setattr(census.tiny_models, "build", endless)
+        (outcome,) = census.outcomes_of([VIT], limit=0.001)
     assert (outcome.result, outcome.detail) == ("crash", "build: OutOfTime: took more than 0.001 s")
     monkeypatch.setattr(census, "macs_of", lambda model, x: 0)
     (outcome,) = census.outcomes_of([VIT], limit=60)
