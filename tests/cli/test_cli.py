@@ -453,6 +453,8 @@ def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_pat
         ("contradict each other", "compress --recipe TRAINED --output OUT --no-train --epochs 1"),
         ("contradict each other", "compress --recipe TRAINED --output OUT --epochs=1 --finetune.epochs 2"),
         ('write "50%"', "compress --recipe TRAINED --output OUT --macs 50"),
+        ("macs budget '-50%' is malformed", "compress --recipe TRAINED --output OUT --macs -50%"),
+        ('write "50%"', "frontier --recipe TRAINED --output OUT --budgets 50"),
         ("binds decisions by scores", "compress --recipe TRAINED --output OUT --latency 50% --search.epochs 1"),
         ("is not a folder that exists", "train --recipe RECIPE --output OUT --data nowhere"),
         ("precision is 'fp8'", "train --recipe RECIPE --output OUT --precision fp8"),

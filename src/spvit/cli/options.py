@@ -97,7 +97,7 @@ class CompressCommand(BudgetOptions, CompressConfig, RunCommand):
 class FrontierCommand(FrontierConfig, RunCommand):
     """Prune a model to several budgets from one scoring, and show what each costs and gives."""
 
-    budgets: tuple[str, ...] = BUDGETS
+    budgets: tuple[str | int, ...] = BUDGETS
     """Budgets, in the forms of macs: 75% 50% 1.0G."""
     metric: str = "macs"
     """What the budgets are of: macs, params or latency."""

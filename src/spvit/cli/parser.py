@@ -113,6 +113,8 @@ def _joined(words: Sequence[str]) -> list[str]:
         option = joined[-1].partition("=")[0] if joined else ""
         if option in (*_SEVERAL, *_LISTS) and not word.startswith("--"):
             joined[-1] += f"{' ' if '=' in joined[-1] else '='}{word}"
+        elif option.startswith("--") and option == joined[-1] and word[1:2].isdigit() and word.endswith("%"):
+            joined[-1] += f"={word}"  # -50%, which argparse takes for an option
         else:
             joined.append(word)
     pairs = [(word, *word.partition("=")[::2]) for word in joined]
