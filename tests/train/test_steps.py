@@ -64,7 +64,9 @@ def test_batches_that_add_up_train_as_one_large_batch_does(tmp_path: Path, kind:
         assert [values[name] for values in steps] == pytest.approx([values[name] for values in others], rel=1e-6)
 
 
-def test_a_run_that_adds_up_batches_continues_from_within_an_epoch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_that_adds_up_batches_continues_from_within_an_epoch(tmp_path: Path, optimizer: str) -> None:
+    config = short(2, optimizer=optimizer)
     images = few(
         digits(batch_size=16, accumulate=3, mixup=0.2, random_erasing=0.2)
     )  # 8 steps an epoch, a batch left out
@@ -72,11 +74,11 @@ def test_a_run_that_adds_up_batches_continues_from_within_an_epoch(tmp_path: Pat
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
         models.append(micro_host(drop_path_rate=0.2))
-        phase, run = Phase("dense", models[-1], short(2)), run_in(tmp_path / name, images)
+        phase, run = Phase("dense", models[-1], config), run_in(tmp_path / name, images)
         if name == "cut":
             stopped(phase, run, (0, 5))
             models[-1] = micro_host(seed=1, drop_path_rate=0.2)
-            phase = Phase("dense", models[-1], short(2))
+            phase = Phase("dense", models[-1], config)
         run_phase(phase, run)
     assert states_equal(*models)
     assert [values["step"] for values in steps_of(tmp_path / "cut")] == [8, 16]

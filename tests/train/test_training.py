@@ -153,8 +153,10 @@ def test_the_weight_of_the_budget_rises_over_its_share_of_the_search(tmp_path: P
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_gates_have_an_optimizer_of_their_own_at_a_constant_rate(tmp_path: Path) -> None:
-    phase = search_phase(1, learning_rate=0.0, minimum_learning_rate=0.0, gate_learning_rate=0.01)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_gates_have_an_optimizer_of_their_own_at_a_constant_rate(tmp_path: Path, optimizer: str) -> None:
+    still = {"learning_rate": 0.0, "minimum_learning_rate": 0.0, "gate_learning_rate": 0.01}
+    phase = search_phase(1, optimizer=optimizer, **still)
     before = {name: value.clone() for name, value in phase.model.named_parameters()}
     run_phase(phase, run_in(tmp_path, digits()))
     for name, value in phase.model.named_parameters():
@@ -486,6 +488,11 @@ def test_a_folder_of_the_user_stays_when_its_run_is_refused(tmp_path: Path) -> N
         (lambda: PhaseConfig(reference_batch=-512), "reference_batch is -512, expected 0 or more"),
         (lambda: PhaseConfig(distillation_temperature=0.0), "distillation_temperature is 0.0, expected above 0"),
         (lambda: PhaseConfig(distillation_kind="firm"), "distillation_kind is 'firm', expected soft or hard"),
+        (lambda: PhaseConfig(optimizer="lion"), "optimizer is 'lion', expected adamw or muon"),
+        (
+            lambda: CompressConfig(shard=True, finetune=PhaseConfig(optimizer="muon")),
+            "finetune.optimizer is 'muon', which takes whole matrices, but shard parts them",
+        ),
         (lambda: SearchConfig(gate_learning_rate=-0.1), "gate_learning_rate is -0.1, expected 0 or more"),
         (lambda: SearchConfig(temperature=0.0), "temperature is 0.0, expected above 0"),
         (lambda: SearchConfig(gate_logit=math.nan), "gate_logit is nan, expected a finite number"),
@@ -503,3 +510,9 @@ def test_a_folder_of_the_user_stays_when_its_run_is_refused(tmp_path: Path) -> N
 def test_every_setting_has_its_range(make: Any, words: str) -> None:
     with pytest.raises(DataError, match=words):
         make()
+
+
+def test_an_optimizer_that_an_old_timm_lacks_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spvit.train.settings, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match="which this timm does not have; pip install --upgrade timm"):
+        PhaseConfig(optimizer="muon")

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from spvit.checkpoint import fit_state
 from spvit.errors import DataError
@@ -20,8 +20,8 @@ PUBLISHED_GATE_TRAVEL = 12.5  # learning rate 1e-3 over 10 epochs of 1,250 steps
 LARGEST_GATE_LEARNING_RATE = 0.05
 
 
-def optimizer_of(model: nn.Module, settings: PhaseConfig, steps: int) -> AdamW:
-    """Return AdamW for a phase of so many steps; a search trains the gate logits too, at a constant rate."""
+def optimizer_of(model: nn.Module, settings: PhaseConfig, steps: int) -> Optimizer:
+    """Return the optimizer of a phase of so many steps; a search trains the gate logits too, at a constant rate."""
     decay = settings.layer_decay
     if decay < 1 and not hasattr(model, "group_matcher"):
         raise DataError(f"layer_decay is {decay}, but only timm's models say which layer is which; leave it out")
@@ -33,8 +33,8 @@ def optimizer_of(model: nn.Module, settings: PhaseConfig, steps: int) -> AdamW:
         for group in groups:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
         rate = min(PUBLISHED_GATE_TRAVEL / steps, LARGEST_GATE_LEARNING_RATE) if rate is None else rate
-        groups.append({"params": gates, "lr": rate, "weight_decay": 0.0, "gates": True})
-    return AdamW(groups, lr=settings.peak_learning_rate)
+        groups.append({"params": gates, "lr": rate, "weight_decay": 0.0, "gates": True, "use_fallback": True})
+    return create_optimizer_v2(groups, settings.optimizer, lr=settings.peak_learning_rate)
 
 
 def groups_of(optimizer: Optimizer, gates: bool = False) -> list[dict[str, Any]]:
@@ -56,7 +56,8 @@ def tensors_of(part: nn.Module | Optimizer) -> dict[str, Tensor]:
     if isinstance(part, nn.Module):  # whose weights may share memory, which safetensors refuses
         return {name: value.clone() for name, value in gathered(part.state_dict()).items()}
     states: dict[int, dict[str, Tensor]] = part.state_dict()["state"]
-    return gathered({f"{index}.{name}": value for index, own in states.items() for name, value in own.items()})
+    entries = ((f"{index}.{name}", value) for index, own in states.items() for name, value in own.items())
+    return gathered({name: value for name, value in entries if isinstance(value, Tensor)})
 
 
 def load_tensors(part: nn.Module | Optimizer, tensors: Mapping[str, Tensor], name: str) -> None:

@@ -139,6 +139,11 @@ class LoopConfig(DeviceConfig):
         check_settings(self)
         if self.shard and torch.__version__ < "2.8":
             raise DataError(f"shard needs torch 2.8 or newer, found {torch.__version__}; leave it out")
+        for own in fields(self):
+            phase = getattr(self, own.name)
+            if self.shard and isinstance(phase, PhaseConfig) and phase.optimizer == "muon":
+                why = f"{own.name}.optimizer is 'muon', which takes whole matrices, but shard parts them"
+                raise DataError(f"{why}; leave out one of the two")
         for tracker in self.trackers:
             if tracker not in TRACKERS:
                 raise DataError(f"track is {tracker!r}, expected {', '.join(TRACKERS)}, or several of them")
@@ -160,8 +165,10 @@ class PhaseConfig:
     """Passes over the training images; 0 leaves the phase out."""
     minutes: float | None = within(None, 0, above=True)
     """Most minutes of the phase, counted anew by a continued run: then the epoch under way ends, and is the last."""
+    optimizer: str = one_of("adamw", "adamw", "muon")
+    """`adamw`, or `muon` (timm's): weight matrices move alike in all directions, other parameters as with AdamW."""
     learning_rate: float | None = within(None, 0)
-    """Peak learning rate of the weights (AdamW). When absent 5e-4; without labels, what short trials find best, which
+    """Peak learning rate of the weights. When absent 5e-4; without labels, what short trials find best, which
     then falls to zero."""
     minimum_learning_rate: float = within(1e-5, 0)
     """Learning rate at the end of the cosine schedule; equal to the peak for a constant rate."""
@@ -195,6 +202,8 @@ class PhaseConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.optimizer == "muon" and find_spec("timm.optim.muon") is None:
+            raise DataError("optimizer is 'muon', which this timm does not have; pip install --upgrade timm")
         if self.teacher is not None and self.distillation == 0:
             why = f"the teacher is {self.teacher}, but distillation is 0"
             raise DataError(f"{why}; give its share of the loss, such as 0.5")
