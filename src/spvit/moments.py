@@ -18,7 +18,7 @@ WANTED_TOKENS = 4
 PREFIX_WEIGHT = 9
 """Weight of prefix tokens relative to all others together, where nothing reads those: they decide what few images leave
 open."""
-GRAM_COLUMNS = 64
+GRAM_COLUMNS = 128
 """Columns whose products with all later ones are taken at once: half of the products would be known twice, and narrow
 ones waste time on small products."""
 
