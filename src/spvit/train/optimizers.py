@@ -57,6 +57,7 @@ def tensors_of(part: nn.Module | Optimizer) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in gathered(part.state_dict()).items()}
     states: dict[int, dict[str, Tensor]] = part.state_dict()["state"]
     entries = ((f"{index}.{name}", value) for index, own in states.items() for name, value in own.items())
+    # Muon also notes which parameters it takes, which it finds again.
     return gathered({name: value for name, value in entries if isinstance(value, Tensor)})
 
 

@@ -139,9 +139,9 @@ class LoopConfig(DeviceConfig):
         check_settings(self)
         if self.shard and torch.__version__ < "2.8":
             raise DataError(f"shard needs torch 2.8 or newer, found {torch.__version__}; leave it out")
-        for own in fields(self):
+        for own in fields(self) if self.shard else ():
             phase = getattr(self, own.name)
-            if self.shard and isinstance(phase, PhaseConfig) and phase.optimizer == "muon":
+            if isinstance(phase, PhaseConfig) and phase.optimizer == "muon":
                 why = f"{own.name}.optimizer is 'muon', which takes whole matrices, but shard parts them"
                 raise DataError(f"{why}; leave out one of the two")
         for tracker in self.trackers:
