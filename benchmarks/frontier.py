@@ -1,10 +1,11 @@
-"""What eight budgets take in one frontier, and what one budget takes: seconds of the processor, each in its process.
+"""What eight budgets take in one frontier, and what one budget takes: seconds, each in its process.
 
 python benchmarks/frontier.py --host FOLDER --data digits [--threads 1] [--json FILE]
 python benchmarks/frontier.py --photographs FOLDER [--weights FILE] [--size 98] [--crops 256] [--json FILE]
 
 The host is a folder that spvit wrote (`spvit demo` leaves one in dense/), or DINOv2-S on crops of photographs, three
 quarters of which are for training views. Both sides repair on as many views, evaluate, measure latency, write and plot.
+Read the clock where there is a GPU, which is used, and elsewhere the seconds of the processor.
 """
 
 from __future__ import annotations
@@ -73,10 +74,12 @@ def main() -> None:
         return
     rows = [{"side": side, **figures_of_process([*sys.argv, "--side", side], {})} for side in SIDES]
     for row in rows:
-        print(f"{row['side']}: {row['cpu_s']:.1f} s, of which scores {row['scores_s']:.1f} (clock)", row["points"])
-    ratio, held = (rows[0][name] / rows[1][name] for name in ("cpu_s", "peak_bytes"))
-    print(f"eight / one: {ratio:.2f} of the seconds, {held:.2f} of the memory; {machine()}")
-    write_results(options.json, "frontier", rows, ratio=ratio)
+        clock = f"by the clock {row['clock_s']:.1f}, of which scores {row['scores_s']:.1f}"
+        print(f"{row['side']}: {row['cpu_s']:.1f} s of the processor; {clock}", row["points"])
+    ratio, clock_ratio, held = (rows[0][name] / rows[1][name] for name in ("cpu_s", "clock_s", "peak_bytes"))
+    seconds = f"{ratio:.2f} of the processor's seconds, {clock_ratio:.2f} by the clock"
+    print(f"eight / one: {seconds}, {held:.2f} of the memory; {machine()}")
+    write_results(options.json, "frontier", rows, ratio=ratio, clock_ratio=clock_ratio)
 
 
 def measured(options: argparse.Namespace) -> dict[str, Any]:
@@ -84,13 +87,13 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     host, images, count = subject(options)
     config = spvit.FrontierConfig(calibration_images=count, repair_views=options.repair_views)
-    started = time.process_time()
+    started = time.process_time(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         found = spvit.frontier(host, images, SIDES[options.side], output=folder, config=config)
-    seconds = time.process_time() - started
+    own = {"cpu_s": time.process_time() - started[0], "clock_s": time.perf_counter() - started[1]}
+    own |= {"scores_s": found.seconds["scores"], "peak_bytes": peak_bytes()}
     points = [f"{point.budget} {point.words}" for point in found.points]
-    own = {"cpu_s": seconds, "scores_s": found.seconds["scores"], "peak_bytes": peak_bytes(), "points": points}
-    return {"repair_views": options.repair_views, **own}
+    return {"repair_views": options.repair_views, **own, "points": points}
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def _planned(phase: Phase, run: Run, share: float) -> dict[str, str]:
     accumulate, loop.accumulate = loop.accumulate, 1
     whole, workers, config = images.config.batch_size, images.config.workers, phase.config
     batch = whole if torch.accelerator.is_available() else min(whole, BATCH_ON_CPU)
-    modules = [module.state_dict() for module in (loop.model, loop.teacher, loop.average) if module is not None]
+    modules = [module.state_dict() for module in (loop.model, loop.loss.teacher, loop.average) if module is not None]
     kept = {tensor.untyped_storage().data_ptr(): tensor.nbytes for module in modules for tensor in module.values()}
     needed: dict[int, int] = {}  # bytes that the backward pass needs, by storage
 
@@ -119,7 +119,7 @@ def _planned(phase: Phase, run: Run, share: float) -> dict[str, str]:
         "learning rate, peak": f"{loop.scale * loop.rates[1]:.3g}",
         "learning rate, end": f"{loop.scale * min(loop.rates[1:]):.3g}",
         "gate learning rate": ", ".join(f"{group['lr']:.3g}" for group in groups_of(loop.optimizer, True)),
-        "teacher": "" if loop.teacher is None else config.teacher or "dense model",
+        "teacher": "" if loop.loss.teacher is None else config.teacher or "dense model",
         "memory a device": f"{human(memory)}B",
         "time": str(timedelta(seconds=round(seconds * share if phase.name == FINETUNE else seconds))),
     }

@@ -140,11 +140,16 @@ def block_of(host: Host, index: int) -> Callable[[Tensor], Tensor]:
     return lambda x: tokens_of(call(block, x.clone()))  # some blocks add to their input in place
 
 
+def entry_of(host: Host, index: int) -> nn.Module:
+    """Return the module that is called with what a block takes: the block, or the first of its layers."""
+    block = host.model.get_submodule(host.blocks[index].path)
+    return block[0] if isinstance(block, nn.ModuleList) else block
+
+
 def first_inputs(host: Host, batches: Iterable[Tensor]) -> list[Tensor]:
     """Return what the first block takes, a batch of images each."""
-    first = host.model.get_submodule(host.blocks[0].path)
-    module = first[0] if isinstance(first, nn.ModuleList) else first
-    return [reached(host.model, batch, module, output=False) for batch in batches]
+    entry = entry_of(host, 0)
+    return [reached(host.model, batch, entry, output=False) for batch in batches]
 
 
 def through(host: Host, index: int, x: Tensor) -> Tensor:

@@ -22,14 +22,13 @@ from torch import Tensor, nn
 
 from spvit.architecture import KINDS
 from spvit.checkpoint import read_weights
-from spvit.errors import DataError, RunError, RunStoppedError
-from spvit.hosts.host import logits_of
+from spvit.errors import RunError, RunStoppedError
 from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import gate_parameters
 from spvit.train.best import Best
 from spvit.train.data import Images, epoch_loader, mixup_of, seed_of, validation_loader
-from spvit.train.figures import Answering, Figures, Reference, autocast, evaluate, figures_from, finite, is_finite
-from spvit.train.losses import agreement_loss, open_teacher, task_loss
+from spvit.train.figures import Answering, Figures, Reference, evaluate, figures_from, finite, is_finite
+from spvit.train.losses import open_teacher
 from spvit.train.optimizers import groups_of, learning_rate_at, load_tensors, optimizer_of, tensors_of
 from spvit.train.processes import by_the_first, make_accelerator, share_buffers, summed
 from spvit.train.progress import PhaseProgress
@@ -38,6 +37,7 @@ from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig
 from spvit.train.shards import local, put_together, sharded
 from spvit.train.signals import deferred
+from spvit.train.step_loss import StepLoss
 from spvit.train.steps import compiled, groups
 from spvit.train.tracking import Tracking
 
@@ -87,6 +87,7 @@ def run_phase(phase: Phase, run: Run) -> Figures:
             return loop.run()
         finally:
             loop.tracking.close()
+            loop.loss.close()
 
 
 class Loop:
@@ -122,6 +123,10 @@ class Loop:
             decay = math.exp(-1 / (settings.averaging_epochs * self.steps))
             self.average = ModelEmaV3(phase.model, decay=decay, foreach=not self.sharded)
             self.kept = self.average.module
+        named = settings.teacher
+        teacher = phase.teacher if named is None or run.reference is not None else run.teacher(named)
+        teacher = None if teacher is None else teacher.to(self.accelerator.device).eval()
+        self.loss = StepLoss(phase.name, settings, phase.model, teacher, run.reference)
         self.model: Any = self._called(phase.model)
         optimizer, validation = optimizer_of(phase.model, settings, self.total), validation_loader(run.images)
         self.validation, self.optimizer = self.accelerator.prepare(validation, optimizer)
@@ -137,7 +142,6 @@ class Loop:
             self.progress.note(f"{phase.name} is not compiled: each step draws gates, which choose what runs")
         if run.config.shard and phase.budget is not None:
             self.progress.note(f"{phase.name} is not sharded: its budget reads the gates of all blocks at once")
-        self.teacher = self._teacher(run)
         self.batch = run.images.config.batch_size * self.accumulate * processes
         self.scale = self.batch / settings.reference_batch if settings.reference_batch else 1.0
         warmup = int(settings.warmup_epochs * self.steps)
@@ -153,16 +157,6 @@ class Loop:
         """Return a model that answers what a step compares: the parts that count, where there is a reference."""
         answering = model if self.reference is None else Answering(model, self.reference)
         return sharded(model, answering) if self.sharded else answering
-
-    def _teacher(self, run: Run) -> nn.Module | None:
-        share, named, phase = self.settings.distillation, self.settings.teacher, self.phase.name
-        if share == 0 or run.reference is not None:
-            return None
-        teacher = self.phase.teacher if named is None else run.teacher(named)
-        if teacher is None:
-            advice = f"name a teacher with --{phase}.teacher, or leave distillation out"
-            raise DataError(f"{phase}.distillation is {share}, but there is no teacher; {advice}")
-        return teacher.to(self.accelerator.device).eval()
 
     def run(self) -> Figures:
         """Train from the last saved state to the end and return the final figures."""
@@ -286,7 +280,7 @@ class Loop:
             if self.sharded:
                 self.model.set_requires_gradient_sync(last)
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss, values = self._loss(images, targets)
+                loss, values = self.loss(self.forward, images, targets, self.config.precision)
                 loss, values = loss / self.accumulate, {name: own / self.accumulate for name, own in values.items()}
                 if last and self.phase.budget is not None:
                     budget_loss = self._budget_share(step) * self.phase.budget()
@@ -321,23 +315,6 @@ class Loop:
             self._stop_diverged(f"the loss became {seen} at {where}", first)
         self.unread = None
         return dict(zip(losses, found))
-
-    def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a batch without the budget's, and what to record of it."""
-        with autocast(self.accelerator.device, self.config.precision):
-            outputs = self.forward(images)
-            wanted = None if self.reference is None else self.reference.parts(images)
-        if self.reference is not None and wanted is not None:
-            loss = self.reference.loss(outputs, wanted, self.settings)
-            return loss, {"agreement_loss": loss.detach()}
-        logits = logits_of(outputs).float()
-        loss = task = task_loss(logits, labels, self.settings.label_smoothing)
-        if self.teacher is not None:
-            with torch.no_grad(), autocast(self.accelerator.device, self.config.precision):
-                guidance = logits_of(self.teacher(images)).float()
-            agreement = agreement_loss(logits, guidance, self.settings)
-            loss = (1 - self.settings.distillation) * loss + self.settings.distillation * agreement
-        return loss, {"task_loss": task.detach()}
 
     def _budget_share(self, step: int) -> float:
         """Return the share of its weight that the budget loss has in a step."""

@@ -52,6 +52,8 @@ def use_device(name: str | None) -> None:
             raise DataError(f"device is {name}, but {own}; leave the device out, or start one process")
         return
     before, chosen = state.device, name or os.environ.get("ACCELERATE_TORCH_DEVICE")
+    if chosen is None and not torch.accelerator.is_available():
+        chosen = "cpu"  # Accelerate decides for a GPU where a launcher started a single process
     state.device = torch.device(chosen) if chosen else None
     state.set_device()  # which decides where there is none
     if state.device != before:

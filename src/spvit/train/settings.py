@@ -188,6 +188,9 @@ class PhaseConfig:
     """`soft`, the divergence from the teacher's outputs, or `hard`, the cross entropy with its first guess."""
     distillation_temperature: float = within(1.0, 0, above=True)
     """Temperature of soft distillation."""
+    distillation_hidden: float | None = within(None, 0)
+    """Weight of the error of the hidden states, the tokens that blocks take, where the dense model teaches: relative to
+    their variance. When absent 3 without labels, and 0 with."""
     teacher: str | None = None
     """The teacher: any timm model, hf:NAME or a folder that spvit wrote, with the same classes. Its images are
     normalised as its own, and resized when its input size is fixed. When absent, the dense model teaches."""
@@ -207,6 +210,9 @@ class PhaseConfig:
         if self.teacher is not None and self.distillation == 0:
             why = f"the teacher is {self.teacher}, but distillation is 0"
             raise DataError(f"{why}; give its share of the loss, such as 0.5")
+        if self.teacher is not None and self.distillation_hidden:
+            why = f"distillation_hidden is {self.distillation_hidden}, which compares with the dense model"
+            raise DataError(f"{why}, but the teacher is {self.teacher}; leave out one of the two")
         if self.patience > 0 and not self.keep_best:
             raise DataError(f"patience is {self.patience}, but no weights are kept to return to; give keep_best too")
 
