@@ -35,15 +35,15 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def launch(*words: str) -> subprocess.CompletedProcess[str]:
-    """Run a script or module of Python in two processes."""
-    launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+def launch(*words: str, count: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script or module of Python in several processes."""
+    launcher = ["torch.distributed.run", "--nproc_per_node", str(count), "--master_port", free_port()]
     return subprocess.run(
         [sys.executable, "-m", *launcher, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment},
     )
 
 
@@ -52,6 +52,14 @@ def launched(*words: str) -> str:
     done = launch(*words)
     assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+def test_a_launcher_may_start_a_single_process_where_there_is_no_accelerator(tmp_path: Path) -> None:
+    words = ["train", "--model", MODEL, "--model_args", json.dumps(MODEL_ARGS), "--pretrained", "false"]
+    words += ["--data", "digits", "--epochs", "1", "--output", str(tmp_path / "run")]
+    done = launch("-m", "spvit_command", *words, count=1, ACCELERATE_USE_CPU="false")
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
 @pytest.fixture(scope="module")
