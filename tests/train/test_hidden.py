@@ -20,7 +20,7 @@ from spvit.train.hidden import LEAST, HiddenStates, hidden_error
 from spvit.train.loop import Loop, Phase, Run, run_phase
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig
-from spvit.train.step_loss import HIDDEN_WEIGHT
+from spvit.train.step_loss import HIDDEN_SHARE
 from tiny import HOSTS, images, make_host, randomise
 from training import digits, micro_host, short
 
@@ -94,18 +94,18 @@ def error_of(model: nn.Module, dense: Host, x: Tensor) -> float:
     return error
 
 
-@pytest.mark.parametrize("weight", [None, 0.0, 0.5])
-def test_they_add_their_error_to_the_loss_without_labels(tmp_path: Path, weight: float | None) -> None:
+@pytest.mark.parametrize("share", [None, 0.0, 0.5])
+def test_their_error_is_a_share_of_the_loss_without_labels(tmp_path: Path, share: float | None) -> None:
     dense, x = micro_host(0, num_classes=0), torch.randn(64, 1, 8, 8)
     reference = reference_of(dense, replace(digits(), classes=()), LoopConfig())
     model, own = micro_host(1, num_classes=0), micro_host(1, num_classes=0)
-    loop = Loop(Phase("finetune", model, short(1, distillation_hidden=weight)), run_of(tmp_path, reference))
+    loop = Loop(Phase("finetune", model, short(1, distillation_hidden=share)), run_of(tmp_path, reference))
     losses = loop.step([(x, torch.zeros(64))], 0)
     hidden = error_of(own, reference.host, x)
     outputs = float(reference.loss(Answering(own, reference)(x), reference.parts(x), PhaseConfig()).detach())
-    counts = HIDDEN_WEIGHT if weight is None else weight
-    assert float(losses["loss"]) == pytest.approx(outputs + counts * hidden, rel=1e-4)
-    if counts:
+    share = HIDDEN_SHARE if share is None else share
+    assert float(losses["loss"]) == pytest.approx((1 - share) * outputs + share * hidden, rel=1e-4)
+    if share:
         assert float(losses["hidden_loss"]) == pytest.approx(hidden, rel=1e-4)
     else:
         assert "hidden_loss" not in losses
@@ -116,11 +116,11 @@ def test_training_brings_them_nearer_and_leaves_models_as_they_were(tmp_path: Pa
     reference = reference_of(dense, replace(digits(), classes=()), LoopConfig())
     errors, other = [], micro_host(1, num_classes=0).state_dict()
     near = {name: torch.lerp(value, other[name], 0.3) for name, value in dense.state_dict().items()}
-    for weight in (3.0, 0.0):
+    for share in (0.75, 0.0):
         model = micro_host(1, num_classes=0)
         model.load_state_dict(near)
-        phase = Phase("finetune", model, short(2, distillation_hidden=weight))
-        run_phase(phase, run_of(tmp_path / f"{weight}", reference))
+        phase = Phase("finetune", model, short(2, distillation_hidden=share))
+        run_phase(phase, run_of(tmp_path / f"{share}", reference))
         assert not any(module._forward_pre_hooks for module in (*model.modules(), *dense.modules()))
         errors.append(error_of(model, reference.host, x))
     assert errors[0] < 0.95 * errors[1]
@@ -128,21 +128,21 @@ def test_training_brings_them_nearer_and_leaves_models_as_they_were(tmp_path: Pa
 
 def test_with_labels_they_count_where_that_is_asked_for(tmp_path: Path) -> None:
     dense = micro_host(0)
-    for weight, share in ((None, 0.0), (0.5, 0.0), (0.5, 0.5)):
-        folder = tmp_path / f"{weight} {share}"
-        config = short(1, distillation_hidden=weight, distillation=share)
+    for hidden, outputs in ((None, 0.0), (0.5, 0.0), (0.5, 0.5)):
+        folder = tmp_path / f"{hidden} {outputs}"
+        config = short(1, distillation_hidden=hidden, distillation=outputs)
         run_phase(Phase("finetune", micro_host(1), config, teacher=dense), run_of(folder))
         steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert all(("hidden_loss" in line) == (weight is not None) for line in steps if line["event"] == "step")
+        assert all(("hidden_loss" in line) == (hidden is not None) for line in steps if line["event"] == "step")
 
 
 def test_what_nobody_teaches_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="finetune.distillation_hidden is 1.0, but there is no teacher"):
         Loop(Phase("finetune", micro_host(), short(1, distillation_hidden=1.0)), run_of(tmp_path))
     with pytest.raises(
-        DataError, match=r"distillation_hidden is 2.0, which .* but the teacher is resnet; leave out one"
+        DataError, match=r"distillation_hidden is 0.9, which .* but the teacher is resnet; leave out one"
     ):
-        PhaseConfig(distillation=0.5, distillation_hidden=2.0, teacher="resnet")
+        PhaseConfig(distillation=0.5, distillation_hidden=0.9, teacher="resnet")
     with pytest.raises(DataError, match="distillation_hidden is -1"):
         PhaseConfig(distillation_hidden=-1)
 

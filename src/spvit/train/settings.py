@@ -188,9 +188,9 @@ class PhaseConfig:
     """`soft`, the divergence from the teacher's outputs, or `hard`, the cross entropy with its first guess."""
     distillation_temperature: float = within(1.0, 0, above=True)
     """Temperature of soft distillation."""
-    distillation_hidden: float | None = within(None, 0)
-    """Weight of the error of the hidden states, the tokens that blocks take, where the dense model teaches: relative to
-    their variance. When absent 3 without labels, and 0 with."""
+    distillation_hidden: float | None = within(None, 0, 1)
+    """Share of the loss, 0 to 1, that compares hidden states, the tokens that blocks take, with the dense model's:
+    their error relative to their variance. When absent 0.99 without labels, and 0 with."""
     teacher: str | None = None
     """The teacher: any timm model, hf:NAME or a folder that spvit wrote, with the same classes. Its images are
     normalised as its own, and resized when its input size is fixed. When absent, the dense model teaches."""

@@ -18,7 +18,7 @@ from spvit.train.hidden import HiddenStates
 from spvit.train.losses import agreement_loss, task_loss
 from spvit.train.settings import PhaseConfig
 
-HIDDEN_WEIGHT = 3.0
+HIDDEN_SHARE = 0.99
 """Of hidden states where the dense model is all there is to learn from (docs/experiments/distillation.md)."""
 
 
@@ -38,16 +38,16 @@ class StepLoss:
     ) -> None:
         """Raises DataError where settings ask for what nobody teaches."""
         self.settings, self.reference, self.hidden = settings, reference, None
-        weight = settings.distillation_hidden
-        self.hidden_weight = weight if weight is not None else 0.0 if reference is None else HIDDEN_WEIGHT
-        asked = {"distillation": settings.distillation, "distillation_hidden": self.hidden_weight}
+        share = settings.distillation_hidden
+        self.hidden_share = share if share is not None else 0.0 if reference is None else HIDDEN_SHARE
+        asked = {"distillation": settings.distillation, "distillation_hidden": self.hidden_share}
         name = next((name for name, share in asked.items() if share > 0), None)
         dense = teacher if reference is None else reference.host
         if name is not None and dense is None:
             advice = f"name a teacher with --{phase}.teacher, or leave distillation out"
             raise DataError(f"{phase}.{name} is {asked[name]}, but there is no teacher; {advice}")
         self.teacher = None if name is None or reference is not None else teacher
-        if self.hidden_weight > 0 and dense is not None:
+        if self.hidden_share > 0 and dense is not None:
             self.hidden = HiddenStates(model, Host.of(dense))
 
     def __call__(
@@ -59,7 +59,8 @@ class StepLoss:
         with self.hidden.keeping():
             loss, values = self._of_outputs(forward, images, labels, precision)
             error = self.hidden.error()
-        return loss + self.hidden_weight * error, {**values, "hidden_loss": error.detach()}
+        loss = (1 - self.hidden_share) * loss + self.hidden_share * error
+        return loss, {**values, "hidden_loss": error.detach()}
 
     def _of_outputs(
         self, forward: Callable[[Tensor], Any], images: Tensor, labels: Tensor, precision: str
