@@ -152,22 +152,32 @@ def test_a_continued_run_without_labels_repeats_an_uninterrupted_one(tmp_path: P
     assert states_equal(models[0], models[2])
 
 
-def test_the_rate_is_the_last_that_a_short_trial_gains_by(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (5e-5, [5e-5, 1.5e-4]),
+        (5e-4, [5e-5, 1.5e-4, 5e-4]),
+        (1.5e-5, [5e-5, 1.5e-5]),
+        (5e-6, [5e-5, 1.5e-5, 5e-6]),
+        (0.0, [5e-5, 1.5e-5, 5e-6]),
+    ],
+)
+def test_the_rate_is_the_highest_that_a_short_trial_gains_by(tmp_path: Path, monkeypatch, best: float, tried) -> None:
     images, dense = unlabelled(), micro_host(num_classes=0)
     run = _run(tmp_path, images, reference_of(dense, images, LoopConfig()))
-    tried = []
+    rates = []
 
-    def trial(phase: Phase, run: Run, rate: float, folder: RunFolder) -> tuple[float, float]:
-        tried.append(rate)
-        return [0.1, 0.2, 0.3, 0.25, 0.9][len(tried) - 1], 1280.0
+    def trial(phase: Phase, run: Run, rate: float, folder: RunFolder) -> tuple[bool, float]:
+        rates.append(rate)
+        return rate <= best, 1280.0 if rate == max(best, 5e-6) else 1.0
 
     monkeypatch.setattr("spvit.train.rate._trial", trial)
     asked = Phase("finetune", dense, short(1, learning_rate=None))
     found = with_rate(asked, run)
-    assert (found.config.learning_rate, found.config.minimum_learning_rate, found.steps) == (5e-5, 0.0, None)
-    assert tried == [5e-6, 1.5e-5, 5e-5, 1.5e-4]
-    assert with_rate(asked, run).config.learning_rate == 5e-5  # as the run's folder says
-    assert len(tried) == 4
+    assert (found.config.minimum_learning_rate, found.steps) == (0.0, None)
+    assert (found.config.learning_rate, rates) == (max(best, 5e-6), tried)
+    assert with_rate(asked, run).config == found.config  # as the run's folder says
+    assert rates == tried
     timed = replace(asked, config=replace(asked.config, minutes=2.0))
     assert with_rate(timed, run).steps == 0.9 * 120 * 1280 / run.images.config.batch_size
     given = Phase("finetune", dense, short(1, learning_rate=1e-2))

@@ -1,6 +1,8 @@
-"""The learning rate of distillation without labels: the last of a few rising ones that a short trial gains by.
+"""The learning rate of distillation without labels: the highest of a few that a short trial gains by.
 
 How high a rate a network bears differs a hundredfold between a large one trained on millions of images and a small one.
+A trial gains where its end, or the weights half-way to it, agree better with the dense model than its start: of rates
+that gain, the highest ends a longer training best, though not its first steps (docs/experiments/distillation.md).
 Trials and training fall from it to zero along a cosine: where minutes end the training, the trials say how many steps
 they have room for.
 """
@@ -8,7 +10,9 @@ they have room for.
 from __future__ import annotations
 
 import copy
-import tempfile
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import cycle, islice
 from typing import Any
@@ -20,6 +24,8 @@ from spvit.train.processes import by_the_first, processes, summed
 from spvit.train.run_folder import RunFolder
 
 RATES = (5e-6, 1.5e-5, 5e-5, 1.5e-4, 5e-4)
+FIRST = 2
+"""Place of the rate that is tried first."""
 STEPS, VALIDATED = 40, 1000
 """Of a trial: how many steps it trains, and at most how many images judge it."""
 TRAINING = 0.9
@@ -50,18 +56,33 @@ def _batch(run: Run) -> int:
 
 
 def _best(phase: Phase, run: Run) -> tuple[float, float]:
-    """Return the rate after which the next one brings a model less near to the dense one, and images a second."""
-    found: list[tuple[float, float]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for rate in RATES:
-            found.append(_trial(phase, run, rate, RunFolder(folder)))
-            if len(found) > 1 and found[-1][0] <= found[-2][0]:
-                return RATES[len(found) - 2], found[-1][1]
-    return RATES[-1], found[-1][1]
+    """Return the highest rate that gains, or else the lowest, and how many images a second its trial took."""
+    place = FIRST
+    with _trials(run.folder) as folder:
+        gains, speed = _trial(phase, run, RATES[place], folder)
+        while gains and place + 1 < len(RATES):
+            higher, its_speed = _trial(phase, run, RATES[place + 1], folder)
+            if not higher:
+                break
+            place, speed = place + 1, its_speed
+        while not gains and place > 0:
+            place -= 1
+            gains, speed = _trial(phase, run, RATES[place], folder)
+    return RATES[place], speed
 
 
-def _trial(phase: Phase, run: Run, rate: float, folder: RunFolder) -> tuple[float, float]:
-    """Return the quality of a copy of the model after some steps, and how many images a second these took."""
+@contextmanager
+def _trials(folder: RunFolder) -> Iterator[RunFolder]:
+    """Yield a folder inside a run's, which all processes see, and remove it; one that a killed run left goes first."""
+    path = folder.path / ".trials"
+    by_the_first(lambda: shutil.rmtree(path, ignore_errors=True))
+    by_the_first(path.mkdir)
+    yield RunFolder(path)
+    by_the_first(lambda: shutil.rmtree(path))
+
+
+def _trial(phase: Phase, run: Run, rate: float, folder: RunFolder) -> tuple[bool, float]:
+    """Return whether some steps of a copy of the model gain, and how many images a second they took."""
     train: Any = run.images.train
     validation: Any = run.images.validation
     count = STEPS * _batch(run)
@@ -74,12 +95,13 @@ def _trial(phase: Phase, run: Run, rate: float, folder: RunFolder) -> tuple[floa
         "minutes": None,
         "reference_batch": 0,
         "averaging_epochs": 0,
-        "keep_best": False,
+        "keep_best": True,
         "patience": 0,
     }
     short = replace(phase.config, epochs=1, learning_rate=rate, minimum_learning_rate=0.0, warmup_epochs=0, **plain)
     tried = replace(phase, name=f"rate {rate:.2g}", model=copy.deepcopy(phase.model), config=short)
-    quality = run_phase(tried, replace(run, images=images, folder=folder)).quality
-    last = folder.recorded(tried.name, "step")  # which the first process writes
-    [speed] = summed(last["images_per_s"] if last else 0.0)
-    return quality, speed
+    run_phase(tried, replace(run, images=images, folder=folder))
+    # The first process has written these.
+    last, best = folder.recorded(tried.name, "step"), folder.best(tried.name)[0]
+    gains, speed = summed(best["gained"] > 0, last["images_per_s"] if last else 0.0)
+    return gains > 0, speed
