@@ -1,14 +1,16 @@
-"""How much of a real backbone's features is kept when nothing is trained, by spvit and its peers at equal MACs.
+"""How much of a real backbone's features is kept, by spvit and its peers at equal MACs.
 
 python benchmarks/backbone.py --images FOLDER [--model NAME] [--weights FILE] [--size 98] [--budgets 50% 25%]
                               [--methods spvit whitened-svd vbp corp] [--repair-views 1 4] [--cutouts FOLDER]
-                              [--json FILE] [--plot FILE.svg]
+                              [--minutes 5] [--json FILE] [--plot FILE.svg]
 python benchmarks/backbone.py --rows FILE.json [FILE.json ...] --plot FILE.svg
 
-Photographs, not crops, are split into calibration and test, anew by every seed; every method gets the same crops. With
---repair-views 4 spvit also repairs on four times as many crops of the same photographs, as `spvit compress` does. With
---cutouts every second calibration crop has a picture of that folder pasted in, which has transparent surroundings (such
-as Debian's tuxpaint-stamps-default), for more kinds of things than some dozen photographs show; tests have none. MACs
+Photographs, not crops, are split into calibration and test, anew by every seed; every method gets the same crops, and
+trains nothing. With --repair-views 4 spvit also repairs on four times as many crops of the same photographs, as `spvit
+compress` does. With --minutes 5 it also distils for so long, trials of rates not counted: on as many crops, less those
+of an eighth of the photographs, which choose rate and weights, and on which it is not repaired either. With --cutouts
+every second calibration crop has a picture of that folder pasted in, which has transparent surroundings (such as
+Debian's tuxpaint-stamps-default), for more kinds of things than some dozen photographs show; tests have none. MACs
 are those that torch counts on the pruned model. A centred cosine is that of features less the dense network's mean
 feature; it tells more, as all features of one network look alike. `neighbours` is the share of a test crop's ten
 nearest, by class token, that are the dense network's ten. Without --weights timm downloads the pretrained ones. Peers
@@ -21,6 +23,7 @@ import argparse
 import json
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +38,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils.data import Subset, TensorDataset
 from torchvision.transforms import functional
 
 import spvit
@@ -48,6 +52,7 @@ SHORTER_SIDE = 640
 CROPS = (160, 448)
 """Pixels of the smallest and the largest crop of a photograph whose shorter side is 640; resized to --size."""
 TEST_SHARE, TEST_CROPS = 0.25, 240
+HELD_SHARE, DISTILLED_BATCH = 1 / 8, 32
 NEAREST = 10
 BATCH = 64
 FIGURES = ("class", "class_centred", "patch", "patch_centred", "neighbours")
@@ -168,10 +173,37 @@ def pruned(model: nn.Module, scores: spvit.Scores, images: Tensor, share: float)
     return spvit.prune(model, spvit.decide(model, macs=f"{share:.1%}", scores=scores), repair=images)
 
 
-def methods_of(model: nn.Module, views: Tensor, options: argparse.Namespace) -> Iterator[tuple[str, Pruning, float]]:
+def distilled(
+    model: nn.Module, scores: spvit.Scores, views: Tensor, photographs: int, minutes: float, share: float
+) -> nn.Module:
+    """Decide by scores, prune, repair, and distil without labels: compress as a user does.
+
+    views: crops of so many photographs in turn.
+    """
+    held = max(1, round(HELD_SHARE * photographs))
+    crops = TensorDataset(views.cpu(), torch.zeros(len(views), dtype=torch.long))
+    places: tuple[list[int], list[int]] = ([], [])
+    for place in range(len(views)):
+        places[place % photographs < held].append(place)
+    train, validation = (Subset(crops, own) for own in places)
+    normal = timm.data.resolve_model_data_config(model)
+    normalisation = spvit.Preprocessing(normal["mean"], normal["std"])
+    batches = spvit.ImageConfig(batch_size=DISTILLED_BATCH)
+    images = spvit.Images(train, train, validation, (), normalisation, batches)
+    with tempfile.TemporaryDirectory() as folder:
+        scores.save(folder)
+        count = {"calibration_images": len(train), "repair_views": 1}
+        config = spvit.CompressConfig(scores=folder, minutes=minutes, device=str(views.device), **count)
+        return spvit.compress(model, images, f"{share:.1%}", config=config, console=Console(stderr=True))
+
+
+def methods_of(
+    model: nn.Module, views: Tensor, photographs: int, options: argparse.Namespace
+) -> Iterator[tuple[str, Pruning, float]]:
     """Yield every method with its function from a share of the MACs to a pruned model, and its seconds so far.
 
-    The first of the views are the calibration crops of all methods; what more there is only repairs.
+    The first of the views, crops of so many photographs in turn, are the calibration crops of all methods; what more
+    there is only repairs, and distils.
     """
     images = views[: options.count]
     for method in options.methods:
@@ -182,6 +214,9 @@ def methods_of(model: nn.Module, views: Tensor, options: argparse.Namespace) -> 
         for times in options.repair_views:
             name = method if times == 1 else f"{method}, {times} views"
             yield name, partial(pruned, model, scores, views[: times * options.count]), seconds
+        if options.minutes is not None:
+            name = f"{method}, {options.minutes:g} minutes"
+            yield name, partial(distilled, model, scores, views, photographs, options.minutes), seconds
 
 
 def measure(
@@ -200,7 +235,7 @@ def measure(
     test = crops(shuffled[:tested], TEST_CROPS, options.size, seed + 50, normal).to(options.device)
     dense, dense_macs = features(model, test), macs_of(model, test)
     rows = []
-    for method, prune, score_seconds in methods_of(model, views, options):
+    for method, prune, score_seconds in methods_of(model, views, len(shuffled) - tested, options):
         for budget in options.budgets:
             try:
                 small, seconds = timed(partial(prune, float(budget.rstrip("%")) / 100), options.device)
@@ -227,9 +262,7 @@ def means_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def table_of(rows: list[dict[str, Any]], settings: dict[str, Any]) -> Table:
     """Return the means over seeds as a table."""
     model, size, count, seeds, photographs = (settings[n] for n in ("model", "size", "count", "seeds", "photographs"))
-    table = Table(
-        title=f"{model}, {size} px, {count} crops of {photographs} photographs, {seeds} splits, nothing trained"
-    )
+    table = Table(title=f"{model}, {size} px, {count} crops of {photographs} photographs, {seeds} splits")
     for column in ("budget", "method", "macs", *FIGURES, "score_s", "prune_s"):
         table.add_column(column.replace("_", " "), justify="left" if column == "method" else "right")
     budget = None
@@ -277,6 +310,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=["spvit", *METHODS], choices=["spvit", *METHODS], help="which")
     parser.add_argument("--seeds", type=int, default=3, help="splits of the photographs (default: %(default)s)")
     parser.add_argument("--repair-views", nargs="+", type=int, default=[1], help="of spvit, in multiples of --count")
+    parser.add_argument("--minutes", type=float, help="of distillation, for a row of its own (default: none)")
     parser.add_argument("--objective", default="auto", choices=OBJECTIVES, help="what the scores of spvit count")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--json", help="file to write the rows to, after every seed")
@@ -298,7 +332,7 @@ def main() -> None:
         rows, settings = [row for content in contents for row in content["rows"]], contents[0]["settings"]
     Console(width=140).print(table_of(rows, settings))
     if options.plot is not None:
-        plot(rows, f"{settings['model']}, {settings['size']} px, nothing trained", options.plot)
+        plot(rows, f"{settings['model']}, {settings['size']} px", options.plot)
 
 
 def measured(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:

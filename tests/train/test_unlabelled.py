@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 
 import spvit
 from spvit.cli.main import main
-from spvit.errors import DataError
+from spvit.errors import DataError, RunStoppedError
 from spvit.train.compress import halves
 from spvit.train.data import Images
 from spvit.train.figures import Agreement, Answering, Reference, figures_of, reference_of
@@ -229,6 +229,19 @@ def test_a_trial_trains_a_copy_and_leaves_nothing(tmp_path: Path) -> None:
     assert with_rate(Phase("finetune", model, config, teacher=dense), run).config.learning_rate == 5e-4
     assert states_equal(model, before)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_rate_that_overflows_gains_nothing(tmp_path: Path, monkeypatch) -> None:
+    images, dense, model = unlabelled(batch_size=16), micro_host(num_classes=0), micro_host(1, num_classes=0)
+    run = _run(tmp_path, images, reference_of(dense, images, LoopConfig()))
+    monkeypatch.setattr("spvit.train.rate.RATES", (1e-3, 1e30))
+    monkeypatch.setattr("spvit.train.rate.FIRST", 1)
+    assert with_rate(Phase("finetune", model, short(1, learning_rate=None)), run).config.learning_rate == 1e-3
+    stop = Mock(side_effect=RunStoppedError("stopped", 15))
+    monkeypatch.setattr("spvit.train.rate.run_phase", stop)
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(RunStoppedError):
+        with_rate(Phase("finetune", model, short(1, learning_rate=None)), run)
 
 
 def test_halves_of_the_validation_images_choose_and_report() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch.utils.data import Subset
 
+from spvit.errors import RunError, RunStoppedError
 from spvit.train.loop import Phase, Run, run_phase
 from spvit.train.processes import by_the_first, processes, summed
 from spvit.train.run_folder import RunFolder
@@ -100,7 +101,12 @@ def _trial(phase: Phase, run: Run, rate: float, folder: RunFolder) -> tuple[bool
     }
     short = replace(phase.config, epochs=1, learning_rate=rate, minimum_learning_rate=0.0, warmup_epochs=0, **plain)
     tried = replace(phase, name=f"rate {rate:.2g}", model=copy.deepcopy(phase.model), config=short)
-    run_phase(tried, replace(run, images=images, folder=folder))
+    try:
+        run_phase(tried, replace(run, images=images, folder=folder))
+    except RunStoppedError:
+        raise
+    except RunError:  # too high a rate overflows; whatever else fails here fails again where the phase is trained
+        return False, 0.0
     # The first process has written these.
     last, best = folder.recorded(tried.name, "step"), folder.best(tried.name)[0]
     gains, speed = summed(best["gained"] > 0, last["images_per_s"] if last else 0.0)
