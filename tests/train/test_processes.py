@@ -189,6 +189,21 @@ def test_one_process_scores_and_decides_for_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_two_processes_find_a_rate_and_distil_without_labels(tmp_path: Path) -> None:
+    spvit.save(micro_host(num_classes=0), tmp_path / "host", preprocessing=GREY)
+    words = ["compress", "--model", str(tmp_path / "host"), "--data", "digits", "--calibration_images", "128"]
+    words += ["--macs", "50%", "--epochs", "1", "--images.batch_size", "16", "--output", str(tmp_path / "run")]
+    printed = launched("-m", "spvit.cli", *words)
+    assert "finetune: learning rate" in printed
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len([line for line in lines if line["event"] == "learning_rate"]) == 1
+    assert all("hidden_loss" in line for line in lines if line["event"] == "step")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["pruned"]["agreement"] > summary["after_pruning"]["agreement"]
+    assert not (tmp_path / "run" / ".trials").exists()
+
+
+@pytest.mark.slow
 def test_all_end_with_one_message_when_the_first_fails(tmp_path: Path) -> None:
     """Without a launcher that would end them: each process is on its own."""
     spvit.save(micro_host(), tmp_path / "host", preprocessing=GREY)
