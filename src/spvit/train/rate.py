@@ -99,8 +99,9 @@ def _trial(phase: Phase, run: Run, rate: float, folder: RunFolder) -> tuple[bool
         "keep_best": True,
         "patience": 0,
     }
-    short = replace(phase.config, epochs=1, learning_rate=rate, minimum_learning_rate=0.0, warmup_epochs=0, **plain)
-    tried = replace(phase, name=f"rate {rate:.2g}", model=copy.deepcopy(phase.model), config=short)
+    # Adam's first steps go too far at a rate that later ones bear.
+    short = replace(phase.config, epochs=1, learning_rate=rate, minimum_learning_rate=0.0, warmup_epochs=0.1, **plain)
+    tried = replace(phase, name=f"trial of rate {rate:.2g}", model=copy.deepcopy(phase.model), config=short)
     try:
         run_phase(tried, replace(run, images=images, folder=folder))
     except RunStoppedError:
