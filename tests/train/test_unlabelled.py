@@ -19,7 +19,7 @@ from spvit.cli.main import main
 from spvit.errors import DataError, RunStoppedError
 from spvit.train.compress import halves
 from spvit.train.data import Images
-from spvit.train.figures import Agreement, Answering, Reference, figures_of, reference_of
+from spvit.train.figures import Agreement, Answering, Figures, Reference, figures_of, reference_of
 from spvit.train.loop import Loop, Phase, Run, run_phase
 from spvit.train.rate import with_rate
 from spvit.train.run_folder import RunFolder
@@ -167,9 +167,9 @@ def test_the_rate_is_the_highest_that_a_short_trial_gains_by(tmp_path: Path, mon
     run = _run(tmp_path, images, reference_of(dense, images, LoopConfig()))
     rates = []
 
-    def trial(phase: Phase, run: Run, rate: float, folder: RunFolder) -> tuple[bool, float]:
+    def trial(phase: Phase, run: Run, rate: float) -> tuple[float, float]:
         rates.append(rate)
-        return rate <= best, 1280.0 if rate == max(best, 5e-6) else 1.0
+        return 2.0 if rate <= best else 0.5, 1280.0 if rate == max(best, 5e-6) else 1.0
 
     monkeypatch.setattr("spvit.train.rate._trial", trial)
     asked = Phase("finetune", dense, short(1, learning_rate=None))
@@ -178,6 +178,8 @@ def test_the_rate_is_the_highest_that_a_short_trial_gains_by(tmp_path: Path, mon
     assert (found.config.learning_rate, rates) == (max(best, 5e-6), tried)
     assert with_rate(asked, run).config == found.config  # as the run's folder says
     assert rates == tried
+    long = replace(asked, config=replace(asked.config, epochs=100))
+    assert with_rate(long, run).config.learning_rate == pytest.approx(3 * max(best, 5e-6))
     timed = replace(asked, config=replace(asked.config, minutes=2.0))
     assert with_rate(timed, run).steps == 0.9 * 120 * 1280 / run.images.config.batch_size
     given = Phase("finetune", dense, short(1, learning_rate=1e-2))
@@ -229,6 +231,24 @@ def test_a_trial_trains_a_copy_and_leaves_nothing(tmp_path: Path) -> None:
     assert with_rate(Phase("finetune", model, config, teacher=dense), run).config.learning_rate == 5e-4
     assert states_equal(model, before)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(("batch", "judges"), [(64, 64), (16, 96), (128, 128), (512, 360)])
+def test_trials_are_judged_by_whole_batches_of_many_images(
+    tmp_path: Path, monkeypatch, batch: int, judges: int
+) -> None:
+    images, dense, model = unlabelled(batch_size=batch), micro_host(num_classes=0), micro_host(1, num_classes=0)
+    run = _run(tmp_path, images, reference_of(dense, images, LoopConfig()))
+    monkeypatch.setattr("spvit.train.rate.VALIDATED", 100)
+    judged = []
+
+    def figures(models: object, images: Images, *more: object) -> list[Figures]:
+        judged.append(len(images.validation))
+        return figures_of(models, images, *more)
+
+    monkeypatch.setattr("spvit.train.rate.figures_of", figures)
+    assert with_rate(Phase("finetune", model, short(1, learning_rate=None)), run).config.learning_rate > 0
+    assert judged == [judges]
 
 
 def test_a_rate_that_overflows_gains_nothing(tmp_path: Path, monkeypatch) -> None:
