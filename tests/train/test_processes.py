@@ -200,6 +200,7 @@ def test_two_processes_find_a_rate_and_distil_without_labels(tmp_path: Path) -> 
     assert all("hidden_loss" in line for line in lines if line["event"] == "step")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["pruned"]["agreement"] > summary["after_pruning"]["agreement"]
+    assert not (tmp_path / "run" / ".trials").exists()
 
 
 @pytest.mark.slow

@@ -1,15 +1,18 @@
-"""The learning rate of distillation without labels, by the highest of a few that a short trial gains by.
+"""The learning rate of distillation without labels: the highest of a few that a short trial gains by.
 
-How high a rate a network bears differs a hundredfold between a large one trained on millions of images and a small one,
-and a long training bears a higher one than a short trial (docs/experiments/distillation.md). Trials and training fall
-from it to zero along a cosine: where minutes end the training, the trials say how many steps they have room for.
+How high a rate a network bears differs a hundredfold between a large one trained on millions of images and a small one.
+A trial gains where its end, or the weights half-way to it, agree better with the dense model than its start: of rates
+that gain, the highest ends a longer training best, though not its first steps (docs/experiments/distillation.md).
+Trials and training fall from it to zero along a cosine: where minutes end the training, the trials say how many steps
+they have room for.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-import tempfile
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import cycle, islice
 from typing import Any
@@ -18,7 +21,6 @@ from torch.utils.data import Subset
 
 from spvit.errors import RunError, RunStoppedError
 from spvit.train.data import Images
-from spvit.train.figures import figures_of
 from spvit.train.loop import Phase, Run, run_phase
 from spvit.train.processes import by_the_first, processes, summed
 from spvit.train.run_folder import RunFolder
@@ -28,8 +30,6 @@ FIRST = 2
 """Place of the rate that is tried first."""
 STEPS, VALIDATED = 40, 1000
 """Of a trial: how many steps it trains, and at most how many images judge it."""
-LONG, TIMES = 5 * STEPS, 3.0
-"""From so many steps on, training takes so many times the rate of the trial."""
 TRAINING = 0.9
 """Share of the minutes that steps have; the rest is for evaluations."""
 EVENT = "learning_rate"
@@ -44,15 +44,12 @@ def with_rate(phase: Phase, run: Run) -> Phase:
         rate, speed = _best(phase, run)
         found = {"phase": phase.name, "event": EVENT, "epoch": 0, "learning_rate": rate, "images_per_s": speed}
         by_the_first(lambda: run.folder.record(found))
-        run.progress.note(f"{phase.name}: learning rate {rate:.2g} gains in {STEPS} steps")
-    steps, count = None, _batch(run) * processes().num_processes
-    total = phase.config.epochs * (len(run.images.train) // count)  # type: ignore[arg-type]
+        run.progress.note(f"{phase.name}: learning rate {rate:.2g}, by short trials")
+    steps = None
     if phase.config.minutes is not None:
         seconds = TRAINING * 60 * phase.config.minutes
-        steps = max(STEPS, int(seconds * found["images_per_s"] / count))
-        total = min(total, steps)
-    rate = found["learning_rate"] * (TIMES if total >= LONG else 1.0)
-    settled = replace(phase.config, learning_rate=rate, minimum_learning_rate=0.0, reference_batch=0)
+        steps = max(STEPS, int(seconds * found["images_per_s"] / (_batch(run) * processes().num_processes)))
+    settled = replace(phase.config, learning_rate=found["learning_rate"], minimum_learning_rate=0.0, reference_batch=0)
     return replace(phase, config=settled, steps=steps)
 
 
@@ -63,24 +60,27 @@ def _batch(run: Run) -> int:
 def _best(phase: Phase, run: Run) -> tuple[float, float]:
     """Return the highest rate that gains, or else the lowest, and how many images a second its trial took."""
     place = FIRST
-    images = replace(run.images, validation=_some(run.images))
-    [start] = figures_of([phase.model], images, run.config, run.reference)
-    with tempfile.TemporaryDirectory() as path:
-
-        def trial(rate: float) -> tuple[bool, float]:
-            quality, speed = _trial(phase, replace(run, images=images, folder=RunFolder(path)), rate)
-            return quality > start.quality, speed
-
-        gains, speed = trial(RATES[place])
+    with _trials(run.folder) as folder:
+        gains, speed = _trial(phase, run, RATES[place], folder)
         while gains and place + 1 < len(RATES):
-            higher, its_speed = trial(RATES[place + 1])
+            higher, its_speed = _trial(phase, run, RATES[place + 1], folder)
             if not higher:
                 break
             place, speed = place + 1, its_speed
         while not gains and place > 0:
             place -= 1
-            gains, speed = trial(RATES[place])
+            gains, speed = _trial(phase, run, RATES[place], folder)
     return RATES[place], speed
+
+
+@contextmanager
+def _trials(folder: RunFolder) -> Iterator[RunFolder]:
+    """Yield a folder inside a run's, which all processes see, and remove it; one that a killed run left goes first."""
+    path = folder.path / ".trials"
+    by_the_first(lambda: shutil.rmtree(path, ignore_errors=True))
+    by_the_first(path.mkdir)
+    yield RunFolder(path)
+    by_the_first(lambda: shutil.rmtree(path))
 
 
 def _some(images: Images) -> Any:
@@ -92,27 +92,29 @@ def _some(images: Images) -> Any:
     return Subset(validation, range(max(1, VALIDATED // batch) * batch))
 
 
-def _trial(phase: Phase, run: Run, rate: float) -> tuple[float, float]:
-    """Return the quality of a copy of the model after some steps, and how many images a second these took."""
+def _trial(phase: Phase, run: Run, rate: float, folder: RunFolder) -> tuple[bool, float]:
+    """Return whether some steps of a copy of the model gain, and how many images a second they took."""
     train: Any = run.images.train
     count = STEPS * _batch(run)
-    images = replace(run.images, train=Subset(train, list(islice(cycle(range(len(train))), count))))
+    few = Subset(train, list(islice(cycle(range(len(train))), count)))
+    images = replace(run.images, train=few, validation=_some(run.images))
     plain: dict[str, Any] = {
         "minutes": None,
         "reference_batch": 0,
         "averaging_epochs": 0,
-        "keep_best": False,
+        "keep_best": True,
         "patience": 0,
     }
     # Adam's first steps go too far at a rate that later ones bear.
     short = replace(phase.config, epochs=1, learning_rate=rate, minimum_learning_rate=0.0, warmup_epochs=0.1, **plain)
     tried = replace(phase, name=f"trial of rate {rate:.2g}", model=copy.deepcopy(phase.model), config=short)
     try:
-        quality = run_phase(tried, replace(run, images=images)).quality
+        run_phase(tried, replace(run, images=images, folder=folder))
     except RunStoppedError:
         raise
     except RunError:  # too high a rate overflows; whatever else fails here fails again where the phase is trained
-        return -math.inf, 0.0
-    last = run.folder.recorded(tried.name, "step")  # which the first process writes
-    [speed] = summed(last["images_per_s"] if last else 0.0)
-    return quality, speed
+        return False, 0.0
+    # The first process has written these.
+    last, best = folder.recorded(tried.name, "step"), folder.best(tried.name)[0]
+    gains, speed = summed(best["gained"] > 0, last["images_per_s"] if last else 0.0)
+    return gains > 0, speed
