@@ -16,7 +16,7 @@ from spvit.errors import DataError
 from spvit.hosts.host import Host, recognise
 from spvit.hosts.walk import advance, first_inputs
 from spvit.train.figures import Answering, Reference, reference_of
-from spvit.train.hidden import LEAST, HiddenStates, hidden_error
+from spvit.train.hidden import LEAST, HiddenStates, hidden_error, scales_of
 from spvit.train.loop import Loop, Phase, Run, run_phase
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig
@@ -42,13 +42,13 @@ def test_the_error_is_relative_to_the_variance_of_each_dimension() -> None:
     scales = torch.tensor([1.0, 100.0, 1e-4, 0.0, 2.0])
     wanted = [torch.randn(3, 4, 5) * scales + 7, torch.randn(2, 2, 3, 5) * scales]
     found = [(own + 0.1 * torch.randn_like(own)).requires_grad_() for own in wanted]
-    error, naive = hidden_error(found, wanted), naive_error(found, wanted)
+    error, naive = hidden_error(found, wanted, list(map(scales_of, wanted))), naive_error(found, wanted)
     torch.testing.assert_close(error, naive, rtol=1e-4, atol=0)
     gradients = [torch.autograd.grad(value, found, retain_graph=True) for value in (error, naive)]
     for own, other in zip(*gradients):
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-8)
-    assert hidden_error(wanted, wanted) == 0
-    assert hidden_error([torch.zeros(2, 3)], [torch.zeros(2, 3)]) == 0
+    assert hidden_error(wanted, wanted, list(map(scales_of, wanted))) == 0
+    assert hidden_error([torch.zeros(2, 3)], [torch.zeros(2, 3)], [scales_of(torch.zeros(2, 3))]) == 0
 
 
 @pytest.mark.parametrize("name", [*HOSTS, "a block of several layers"])
@@ -60,7 +60,7 @@ def test_they_are_what_arrives_at_all_blocks_but_the_first(name: str) -> None:
         model, x = PairViT().eval(), torch.randn(2, 3, 32, 32)
         dense = recognise(model, x)
     other = randomise(copy.deepcopy(model), seed=1)
-    states = HiddenStates(other, dense)
+    states = HiddenStates(other, dense, x)
     with torch.no_grad():
         other(x)
         with states.keeping():
@@ -85,7 +85,8 @@ def run_of(folder: Path, reference: Reference | None = None) -> Run:
 
 
 def error_of(model: nn.Module, dense: Host, x: Tensor) -> float:
-    states = HiddenStates(model, dense)
+    validation = digits().validation
+    states = HiddenStates(model, dense, torch.stack([validation[index][0] for index in range(32)]))
     with states.keeping(), torch.no_grad():
         model(x)
         dense.model(x)

@@ -260,6 +260,13 @@ def validation_loader(images: Images) -> DataLoader[Any]:
     return DataLoader(images.validation, collate_fn=partial(_stacked, keeping_places=True), **_loading(images.config))
 
 
+def first_images(images: Images, device: torch.device, count: int = 32) -> Tensor:
+    """Return the first validation images on a device, the same in every process: [count or fewer, ...]."""
+    some: Any = images.validation
+    few = replace(images, validation=Subset(some, range(min(count, len(some)))))
+    return torch.cat([batch for batch, _ in validation_loader(few)]).to(device)
+
+
 def _loading(config: ImageConfig) -> dict[str, Any]:
     pinned = torch.cuda.is_available()
     own = {"batch_size": config.batch_size, "num_workers": config.workers, "pin_memory": pinned}

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from spvit.errors import RunError, RunStoppedError
 from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import gate_parameters
 from spvit.train.best import Best
-from spvit.train.data import Images, epoch_loader, mixup_of, seed_of, validation_loader
+from spvit.train.data import Images, epoch_loader, first_images, mixup_of, seed_of, validation_loader
 from spvit.train.figures import Answering, Figures, Reference, evaluate, figures_from, finite, is_finite
 from spvit.train.losses import open_teacher
 from spvit.train.optimizers import groups_of, learning_rate_at, load_tensors, optimizer_of, tensors_of
@@ -126,7 +127,8 @@ class Loop:
         named = settings.teacher
         teacher = phase.teacher if named is None or run.reference is not None else run.teacher(named)
         teacher = None if teacher is None else teacher.to(self.accelerator.device).eval()
-        self.loss = StepLoss(phase.name, settings, phase.model, teacher, run.reference)
+        some = partial(first_images, run.images, self.accelerator.device)
+        self.loss = StepLoss(phase.name, settings, phase.model, teacher, run.reference, some)
         self.model: Any = self._called(phase.model)
         optimizer, validation = optimizer_of(phase.model, settings, self.total), validation_loader(run.images)
         self.validation, self.optimizer = self.accelerator.prepare(validation, optimizer)

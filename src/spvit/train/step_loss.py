@@ -35,8 +35,9 @@ class StepLoss:
         model: nn.Module,
         teacher: nn.Module | None,
         reference: Reference | None,
+        images: Callable[[], Tensor],
     ) -> None:
-        """Raises DataError where settings ask for what nobody teaches."""
+        """images: of which hidden states have scales. Raises DataError where nobody teaches what settings ask for."""
         self.settings, self.reference, self.hidden = settings, reference, None
         share = settings.distillation_hidden
         self.hidden_share = share if share is not None else 0.0 if reference is None else HIDDEN_SHARE
@@ -48,7 +49,7 @@ class StepLoss:
             raise DataError(f"{phase}.{name} is {asked[name]}, but there is no teacher; {advice}")
         self.teacher = None if name is None or reference is not None else teacher
         if self.hidden_share > 0 and dense is not None:
-            self.hidden = HiddenStates(model, Host.of(dense))
+            self.hidden = HiddenStates(model, Host.of(dense), images())
 
     def __call__(
         self, forward: Callable[[Tensor], Any], images: Tensor, labels: Tensor, precision: str
