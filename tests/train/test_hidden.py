@@ -112,6 +112,14 @@ def test_their_error_is_a_share_of_the_loss_without_labels(tmp_path: Path, share
         assert "hidden_loss" not in losses
 
 
+def test_a_host_of_one_block_has_none(tmp_path: Path) -> None:
+    dense = micro_host(0, num_classes=0, depth=1)
+    reference = reference_of(dense, replace(digits(), classes=()), LoopConfig())
+    loop = Loop(Phase("finetune", micro_host(1, num_classes=0, depth=1), short(1)), run_of(tmp_path, reference))
+    losses = loop.step([(torch.randn(8, 1, 8, 8), torch.zeros(8))], 0)
+    assert losses["loss"] == losses["agreement_loss"]
+
+
 def test_training_brings_them_nearer_and_leaves_models_as_they_were(tmp_path: Path) -> None:
     dense, x = micro_host(0, num_classes=0), torch.stack([digits().validation[index][0] for index in range(64)])
     reference = reference_of(dense, replace(digits(), classes=()), LoopConfig())

@@ -48,8 +48,8 @@ class StepLoss:
             advice = f"name a teacher with --{phase}.teacher, or leave distillation out"
             raise DataError(f"{phase}.{name} is {asked[name]}, but there is no teacher; {advice}")
         self.teacher = None if name is None or reference is not None else teacher
-        if self.hidden_share > 0 and dense is not None:
-            self.hidden = HiddenStates(model, Host.of(dense), images())
+        if self.hidden_share > 0 and dense is not None and len((host := Host.of(dense)).blocks) > 1:
+            self.hidden = HiddenStates(model, host, images())
 
     def __call__(
         self, forward: Callable[[Tensor], Any], images: Tensor, labels: Tensor, precision: str
