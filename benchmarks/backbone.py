@@ -182,10 +182,10 @@ def distilled(
     """
     held = max(1, round(HELD_SHARE * photographs))
     crops = TensorDataset(views.cpu(), torch.zeros(len(views), dtype=torch.long))
-    places: tuple[list[int], list[int]] = ([], [])
-    for place in range(len(views)):
-        places[place % photographs < held].append(place)
-    train, validation = (Subset(crops, own) for own in places)
+    train, validation = (
+        Subset(crops, [place for place in range(len(views)) if (place % photographs < held) == chooses])
+        for chooses in (False, True)
+    )
     normal = timm.data.resolve_model_data_config(model)
     normalisation = spvit.Preprocessing(normal["mean"], normal["std"])
     batches = spvit.ImageConfig(batch_size=DISTILLED_BATCH)

@@ -34,7 +34,7 @@ def reached(run: Callable[[Any], object], x: Any, module: nn.Module, output: boo
     """Return the first input or the output of a module inside what is run on x; nothing after it runs."""
 
     def stop_before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Reached(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+        raise _Reached(tokens_given(args, kwargs))
 
     def stop_after(module: nn.Module, args: Any, result: Any) -> None:
         raise _Reached(tokens_of(result))
@@ -49,6 +49,11 @@ def reached(run: Callable[[Any], object], x: Any, module: nn.Module, output: boo
     except _Reached as found:
         return found.value
     raise CalibrationError(f"the model's {type(module).__name__} was not reached; its forward pass leaves it out")
+
+
+def tokens_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the tokens that a module is called with: the first tensor, by position or by name."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
 def tokens_of(output: Any) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spvit.hosts.calling import in_mode
+from spvit.hosts.calling import in_mode, tokens_given
 from spvit.hosts.host import Host
 from spvit.hosts.walk import entry_of
 
@@ -54,8 +54,7 @@ class HiddenStates:
     def _keeper(self, number: int) -> Any:
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.kept is not None:
-                tokens = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-                self.kept[number].append(tokens.clone())  # some blocks add to their input in place
+                self.kept[number].append(tokens_given(args, kwargs).clone())  # some blocks add to their input in place
 
         return keep
 

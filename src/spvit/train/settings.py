@@ -168,8 +168,8 @@ class PhaseConfig:
     optimizer: str = one_of("adamw", "adamw", "muon")
     """`adamw`, or `muon` (timm's): weight matrices move alike in all directions, other parameters as with AdamW."""
     learning_rate: float | None = within(None, 0)
-    """Peak learning rate of the weights. When absent 5e-4; without labels, what short trials find best, which
-    then falls to zero."""
+    """Peak learning rate of the weights. When absent 5e-4; without labels, the highest that short trials gain by,
+    which then falls to zero."""
     minimum_learning_rate: float = within(1e-5, 0)
     """Learning rate at the end of the cosine schedule; equal to the peak for a constant rate."""
     warmup_epochs: float = within(0.5, 0)
