@@ -28,8 +28,8 @@ from bench import QUICK_IMAGES, SIZES, Bench, mean_row, own_settings
 from peers import random_architecture, taylor_gradients, torch_pruned_to, torch_pruned_widths
 from reporting import check_free
 from spvit.budget import Budget
-from spvit.train.compress import calibration, search
-from spvit.train.data import training_loader
+from spvit.train.compress import search
+from spvit.train.data import calibration, training_loader
 from spvit.train.loop import Run
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import CALIBRATION_IMAGES, REPAIR_VIEWS, SearchConfig

@@ -19,7 +19,8 @@ from spvit.cost import count_params
 from spvit.errors import BudgetError, CalibrationError, DataError, RunError, RunFolderError
 from spvit.search.budget_loss import BudgetLoss
 from spvit.search.network import gated_layers, make_searchable, search_record
-from spvit.train.compress import calibration, compress
+from spvit.train.compress import compress
+from spvit.train.data import calibration
 from spvit.train.figures import Evaluation
 from spvit.train.loop import Loop, Phase, run_phase
 from spvit.train.optimizers import learning_rate_at, optimizer_of

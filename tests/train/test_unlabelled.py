@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -173,13 +174,14 @@ def test_the_rate_is_the_highest_that_a_short_trial_gains_by(tmp_path: Path, mon
 
     monkeypatch.setattr("spvit.train.rate._trial", trial)
     asked = Phase("finetune", dense, short(1, learning_rate=None))
-    found = with_rate(asked, run)
+    found = with_rate(asked, run, time.monotonic() - 30)
     assert (found.config.minimum_learning_rate, found.steps) == (0.0, None)
     assert (found.config.learning_rate, rates) == (max(best, 5e-6), tried)
     assert with_rate(asked, run).config == found.config  # as the run's folder says
     assert rates == tried
-    timed = replace(asked, config=replace(asked.config, minutes=2.0))
-    assert with_rate(timed, run).steps == 0.9 * 120 * 1280 / run.images.config.batch_size
+    for minutes, seconds in ((2.0, 0.9 * 120 - 30), (0.5, 0.9 * 30 / 2)):  # of which 30 were spent
+        timed = with_rate(replace(asked, config=replace(asked.config, minutes=minutes)), run)
+        assert timed.steps == pytest.approx(seconds * 1280 / run.images.config.batch_size, abs=3)
     given = Phase("finetune", dense, short(1, learning_rate=1e-2))
     assert with_rate(given, run) is given
     labelled = Run(digits(), RunFolder(tmp_path), LoopConfig())

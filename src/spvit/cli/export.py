@@ -23,8 +23,7 @@ from spvit.runtimes.quantize import CALIBRATION_IMAGES, HELD_OUT, answers
 from spvit.runtimes.writers import SUFFIXES, session
 from spvit.speed.benchmark import benchmark
 from spvit.surgery import pruned_record
-from spvit.train.compress import calibration
-from spvit.train.data import UNREAD, Images, images_of, validation_loader
+from spvit.train.data import UNREAD, Images, calibration, images_of, validation_loader
 from spvit.train.run_folder import RunFolder
 from spvit.train.sources import find_images
 

@@ -6,13 +6,12 @@
 import copy
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from accelerate.utils import set_seed
 from rich.console import Console
 from torch import Tensor, nn
@@ -35,15 +34,16 @@ from spvit.search.network import make_searchable
 from spvit.search.read_off import check_counted
 from spvit.speed.latency import LatencyTable, measure
 from spvit.surgery import fold, prune, pruned_record
-from spvit.train.data import Images, load_images, training_loader
+from spvit.train.data import Images, calibration, load_images
 from spvit.train.figures import Figures, figures_of, reference_of
 from spvit.train.headers import checked
+from spvit.train.kept_views import KEPT_VIEWS, MEMORY, keep_views, most_views
 from spvit.train.loop import Phase, Run, run_phase
 from spvit.train.processes import by_the_first, processes, use_device
 from spvit.train.progress import PhaseProgress
 from spvit.train.rate import with_rate
 from spvit.train.run_folder import DENSE, FINETUNE, REPAIR, SCORE, SEARCH, RunFolder
-from spvit.train.settings import CompressConfig, ImageConfig, ScoresConfig, SearchConfig
+from spvit.train.settings import CompressConfig, ImageConfig, PhaseConfig, ScoresConfig, SearchConfig
 from spvit.train.states import BlockStates, checksum
 
 Made = TypeVar("Made")
@@ -92,8 +92,8 @@ def compress(
         resume: continue the run that `output` holds.
         console: a rich console to show progress on; None is silent.
         report: called, in the first process, with (phase, steps done, steps in all, figures) after each step of
-            `headers`, `dense`, `score`, `search`, `repair` and `finetune`: figures are the losses of training known
-            last, and after each epoch, once more, those of its evaluation. What it raises ends the run.
+            `headers`, `dense`, `score`, `search`, `repair`, `views` and `finetune`: figures are the losses of training
+            known last, and after each epoch, once more, those of its evaluation. What it raises ends the run.
 
     Raises:
         BudgetError, DataError, ModelError, UnsupportedHostError, RunFolderError: bad input, before anything is trained.
@@ -143,7 +143,10 @@ def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: R
     if config.finetuning.epochs > 0:
         if chooser is not run:
             chooser, _ = judged(dense, config, chooser)
-        figures = run_phase(with_rate(Phase(FINETUNE, pruned, config.finetuning, teacher=dense), chooser), chooser)
+        started = time.monotonic()
+        chooser = keeping_views(FINETUNE, config.finetuning, chooser)
+        phase = with_rate(Phase(FINETUNE, pruned, config.finetuning, teacher=dense), chooser, started)
+        figures = run_phase(phase, chooser)
         if chooser is not run:  # these have chosen nothing
             [figures] = figures_of([pruned], run.images, config, run.reference)
     model = deployed(pruned)
@@ -173,8 +176,11 @@ def check_compress(
         check_reachable(Host.of(host), budget, config.multiple, config, known, objective)
     if not run.images.classes:
         _check_unlabelled(config)
-    for phase in (config.dense, config.search, config.finetuning):
-        if phase.epochs > 0 and phase.teacher is not None:
+    for name, phase in {DENSE: config.dense, SEARCH: config.search, FINETUNE: config.finetuning}.items():
+        if phase.epochs == 0:
+            continue
+        most_views(name, phase, run.images)
+        if phase.teacher is not None:
             run.teacher(phase.teacher, weights)
     return limits
 
@@ -224,6 +230,28 @@ def check_decision(host: nn.Module, budget: Budget, multiple: int | None, search
     return {budget.metric: budget.target(network_costs(host)[budget.metric])}
 
 
+def keeping_views(name: str, settings: PhaseConfig, run: Run) -> Run:
+    """Return a run whose training images are views with the dense model's answers, if a phase of a name keeps some."""
+    images, reference = run.images, run.reference
+    count = most_views(name, settings, images)
+    found = run.folder.recorded(name, KEPT_VIEWS)
+    count = count if found is None else found["views"]
+    if count == 0 or reference is None:
+        return run
+    limit = MEMORY if settings.kept_views is None else None
+    with run.progress.bar("views", -(-count // images.config.batch_size)):
+        hidden = settings.distillation_hidden != 0
+        kept = keep_views(count, images, reference, run.config, hidden, limit, run.progress.step)
+    views = 0 if kept is None else len(kept)
+    if found is None:
+        by_the_first(lambda: run.folder.record({"phase": name, "event": KEPT_VIEWS, "epoch": 0, "views": views}))
+    if kept is None:
+        return run
+    run.progress.note(f"{name}: {views:,} views, the same in each epoch, with the dense model's answers in memory")
+    # Processes that read would each have a copy.
+    return replace(run, images=replace(images, train=kept, config=replace(images.config, workers=0)), kept=kept)
+
+
 def search(
     host: nn.Module, limits: dict[str, Any], settings: SearchConfig, run: Run, multiple: int | None = None
 ) -> tuple[nn.Module, Architecture]:
@@ -238,23 +266,6 @@ def search_phase(host: nn.Module, limits: dict[str, Any], settings: SearchConfig
     """Return the phase of a search, on a searchable copy of the host, which teaches if the settings distil."""
     net = make_searchable(host, temperature=settings.temperature, gate_logit=settings.gate_logit)
     return Phase(SEARCH, net, settings, BudgetLoss(net, weight=settings.budget_weight, **limits), teacher=host)
-
-
-def calibration(images: Images, seed: int, count: int) -> Iterator[Tensor]:
-    """Yield `count` views of training images, drawn by the seed, as batches [B, channels, height, width].
-
-    Where there are fewer images, they have several views each, all of one in the same half of the batches: the repair
-    judges by one half what it fits to the other.
-    """
-    set_seed(seed)
-    order = torch.randperm(len(images.views)).tolist()  # type: ignore[arg-type]
-    if count > len(order):
-        half = (count + 1) // 2
-        order = [*islice(cycle(order[::2]), half), *islice(cycle(order[1::2] or order), count - half)]
-    whole = -(-count // images.config.batch_size) * images.config.batch_size
-    for batch, _ in training_loader(replace(images, train=images.views), list(islice(cycle(order), whole))):
-        yield batch[:count]
-        count -= len(batch)
 
 
 def _repaired(

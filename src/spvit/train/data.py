@@ -9,11 +9,12 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import set_seed
 from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.data.auto_augment import posterize
@@ -175,6 +176,23 @@ def training_loader(images: Images, order: Sequence[int] | None = None) -> DataL
     _check_enough(len(train if order is None else order), images.config)
     drawn: dict[str, Any] = {"shuffle": True} if order is None else {"sampler": order}
     return DataLoader(train, drop_last=True, collate_fn=_stacked, **drawn, **_loading(images.config))
+
+
+def calibration(images: Images, seed: int, count: int) -> Iterator[Tensor]:
+    """Yield `count` views of training images, drawn by the seed, as batches [B, channels, height, width].
+
+    Where there are fewer images, they have several views each, all of one in the same half of the batches: the repair
+    judges by one half what it fits to the other.
+    """
+    set_seed(seed)
+    order = torch.randperm(len(images.views)).tolist()  # type: ignore[arg-type]
+    if count > len(order):
+        half = (count + 1) // 2
+        order = [*islice(cycle(order[::2]), half), *islice(cycle(order[1::2] or order), count - half)]
+    whole = -(-count // images.config.batch_size) * images.config.batch_size
+    for batch, _ in training_loader(replace(images, train=images.views), list(islice(cycle(order), whole))):
+        yield batch[:count]
+        count -= len(batch)
 
 
 def epoch_loader(images: Images, processes: int, process: int) -> DataLoader[Any]:

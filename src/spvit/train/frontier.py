@@ -35,7 +35,6 @@ from spvit.speed.latency import LatencyTable, batches_to_measure
 from spvit.surgery import prune_each
 from spvit.train.compress import (
     block_states,
-    calibration,
     decided,
     deployed,
     fitting,
@@ -45,7 +44,7 @@ from spvit.train.compress import (
     timed,
     write_model,
 )
-from spvit.train.data import Images, load_images
+from spvit.train.data import Images, calibration, load_images
 from spvit.train.figures import Figures, figures_of
 from spvit.train.headers import checked
 from spvit.train.loop import Run

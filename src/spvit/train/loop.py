@@ -29,6 +29,7 @@ from spvit.search.network import gate_parameters
 from spvit.train.best import Best
 from spvit.train.data import Images, epoch_loader, first_images, mixup_of, seed_of, validation_loader
 from spvit.train.figures import Answering, Figures, Reference, evaluate, figures_from, finite, is_finite
+from spvit.train.kept_views import KeptViews
 from spvit.train.losses import open_teacher
 from spvit.train.optimizers import groups_of, learning_rate_at, load_tensors, optimizer_of, tensors_of
 from spvit.train.processes import by_the_first, make_accelerator, share_buffers, summed
@@ -53,6 +54,8 @@ class Run:
     progress: PhaseProgress = field(default_factory=PhaseProgress)
     reference: Reference | None = None
     """Whom models are to agree with, where the images have no classes."""
+    kept: KeptViews | None = None
+    """The training images, where these are views with the reference's answers."""
     teachers: dict[str, nn.Module] = field(default_factory=dict)
 
     def teacher(self, name: str, weights: bool = True) -> nn.Module:
@@ -128,7 +131,7 @@ class Loop:
         teacher = phase.teacher if named is None or run.reference is not None else run.teacher(named)
         teacher = None if teacher is None else teacher.to(self.accelerator.device).eval()
         some = partial(first_images, run.images, self.accelerator.device)
-        self.loss = StepLoss(phase.name, settings, phase.model, teacher, run.reference, some)
+        self.loss = StepLoss(phase.name, settings, phase.model, teacher, run.reference, some, run.kept)
         self.model: Any = self._called(phase.model)
         optimizer, validation = optimizer_of(phase.model, settings, self.total), validation_loader(run.images)
         self.validation, self.optimizer = self.accelerator.prepare(validation, optimizer)

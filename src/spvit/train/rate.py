@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,19 +36,27 @@ TRAINING = 0.9
 EVENT = "learning_rate"
 
 
-def with_rate(phase: Phase, run: Run) -> Phase:
-    """Return a phase with the learning rate that it is to have; a continued run keeps what it has found."""
+def with_rate(phase: Phase, run: Run, started: float | None = None) -> Phase:
+    """Return a phase with the learning rate that it is to have; a continued run keeps what it has found.
+
+    started: when its minutes began, in seconds of `time.monotonic`; None: now. What was spent since then, trials
+    included, is taken from its steps' time, but half of that at most.
+    """
+    started = time.monotonic() if started is None else started
     if phase.config.learning_rate is not None or run.reference is None:
         return phase
     found = run.folder.recorded(phase.name, EVENT)
     if not found:
         rate, speed = _best(phase, run)
-        found = {"phase": phase.name, "event": EVENT, "epoch": 0, "learning_rate": rate, "images_per_s": speed}
+        spent = round(summed(time.monotonic() - started)[0] / processes().num_processes, 3)
+        own = {"learning_rate": rate, "images_per_s": speed, "seconds": spent}
+        found = {"phase": phase.name, "event": EVENT, "epoch": 0, **own}
         by_the_first(lambda: run.folder.record(found))
         run.progress.note(f"{phase.name}: learning rate {rate:.2g}, by short trials")
     steps = None
     if phase.config.minutes is not None:
         seconds = TRAINING * 60 * phase.config.minutes
+        seconds = max(seconds / 2, seconds - found["seconds"])
         steps = max(STEPS, int(seconds * found["images_per_s"] / (_batch(run) * processes().num_processes)))
     settled = replace(phase.config, learning_rate=found["learning_rate"], minimum_learning_rate=0.0, reference_batch=0)
     return replace(phase, config=settled, steps=steps)

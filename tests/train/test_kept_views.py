@@ -1,0 +1,179 @@
+"""Views with the dense model's answers in memory: what is kept, when, and that training by it is the same."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector
+
+import spvit
+from own_models import PairViT
+from spvit.errors import DataError, RunStoppedError
+from spvit.hosts.calling import batch_first
+from spvit.hosts.host import Host, recognise
+from spvit.hosts.walk import advance, first_inputs
+from spvit.repair.objective import Objective
+from spvit.train.data import Images
+from spvit.train.figures import Reference, reference_of
+from spvit.train.kept_views import KeptViews, keep_views, most_views
+from spvit.train.loop import Loop, Phase, Run
+from spvit.train.run_folder import RunFolder
+from spvit.train.settings import CompressConfig, ImageConfig, LoopConfig, PhaseConfig
+from spvit.train.step_loss import StepLoss
+from tiny import HOSTS, images, make_host
+from training import digits, micro_host, short, states_equal
+
+
+def unlabelled(**settings: object) -> Images:
+    return replace(digits(**settings), classes=())
+
+
+def kept_of(count: int, found: Images, reference: Reference, **more: object) -> KeptViews:
+    kept = keep_views(count, found, reference, LoopConfig(), **more)  # type: ignore[arg-type]
+    assert kept is not None
+    return kept
+
+
+@pytest.mark.parametrize("name", [*HOSTS, "a block of several layers"])
+def test_parts_and_hidden_states_of_all_views_are_kept(name: str) -> None:
+    if name in HOSTS:
+        model = make_host(name, torch.float32)
+        dense, x = Host.of(model), images(model)
+    else:
+        model, x = PairViT().eval(), torch.randn(2, 3, 32, 32)
+        dense = recognise(model, x)
+    some = [(image, 0) for image in torch.cat([x, 2 * x, 3 * x])]
+    found = Images(some, some, some, (), spvit.Preprocessing(), ImageConfig(batch_size=2))  # type: ignore[arg-type]
+    reference = Reference(dense, Objective.of("auto", dense))
+    kept = kept_of(5, found, reference)
+    assert len(kept) == 5
+    assert len(kept.hidden) == len(dense.blocks) - 1
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    numbers = torch.tensor([4, 0, 3])
+    views = torch.stack([kept[number][0] for number in numbers.tolist()])
+    for own, wanted in zip(kept.parts_of(numbers), reference.parts(views), strict=True):
+        torch.testing.assert_close(own.float(), wanted, rtol=2**-7, atol=1e-2)
+    inputs = first_inputs(dense, [views])
+    for index, own in enumerate(kept.hidden_of(numbers)):
+        with torch.no_grad():
+            advance(dense, index, inputs)
+        wanted = batch_first(dense.blocks[index + 1].attention, inputs[0])
+        torch.testing.assert_close(own.float(), wanted, rtol=2**-7, atol=1e-2)
+
+
+def test_views_are_augmented_as_training_images_are_and_drawn_by_the_seed() -> None:
+    found = unlabelled(random_erasing=1.0)
+    reference = reference_of(micro_host(num_classes=0), found, LoopConfig())
+    first, again = (kept_of(64, found, reference) for _ in range(2))
+    assert torch.equal(first.views, again.views)
+    other = keep_views(64, found, reference, LoopConfig(seed=1))
+    assert other is not None
+    assert not torch.equal(first.views, other.views)
+    plain = kept_of(64, unlabelled(), reference)
+    assert not torch.equal(first.views, plain.views)  # less what was erased
+    assert len(kept_of(3000, found, reference).views.flatten(1).unique(dim=0)) > 1500  # more than there are images
+
+
+def step_of(model: torch.nn.Module, run: Run, share: float | None, x: Tensor, labels: Tensor) -> dict[str, float]:
+    loop = Loop(Phase("finetune", model, short(1, distillation_hidden=share)), run)
+    losses = loop.step([(x, labels)], 0)
+    loop.loss.close()
+    return {name: float(value) for name, value in losses.items()}
+
+
+@pytest.mark.parametrize("share", [None, 0.0, 0.5])
+def test_a_step_is_the_same_and_does_not_run_the_dense_model(tmp_path: Path, share: float | None) -> None:
+    found = unlabelled(batch_size=64)
+    reference = reference_of(micro_host(0, num_classes=0), found, LoopConfig())
+    kept = kept_of(128, found, reference, hidden=share != 0)
+    assert bool(kept.hidden) == (share != 0)
+    numbers = torch.randperm(128)[:64]
+    drawn, by_number = (micro_host(1, num_classes=0) for _ in range(2))
+    run = Run(found, RunFolder(tmp_path), LoopConfig(), reference=reference)
+    wanted = step_of(drawn, run, share, kept.views[numbers], torch.zeros(64))
+    own = replace(run, images=replace(found, train=kept), kept=kept)
+    calls: list[object] = []
+    loop = Loop(Phase("finetune", by_number, short(1, distillation_hidden=share)), own)
+    handle = reference.host.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    losses = {name: float(value) for name, value in loop.step([(kept.views[numbers], numbers)], 0).items()}
+    handle.remove()
+    assert not calls
+    assert losses == pytest.approx(wanted, rel=1e-2)
+    start, *ends = (
+        parameters_to_vector(own.parameters()).detach() for own in (micro_host(1, num_classes=0), drawn, by_number)
+    )
+    assert float(F.cosine_similarity(ends[0] - start, ends[1] - start, dim=0)) > 0.98
+    batches = list(loop.train)
+    assert all(torch.equal(kept.views[own], x) for x, own, _ in batches)  # each view comes with its number
+
+
+def test_few_minutes_on_a_processor_keep_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = unlabelled()
+    for minutes, asked, count in ((None, None, 0), (0.5, None, 400), (5, None, 4000), (60, None, 4096), (60, 0, 0)):
+        assert most_views("finetune", PhaseConfig(minutes=minutes, kept_views=asked), found) == count
+    assert most_views("finetune", PhaseConfig(kept_views=7), found) == 7
+    minutes = PhaseConfig(minutes=5)
+    assert most_views("finetune", minutes, digits()) == 0
+    assert most_views("finetune", minutes, unlabelled(mixup=0.8)) == 0
+    monkeypatch.setattr("spvit.train.kept_views.processes", lambda: type("", (), {"num_processes": 2}))
+    assert most_views("finetune", minutes, found) == 0
+    with pytest.raises(DataError, match="finetune.kept_views is 7, but there are several processes; leave it out"):
+        most_views("finetune", PhaseConfig(kept_views=7), found)
+
+
+def test_where_memory_has_no_room_for_enough_all_are_drawn_anew() -> None:
+    found = unlabelled(batch_size=64)
+    reference = reference_of(micro_host(num_classes=0), found, LoopConfig())
+    each = kept_of(64, found, reference)
+    size = sum(own.nbytes for own in (each.views, *each.parts, *each.hidden)) // 64
+    assert len(kept_of(1200, found, reference, most_bytes=1100 * size)) == 1100
+    assert len(kept_of(200, found, reference, most_bytes=200 * size)) == 200
+    for count, room in ((1200, 1000), (200, 199)):
+        assert keep_views(count, found, reference, LoopConfig(), most_bytes=room * size) is None
+
+
+@pytest.mark.parametrize(
+    ("found", "settings", "problem"),
+    [
+        (digits(), {"kept_views": 64}, "the images have labels"),
+        (unlabelled(cutmix=1.0), {"kept_views": 64}, "mixup and cutmix mix images anew"),
+    ],
+)
+def test_what_cannot_keep_views_says_so_before_anything_runs(found: Images, settings, problem: str) -> None:
+    config = CompressConfig(finetune=short(1, **settings))
+    reports: list[object] = []
+    host = micro_host(num_classes=10 if found.classes else 0)
+    with pytest.raises(DataError, match=f"finetune.kept_views is 64, but {problem}; leave it out"):
+        spvit.compress(host, found, "60%", config=config, report=lambda *step: reports.append(step))
+    assert not reports
+
+
+def test_other_commands_keep_none() -> None:
+    with pytest.raises(DataError, match="train.kept_views is 64, but only spvit compress keeps them"):
+        StepLoss("train", short(1, kept_views=64), micro_host(), None, None, lambda: torch.zeros(1))
+
+
+def test_a_compression_with_kept_views_continues_to_the_same_weights(tmp_path: Path) -> None:
+    host, found = micro_host(num_classes=0), unlabelled(batch_size=32)
+    own = short(2, kept_views=160, learning_rate=1e-3, keep_best=True)
+    config = CompressConfig(finetune=own, calibration_images=64, repair_views=1, log_every=1)
+    whole = spvit.compress(host, found, "50%", output=tmp_path / "whole", config=config)
+
+    def stop(phase: str, step: int, *_: object) -> None:
+        if (phase, step) == ("finetune", 7):
+            raise RunStoppedError("stopped", 15)
+
+    often = replace(config, save_minutes=1e-9)
+    with pytest.raises(RunStoppedError):
+        spvit.compress(host, found, "50%", output=tmp_path / "parts", config=often, report=stop)
+    parts = spvit.compress(host, found, "50%", output=tmp_path / "parts", config=often, resume=True)
+    assert states_equal(whole, parts)
+    lines = [json.loads(line) for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]
+    assert [line["views"] for line in lines if line["event"] == "kept_views"] == [160]
+    assert [line["step"] for line in lines if line["event"] == "step"] == list(range(1, 11))  # five an epoch
