@@ -120,7 +120,7 @@ def test_compress_without_a_search_decides_repairs_and_continues(capsys, recipe,
     assert max(epochs) == 2
     assert (out / "architecture.json").read_text() == before
     assert not states_equal(spvit.load(out), model)
-    others = (("calibration_images", "299", "300"), ("repair_views", "2", "4"), ("repair", "false", "True"))
+    others = (("calibration-images", "299", "300"), ("repair-views", "2", "4"), ("repair", "false", "True"))
     for option, value, found in others:
         asked = [f"--{option}", value]
         refused(capsys, f"holds a run with --{option} {found}", "compress", "--output", str(out), "--resume", *asked)
@@ -277,6 +277,14 @@ def test_resume_takes_new_settings_but_not_another_run(capsys, recipe, tmp_path:
     assert run(capsys, "train", "--recipe", recipe(dense=SHORT), "--output", out)[0] == 0
     assert run(capsys, "train", "--output", out, "--resume", "--dense.epochs", "2")[0] == 0
     refused(capsys, "holds a run with --seed 0, not 1", "train", "--output", out, "--resume", "--seed", "1")
+    for option, value, had in (
+        ("held-out", 50, 0),
+        ("mean", [0.1], (0.5,)),
+        ("crop", 0.5, 1.0),
+        ("background", 0, 1.0),
+    ):
+        words = ("train", "--output", out, "--resume", f"--images.{option}={value}")
+        refused(capsys, f"holds a run with --images.{option} {had}, not", *words)
     path = tmp_path / "run" / "config.yaml"  # which may be edited, as on the command line
     before = path.read_text()
     path.write_text(before.replace("seed: 0", "seed: 1"))

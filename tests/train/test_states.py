@@ -9,11 +9,13 @@ import signal
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import Subset
 
 from spvit.checkpoint import replace_atomically, write_text
 from spvit.errors import CheckpointError, RunError, RunFolderError, RunStoppedError
@@ -122,6 +124,16 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(tmp_path: Path, dam
     assert continued.images == figures.images
     read_state(states / "epoch-0002.safetensors")
     read_state(states / "best.safetensors")
+
+
+def test_a_state_goes_on_with_as_many_images_as_it_had(tmp_path: Path) -> None:
+    images = digits()
+    run_phase(Phase("dense", micro_host(), short(1)), run_in(tmp_path, images))
+    for name in ("train", "validation"):
+        fewer = replace(images, **{name: Subset(getattr(images, name), range(200))})
+        with pytest.raises(RunFolderError, match=r"a run on 1,437 training and 360 validation images, and .*200"):
+            run_phase(Phase("dense", micro_host(), short(2)), run_in(tmp_path, fewer))
+    run_phase(Phase("dense", micro_host(), short(2)), run_in(tmp_path, images))
 
 
 def test_states_hold_tensors_of_any_kind(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ Shapes: V views [V, channels, height, width]; parts of answers [V, ..., D]; hidd
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +30,8 @@ MOST, LEAST, BY_MINUTE = 4096, 1024, 800
 """Views by default: at most; at least, or memory has no room and all are drawn anew; and by each minute of a phase."""
 KEPT_VIEWS = "kept_views"
 """Of the line of metrics.jsonl that says how many a phase keeps."""
+FEW = 20
+"""Minutes of a phase up to which views are kept by default: in more it would see them too often (not measured)."""
 MEMORY = 2**32
 """Bytes that they take by default, at most."""
 
@@ -77,9 +80,8 @@ def most_views(name: str, settings: PhaseConfig, images: Images) -> int:
         raise DataError(f"{name}.kept_views is {asked}, but {why}; leave it out")
     if asked is not None or why is not None:
         return asked or 0
-    if settings.minutes is None or processes().device.type != "cpu":
-        return 0
-    return min(MOST, int(BY_MINUTE * settings.minutes))
+    minutes = settings.minutes or math.inf
+    return min(MOST, int(BY_MINUTE * minutes)) if minutes <= FEW and processes().device.type == "cpu" else 0
 
 
 @torch.no_grad()

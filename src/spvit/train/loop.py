@@ -111,6 +111,8 @@ class Loop:
         processes = self.accelerator.num_processes
         loader = epoch_loader(run.images, processes, self.accelerator.process_index)
         self.draws: Any = loader.sampler
+        sets: dict[str, Any] = {"training": run.images.train, "validation": run.images.validation}
+        self.counts = {name: len(own) for name, own in sets.items()}
         # The sampler shares out the images itself.
         self.train = prepare_data_loader(loader, self.accelerator.device, 1, 0, put_on_device=True)
         self.accumulate = run.images.config.accumulate
@@ -351,12 +353,13 @@ class Loop:
             self._stop_diverged("a weight is not finite after the last step", epoch * self.steps + step - 1)
         found = {name: tensors_of(part) for name, part in self.parts.items()}
         tensors = {f"{name}.{key}": value for name, own in found.items() for key, value in own.items()}
-        by_the_first(lambda: self.folder.save_state(self.phase.name, epoch, step, tensors, about))
+        by_the_first(lambda: self.folder.save_state(self.phase.name, epoch, step, tensors, about, self.counts))
         self.saved_at = time.monotonic()
 
     def _resume(self) -> Figures | None:
         """Load the last saved state, if any; return the figures then."""
         about, tensors = self.folder.read_state(self.phase.name)
+        self.folder.check_images(about.get("images", self.counts), self.counts)
         epoch, step = self.place = about["epoch"], about["step"]
         if self.accelerator.is_main_process:
             self.folder.rewind(self.phase.name, epoch, step, epoch * self.steps + step)

@@ -29,6 +29,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ FIXED = (
     *("model", "model_args", "pretrained", "checkpoint", "data", "macs", "params", "seed", "architecture", "scores"),
     *("initialise", "repair", "calibration_images", "repair_views", "multiple", "objective"),
     *("keep", "only", "forbid", "smallest_width", "keep_patches", "metric", "latency", "latency_batch"),
+    # Other images would train what is validated, or be other inputs than those of scores and repair.
+    *(f"images.{name}" for name in ("held_out", "mean", "std", "crop", "background")),
 )
 
 logger = logging.getLogger("spvit")
@@ -184,12 +187,14 @@ class RunFolder:
 
     def check_continued(self, before: Any, options: Any) -> None:
         """Raise RunFolderError when options differ from those of the run before where they must not."""
+        pair = before, options
         for name in FIXED:
-            own, other = getattr(before, name, None), getattr(options, name, None)
+            own, other = (reduce(lambda part, key: getattr(part, key, None), name.split("."), each) for each in pair)
             if own != other:
-                raise self._of_another(f"with --{name} {own}, not {other}", "continue it with its own")
+                option = name.replace("_", "-")
+                raise self._of_another(f"with --{option} {own}, not {other}", "continue it with its own")
         ways = {True: "a search", False: "scores, without a search"}
-        own, other = (ways[hasattr(each, SEARCH) and each.search.epochs > 0] for each in (before, options))
+        own, other = (ways[hasattr(each, SEARCH) and each.search.epochs > 0] for each in pair)
         if own != other:
             raise self._of_another(f"that decides by {own}, not by {other}", "continue it with its own search.epochs")
         tuned = self.has_begun(FINETUNE)
@@ -264,11 +269,21 @@ class RunFolder:
         return list(self.states(phase).glob("epoch-*"))
 
     def save_state(
-        self, phase: str, epoch: int, step: int, tensors: dict[str, Tensor], figures: Mapping[str, float]
+        self,
+        phase: str,
+        epoch: int,
+        step: int,
+        tensors: dict[str, Tensor],
+        figures: Mapping[str, float],
+        images: Mapping[str, int],
     ) -> None:
-        """Write the state after so many epochs and steps of the next, with the last evaluation; but two older go."""
+        """Write the state after so many epochs and steps of the next, with the last evaluation; but two older go.
+
+        images: how many there are, of training and of validation.
+        """
         name = f"epoch-{epoch:04d}{f'-{step:06d}' if step else ''}.safetensors"
-        write_state(self.states(phase) / name, tensors, {"epoch": epoch, "step": step, "figures": figures})
+        about = {"epoch": epoch, "step": step, "figures": figures, "images": images}
+        write_state(self.states(phase) / name, tensors, about)
         for old in sorted(self._states(phase), key=_place)[:-KEPT_STATES]:
             old.unlink()
 
@@ -287,6 +302,12 @@ class RunFolder:
             advice = "remove that folder to begin the phase again"
             raise RunFolderError(f"no state in {self.states(phase)} is whole; {advice}")
         return {"epoch": 0, "step": 0, "figures": {}}, {}
+
+    def check_images(self, before: Mapping[str, int], now: Mapping[str, int]) -> None:
+        """Raise RunFolderError when there are not as many images as when a state was saved."""
+        if before != now:
+            found, other = (" and ".join(f"{count:,} {name}" for name, count in each.items()) for each in (before, now))
+            raise self._of_another(f"on {found} images, and there are {other} now", "put back its own")
 
     def keep_best(self, phase: str, epoch: int, name: str, accuracy: float, tensors: dict[str, Tensor]) -> None:
         """Write the best weights of a phase so far, named in words, or equally good ones."""
