@@ -2,17 +2,17 @@
 
 python benchmarks/backbone.py --images FOLDER [--model NAME] [--weights FILE] [--size 98] [--budgets 50% 25%]
                               [--methods spvit whitened-svd vbp corp] [--repair-views 1 4] [--cutouts FOLDER]
-                              [--minutes 5] [--json FILE] [--plot FILE.svg]
+                              [--minutes 5] [--precision bf16] [--json FILE] [--plot FILE.svg]
 python benchmarks/backbone.py --rows FILE.json [FILE.json ...] --plot FILE.svg
 
 Photographs, not crops, are split into calibration and test, anew by every seed; every method gets the same crops, and
 trains nothing. With --repair-views 4 spvit also repairs on four times as many crops of the same photographs, as `spvit
-compress` does. With --minutes 5 it also distils for so long, trials of rates not counted: on as many crops, less those
-of an eighth of the photographs, which choose rate and weights, and on which it is not repaired either. With --cutouts
-every second calibration crop has a picture of that folder pasted in, which has transparent surroundings (such as
-Debian's tuxpaint-stamps-default), for more kinds of things than some dozen photographs show; tests have none. MACs
-are those that torch counts on the pruned model. A centred cosine is that of features less the dense network's mean
-feature; it tells more, as all features of one network look alike. `neighbours` is the share of a test crop's ten
+compress` does. With --minutes 5 it also distils for so long, trials of rates counted: on as many crops, less those of
+an eighth of the photographs, which choose rate and weights, and on which it is not repaired either; --precision is that
+of its steps. With --cutouts every second calibration crop has a picture of that folder pasted in, which has transparent
+surroundings (such as Debian's tuxpaint-stamps-default), for more kinds of things than some dozen photographs show;
+tests have none. MACs are those that torch counts on the pruned model. A centred cosine is that of features less the
+dense network's mean feature; it tells more, as all features of one network look alike. `neighbours` is the share of a test crop's ten
 nearest, by class token, that are the dense network's ten. Without --weights timm downloads the pretrained ones. Peers
 are in backbone_peers.py; torch-pruning and plots need: pip install 'spvit[bench]'.
 """
@@ -174,7 +174,13 @@ def pruned(model: nn.Module, scores: spvit.Scores, images: Tensor, share: float)
 
 
 def distilled(
-    model: nn.Module, scores: spvit.Scores, views: Tensor, photographs: int, minutes: float, share: float
+    model: nn.Module,
+    scores: spvit.Scores,
+    views: Tensor,
+    photographs: int,
+    minutes: float,
+    precision: str,
+    share: float,
 ) -> nn.Module:
     """Decide by scores, prune, repair, and distil without labels: compress as a user does.
 
@@ -193,7 +199,8 @@ def distilled(
     with tempfile.TemporaryDirectory() as folder:
         scores.save(folder)
         count = {"calibration_images": len(train), "repair_views": 1}
-        config = spvit.CompressConfig(scores=folder, minutes=minutes, device=str(views.device), **count)
+        more = {"precision": precision, "device": str(views.device)}
+        config = spvit.CompressConfig(scores=folder, minutes=minutes, **more, **count)
         return spvit.compress(model, images, f"{share:.1%}", config=config, console=Console(stderr=True))
 
 
@@ -216,7 +223,8 @@ def methods_of(
             yield name, partial(pruned, model, scores, views[: times * options.count]), seconds
         if options.minutes is not None:
             name = f"{method}, {options.minutes:g} minutes"
-            yield name, partial(distilled, model, scores, views, photographs, options.minutes), seconds
+            settings = photographs, options.minutes, options.precision
+            yield name, partial(distilled, model, scores, views, *settings), seconds
 
 
 def measure(
@@ -311,6 +319,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="splits of the photographs (default: %(default)s)")
     parser.add_argument("--repair-views", nargs="+", type=int, default=[1], help="of spvit, in multiples of --count")
     parser.add_argument("--minutes", type=float, help="of distillation, for a row of its own (default: none)")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of distillation")
     parser.add_argument("--objective", default="auto", choices=OBJECTIVES, help="what the scores of spvit count")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--json", help="file to write the rows to, after every seed")

@@ -84,8 +84,9 @@ def main() -> None:
     for row in rows[1:]:
         ratio, clock_ratio, held = (rows[0][name] / row[name] for name in ("cpu_s", "clock_s", "peak_bytes"))
         seconds = f"{ratio:.2f} of the processor's seconds, {clock_ratio:.2f} by the clock"
-        print(f"eight / {row['side']}: {seconds}, {held:.2f} of the memory; {machine()}")
+        print(f"eight / {row['side']}: {seconds}, {held:.2f} of the memory")
         ratios[row["side"]] = {"cpu": ratio, "clock": clock_ratio, "memory": held}
+    print(machine())
     write_results(options.json, "frontier", rows, ratios=ratios)
 
 
