@@ -12,9 +12,9 @@ an eighth of the photographs, which choose rate and weights, and on which it is 
 of its steps. With --cutouts every second calibration crop has a picture of that folder pasted in, which has transparent
 surroundings (such as Debian's tuxpaint-stamps-default), for more kinds of things than some dozen photographs show;
 tests have none. MACs are those that torch counts on the pruned model. A centred cosine is that of features less the
-dense network's mean feature; it tells more, as all features of one network look alike. `neighbours` is the share of a test crop's ten
-nearest, by class token, that are the dense network's ten. Without --weights timm downloads the pretrained ones. Peers
-are in backbone_peers.py; torch-pruning and plots need: pip install 'spvit[bench]'.
+dense network's mean feature; it tells more, as all features of one network look alike. `neighbours` is the
+share of a test crop's ten nearest, by class token, that are the dense network's ten. Without --weights timm downloads
+the pretrained ones. Peers are in backbone_peers.py; torch-pruning and plots need: pip install 'spvit[bench]'.
 """
 
 from __future__ import annotations
