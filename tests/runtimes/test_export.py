@@ -156,6 +156,7 @@ def test_half_precision_keeps_its_input_and_output(small: nn.Module, tmp_path: P
     assert done.single is not None
     assert done.bytes < 0.8 * done.single.bytes  # the graph is most of so small a model
     assert 0 < done.difference < 0.02
+    assert done.fusion == Fusion((0, 1), (0, 4), ("blocks.3.attn",))  # as in single precision
     x = torch.randn(3, *input_size(small))
     assert (answers(done.path, x) - logits(small, x)).abs().max() < 0.02 * logits(small, x).abs().max()
 
