@@ -319,4 +319,8 @@ def _with_ranges(program: Program, ranges: Mapping[str, Range]) -> Program:
         extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"], "MatMulConstBOnly": True},
     )
     quantizer.quantize_model()
-    return quantizer.model.model
+    made = quantizer.model.model
+    kept = [item for item in made.metadata_props if item.key != "onnx.infer"]  # the quantizer's mark of its own
+    del made.metadata_props[:]
+    made.metadata_props.extend(kept)
+    return made
