@@ -351,6 +351,9 @@ def test_the_command_exports_and_compares(tmp_path: Path, capsys: pytest.Capture
     assert "model.pt2: pt2, " in out
     assert "agreement 100.00%, on 8 images of noise (see --data)" in " ".join(out.split())
     refused(capsys, "exists already", "export", str(tmp_path / "run"), "--to", "pt2")
+    code, out, _ = run(capsys, "export", str(tmp_path / "run"), "--to", "safetensors")
+    assert code == 0
+    assert "run/model.export.safetensors: safetensors, " in out  # beside the model's own
     refused(capsys, "expected onnx, pt2, openvino, safetensors", "export", str(tmp_path / "run"), "--to", "coreml")
 
 
