@@ -261,7 +261,7 @@ class PushCommand:
     overwrite: bool = False
     """Replace a model that the branch holds; its history keeps the former one."""
     dry_run: bool = False
-    """Print the card, and upload nothing."""
+    """Load the model, print the card, and upload nothing."""
 
 
 @dataclass(frozen=True)
