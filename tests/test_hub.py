@@ -266,6 +266,9 @@ def test_model_that_no_library_makes_needs_its_dense_model(hub: Hub) -> None:
 
 
 def test_commands(hub: Hub, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "weightless").mkdir()
+    (tmp_path / "weightless" / "model.json").write_bytes((saved / "model.json").read_bytes())
+    refused(capsys, "model.safetensors", "push", str(tmp_path / "weightless"), NAME, "--dry-run")
     code, out, _ = run(capsys, "push", str(saved), NAME, "--dry-run")
     assert (code, hub.repositories) == (0, {})
     assert metadata(out)["library_name"] == "spvit"

@@ -78,6 +78,27 @@ def test_checkpoint_of_another_image_size_is_resampled_where_the_size_is_named(t
     assert "resampled to [" in caplog.text
 
 
+def test_a_run_folder_without_a_model_says_how_to_go_on(tmp_path: Path) -> None:
+    killed, frontier = tmp_path / "killed", tmp_path / "frontier"
+    for folder, command in ((killed, "compress"), (frontier, "frontier")):
+        spvit.save(micro_host(), folder / "dense")
+        (folder / "config.yaml").write_text(f"# spvit {command}\nmodel: {MODEL}\n")
+    advice = (
+        f"the run in {killed} has written no model yet; continue it with: spvit compress --output {killed} --resume"
+    )
+    with pytest.raises(ModelError, match=f"^{advice}$"):
+        open_model(ModelConfig(model=str(killed)))
+    with pytest.raises(ModelError, match="no model yet.*spvit frontier --output"):
+        open_model(ModelConfig(model=str(frontier)))
+    for budget in ("75pct", "50pct"):
+        spvit.save(micro_host(), frontier / budget)
+    with pytest.raises(ModelError, match=f"a model for each budget; name one of {frontier}/50pct, {frontier}/75pct$"):
+        open_model(ModelConfig(model=str(frontier)))
+    (killed / "config.yaml").write_text("model: of another program\n")
+    with pytest.raises(ModelError, match="is neither a timm model"):
+        open_model(ModelConfig(model=str(killed)))
+
+
 def test_folder_of_ours(tmp_path: Path) -> None:
     host = micro_host(seed=4)
     spvit.save(host, tmp_path / "saved", preprocessing=Preprocessing((0.1,), (0.2,)), classes=list("0123456789"))

@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import re
+import shlex
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -160,6 +161,7 @@ def _open_timm(config: ModelConfig, classes: int | None, weights: bool) -> Opene
 
     name = config.model.split(".")[0]
     if not timm.is_model(name):
+        _check_no_run(Path(config.model))
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.7)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         known = "a timm model nor a folder that spvit wrote, and does not start with hf: or hub:"
@@ -181,6 +183,22 @@ def _open_timm(config: ModelConfig, classes: int | None, weights: bool) -> Opene
     preprocessing = Preprocessing(tuple(data["mean"]), tuple(data["std"]), data["interpolation"], data["crop_pct"])
     own_head = model.num_classes == model.pretrained_cfg.get("num_classes")
     return OpenedModel(model, _for_channels(preprocessing, input_of(model)[0]), None, trained=pretrained and own_head)
+
+
+def _check_no_run(folder: Path) -> None:
+    """Raise ModelError when a folder without a model is of a run: of a frontier, or of one that was cut short."""
+    settings = folder / "config.yaml"
+    if not settings.is_file():
+        return
+    with settings.open(encoding="utf-8", errors="replace") as file:
+        command = file.readline().strip().removeprefix("# ")
+    if not command.startswith("spvit "):
+        return
+    found = sorted(path.parent for path in folder.glob(f"*/{checkpoint.DESCRIPTION}") if path.parent.name != "dense")
+    if command == "spvit frontier" and found:
+        raise ModelError(f"{folder} holds a model for each budget; name one of {', '.join(map(str, found))}")
+    advice = f"continue it with: {command} --output {shlex.quote(str(folder))} --resume"
+    raise ModelError(f"the run in {folder} has written no model yet; {advice}")
 
 
 def _open_hugging_face(name: str, classes: int | None, weights: bool) -> OpenedModel:

@@ -544,6 +544,19 @@ def test_help_of_compress_has_groups_units_and_defaults(capsys) -> None:
     assert "--images.flip FLIP Probability of mirroring a training image left to right (default: 0.5)" in text
 
 
+def test_help_of_export_has_formats_and_precisions_and_usage_the_model_as_readme_writes_it(capsys) -> None:
+    text = help_of(capsys, "export", "--help")
+    assert "usage: spvit export MODEL [options]" in text
+    for option in ("to TO", "int8", "fp16", "most-drop", "opset", "with-preprocessing", "dynamic-size", "overwrite"):
+        assert f" --{option} " in text
+    for usage in (
+        "benchmark MODELS [",
+        "frontier MODEL --data DATA --output OUTPUT [",
+        "evaluate --model MODEL --data",
+    ):
+        assert f"usage: spvit {usage}" in help_of(capsys, usage.split()[0], "--help")
+
+
 @pytest.mark.parametrize(("command", "phase"), [("train", "dense"), ("search", "search"), ("finetune", "finetune")])
 def test_a_command_of_one_phase_takes_its_length_by_the_same_names_as_compress(command: str, phase: str) -> None:
     for prefix in ("", f"{phase}."):

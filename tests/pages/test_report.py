@@ -56,6 +56,7 @@ def test_a_run_that_has_ended(searched: Path) -> None:
     assert f"right after pruning {summary['after_pruning']['accuracy']:.2%}" in text
     for words in ("MACs an image", "latency, batch 1", "1 thread", "spvit compress --recipe", "warmup_epochs: 0.0"):
         assert words in text
+    assert f"spvit export {searched} --to onnx --data digits" in text
     assert re.search(r"[\d,]+ of 256 images get another prediction than from the dense network", text)
     assert "Not on this page" not in text
     phases = [f"{name}-{phase}" for phase in ("dense", "search", "finetune") for name in ("loss", "accuracy")]
@@ -118,6 +119,9 @@ def test_a_run_without_labels(copied: Path) -> None:
     assert "agreement 0.8750 dense 1.0000 30 validation images" in text
     assert "agreement-finetune" in pictures_of(page)
     assert "Not on this page" not in text
+    settings = copied / "config.yaml"
+    settings.write_text(settings.read_text().replace("data: digits", "data: my photos"))
+    assert f"spvit export {copied} --to onnx --data &#39;my photos&#39;" in text_of(spvit.report(copied, images=0))
 
 
 @pytest.mark.parametrize("damage", ["", "[1", "{}", "[]", '{"points": 3}', '{"phase": "search", "event": "step"}'])

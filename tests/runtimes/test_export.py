@@ -54,6 +54,17 @@ def answers(file: Path, images: Tensor) -> Tensor:
     return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
+def sizes_of(file: Path) -> tuple[list[str | int], list[str | int]]:
+    """Return the sizes of a program's images and of its output: those that vary by their names."""
+    graph = onnx.load(file).graph
+    assert not [dim for value in graph.value_info for dim in value.type.tensor_type.shape.dim if "s3" in dim.dim_param]
+    images, output = (
+        [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (graph.input[0], graph.output[0])
+    )
+    return images, output
+
+
 def in_8_bits(made: dict[str, Any], name: str) -> bool:
     return name in made and made[name].op_type == "DequantizeLinear"
 
@@ -149,6 +160,8 @@ def test_height_and_width_vary_where_the_model_takes_other_sizes(sizes: nn.Modul
     for size in ((96, 160), (64, 64)):
         x = torch.rand(3, 3, *size)
         assert_close(run(x).detach(), logits(sizes, x))
+    if form == "onnx":
+        assert sizes_of(done.path) == (["batch", 3, "height", "width"], ["batch", 7])
 
 
 def test_half_precision_keeps_its_input_and_output(small: nn.Module, tmp_path: Path) -> None:
@@ -156,6 +169,7 @@ def test_half_precision_keeps_its_input_and_output(small: nn.Module, tmp_path: P
     assert done.single is not None
     assert done.bytes < 0.8 * done.single.bytes  # the graph is most of so small a model
     assert 0 < done.difference < 0.02
+    assert done.fusion == Fusion((0, 1), (0, 4), ("blocks.3.attn",))  # as in single precision
     x = torch.randn(3, *input_size(small))
     assert (answers(done.path, x) - logits(small, x)).abs().max() < 0.02 * logits(small, x).abs().max()
 
@@ -190,7 +204,10 @@ def test_int8_is_searched_on_some_images_and_compared_on_others(
     assert single.accuracy == 1
     assert done.accuracy == done.agreement > 0.8
     proto = onnx.load(done.path)
-    assert json.loads({item.key: item.value for item in proto.metadata_props}[METADATA])["precision"] == "int8"
+    said = {item.key: item.value for item in proto.metadata_props}
+    assert said.keys() == {METADATA}
+    assert json.loads(said[METADATA])["precision"] == "int8"
+    assert sizes_of(done.path) == (["batch", *input_size(model)], ["batch", 7])
     made = {name: node for node in proto.graph.node for name in node.output}
     read = {node.op_type for node in proto.graph.node for name in node.input if in_8_bits(made, name)}
     after_convolutions = {"Reshape", "Transpose", "Add", "Relu", "Concat", "Shape"}
@@ -334,6 +351,9 @@ def test_the_command_exports_and_compares(tmp_path: Path, capsys: pytest.Capture
     assert "model.pt2: pt2, " in out
     assert "agreement 100.00%, on 8 images of noise (see --data)" in " ".join(out.split())
     refused(capsys, "exists already", "export", str(tmp_path / "run"), "--to", "pt2")
+    code, out, _ = run(capsys, "export", str(tmp_path / "run"), "--to", "safetensors")
+    assert code == 0
+    assert "run/model.export.safetensors: safetensors, " in out  # beside the model's own
     refused(capsys, "expected onnx, pt2, openvino, safetensors", "export", str(tmp_path / "run"), "--to", "coreml")
 
 

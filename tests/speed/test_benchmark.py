@@ -103,6 +103,9 @@ def test_the_command_prints_tables_and_writes_json(capsys, folder: Path, tmp_pat
     assert (code, problems) == (0, "")
     for said in ("a pass of 2 images", "speed-up (95 %)", "torch, bfloat16", "1 thread;", "(3)"):
         assert said in text
+    rows = [line.split("│") for line in text.splitlines()]
+    for length, place in ((8, 1), (7, 2)):  # long names take several lines, so that models can be told apart
+        assert str(folder / "small") in "".join(row[place].strip() for row in rows if len(row) == length)
     dense, small, _ = json.loads(file.read_text())
     assert (dense["model"], small["macs"] < dense["macs"]) == (MODEL, True)
     needed = {"device", "dtype", "batch", "threads", "backend", "repeats", "latency_ms", "spread_ms", "speed_up"}

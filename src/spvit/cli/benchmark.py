@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from spvit.budget import human
 from spvit.checkpoint import write_text
@@ -37,7 +37,7 @@ def benchmark_command(options: BenchmarkCommand, console: Console) -> None:
 
 def _sizes(found: list[Benchmark], batch: int) -> Table:
     """Return what is measured of models once; peak memory is of a pass at this batch size."""
-    table = Table("model", "runs on", *right("params", "macs", "file", "memory"))
+    table = Table(Column("model", overflow="fold"), "runs on", *right("params", "macs", "file", "memory"))
     for row in found:
         cells = ["" if count is None else human(count) for count in (row.params, row.macs)]
         cells += ["" if count is None else f"{count / 1e6:.1f} MB" for count in (row.file_bytes, row.peak_memory)]

@@ -12,6 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
+from spvit.checkpoint import WEIGHTS
 from spvit.cli.options import ExportCommand
 from spvit.cli.show import right, say, speed_text
 from spvit.errors import ExportError, SpvitError, first_line
@@ -29,6 +30,8 @@ from spvit.train.sources import find_images
 
 COMPARED = {"fp32": 64, "fp16": 500, "int8": 500}
 """Validation images that an exported file is compared on."""
+APART = "model.export.safetensors"
+"""Name of exported weights, beside those of the model itself."""
 
 
 def export_command(options: ExportCommand, console: Console) -> None:
@@ -39,6 +42,7 @@ def export_command(options: ExportCommand, console: Console) -> None:
     opened = open_model(options, code=True)
     folder = Path(options.model) if Path(options.model).is_dir() else Path()
     name = f"model{'' if precision == 'fp32' else f'.{precision}'}{SUFFIXES.get(options.to, f'.{options.to}')}"
+    name = APART if name == WEIGHTS else name
     images: Images | None = None
     compared: dict[str, Any] = {}
     if options.data is not None:

@@ -213,7 +213,8 @@ class ExportCommand(ModelConfig):
     to: str = "onnx"
     """`onnx` (ONNX Runtime, TensorRT), `pt2` (a torch.export program), `openvino`, or `safetensors` (weights alone)."""
     output: str | None = None
-    """The file to write; when absent model.onnx (or .pt2, ...) in the model's own folder, or in the current one."""
+    """The file to write; when absent model.onnx (or .pt2, .xml, .export.safetensors) in the model's own folder, or in
+    the current one."""
     opset: int = 18
     """Of ONNX, 18 to 23."""
     with_preprocessing: bool = False
@@ -260,7 +261,7 @@ class PushCommand:
     overwrite: bool = False
     """Replace a model that the branch holds; its history keeps the former one."""
     dry_run: bool = False
-    """Print the card, and upload nothing."""
+    """Load the model, print the card, and upload nothing."""
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,12 @@ _HEADINGS = {
     "budget, one of these": ("macs", "params", "latency"),
     "budgets": ("budgets", "metric"),
     "what may change": ("keep", "only", "forbid"),
+    "what to write": ("to", "int8", "fp16", "most-drop", "opset", "with-preprocessing", "dynamic-size", "overwrite"),
     "what to do": ("architecture", "scores", "epochs", "minutes", "no-train"),
     "run": ("recipe", "output", "device", "seed", "resume", "dry-run", "help", "help-all"),
 }
+_ALSO_IN_ORDER = {"benchmark": "models", **dict.fromkeys(("profile", "check", "export", "frontier"), "model")}
+"""Options that may be given without their name."""
 _SHOWN_OF_DEMO = ("macs", "output", "seed", "resume", "help", "help-all")
 _SEVERAL = ("--keep", "--only", "--forbid", "--track")
 """Options that take several words as one text."""
@@ -174,10 +177,10 @@ def command_parser(name: str, options: type) -> CommandParser:
     in_order = {"model", "files"} if name == "predict" else set()
     parser.add_class_arguments(options, None, as_group=False, as_positional=True, skip=in_order)
     have = parser._option_string_actions
-    if name == "benchmark":
-        parser.add_argument("models", nargs="*", default=argparse.SUPPRESS, help="The same as --models.")
-    if name in ("profile", "check", "export", "frontier"):
-        parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="The same as --model.")
+    also = _ALSO_IN_ORDER.get(name, "")
+    if also:
+        number = "*" if also == "models" else "?"
+        parser.add_argument(also, nargs=number, default=argparse.SUPPRESS, help=f"The same as --{also}.")
     elif name == "predict":
         parser.add_argument("model", help="A folder that spvit wrote, or another model as for compress.")
         parser.add_argument("files", nargs="+", help="Image files, or folders of them.")
@@ -197,6 +200,7 @@ def command_parser(name: str, options: type) -> CommandParser:
     parser.needed = {action.dest: (action.option_strings or [action.dest.upper()])[0] for action in required}
     for action in required:
         action.required = False
-    words = [word if word.isupper() else f"{word} {word[2:].upper()}" for word in parser.needed.values()]
+    bare = {word: word.removeprefix("--").upper() for word in parser.needed.values()}
+    words = [own if word in (own, f"--{also}") else f"{word} {own}" for word, own in bare.items()]
     parser.usage = " ".join([parser.prog, *(words if name != "demo" else []), "[options]"])
     return parser

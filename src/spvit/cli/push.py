@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rich.console import Console
 
 from spvit.cli.options import PushCommand
 from spvit.cli.show import say
-from spvit.pages.card import model_card, push
+from spvit.pages.card import check_loads, model_card, push
 
 
 def push_command(options: PushCommand, console: Console) -> None:
     """Upload a model, and say where it is; or print its card."""
     if options.dry_run:
+        check_loads(Path(options.run))
         card = model_card(options.run, options.name, options.license, options.base_model)
         console.print(card, markup=False, highlight=False, soft_wrap=True)  # it holds brackets
         return

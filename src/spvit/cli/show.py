@@ -44,7 +44,7 @@ def kinds_text(architecture: Architecture) -> str:
 
 def latency_table(latencies: Mapping[str, Sequence[Latency]]) -> Table:
     """Return latency and throughput by batch size and model, each against the first model, with the settings below."""
-    table = Table("batch", "model", *right("ms", "images/s", "speed-up (95 %)"))
+    table = Table("batch", Column("model", overflow="fold"), *right("ms", "images/s", "speed-up (95 %)"))
     names = list(latencies)
     for same_batch in zip(*latencies.values()):
         for index, (name, own) in enumerate(zip(names, same_batch)):

@@ -91,10 +91,7 @@ def push(
         elif about:
             raise CheckpointError(f"{model} is a folder, which says itself what {', '.join(about)} would; leave it out")
         folder = Path(model)
-        if can_build(describe(folder).host):
-            load(folder)  # or nobody could
-        elif not (folder / WEIGHTS).is_file():
-            raise CheckpointError(f"{folder} holds no {WEIGHTS}")
+        check_loads(folder)
         if not spare_retries():
             raise HubError(f"the hub cannot be reached; connect, and push {folder} again")
         if get_token() is None:
@@ -113,6 +110,14 @@ def push(
             operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=own) for path, own in files.items()]
             api.create_commit(name, operations, commit_message=message, revision=revision)
     return f"{HUB}{place}"
+
+
+def check_loads(folder: Path) -> None:
+    """Raise CheckpointError when a folder holds no model that loads: nobody could load it from the hub either."""
+    if can_build(describe(folder).host):
+        load(folder)
+    elif not (folder / WEIGHTS).is_file():
+        raise CheckpointError(f"{folder} holds no {WEIGHTS}")
 
 
 def _check_place(api: Any, name: str, private: bool, revision: str | None, overwrite: bool) -> None:

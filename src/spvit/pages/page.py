@@ -268,9 +268,10 @@ def _commands(contents: Contents) -> list[str]:
         if not contents.finished:
             found.append(f"spvit {contents.command} --output {folder} --resume{typed}")
     if contents.description is not None and can_build(contents.description.host):
-        labelled = data and "accuracy" in contents.description.metrics
-        found += [f"spvit evaluate --model {folder} --data {shlex.quote(str(data))}"] if labelled else []
-        found += [f"spvit profile {folder} --latency", f"spvit export {folder} --to onnx"]
+        images = f" --data {shlex.quote(str(data))}" if data else ""
+        labelled = images and "accuracy" in contents.description.metrics
+        found += [f"spvit evaluate --model {folder}{images}"] if labelled else []
+        found += [f"spvit profile {folder} --latency", f"spvit export {folder} --to onnx{images}"]
     return [*found, f"spvit report {folder}{typed}"]
 
 

@@ -88,9 +88,9 @@ def repair(
     if reads and worst > EXCESS:
         logger.warning(
             "the repair misses %.0f %% more on held-out images than on those that it is fitted to: "
-            "more than %d calibration images would help; 1,000 are advised",
+            "the %s views that it had are too few or too alike, so more images would help",
             100 * worst,
-            count,
+            f"{count:,}",
         )
 
 

@@ -44,6 +44,8 @@ BINS, ENTROPY_BINS = 2048, 512
 SMALL = 1e-5
 BATCH = 8
 """Images that run at once: all that they lead to is held while they are looked at."""
+CAST = "InsertedPrecisionFreeCast_"
+"""What ONNX Runtime puts before the name of a value in half precision that it makes in single."""
 ATTENTION, GELU = ("Attention", "MultiHeadAttention"), ("Gelu", "BiasGelu", "FastGelu", "QuickGelu")
 
 Range = tuple[float, float]
@@ -140,7 +142,10 @@ def quantised(
 
 
 def fusion_of(path: Path) -> Fusion:
-    """Return what ONNX Runtime fuses of a file: attention where a softmax is left runs as several operations."""
+    """Return what ONNX Runtime fuses of a file: attention where a softmax is left runs as several operations.
+
+    A softmax that the CPU lacks, as in half precision, is left as its parts, of which the last makes the same value.
+    """
     import onnxruntime
 
     level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -149,8 +154,9 @@ def fusion_of(path: Path) -> Fusion:
         session(path, optimized_model_filepath=optimised, graph_optimization_level=level)
         nodes = read_program(Path(optimised)).graph.node
     counts = Counter(node.op_type for node in nodes)
-    places = {node.name: _place(node) for node in read_program(path).graph.node}
-    apart = tuple(places.get(node.name) or node.name for node in nodes if node.op_type == "Softmax")
+    left = {name.removeprefix(CAST) for node in nodes for name in (node.name, *node.output)}
+    softmaxes = [node for node in read_program(path).graph.node if node.op_type == "Softmax"]
+    apart = tuple(_place(node) or node.name for node in softmaxes if not left.isdisjoint((node.name, node.output[0])))
     fused, gelus = (sum(counts[name] for name in names) for names in (ATTENTION, GELU))
     return Fusion((fused, fused + len(apart)), (gelus, gelus + counts["Erf"]), apart)
 
@@ -313,4 +319,8 @@ def _with_ranges(program: Program, ranges: Mapping[str, Range]) -> Program:
         extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"], "MatMulConstBOnly": True},
     )
     quantizer.quantize_model()
-    return quantizer.model.model
+    made = quantizer.model.model
+    kept = [item for item in made.metadata_props if item.key != "onnx.infer"]  # the quantizer's mark of its own
+    del made.metadata_props[:]
+    made.metadata_props.extend(kept)
+    return made

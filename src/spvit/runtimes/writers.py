@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -52,6 +53,8 @@ def quiet() -> Iterator[None]:
 
 BATCHES, ANY_SIZE = (({index: torch.export.Dim.DYNAMIC for index in indices},) for indices in ([0], [0, 2, 3]))
 """What varies of the images."""
+AXES = ("batch", "channels", "height", "width")
+"""What the sizes of the images that vary are called in an ONNX file."""
 
 
 def _write_onnx(model: nn.Module, images: Tensor, path: Path, options: dict[str, Any]) -> Run:
@@ -74,8 +77,18 @@ def _write_onnx(model: nn.Module, images: Tensor, path: Path, options: dict[str,
         kept = [item for item in node.metadata_props if item.key == SCOPES]
         del node.metadata_props[:]
         node.metadata_props.extend(kept)
+    _name_sizes(proto.graph)
     onnx.helper.set_model_props(proto, {METADATA: options[METADATA]})
     return write_program(proto, path)
+
+
+def _name_sizes(graph: Any) -> None:
+    """Call the sizes that vary by AXES, in place, wherever they come: torch's exporter calls them s34 or so."""
+    names = {dim.dim_param: axis for dim, axis in zip(graph.input[0].type.tensor_type.shape.dim, AXES)}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:  # of other sizes it may be a term, such as 17*s34
+                dim.dim_param = re.sub(r"\w+", lambda found: names.get(found[0], found[0]), dim.dim_param)
 
 
 def write_program(proto: Any, path: Path) -> Run:
