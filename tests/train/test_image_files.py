@@ -76,6 +76,19 @@ def test_the_rotation_that_a_camera_wrote_is_applied(tmp_path: Path) -> None:
     assert_reads(tmp_path / "a.png", np.rot90(EIGHT[:2], -1))
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "I;16"])
+def test_a_rotated_tiff_is_read_alike_however_it_is_stored(tmp_path: Path, mode: str) -> None:
+    shades = (np.arange(12, dtype=np.uint16).reshape(3, 4) * 20).astype(np.uint16 if mode == "I;16" else np.uint8)
+    picture = Image.fromarray(shades * 256 if mode == "I;16" else shades)
+    picture = picture.convert("RGB") if mode == "RGB" else picture
+    for orientation in range(1, 9):
+        for name, compression in (("raw.tif", None), ("lzw.tif", "tiff_lzw")):
+            picture.save(tmp_path / name, compression=compression, tiffinfo={274: orientation})
+        found = np.asarray(read_image(tmp_path / "raw.tif", 1))
+        assert found.shape == ((3, 4) if orientation < 5 else (4, 3))
+        assert np.array_equal(found, np.asarray(read_image(tmp_path / "lzw.tif", 1))), orientation
+
+
 def test_what_is_no_picture_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")

@@ -83,6 +83,8 @@ def _opened(source: Any) -> Any:
         if not stat.S_ISREG(os.stat(source).st_mode):
             raise ValueError("it is a folder, a pipe or a device, and no file")
         image = Image.open(source)
+        if image.format == "TIFF":  # Pillow 13 maps a rotated file with its height for its width
+            image.filename = ""  # a file without a name is not mapped
     else:
         image = Image.fromarray(source) if isinstance(source, np.ndarray) else source
     if image.mode == "I" and image.format not in _SIXTEEN_BITS:
