@@ -69,6 +69,13 @@ def test_a_background_shows_through(tmp_path: Path, mode: str) -> None:
         assert_reads(tmp_path / "a.png", np.stack([expected] * 3, axis=-1), channels=3, background=background)
 
 
+def test_one_shade_of_sixteen_bits_is_transparent(tmp_path: Path) -> None:
+    shades = np.array([[40000, 40001], [0, 65535]], dtype=np.uint16)  # the first two are alike in eight bits
+    Image.fromarray(shades).save(tmp_path / "a.png", transparency=40000)
+    assert_reads(tmp_path / "a.png", np.array([[0, 156], [0, 255]]), background=0.0)
+    assert_reads(tmp_path / "a.png", np.array([[255, 156], [0, 255]]), background=1.0)
+
+
 def test_the_rotation_that_a_camera_wrote_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn to the right

@@ -104,4 +104,8 @@ def _in_eight_bits(image: Any) -> Any:
     if not (shades.min() >= 0 and shades.max() <= white):
         found = f"{shades.min():.4g} to {shades.max():.4g}"
         raise ValueError(f"its shades are {found}, expected 0 to {white:.0f}; save it with 8 or 16 bits")
-    return Image.fromarray(np.rint(shades * (255 / white)).astype(np.uint8))
+    made = Image.fromarray(np.rint(shades * (255 / white)).astype(np.uint8))
+    transparent = image.info.get("transparency")  # a shade of 16 bits
+    if isinstance(transparent, int):
+        made.putalpha(Image.fromarray(np.where(shades == transparent, 0, 255).astype(np.uint8)))
+    return made
