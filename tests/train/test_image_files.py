@@ -76,6 +76,18 @@ def test_one_shade_of_sixteen_bits_is_transparent(tmp_path: Path) -> None:
     assert_reads(tmp_path / "a.png", np.array([[255, 156], [0, 255]]), background=1.0)
 
 
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_shades_of_a_file_in_which_white_is_zero_are_inverted(tmp_path: Path, compression: str | None) -> None:
+    fractions = RAMP.astype(np.float32)
+    for stored in (EIGHT, np.rint(RAMP * 65535).astype(np.uint16), fractions):
+        Image.fromarray(stored).save(tmp_path / "a.tif", compression=compression)
+        tag = np.array([262, 3, 1, 0], dtype="<u2").tobytes()  # PhotometricInterpretation, one short number
+        content = (tmp_path / "a.tif").read_bytes()
+        assert content.count(tag + b"\1\0") == 1
+        (tmp_path / "a.tif").write_bytes(content.replace(tag + b"\1\0", tag + b"\0\0"))
+        assert_reads(tmp_path / "a.tif", 255 - EIGHT)
+
+
 def test_the_rotation_that_a_camera_wrote_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn to the right
