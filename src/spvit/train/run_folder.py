@@ -36,7 +36,7 @@ import yaml
 from torch import Tensor
 
 from spvit.architecture import Architecture
-from spvit.checkpoint import UNFINISHED, make_folder, write_text
+from spvit.checkpoint import UNFINISHED, make_folder, replace_atomically, write_text
 from spvit.errors import CheckpointError, RunError, RunFolderError, RunStoppedError, SpvitError
 from spvit.repair.scores import Scores
 from spvit.train.lock import locked
@@ -318,7 +318,7 @@ class RunFolder:
             Path(partial).chmod(self.path.stat().st_mode)
             scores.save(partial)
             for path in (self.scores.with_suffix(".safetensors"), self.scores):  # the second says that both are there
-                (Path(partial) / path.name).replace(path)
+                replace_atomically(path, (Path(partial) / path.name).replace)
         shutil.rmtree(self.states(SCORE), ignore_errors=True)
 
     def write_architecture(self, architecture: Architecture) -> None:
