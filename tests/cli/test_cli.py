@@ -24,6 +24,7 @@ from spvit.cli.main import COMMANDS, main, parse
 from spvit.models import ModelConfig, open_model
 from spvit.train.compress import timed
 from spvit.train.processes import processes
+from spvit.train.run_folder import RunFolder
 from spvit.train.settings import CompressConfig
 from training import MODEL, MODEL_ARGS, digits, image_folder, micro_host, run_in, states_equal
 
@@ -302,6 +303,28 @@ def test_resume_by_a_recipe_that_names_the_folder_is_checked_too(capsys, recipe,
     refused(capsys, "holds a run with --seed 2, not 3", "train", "--output", out, "--seed", "3", "--resume", "yes")
     assert (tmp_path / "run" / "config.yaml").read_text() == before
     assert run(capsys, "train", "--recipe", settings, "--seed", "2", "--resume")[0] == 0
+
+
+def test_damaged_settings_of_a_run_are_named_with_what_is_whole(capsys, recipe, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    RunFolder(folder).write_settings("train", Path(recipe(output=str(folder))).read_text())
+    settings, kept = folder / "config.yaml", folder / "state" / "config.yaml"
+    whole = settings.read_bytes()
+    resume = ["train", "--output", str(folder), "--resume"]
+    for damaged, other in ((settings, kept), (kept, settings)):
+        for content, why in (
+            (whole[:14], "it holds no settings"),
+            (b"", "it holds"),
+            (whole + b"{", "while"),
+            (b"\xff", "'utf-8'"),
+        ):
+            damaged.write_bytes(content)
+            refused(capsys, f"{damaged} is damaged ({why}", *resume)
+            refused(capsys, f"; copy {other}, which is whole, to it", *resume)
+        damaged.write_bytes(whole)
+    settings.write_bytes(b"")
+    kept.write_bytes(b"")
+    refused(capsys, f"{settings} is damaged (it holds no settings); start the run anew in another folder", *resume)
 
 
 def test_weights_that_are_not_finite_have_no_accuracy(capsys, recipe, tmp_path: Path) -> None:

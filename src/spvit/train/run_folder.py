@@ -143,11 +143,18 @@ class RunFolder:
     def settings_of(self, command: str) -> tuple[Path, Path]:
         """Return config.yaml, and what it was when the run last used it.
 
-        Raises RunFolderError when there is none, or it is of another command.
+        Raises RunFolderError when there is none, it is damaged, or it is of another command.
         """
         if not self.settings.is_file():
             raise RunFolderError(f"output {self.path} holds no {self.settings.name}, so its run cannot be continued")
         kept = self.settings_kept if self.settings_kept.is_file() else self.settings
+        damaged = {path: why for path in (self.settings, kept) if (why := _why_damaged(path))}
+        for path, why in damaged.items():
+            whole = kept if path == self.settings else self.settings
+            advice = (
+                "start the run anew in another folder" if whole in damaged else f"copy {whole}, which is whole, to it"
+            )
+            raise RunFolderError(f"{path} is damaged ({why}); {advice}")
         first = kept.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
         if first != f"# spvit {command}":
             raise RunFolderError(f"output {self.path} holds a run of {first[2:]!r}, not of 'spvit {command}'")
@@ -328,6 +335,15 @@ class RunFolder:
             advice = "continue it with the settings that it was begun with, or name another folder"
             raise RunFolderError(f"{self.path} has fine-tuned another architecture than what was found now; {advice}")
         write_text(path, architecture.to_json())
+
+
+def _why_damaged(path: Path) -> str:
+    """Return why a file of settings is damaged, or nothing where it is not."""
+    try:
+        found = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return " ".join(str(error).split())
+    return "" if isinstance(found, yaml.MappingNode) else "it holds no settings"
 
 
 def _place(path: Path) -> tuple[int, int]:
