@@ -473,6 +473,18 @@ def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_pat
         ("BROKEN, line 3: no YAML", "train --recipe BROKEN --output OUT"),
         ("UNKNOWN, line 3: Group 'dense' does not accept option 'speed'", "train --recipe UNKNOWN --output OUT"),
         ("WRONG, line 2: --dense.epochs is few, expected a whole number", "train --recipe WRONG --output OUT"),
+        (
+            "FLIP, line 2: images.flip is 3.0, expected 0 or more",
+            "compress --recipe TRAINED --recipe FLIP --output OUT",
+        ),
+        ("spvit: images.flip is 4.0, expected", "compress --recipe TRAINED --recipe FLIP --output OUT --images.flip 4"),
+        ("SHARE, line 1: macs budget 50 is 50 macs", "search --recipe TRAINED --recipe SHARE --output OUT"),
+        ("spvit: macs budget 60 is 60 macs", "search --recipe TRAINED --recipe SHARE --output OUT --macs 60"),
+        ("BUDGETS, line 1: a budget is one of", "compress --recipe TRAINED --recipe BUDGETS --output OUT"),
+        ("BUDGETS, line 2: a budget is one of", "compress --recipe TRAINED --recipe BUDGETS --output OUT --macs 50%"),
+        ("EMPTY is empty, expected names with values", "train --recipe EMPTY --output OUT"),
+        ("LIST is a list, expected names with values", "train --recipe LIST --output OUT"),
+        ("NONE, line 1: no_train is for the command line; write epochs: 0", "compress --recipe NONE --output OUT"),
         ("contradict each other", "compress --recipe TRAINED --output OUT --no-train --epochs 1"),
         ("contradict each other", "compress --recipe TRAINED --output OUT --epochs=1 --finetune.epochs 2"),
         ('write "50%"', "compress --recipe TRAINED --output OUT --macs 50"),
@@ -520,11 +532,17 @@ def test_bad_input_is_one_line_and_nothing_written(capsys, recipe, trained, tmp_
         ("DOUBLED", "model: a\ndata: digits\nmodel: b\n"),
         ("BROKEN", "model: a\ndata: {\n"),
         ("WRONG", "dense:\n  epochs: few\n"),
+        ("FLIP", "images:\n  flip: 3\n"),
+        ("SHARE", "macs: 50\n"),
+        ("BUDGETS", "macs: 50%\nparams: 50%\n"),
+        ("EMPTY", "# nothing yet\n"),
+        ("LIST", "- model: a\n"),
+        ("NONE", "no-train: true\n"),
     ):
         names[name] = tmp_path / name
         names[name].write_text(text)
-    for name in ("DOUBLED", "BROKEN", "WRONG", "UNKNOWN"):
-        words = words.replace(f"{name},", f"{names[name]},")
+    word = words.partition(" ")[0].rstrip(",")
+    words = words.replace(word, str(names.get(word, word)), 1)
     refused(capsys, words, *(str(names.get(word, word)) for word in shlex.split(line)))
     assert not out.exists()
 

@@ -161,8 +161,14 @@ def _options(name: str, parser: CommandParser, values: Namespace) -> Any:
     missing = [words for key, words in parser.needed.items() if values.get(key) is None]
     if missing:
         raise SpvitError(f"the following options are required: {', '.join(missing)}; see {parser.prog} --help")
-    made, options = parser.instantiate(values), COMMANDS[name][0]
-    return options(**{field.name: made[field.name] for field in dataclasses.fields(options)})
+    try:
+        made, options = parser.instantiate(values), COMMANDS[name][0]
+        found = options(**{field.name: made[field.name] for field in dataclasses.fields(options)})
+        if isinstance(found, cli.BudgetOptions):
+            found.budget()
+    except SpvitError as error:
+        raise parser.placed(error) from error
+    return found
 
 
 def _quiet_libraries(problems: Console) -> None:
