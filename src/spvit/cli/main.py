@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 from jsonargparse import Namespace
 from rich.console import Console
@@ -36,6 +36,7 @@ from spvit.errors import RunError, RunStoppedError, SpvitError
 from spvit.models import names_code
 from spvit.train.processes import is_first_to_fail, processes, use_device, who_is_gone
 from spvit.train.run_folder import RunFolder
+from spvit.train.settings import PhaseConfig
 from spvit.train.signals import STOPPING, time_limit
 
 COMMANDS: dict[str, tuple[Any, Callable[..., None]]] = {  # the options and the function of each
@@ -161,14 +162,28 @@ def _options(name: str, parser: CommandParser, values: Namespace) -> Any:
     missing = [words for key, words in parser.needed.items() if values.get(key) is None]
     if missing:
         raise SpvitError(f"the following options are required: {', '.join(missing)}; see {parser.prog} --help")
+    options = COMMANDS[name][0]
     try:
-        made, options = parser.instantiate(values), COMMANDS[name][0]
+        _check_phases(options, values)
+        made = parser.instantiate(values)
         found = options(**{field.name: made[field.name] for field in dataclasses.fields(options)})
         if isinstance(found, cli.BudgetOptions):
             found.budget()
     except SpvitError as error:
         raise parser.placed(error) from error
     return found
+
+
+def _check_phases(options: Any, values: Namespace) -> None:
+    """Raise SpvitError naming the first phase whose settings are wrong, which they do not know themselves."""
+    for name, kind in get_type_hints(options).items():
+        if not (isinstance(kind, type) and issubclass(kind, PhaseConfig)):
+            continue
+        try:
+            kind(**vars(values[name]))
+        except SpvitError as error:
+            known = str(error).partition(" ")[0] in vars(values[name])
+            raise type(error)(f"{name}{'.' if known else ': '}{error}") from error
 
 
 def _quiet_libraries(problems: Console) -> None:
