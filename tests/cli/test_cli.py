@@ -361,12 +361,13 @@ def test_sigterm_ends_a_run_with_a_state_and_ctrl_c_takes_one_line(recipe, tmp_p
     assert any((out / "state" / "dense").glob("epoch-*"))
 
 
-def test_ctrl_c_within_imports_takes_one_line(tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_within_imports_takes_one_line(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "torch.py").write_text(f"import os, time\nos.kill(os.getpid(), {number:d})\ntime.sleep(9)")
     paths = os.pathsep.join([str(tmp_path), str(Path(spvit_command.__file__).parent)])
     command = [sys.executable, "-m", "spvit_command", "profile", MODEL]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (130, "spvit: interrupted\n")
+    assert (done.returncode, done.stderr) == (128 + number, "spvit: interrupted\n")
 
 
 def test_a_signal_does_not_cut_short_what_is_said_at_the_end(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
