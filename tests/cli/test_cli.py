@@ -447,6 +447,23 @@ def test_classes_are_compared_with_those_that_the_model_was_trained_for(capsys, 
     refused(capsys, "in another order", "evaluate", "--model", out, "--data", str(root))
 
 
+def test_a_saved_state_is_spoken_of_only_where_there_is_one(capsys, recipe, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "run"
+    words = ["train", "--recipe", recipe(dense=SHORT), "--output", str(out)]
+    assert run(capsys, *words)[0] == 0
+
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device", "a.json")
+
+    for name in ("train", "profile"):
+        monkeypatch.setitem(COMMANDS, name, (COMMANDS[name][0], fails))
+    said = "spvit: a.json: No space left on device"
+    kept = f"{said}; the last saved state is as it was\n"
+    assert run(capsys, *words, "--resume")[::2] == (1, kept)
+    assert run(capsys, "profile", MODEL)[::2] == (1, f"{said}\n")
+    assert run(capsys, *words[:-1], str(tmp_path / "new"))[::2] == (1, f"{said}\n")
+
+
 def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_path: Path) -> None:
     out = tmp_path / "run"
     settings = recipe(dense={**SHORT, "learning_rate": 10.0, "weight_decay": 1e30, "clip_gradient": 0.0})
