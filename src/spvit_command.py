@@ -29,7 +29,9 @@ def main() -> int:
 
 def _run() -> int:
     # Until the command handles signals itself: an exception within an import might be taken for a missing library.
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"spvit: interrupted\n"), os._exit(130)))
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _end)
     first = sys.argv[1] if len(sys.argv) > 1 else ""
     if first == "--version":
         print(f"spvit {version('spvit')}")
@@ -50,6 +52,11 @@ def _run() -> int:
     from spvit.cli.main import main as run
 
     return run()
+
+
+def _end(number: int, _: object) -> None:
+    os.write(2, b"spvit: interrupted\n")
+    os._exit(128 + number)
 
 
 def _commands() -> dict[str, str]:

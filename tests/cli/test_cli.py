@@ -24,6 +24,7 @@ from spvit.cli.main import COMMANDS, main, parse
 from spvit.models import ModelConfig, open_model
 from spvit.train.compress import timed
 from spvit.train.processes import processes
+from spvit.train.run_folder import RunFolder
 from spvit.train.settings import CompressConfig
 from training import MODEL, MODEL_ARGS, digits, image_folder, micro_host, run_in, states_equal
 
@@ -312,6 +313,28 @@ def test_resume_by_a_recipe_that_names_the_folder_is_checked_too(capsys, recipe,
     assert run(capsys, "train", "--recipe", settings, "--seed", "2", "--resume")[0] == 0
 
 
+def test_damaged_settings_of_a_run_are_named_with_what_is_whole(capsys, recipe, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    RunFolder(folder).write_settings("train", Path(recipe(output=str(folder))).read_text())
+    settings, kept = folder / "config.yaml", folder / "state" / "config.yaml"
+    whole = settings.read_bytes()
+    resume = ["train", "--output", str(folder), "--resume"]
+    for damaged, other in ((settings, kept), (kept, settings)):
+        for content, why in (
+            (whole[:14], "it holds no settings"),
+            (b"", "it holds"),
+            (whole + b"{", "while"),
+            (b"\xff", "'utf-8'"),
+        ):
+            damaged.write_bytes(content)
+            refused(capsys, f"{damaged} is damaged ({why}", *resume)
+            refused(capsys, f"; copy {other}, which is whole, to it", *resume)
+        damaged.write_bytes(whole)
+    settings.write_bytes(b"")
+    kept.write_bytes(b"")
+    refused(capsys, f"{settings} is damaged (it holds no settings); start the run anew in another folder", *resume)
+
+
 def test_weights_that_are_not_finite_have_no_accuracy(capsys, recipe, tmp_path: Path) -> None:
     model = micro_host()
     model.blocks[0].mlp.fc1.weight.data[0, 0] = float("nan")
@@ -346,12 +369,13 @@ def test_sigterm_ends_a_run_with_a_state_and_ctrl_c_takes_one_line(recipe, tmp_p
     assert any((out / "state" / "dense").glob("epoch-*"))
 
 
-def test_ctrl_c_within_imports_takes_one_line(tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_within_imports_takes_one_line(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "torch.py").write_text(f"import os, time\nos.kill(os.getpid(), {number:d})\ntime.sleep(9)")
     paths = os.pathsep.join([str(tmp_path), str(Path(spvit_command.__file__).parent)])
     command = [sys.executable, "-m", "spvit_command", "profile", MODEL]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (130, "spvit: interrupted\n")
+    assert (done.returncode, done.stderr) == (128 + number, "spvit: interrupted\n")
 
 
 def test_a_signal_does_not_cut_short_what_is_said_at_the_end(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,12 +455,29 @@ def test_classes_are_compared_with_those_that_the_model_was_trained_for(capsys, 
     refused(capsys, "in another order", "evaluate", "--model", out, "--data", str(root))
 
 
+def test_a_saved_state_is_spoken_of_only_where_there_is_one(capsys, recipe, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "run"
+    words = ["train", "--recipe", recipe(dense=SHORT), "--output", str(out)]
+    assert run(capsys, *words)[0] == 0
+
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device", "a.json")
+
+    for name in ("train", "profile"):
+        monkeypatch.setitem(COMMANDS, name, (COMMANDS[name][0], fails))
+    said = "spvit: a.json: No space left on device"
+    kept = f"{said}; the last saved state is as it was\n"
+    assert run(capsys, *words, "--resume")[::2] == (1, kept)
+    assert run(capsys, "profile", MODEL)[::2] == (1, f"{said}\n")
+    assert run(capsys, *words[:-1], str(tmp_path / "new"))[::2] == (1, f"{said}\n")
+
+
 def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    settings = recipe(dense={"epochs": 1, "learning_rate": 1e30, "warmup_epochs": 0.0, "clip_gradient": 0.0})
+    settings = recipe(dense={**SHORT, "learning_rate": 10.0, "weight_decay": 1e30, "clip_gradient": 0.0})
     code, _, problems = run(capsys, "train", "--recipe", settings, "--output", str(out))
     assert code == 1
-    assert "of dense (epoch 1): learning rate 1e+30" in problems
+    assert "of dense (epoch 1): learning rate 10;" in problems
     assert (out / "metrics.jsonl").exists() or (out / "config.yaml").exists()
 
 
@@ -458,6 +499,27 @@ def test_diverging_run_exits_with_1_and_keeps_its_folder(capsys, recipe, tmp_pat
         ("BROKEN, line 3: no YAML", "train --recipe BROKEN --output OUT"),
         ("UNKNOWN, line 3: Group 'dense' does not accept option 'speed'", "train --recipe UNKNOWN --output OUT"),
         ("WRONG, line 2: --dense.epochs is few, expected a whole number", "train --recipe WRONG --output OUT"),
+        (
+            "FLIP, line 2: images.flip is 3.0, expected 0 or more",
+            "compress --recipe TRAINED --recipe FLIP --output OUT",
+        ),
+        ("spvit: images.flip is 4.0, expected", "compress --recipe TRAINED --recipe FLIP --output OUT --images.flip 4"),
+        ("SHARE, line 1: macs budget 50 is 50 macs", "search --recipe TRAINED --recipe SHARE --output OUT"),
+        ("spvit: macs budget 60 is 60 macs", "search --recipe TRAINED --recipe SHARE --output OUT --macs 60"),
+        ("BUDGETS, line 1: a budget is one of", "compress --recipe TRAINED --recipe BUDGETS --output OUT"),
+        ("BUDGETS, line 2: a budget is one of", "compress --recipe TRAINED --recipe BUDGETS --output OUT --macs 50%"),
+        ("EMPTY is empty, expected names with values", "train --recipe EMPTY --output OUT"),
+        ("LIST is a list, expected names with values", "train --recipe LIST --output OUT"),
+        ("NONE, line 1: no_train is for the command line; write epochs: 0", "compress --recipe NONE --output OUT"),
+        (
+            "RISE, line 2: finetune.warmup_epochs is -1.0, expected",
+            "compress --recipe TRAINED --recipe RISE --output OUT",
+        ),
+        (
+            "finetune: the teacher is a, but",
+            "compress --recipe TRAINED --output OUT --finetune.teacher a --finetune.distillation 0",
+        ),
+        ("spvit: dense.epochs is -2, expected", "train --recipe FEWER --output OUT --epochs -2"),
         ("contradict each other", "compress --recipe TRAINED --output OUT --no-train --epochs 1"),
         ("contradict each other", "compress --recipe TRAINED --output OUT --epochs=1 --finetune.epochs 2"),
         ('write "50%"', "compress --recipe TRAINED --output OUT --macs 50"),
@@ -505,11 +567,19 @@ def test_bad_input_is_one_line_and_nothing_written(capsys, recipe, trained, tmp_
         ("DOUBLED", "model: a\ndata: digits\nmodel: b\n"),
         ("BROKEN", "model: a\ndata: {\n"),
         ("WRONG", "dense:\n  epochs: few\n"),
+        ("RISE", "finetune:\n  warmup_epochs: -1\n"),
+        ("FEWER", "model: a\ndata: digits\ndense:\n  epochs: -1\n"),
+        ("FLIP", "images:\n  flip: 3\n"),
+        ("SHARE", "macs: 50\n"),
+        ("BUDGETS", "macs: 50%\nparams: 50%\n"),
+        ("EMPTY", "# nothing yet\n"),
+        ("LIST", "- model: a\n"),
+        ("NONE", "no-train: true\n"),
     ):
         names[name] = tmp_path / name
         names[name].write_text(text)
-    for name in ("DOUBLED", "BROKEN", "WRONG", "UNKNOWN"):
-        words = words.replace(f"{name},", f"{names[name]},")
+    word = words.partition(" ")[0].rstrip(",")
+    words = words.replace(word, str(names.get(word, word)), 1)
     refused(capsys, words, *(str(names.get(word, word)) for word in shlex.split(line)))
     assert not out.exists()
 

@@ -212,6 +212,7 @@ def test_scores_are_saved_and_loaded_as_data(tmp_path: Path) -> None:
     scores = score(host, images(host, 16))
     scores.save(tmp_path / "scores")
     assert sorted(path.name for path in (tmp_path / "scores").iterdir()) == ["scores.json", "scores.safetensors"]
+    assert len({path.stat().st_mode for path in (tmp_path / "scores").iterdir()}) == 1
     assert Scores.load(tmp_path / "scores") == scores
     with pytest.raises(
         CalibrationError, match=r"nothing holds no scores that can be read .*spvit\.score\(host, images\)"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import resource
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -321,6 +323,19 @@ def test_a_missing_package_is_named(small: nn.Module, tmp_path: Path, monkeypatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else found(name))
     with pytest.raises(ExportError, match=r"onnx needs onnxruntime; install with: pip install 'spvit\[export\]'"):
         spvit.export(small, tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.pt2", "model.safetensors"])
+def test_a_full_disk_is_no_fault_of_the_model(small: nn.Module, tmp_path: Path, name: str) -> None:
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        with pytest.raises(RunError, match=rf"{tmp_path}/{name} could not be written \(.*File too large.*; what was"):
+            spvit.export(small, tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not any(tmp_path.iterdir())
 
 
 def test_an_operation_that_onnx_does_not_know_is_named(tmp_path: Path) -> None:

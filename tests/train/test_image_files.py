@@ -69,11 +69,43 @@ def test_a_background_shows_through(tmp_path: Path, mode: str) -> None:
         assert_reads(tmp_path / "a.png", np.stack([expected] * 3, axis=-1), channels=3, background=background)
 
 
+def test_one_shade_of_sixteen_bits_is_transparent(tmp_path: Path) -> None:
+    shades = np.array([[40000, 40001], [0, 65535]], dtype=np.uint16)  # the first two are alike in eight bits
+    Image.fromarray(shades).save(tmp_path / "a.png", transparency=40000)
+    assert_reads(tmp_path / "a.png", np.array([[0, 156], [0, 255]]), background=0.0)
+    assert_reads(tmp_path / "a.png", np.array([[255, 156], [0, 255]]), background=1.0)
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_shades_of_a_file_in_which_white_is_zero_are_inverted(tmp_path: Path, compression: str | None) -> None:
+    fractions = RAMP.astype(np.float32)
+    for stored in (EIGHT, np.rint(RAMP * 65535).astype(np.uint16), fractions):
+        Image.fromarray(stored).save(tmp_path / "a.tif", compression=compression)
+        tag = np.array([262, 3, 1, 0], dtype="<u2").tobytes()  # PhotometricInterpretation, one short number
+        content = (tmp_path / "a.tif").read_bytes()
+        assert content.count(tag + b"\1\0") == 1
+        (tmp_path / "a.tif").write_bytes(content.replace(tag + b"\1\0", tag + b"\0\0"))
+        assert_reads(tmp_path / "a.tif", 255 - EIGHT)
+
+
 def test_the_rotation_that_a_camera_wrote_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn to the right
     Image.fromarray(EIGHT[:2]).save(tmp_path / "a.png", exif=exif)
     assert_reads(tmp_path / "a.png", np.rot90(EIGHT[:2], -1))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "I;16"])
+def test_a_rotated_tiff_is_read_alike_however_it_is_stored(tmp_path: Path, mode: str) -> None:
+    shades = (np.arange(12, dtype=np.uint16).reshape(3, 4) * 20).astype(np.uint16 if mode == "I;16" else np.uint8)
+    picture = Image.fromarray(shades * 256 if mode == "I;16" else shades)
+    picture = picture.convert("RGB") if mode == "RGB" else picture
+    for orientation in range(1, 9):
+        for name, compression in (("raw.tif", None), ("lzw.tif", "tiff_lzw")):
+            picture.save(tmp_path / name, compression=compression, tiffinfo={274: orientation})
+        found = np.asarray(read_image(tmp_path / "raw.tif", 1))
+        assert found.shape == ((3, 4) if orientation < 5 else (4, 3))
+        assert np.array_equal(found, np.asarray(read_image(tmp_path / "lzw.tif", 1))), orientation
 
 
 def test_what_is_no_picture_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

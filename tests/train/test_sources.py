@@ -204,3 +204,19 @@ def test_a_million_files_are_kept_small(tmp_path: Path) -> None:
     odd = Files([(Path("/ü\udcff/a"), 0)])
     assert odd[0] == ("/ü\udcff/a", 0)
     assert find_images(str(image_folder(tmp_path)), ImageConfig())[0].targets.dtype == np.int64
+
+
+def test_a_link_to_a_folder_that_it_is_in_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = image_folder(tmp_path)
+    before = find_images(str(root), ImageConfig())
+    (root / "train" / "dog" / "loop").symlink_to("../..")
+    (tmp_path / "more").mkdir()
+    (root / "train" / "cat").rename(tmp_path / "more" / "cat")  # one elsewhere is followed, but not round and round
+    (root / "train" / "cat").symlink_to(tmp_path / "more" / "cat")
+    (tmp_path / "more" / "cat" / "back").symlink_to(root / "train" / "cat")
+    found = find_images(str(root), ImageConfig())
+    assert [list(part) for part in found[:2]] == [list(part) for part in before[:2]]
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        f"{root}/train/{name} is left out: it links to a folder that it is in" for name in ("cat/back", "dog/loop")
+    ]

@@ -228,6 +228,7 @@ def test_files_of_a_run_have_the_permissions_of_its_folder(tmp_path: Path) -> No
         folder.chmod(mode)
         RunFolder(folder).write_settings("train", "seed: 0")
         write_state(folder / "state" / "dense" / "best.safetensors", {"a": torch.ones(1)}, {})
+        RunFolder(folder).write_scores(Scores((), 8, "", "logits"))
         files = [path for path in folder.rglob("*") if path.is_file()]
-        assert len(files) == 3
+        assert len(files) == 5
         assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {expected}

@@ -254,7 +254,8 @@ def test_trials_are_judged_by_whole_batches_of_many_images(
 def test_a_rate_that_overflows_gains_nothing(tmp_path: Path, monkeypatch) -> None:
     images, dense, model = unlabelled(batch_size=16), micro_host(num_classes=0), micro_host(1, num_classes=0)
     run = _run(tmp_path, images, reference_of(dense, images, LoopConfig()))
-    monkeypatch.setattr("spvit.train.rate.RATES", (1e-3, 1e30))
+    monkeypatch.setattr("spvit.train.rate.RATES", (1e-3, 10.0))
+    monkeypatch.setattr("spvit.train.loop.learning_rate_at", lambda *given: 1e30 if given[3] == 10.0 else 1e-3)
     monkeypatch.setattr("spvit.train.rate.FIRST", 1)
     assert with_rate(Phase("finetune", model, short(1, learning_rate=None)), run).config.learning_rate == 1e-3
     stop = Mock(side_effect=RunStoppedError("stopped", 15))

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 from jsonargparse import Namespace
 from rich.console import Console
@@ -35,7 +35,8 @@ from spvit.cli.show import say
 from spvit.errors import RunError, RunStoppedError, SpvitError
 from spvit.models import names_code
 from spvit.train.processes import is_first_to_fail, processes, use_device, who_is_gone
-from spvit.train.run_folder import RunFolder
+from spvit.train.run_folder import DENSE, FINETUNE, REPAIR, SCORE, SEARCH, RunFolder
+from spvit.train.settings import PhaseConfig
 from spvit.train.signals import STOPPING, time_limit
 
 COMMANDS: dict[str, tuple[Any, Callable[..., None]]] = {  # the options and the function of each
@@ -92,13 +93,16 @@ def _explained(error: BaseException) -> tuple[int, str]:
     if isinstance(error, SpvitError):  # one in a reading process arrives as its traceback, with the message last
         return 1 if isinstance(error, RunError) else 2, str(error).split("DataError: ")[-1]
     if isinstance(error, OSError):  # a full disk, a folder that may not be written, one that has gone
-        place = f"{error.filename}: " if error.filename else ""
-        return 1, f"{place}{error.strerror or error}; the last saved state is as it was"
+        return 1, _in_words(error)
     if isinstance(error, RuntimeError) and (gone := who_is_gone(error)):
         return 1, f"{gone}; {ADVICE}"
     if isinstance(error, KeyboardInterrupt):
         return 128 + (error.args[0] if error.args else signal.SIGINT), f"interrupted; {ADVICE}"
     raise error
+
+
+def _in_words(error: OSError) -> str:
+    return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}"
 
 
 def _stop_by_exception() -> dict[int, Any]:
@@ -124,8 +128,14 @@ def _command(arguments: list[str], problems: Console) -> None:
     use_device(device)
     writes = isinstance(options, cli.RunCommand) and not getattr(options, "dry_run", False)
     hours = getattr(options, "max_hours", None)
-    with RunFolder(options.output).held() if writes else nullcontext(), time_limit(hours, partial(say, console)):
-        COMMANDS[name][1](options, console)
+    folder = RunFolder(options.output) if writes else None
+    try:
+        with folder.held() if folder else nullcontext(), time_limit(hours, partial(say, console)):
+            COMMANDS[name][1](options, console)
+    except OSError as error:
+        if folder and any(map(folder.has_begun, (DENSE, SCORE, SEARCH, REPAIR, FINETUNE))):
+            raise RunError(f"{_in_words(error)}; the last saved state is as it was") from error
+        raise
     processes().destroy_process_group()  # or its threads may end the interpreter with an error
 
 
@@ -161,8 +171,28 @@ def _options(name: str, parser: CommandParser, values: Namespace) -> Any:
     missing = [words for key, words in parser.needed.items() if values.get(key) is None]
     if missing:
         raise SpvitError(f"the following options are required: {', '.join(missing)}; see {parser.prog} --help")
-    made, options = parser.instantiate(values), COMMANDS[name][0]
-    return options(**{field.name: made[field.name] for field in dataclasses.fields(options)})
+    options = COMMANDS[name][0]
+    try:
+        _check_phases(options, values)
+        made = parser.instantiate(values)
+        found = options(**{field.name: made[field.name] for field in dataclasses.fields(options)})
+        if isinstance(found, cli.BudgetOptions):
+            found.budget()
+    except SpvitError as error:
+        raise parser.placed(error) from error
+    return found
+
+
+def _check_phases(options: Any, values: Namespace) -> None:
+    """Raise SpvitError naming the first phase whose settings are wrong, which they do not know themselves."""
+    for name, kind in get_type_hints(options).items():
+        if not (isinstance(kind, type) and issubclass(kind, PhaseConfig)):
+            continue
+        try:
+            kind(**vars(values[name]))
+        except SpvitError as error:
+            known = str(error).partition(" ")[0] in vars(values[name])
+            raise type(error)(f"{name}{'.' if known else ': '}{error}") from error
 
 
 def _quiet_libraries(problems: Console) -> None:

@@ -6,6 +6,7 @@ import argparse
 import copy
 import difflib
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -62,8 +63,12 @@ class CommandParser(ArgumentParser):
         """Parse as jsonargparse does. Raises SpvitError: an option or value is wrong, or names code to import."""
         _check_contradictions(args)
         options = [word.partition("=")[0] for word in args]
-        self._lines = {recipe: lines_of(recipe) for recipe in given(args, "--recipe")}
-        self._typed = {option[2:].replace("-", "_") for option in options if option.startswith("--")}
+        continued = {} if kwargs.get("namespace") is None else self._lines  # what was read before counts on
+        self._lines = continued | {recipe: lines_of(recipe) for recipe in given(args, "--recipe")}
+        have = self._option_string_actions
+        self._typed = {have[option].dest for option in options if option in have}
+        if (where := self._where("no_train")) and "--no-train" in have:
+            raise SpvitError(f"{where}no_train is for the command line; write epochs: 0")
         try:
             return super().parse_args(_joined(args), **kwargs)
         except ImportError as error:
@@ -88,6 +93,13 @@ class CommandParser(ArgumentParser):
             message = self._where(unknown[2:]) + message
         near = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
         return f"{message}; did you mean {near[0]}?" if near else message
+
+    def placed(self, error: SpvitError) -> SpvitError:
+        """Return an error of settings behind the recipe and line of the setting that it begins with, if it has one."""
+        first, _, given = str(error).partition(", found ")
+        names = re.findall(r"[\w.]+", given if first.startswith("a budget is one of") else first.partition(" ")[0])
+        where = next(filter(None, map(self._where, names)), "")
+        return type(error)(f"{where}{error}")
 
     def _where(self, key: str) -> str:
         """Return the recipe and line that set a key, if one did and no option did."""

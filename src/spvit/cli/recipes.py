@@ -12,7 +12,7 @@ from spvit.errors import SpvitError
 def lines_of(recipe: str | Path) -> dict[str, int]:
     """Return the line of every key of a recipe by its dotted name; none of a file that is not there.
 
-    Raises SpvitError with file and line when the file is no YAML, or a key stands twice in it.
+    Raises SpvitError with file and line when the file is no YAML, no names with values, or a key stands twice in it.
     """
     if not Path(recipe).is_file():
         return {}
@@ -29,11 +29,15 @@ def lines_of(recipe: str | Path) -> dict[str, int]:
             read(value, f"{name}.")
 
     try:
-        read(yaml.compose(Path(recipe).read_text(encoding="utf-8"), yaml.SafeLoader), "")
+        found = yaml.compose(Path(recipe).read_text(encoding="utf-8"), yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         where = f", line {mark.line + 1}" if mark else ""
         raise SpvitError(f"{recipe}{where}: no YAML: {problem}") from error
     except UnicodeDecodeError as error:
         raise SpvitError(f"{recipe} is no text: {error}") from error
+    if not isinstance(found, yaml.MappingNode):
+        kind = "empty" if found is None else "a list" if isinstance(found, yaml.SequenceNode) else "a word"
+        raise SpvitError(f"{recipe} is {kind}, expected names with values such as seed: 0")
+    read(found, "")
     return lines

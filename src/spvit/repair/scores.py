@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_of
 from torch import Tensor, nn
 
 from spvit.architecture import DEFAULT_MULTIPLE, FFN, KINDS, Attention, Block
@@ -131,7 +132,7 @@ class Scores:
             tensors |= {f"{index}.{name}": tensor for name, tensor in own.items()}
         data = {"format": FORMAT, "version": VERSION, "multiple": self.multiple, "weights": self.weights}
         data["objective"] = self.objective
-        save_file(tensors, folder / TENSORS)
+        (folder / TENSORS).write_bytes(safetensors_of(tensors))  # save_file lets nobody else read its files
         (folder / DESCRIPTION).write_text(json.dumps({**data, "attention": candidates}) + "\n", encoding="utf-8")
 
     @staticmethod

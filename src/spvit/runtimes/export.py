@@ -22,11 +22,12 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from spvit.checkpoint import Preprocessing
 from spvit.cost import count_params
-from spvit.errors import ExportError, RunError, first_line
+from spvit.errors import ExportError, RunError, SpvitError, first_line
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host, macs_of_image, outputs_of
 from spvit.hosts.recognise import family_of
@@ -123,7 +124,8 @@ def export(
 
     Raises:
         ExportError: a package is missing, an operation is not supported, or what was written answers otherwise.
-        RunError: a lower precision loses more than `most_drop`; the file is kept under another name.
+        RunError: a lower precision loses more than `most_drop`; the file is kept under another name. Or the file
+            cannot be written.
         CalibrationError: the calibration images are too few, or lead to values that are not finite.
     """
     form = _form(path := Path(path), to, opset, overwrite)
@@ -159,9 +161,7 @@ def export(
             try:
                 run = WRITERS[form](small, traced, written, options)
             except Exception as error:  # whatever an exporter raises; all of it means that the model cannot be written
-                where = _places(error, small, traced, options["shapes"])
-                reason = "; ".join([*_reasons(error), *where])
-                raise ExportError(f"{type(model).__name__} cannot be exported to {form}: {reason}") from error
+                raise _failed(error, form, path, small, traced, options["shapes"]) from error
             outputs, elsewhere = ((_answers(run, batch), _answers(small, batch)) for batch in (images, others))
         compared = partial(_figures, written, form, logits=family.classes(model) > 1)
         done = compared(*outputs, labels=labels)
@@ -238,6 +238,15 @@ def _form(path: Path, to: str | None, opset: int, overwrite: bool) -> str:
     if path.exists() and not overwrite:
         raise ExportError(f"{path} exists already; name another file, or pass overwrite=True (--overwrite)")
     return form
+
+
+def _failed(error: Exception, form: str, path: Path, model: _Plain, images: Tensor, shapes: Any) -> SpvitError:
+    """Return the error that says why nothing was written: the disk, or the model."""
+    if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno):  # without it of inspect
+        reason = getattr(error, "strerror", None) or first_line(error)
+        return RunError(f"{path} could not be written ({reason}); what was there before is as it was")
+    reason = "; ".join([*_reasons(error), *_places(error, model, images, shapes)])
+    return ExportError(f"{type(model.model).__name__} cannot be exported to {form}: {reason}")
 
 
 def _reasons(error: BaseException) -> list[str]:

@@ -127,8 +127,9 @@ def read_program(path: Path) -> Program:
 
 def _write_pt2(model: nn.Module, images: Tensor, path: Path, options: dict[str, Any]) -> Run:
     program = torch.export.export(model, (images,), dynamic_shapes=options["shapes"])
-    extra = {METADATA: options[METADATA]}
-    torch.export.save(program, path, extra_files=extra)
+    buffer = io.BytesIO()  # on a full disk torch ends the process
+    torch.export.save(program, buffer, extra_files={METADATA: options[METADATA]})
+    path.write_bytes(buffer.getbuffer())
     loaded = torch.export.load(path).module()
 
     @torch.no_grad()

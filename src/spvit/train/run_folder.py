@@ -37,7 +37,7 @@ import yaml
 from torch import Tensor
 
 from spvit.architecture import Architecture
-from spvit.checkpoint import UNFINISHED, make_folder, write_text
+from spvit.checkpoint import UNFINISHED, make_folder, replace_atomically, write_text
 from spvit.errors import CheckpointError, RunError, RunFolderError, RunStoppedError, SpvitError
 from spvit.repair.scores import Scores
 from spvit.train.lock import locked
@@ -146,11 +146,18 @@ class RunFolder:
     def settings_of(self, command: str) -> tuple[Path, Path]:
         """Return config.yaml, and what it was when the run last used it.
 
-        Raises RunFolderError when there is none, or it is of another command.
+        Raises RunFolderError when there is none, it is damaged, or it is of another command.
         """
         if not self.settings.is_file():
             raise RunFolderError(f"output {self.path} holds no {self.settings.name}, so its run cannot be continued")
         kept = self.settings_kept if self.settings_kept.is_file() else self.settings
+        damaged = {path: why for path in (self.settings, kept) if (why := _why_damaged(path))}
+        for path, why in damaged.items():
+            whole = kept if path == self.settings else self.settings
+            advice = (
+                "start the run anew in another folder" if whole in damaged else f"copy {whole}, which is whole, to it"
+            )
+            raise RunFolderError(f"{path} is damaged ({why}); {advice}")
         first = kept.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
         if first != f"# spvit {command}":
             raise RunFolderError(f"output {self.path} holds a run of {first[2:]!r}, not of 'spvit {command}'")
@@ -339,7 +346,7 @@ class RunFolder:
             Path(partial).chmod(self.path.stat().st_mode)
             scores.save(partial)
             for path in (self.scores.with_suffix(".safetensors"), self.scores):  # the second says that both are there
-                (Path(partial) / path.name).replace(path)
+                replace_atomically(path, (Path(partial) / path.name).replace)
         shutil.rmtree(self.states(SCORE), ignore_errors=True)
 
     def write_architecture(self, architecture: Architecture) -> None:
@@ -349,6 +356,15 @@ class RunFolder:
             advice = "continue it with the settings that it was begun with, or name another folder"
             raise RunFolderError(f"{self.path} has fine-tuned another architecture than what was found now; {advice}")
         write_text(path, architecture.to_json())
+
+
+def _why_damaged(path: Path) -> str:
+    """Return why a file of settings is damaged, or nothing where it is not."""
+    try:
+        found = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return " ".join(str(error).split())
+    return "" if isinstance(found, yaml.MappingNode) else "it holds no settings"
 
 
 def _place(path: Path) -> tuple[int, int]:

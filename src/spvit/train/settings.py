@@ -16,6 +16,7 @@ TRACKERS = ("tensorboard", "wandb", "mlflow")
 CALIBRATION_IMAGES = 1024
 REPAIR_VIEWS = 4
 LEARNING_RATE = 5e-4
+MOST_RATE = 10.0  # far above any that trains; one above is a slip, and would train to nothing without a word
 MOST_EPOCHS = 10_000  # where minutes are what ends training
 
 
@@ -167,10 +168,10 @@ class PhaseConfig:
     """Most minutes of the phase, counted anew by a continued run: then the epoch under way ends, and is the last."""
     optimizer: str = one_of("adamw", "adamw", "muon")
     """`adamw`, or `muon` (timm's): weight matrices move alike in all directions, other parameters as with AdamW."""
-    learning_rate: float | None = within(None, 0)
+    learning_rate: float | None = within(None, 0, MOST_RATE)
     """Peak learning rate of the weights. When absent 5e-4; without labels, the highest that short trials gain by,
     which then falls to zero."""
-    minimum_learning_rate: float = within(1e-5, 0)
+    minimum_learning_rate: float = within(1e-5, 0, MOST_RATE)
     """Learning rate at the end of the cosine schedule; equal to the peak for a constant rate."""
     warmup_epochs: float = within(0.5, 0)
     """Epochs in which the learning rate rises from zero."""
@@ -230,7 +231,7 @@ class PhaseConfig:
 class SearchConfig(PhaseConfig):
     """Settings of the search."""
 
-    gate_learning_rate: float | None = within(None, 0)
+    gate_learning_rate: float | None = within(None, 0, MOST_RATE)
     """Constant learning rate of the gate logits, which do not decay. When absent, such that rate x
     steps is 12.5 as in the published DeiT search, but at most 0.05."""
     # A weight that is whole from the start closes gates by the dozen before the task has said which it needs

@@ -11,7 +11,7 @@ import math
 import os
 import tarfile
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -120,6 +120,31 @@ class _Folder(torchvision.datasets.ImageFolder):
         if not classes:
             raise FileNotFoundError(f"Couldn't find any class folder in {directory}")
         return classes, {name: index for index, name in enumerate(classes)}
+
+    @staticmethod
+    def make_dataset(directory: Any, class_to_idx: Any, *_: Any, **__: Any) -> list[tuple[str, int]]:
+        """Return the images and their classes, in order. Raises FileNotFoundError when a class has none."""
+        found = [
+            (os.path.join(path, name), index)
+            for own, index in class_to_idx.items()
+            for path, names in sorted(_walk(os.path.join(directory, own)))
+            for name in sorted(filter(_is_picture, names))
+        ]
+        if empty := sorted(set(class_to_idx.values()) - {index for _, index in found}):
+            names = [name for name, index in class_to_idx.items() if index in empty]
+            raise FileNotFoundError(f"Found no valid file for the classes {', '.join(names)}")
+        return found
+
+
+def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield a folder and those below it, with their files. A link is followed unless it leads to where it came from."""
+    for path, folders, names in os.walk(folder, followlinks=True):
+        target = Path(path).resolve()
+        if os.path.islink(path) and any(place.resolve().is_relative_to(target) for place in Path(path).parents):
+            logger.warning("%s is left out: it links to a folder that it is in", path)
+            folders.clear()
+        else:
+            yield path, names
 
 
 def _is_picture(path: str) -> bool:
