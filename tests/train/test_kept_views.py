@@ -24,7 +24,7 @@ from spvit.train.figures import Reference, reference_of
 from spvit.train.kept_views import KeptViews, keep_views, most_views
 from spvit.train.loop import Loop, Phase, Run
 from spvit.train.run_folder import RunFolder
-from spvit.train.settings import CompressConfig, ImageConfig, LoopConfig, PhaseConfig
+from spvit.train.settings import MOST_EPOCHS, CompressConfig, ImageConfig, LoopConfig, PhaseConfig
 from spvit.train.step_loss import StepLoss
 from tiny import HOSTS, images, make_host
 from training import digits, micro_host, short, states_equal
@@ -114,24 +114,20 @@ def test_a_step_is_the_same_and_does_not_run_the_dense_model(tmp_path: Path, sha
 
 
 def test_few_minutes_on_a_processor_keep_views(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = unlabelled()
-    for minutes, asked, count in (
-        (None, None, 0),
-        (0.5, None, 400),
-        (5, None, 4000),
-        (20, None, 4096),
-        (21, None, 0),
-        (5, 0, 0),
-    ):
-        assert most_views("finetune", PhaseConfig(minutes=minutes, kept_views=asked), found) == count
-    assert most_views("finetune", PhaseConfig(kept_views=7), found) == 7
-    minutes = PhaseConfig(minutes=5)
+    found, minutes = unlabelled(), PhaseConfig(minutes=5, epochs=MOST_EPOCHS)
+    for value, asked, count in ((0.5, None, 400), (5, None, 4000), (20, None, 4096), (21, None, 0), (5, 0, 0)):
+        assert most_views("finetune", replace(minutes, minutes=value, kept_views=asked), found) == count
+    assert most_views("finetune", replace(minutes, minutes=0.01), unlabelled(batch_size=32, accumulate=2)) == 64
+    assert most_views("finetune", replace(minutes, epochs=10), found) == 0  # of which epochs are of all images
+    assert most_views("finetune", PhaseConfig(kept_views=200), found) == 200
     assert most_views("finetune", minutes, digits()) == 0
     assert most_views("finetune", minutes, unlabelled(mixup=0.8)) == 0
+    with pytest.raises(DataError, match="finetune.kept_views is 7, but a step takes 64; leave it out"):
+        most_views("finetune", PhaseConfig(kept_views=7), unlabelled(batch_size=64))
     monkeypatch.setattr("spvit.train.kept_views.processes", lambda: type("", (), {"num_processes": 2}))
     assert most_views("finetune", minutes, found) == 0
-    with pytest.raises(DataError, match="finetune.kept_views is 7, but there are several processes; leave it out"):
-        most_views("finetune", PhaseConfig(kept_views=7), found)
+    with pytest.raises(DataError, match="finetune.kept_views is 200, but there are several processes; leave it out"):
+        most_views("finetune", PhaseConfig(kept_views=200), found)
 
 
 def test_where_memory_has_no_room_for_enough_all_are_drawn_anew() -> None:

@@ -8,7 +8,6 @@ Shapes: V views [V, channels, height, width]; parts of answers [V, ..., D]; hidd
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,14 +23,14 @@ from spvit.train.data import Images, calibration, mixup_of, seed_of
 from spvit.train.figures import Reference, autocast
 from spvit.train.hidden import hooked
 from spvit.train.processes import processes
-from spvit.train.settings import LoopConfig, PhaseConfig
+from spvit.train.settings import MOST_EPOCHS, LoopConfig, PhaseConfig
 
 MOST, LEAST, BY_MINUTE = 4096, 1024, 800
 """Views by default: at most; at least, or memory has no room and all are drawn anew; and by each minute of a phase."""
 KEPT_VIEWS = "kept_views"
 """Of the line of metrics.jsonl that says how many a phase keeps."""
 FEW = 20
-"""Minutes of a phase up to which views are kept by default: in more it would see them too often (not measured)."""
+"""Minutes up to which a phase that they end keeps views by default: in more it would see them too often (a guess)."""
 MEMORY = 2**32
 """Bytes that they take by default, at most."""
 
@@ -69,19 +68,23 @@ def most_views(name: str, settings: PhaseConfig, images: Images) -> int:
 
     Raises DataError when settings ask for some where none can be kept.
     """
-    asked, why = settings.kept_views, None
+    asked, why, step = settings.kept_views, None, images.config.batch_size * images.config.accumulate
     if images.classes:
         why = "the images have labels"
     elif mixup_of(images.config, 1, 0.0) is not None:
         why = "mixup and cutmix mix images anew"
     elif processes().num_processes > 1:
         why = "there are several processes"
+    elif asked and asked < step:
+        why = f"a step takes {step}"
     if asked and why is not None:
         raise DataError(f"{name}.kept_views is {asked}, but {why}; leave it out")
     if asked is not None or why is not None:
         return asked or 0
-    minutes = settings.minutes or math.inf
-    return min(MOST, int(BY_MINUTE * minutes)) if minutes <= FEW and processes().device.type == "cpu" else 0
+    minutes = settings.minutes if settings.epochs >= MOST_EPOCHS else None
+    if minutes is None or minutes > FEW or processes().device.type != "cpu":
+        return 0
+    return max(step, min(MOST, int(BY_MINUTE * minutes)))
 
 
 @torch.no_grad()

@@ -194,8 +194,9 @@ class PhaseConfig:
     their error relative to their variance. When absent 0.99 without labels, and 0 with."""
     kept_views: int | None = within(None, 0)
     """Without labels: views of the training images, the same in each epoch, whose answers of the dense model are kept
-    in memory, so that a step takes half as long or less. When absent, with at most 20 minutes and on a CPU 800 by each
-    minute, at most 4,096 and as many as 4 GiB hold; else, and with 0, views are drawn anew."""
+    in memory, so that a step takes half as long or less. When absent, on a CPU and where at most 20 minutes, and no
+    epochs, say how long: 800 by each minute, at most 4,096 and as many as 4 GiB hold. Else, and with 0, views are drawn
+    anew."""
     teacher: str | None = None
     """The teacher: any timm model, hf:NAME or a folder that spvit wrote, with the same classes. Its images are
     normalised as its own, and resized when its input size is fixed. When absent, the dense model teaches."""
