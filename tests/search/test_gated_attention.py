@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -160,6 +162,13 @@ def test_mixture_and_sensitivity_follow_the_formula(bits: tuple[bool, ...]) -> N
         (gradient,) = torch.autograd.grad(expected[column], gates, retain_graph=True, allow_unused=True)
         found = [row[column] for row in gate_sensitivity(bits)]
         assert found == ([0.0] * 3 if gradient is None else gradient.tolist())
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_the_package_may_be_imported_where_no_gradients_are_kept(without: Callable[[], Any]) -> None:
+    with without():
+        found = gate_sensitivity((True, True, True))
+    assert found == [[1, -1, 0]] * 3
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,8 @@ def candidate_mixture(gates: Tensor) -> Tensor:
     return torch.stack([c3, c2 * (1 - c3), c1 * (1 - c2) * (1 - c3)])
 
 
+@torch.inference_mode(False)  # whoever imports this may be within no_grad
+@torch.enable_grad()
 def gate_sensitivity(bits: tuple[bool, ...]) -> list[list[float]]:
     """Return d(mixture) / d(gates) at sampled gates: one row a gate, one column a candidate (msa, conv3, conv1).
 
@@ -50,8 +52,7 @@ def gate_sensitivity(bits: tuple[bool, ...]) -> list[list[float]]:
     candidates whose values are not needed at all.
     """
     gates = torch.tensor([float(bit) for bit in bits], device="cpu", requires_grad=True)
-    with torch.enable_grad():
-        mixture = candidate_mixture(gates)
+    mixture = candidate_mixture(gates)
     rows = [torch.autograd.grad(part, gates, retain_graph=True, allow_unused=True)[0] for part in mixture]
     return torch.stack([torch.zeros_like(gates) if row is None else row for row in rows], dim=1).tolist()
 
