@@ -347,9 +347,7 @@ def scored(host: Host, config: ScoresConfig, run: Run) -> None:
         finished = block_states(SCORE, host.model, config, run)
         with run.progress.bar(SCORE, len(host.blocks)):
             multiple = config.multiple or DEFAULT_MULTIPLE
-            most = config.repair_views * len(run.images.views)  # type: ignore[arg-type]
-            count = min(config.calibration_images, most)
-            images = calibration(run.images, config.seed, count)
+            images = calibration(run.images, config.seed, config.calibration_images)
             more: Any = {"objective": config.objective, "report": run.progress.count, "finished": finished}
             found = score(host, images, multiple=multiple, **more)
         run.folder.write_scores(found)

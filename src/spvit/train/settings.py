@@ -257,7 +257,7 @@ class ScoresConfig(Constraints, LoopConfig):
     """Settings of scores, decisions by them and repairs, and what the decisions leave alone."""
 
     calibration_images: int = within(CALIBRATION_IMAGES, 1)
-    """Training images for scores, cropped and mirrored at random; their labels are not used."""
+    """Training images for scores, cropped and mirrored at random; fewer are cropped anew. Labels are not used."""
     repair_views: int = within(REPAIR_VIEWS, 1)
     """Times that number of images for the repair: further training images, and all of them again, cropped anew, where
     there are no more."""
