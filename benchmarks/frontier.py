@@ -28,9 +28,9 @@ import spvit
 from backbone import crops, load_model, load_photographs
 from reporting import check_free, figures_of_process, machine, peak_bytes, write_results
 from spvit.train.data import load_images
+from spvit.train.figures import quality_of, said
 
 EIGHT = ("90%", "75%", "60%", "50%", "40%", "35%", "25%", "15%")
-JUDGED = ("accuracy", "agreement")
 SIDES = {"eight": EIGHT, "one": EIGHT[3:4], "compress": EIGHT[3:4]}
 
 
@@ -103,7 +103,8 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
             [budget], config = SIDES[options.side], spvit.CompressConfig(epochs=0, **shared)
             spvit.compress(host, images, budget, output=folder, config=config)
             summary = json.loads((Path(folder) / "summary.json").read_text())
-            points = [f"{budget} {name} {value:.4f}" for name, value in summary["pruned"].items() if name in JUDGED]
+            name, value = quality_of(summary["pruned"])
+            points = [f"{budget} {name} {said(name, value)}"]
         else:
             frontier = spvit.FrontierConfig(**shared)
             found = spvit.frontier(host, images, SIDES[options.side], output=folder, config=frontier)

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spvit.architecture import Architecture, architecture_from_dict
-from spvit.errors import ArchitectureError, CheckpointError, RunError, first_line, why_unread
+from spvit.errors import ArchitectureError, CheckpointError, not_written, why_unread
 from spvit.fields import fields_of, from_data, to_data
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host
@@ -106,8 +106,7 @@ def replace_atomically(path: str | Path, write: Callable[[Path], object]) -> Non
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise RunError(f"{path} could not be written ({reason}); what was there before is as it was") from error
+        raise not_written(path, error) from error
 
 
 def _to_disk(path: Path) -> None:

@@ -89,6 +89,12 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+def not_written(path: Path, error: Exception) -> RunError:
+    """Return the error that says that a file could not be written, of the disk's or safetensors' own."""
+    reason = getattr(error, "strerror", None) or first_line(error)
+    return RunError(f"{path} could not be written ({reason}); what was there before is as it was")
+
+
 def why_unread(path: Path, error: Exception) -> str:
     """Return why a file of weights is not read."""
     with path.open("rb") as file:

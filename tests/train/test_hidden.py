@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from own_models import PairViT
 from spvit.errors import DataError
-from spvit.hosts.host import Host, recognise
+from spvit.hosts.host import Host
 from spvit.hosts.walk import advance, first_inputs
 from spvit.train.figures import Answering, Reference, reference_of
 from spvit.train.hidden import LEAST, HiddenStates, hidden_error, scales_of
@@ -21,8 +20,8 @@ from spvit.train.loop import Loop, Phase, Run, run_phase
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig
 from spvit.train.step_loss import HIDDEN_SHARE
-from tiny import HOSTS, images, make_host, randomise
-from training import digits, micro_host, short
+from tiny import HOSTS, randomise
+from training import SEVERAL_LAYERS, digits, host_and_images, micro_host, short
 
 
 def naive_error(found: list[Tensor], wanted: list[Tensor]) -> Tensor:
@@ -51,14 +50,9 @@ def test_the_error_is_relative_to_the_variance_of_each_dimension() -> None:
     assert hidden_error([torch.zeros(2, 3)], [torch.zeros(2, 3)], [scales_of(torch.zeros(2, 3))]) == 0
 
 
-@pytest.mark.parametrize("name", [*HOSTS, "a block of several layers"])
+@pytest.mark.parametrize("name", [*HOSTS, SEVERAL_LAYERS])
 def test_they_are_what_arrives_at_all_blocks_but_the_first(name: str) -> None:
-    if name in HOSTS:
-        model = make_host(name, torch.float32)
-        dense, x = Host.of(model), images(model)
-    else:
-        model, x = PairViT().eval(), torch.randn(2, 3, 32, 32)
-        dense = recognise(model, x)
+    model, dense, x = host_and_images(name)
     other = randomise(copy.deepcopy(model), seed=1)
     states = HiddenStates(other, dense, x)
     with torch.no_grad():

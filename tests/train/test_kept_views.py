@@ -13,10 +13,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector
 
 import spvit
-from own_models import PairViT
 from spvit.errors import DataError, RunStoppedError
 from spvit.hosts.calling import batch_first
-from spvit.hosts.host import Host, recognise
 from spvit.hosts.walk import advance, first_inputs
 from spvit.repair.objective import Objective
 from spvit.train.data import Images
@@ -26,8 +24,8 @@ from spvit.train.loop import Loop, Phase, Run
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import MOST_EPOCHS, CompressConfig, ImageConfig, LoopConfig, PhaseConfig
 from spvit.train.step_loss import StepLoss
-from tiny import HOSTS, images, make_host
-from training import digits, micro_host, short, states_equal
+from tiny import HOSTS
+from training import SEVERAL_LAYERS, digits, host_and_images, micro_host, short, states_equal
 
 
 def unlabelled(**settings: object) -> Images:
@@ -40,14 +38,9 @@ def kept_of(count: int, found: Images, reference: Reference, **more: object) -> 
     return kept
 
 
-@pytest.mark.parametrize("name", [*HOSTS, "a block of several layers"])
+@pytest.mark.parametrize("name", [*HOSTS, SEVERAL_LAYERS])
 def test_parts_and_hidden_states_of_all_views_are_kept(name: str) -> None:
-    if name in HOSTS:
-        model = make_host(name, torch.float32)
-        dense, x = Host.of(model), images(model)
-    else:
-        model, x = PairViT().eval(), torch.randn(2, 3, 32, 32)
-        dense = recognise(model, x)
+    model, dense, x = host_and_images(name)
     some = [(image, 0) for image in torch.cat([x, 2 * x, 3 * x])]
     found = Images(some, some, some, (), spvit.Preprocessing(), ImageConfig(batch_size=2))  # type: ignore[arg-type]
     reference = Reference(dense, Objective.of("auto", dense))

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from spvit.checkpoint import Preprocessing
 from spvit.cost import count_params
-from spvit.errors import ExportError, RunError, SpvitError, first_line
+from spvit.errors import ExportError, RunError, SpvitError, first_line, not_written
 from spvit.hosts.family import Family
 from spvit.hosts.host import Host, macs_of_image, outputs_of
 from spvit.hosts.recognise import family_of
@@ -243,8 +243,7 @@ def _form(path: Path, to: str | None, opset: int, overwrite: bool) -> str:
 def _failed(error: Exception, form: str, path: Path, model: _Plain, images: Tensor, shapes: Any) -> SpvitError:
     """Return the error that says why nothing was written: the disk, or the model."""
     if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno):  # without it of inspect
-        reason = getattr(error, "strerror", None) or first_line(error)
-        return RunError(f"{path} could not be written ({reason}); what was there before is as it was")
+        return not_written(path, error)
     reason = "; ".join([*_reasons(error), *_places(error, model, images, shapes)])
     return ExportError(f"{type(model.model).__name__} cannot be exported to {form}: {reason}")
 

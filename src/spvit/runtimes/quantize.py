@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from spvit.errors import CalibrationError
-from spvit.runtimes.writers import INPUT, SCOPES, Program, read_program, session
+from spvit.runtimes.writers import INPUT, SCOPES, Program, keep_metadata, read_program, session
 
 SMOOTHING = (None, 0.15, 0.5, 0.95)
 CALIBRATION = ("minmax", "entropy", "percentile")
@@ -319,8 +319,6 @@ def _with_ranges(program: Program, ranges: Mapping[str, Range]) -> Program:
         extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"], "MatMulConstBOnly": True},
     )
     quantizer.quantize_model()
-    made = quantizer.model.model
-    kept = [item for item in made.metadata_props if item.key != "onnx.infer"]  # the quantizer's mark of its own
-    del made.metadata_props[:]
-    made.metadata_props.extend(kept)
+    made: Program = quantizer.model.model
+    keep_metadata(made, lambda key: key != "onnx.infer")  # the quantizer's mark of its own
     return made

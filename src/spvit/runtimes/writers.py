@@ -74,12 +74,17 @@ def _write_onnx(model: nn.Module, images: Tensor, path: Path, options: dict[str,
     assert program is not None
     proto = onnx.shape_inference.infer_shapes(program.model_proto)
     for node in proto.graph.node:  # which part it is from stays; not the code, with the folders of this machine
-        kept = [item for item in node.metadata_props if item.key == SCOPES]
-        del node.metadata_props[:]
-        node.metadata_props.extend(kept)
+        keep_metadata(node, lambda key: key == SCOPES)
     _name_sizes(proto.graph)
     onnx.helper.set_model_props(proto, {METADATA: options[METADATA]})
     return write_program(proto, path)
+
+
+def keep_metadata(part: Any, wanted: Callable[[str], bool]) -> None:
+    """Drop the metadata of an ONNX program, or of a node, whose key is not wanted, in place."""
+    kept = [item for item in part.metadata_props if wanted(item.key)]
+    del part.metadata_props[:]
+    part.metadata_props.extend(kept)
 
 
 def _name_sizes(graph: Any) -> None:

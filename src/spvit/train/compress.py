@@ -176,9 +176,7 @@ def check_compress(
         check_reachable(Host.of(host), budget, config.multiple, config, known, objective)
     if not run.images.classes:
         _check_unlabelled(config)
-    for name, phase in {DENSE: config.dense, SEARCH: config.search, FINETUNE: config.finetuning}.items():
-        if phase.epochs == 0:
-            continue
+    for name, phase in _phases(config).items():
         most_views(name, phase, run.images)
         if phase.teacher is not None:
             run.teacher(phase.teacher, weights)
@@ -211,12 +209,18 @@ def judged(dense: nn.Module | Host, config: ScoresConfig, run: Run) -> tuple[Run
     return run, figures
 
 
+def _phases(config: CompressConfig) -> dict[str, PhaseConfig]:
+    """Return the phases that train, by name, in their order."""
+    phases: dict[str, PhaseConfig] = {DENSE: config.dense, SEARCH: config.search, FINETUNE: config.finetuning}
+    return {name: phase for name, phase in phases.items() if phase.epochs > 0}
+
+
 def _check_unlabelled(config: CompressConfig) -> None:
     """Raise DataError when a phase needs labels."""
-    for name, phase in {DENSE: config.dense, SEARCH: config.search, FINETUNE: config.finetuning}.items():
-        if phase.epochs > 0 and name != FINETUNE:
+    for name, phase in _phases(config).items():
+        if name != FINETUNE:
             raise DataError(f"{name}.epochs is {phase.epochs}, but there are no labels to train by; leave it out")
-        if phase.epochs > 0 and phase.teacher is not None:
+        if phase.teacher is not None:
             raise DataError(f"{name}.teacher is named, but without labels the dense model teaches; leave it out")
 
 

@@ -151,13 +151,11 @@ class RunFolder:
         if not self.settings.is_file():
             raise RunFolderError(f"output {self.path} holds no {self.settings.name}, so its run cannot be continued")
         kept = self.settings_kept if self.settings_kept.is_file() else self.settings
-        damaged = {path: why for path in (self.settings, kept) if (why := _why_damaged(path))}
-        for path, why in damaged.items():
-            whole = kept if path == self.settings else self.settings
-            advice = (
-                "start the run anew in another folder" if whole in damaged else f"copy {whole}, which is whole, to it"
-            )
-            raise RunFolderError(f"{path} is damaged ({why}); {advice}")
+        for path, other in ((self.settings, kept), (kept, self.settings)):
+            if why := _why_damaged(path):
+                copy = f"copy {other}, which is whole, to it"
+                advice = "start the run anew in another folder" if _why_damaged(other) else copy
+                raise RunFolderError(f"{path} is damaged ({why}); {advice}")
         first = kept.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
         if first != f"# spvit {command}":
             raise RunFolderError(f"output {self.path} holds a run of {first[2:]!r}, not of 'spvit {command}'")
