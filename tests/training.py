@@ -6,18 +6,15 @@ from pathlib import Path
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from own_models import PairViT
 from spvit.budget import Budget
 from spvit.checkpoint import Preprocessing
-from spvit.hosts.host import Host, recognise
 from spvit.train.compress import Compressed, run_compress
 from spvit.train.data import Images, load_images
 from spvit.train.loop import Run
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import CompressConfig, ImageConfig, LoopConfig, PhaseConfig, SearchConfig
-from tiny import images, make_host
 
 MODEL = "vit_tiny_patch16_224"
 MODEL_ARGS = {
@@ -90,15 +87,3 @@ def photographs(root: Path, count: int = 4, side: int = 64) -> Path:
                 crop = picture[top : top + side, left : left + side]
                 Image.fromarray(crop).save(root / split / name / f"{label}{index}.jpg")
     return root
-
-
-SEVERAL_LAYERS = "a block of several layers"
-
-
-def host_and_images(name: str) -> tuple[nn.Module, Host, Tensor]:
-    """Return a model of HOSTS, or one whose blocks are lists of layers, as a host, and images that it takes."""
-    if name == SEVERAL_LAYERS:
-        model, x = PairViT().eval(), torch.randn(2, 3, 32, 32)
-        return model, recognise(model, x), x
-    model = make_host(name, torch.float32)
-    return model, Host.of(model), images(model)

@@ -20,8 +20,9 @@ from spvit.train.loop import Loop, Phase, Run, run_phase
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import LoopConfig, PhaseConfig
 from spvit.train.step_loss import HIDDEN_SHARE
-from tiny import HOSTS, randomise
-from training import SEVERAL_LAYERS, digits, host_and_images, micro_host, short
+from tiny import randomise
+from training import digits, micro_host, short
+from walked_hosts import WALKED_HOSTS, host_and_images
 
 
 def naive_error(found: list[Tensor], wanted: list[Tensor]) -> Tensor:
@@ -50,7 +51,7 @@ def test_the_error_is_relative_to_the_variance_of_each_dimension() -> None:
     assert hidden_error([torch.zeros(2, 3)], [torch.zeros(2, 3)], [scales_of(torch.zeros(2, 3))]) == 0
 
 
-@pytest.mark.parametrize("name", [*HOSTS, SEVERAL_LAYERS])
+@pytest.mark.parametrize("name", WALKED_HOSTS)
 def test_they_are_what_arrives_at_all_blocks_but_the_first(name: str) -> None:
     model, dense, x = host_and_images(name)
     other = randomise(copy.deepcopy(model), seed=1)

@@ -24,8 +24,8 @@ from spvit.train.loop import Loop, Phase, Run
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import MOST_EPOCHS, CompressConfig, ImageConfig, LoopConfig, PhaseConfig
 from spvit.train.step_loss import StepLoss
-from tiny import HOSTS
-from training import SEVERAL_LAYERS, digits, host_and_images, micro_host, short, states_equal
+from training import digits, micro_host, short, states_equal
+from walked_hosts import WALKED_HOSTS, host_and_images
 
 
 def unlabelled(**settings: object) -> Images:
@@ -38,7 +38,7 @@ def kept_of(count: int, found: Images, reference: Reference, **more: object) -> 
     return kept
 
 
-@pytest.mark.parametrize("name", [*HOSTS, SEVERAL_LAYERS])
+@pytest.mark.parametrize("name", WALKED_HOSTS)
 def test_parts_and_hidden_states_of_all_views_are_kept(name: str) -> None:
     model, dense, x = host_and_images(name)
     some = [(image, 0) for image in torch.cat([x, 2 * x, 3 * x])]
