@@ -36,7 +36,7 @@ WORDS += ["--dense.epochs", "1", "--dense.warmup_epochs", "0", "--calibration_im
 WAYS = {"scores": [], "search": ["--search.epochs", "3", "--search.warmup_epochs", "0"]}
 RESULTS = ("model.safetensors", "model.json", "architecture.json", "summary.json")
 MOST_SHARE = 0.4
-"""Of the time of a whole run, from when it has its folder on, after which it is killed at the latest."""
+"""Of the time of a whole run, from when it is at work on, after which it is killed at the latest."""
 PATIENCE = 60.0
 """Seconds in which the other processes must have ended."""
 
@@ -58,11 +58,10 @@ def started(folder: Path, way: str, processes: int) -> subprocess.Popen[bytes]:
 
 
 def at_work(folder: Path, run: subprocess.Popen[bytes]) -> bool:
-    """Wait until a run holds its folder, and return whether it does."""
-    begun = time.time()
+    """Wait until a run has loaded all and written its settings, and return whether it has."""
+    begun, settings = time.time(), folder / "config.yaml"
     while run.poll() is None:
-        lock = folder / ".lock"
-        if lock.exists() and lock.stat().st_mtime >= begun:
+        if settings.exists() and settings.stat().st_mtime >= begun:
             return True
         time.sleep(0.01)
     return False
@@ -86,7 +85,11 @@ def killed(run: subprocess.Popen[bytes], chance: random.Random) -> tuple[str, fl
 
 def newest(folder: Path) -> str:
     """Return the file that a run wrote last."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", "tracking.json")]
+    files = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in (".lock", "config.yaml", "metrics.jsonl")
+    ]
     return str(max(files, key=lambda path: path.stat().st_mtime).relative_to(folder)) if files else "nothing"
 
 
