@@ -319,7 +319,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="splits of the photographs (default: %(default)s)")
     parser.add_argument("--repair-views", nargs="+", type=int, default=[1], help="of spvit, in multiples of --count")
     parser.add_argument("--minutes", type=float, help="of distillation, for a row of its own (default: none)")
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of distillation")
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of distillation")
     parser.add_argument("--objective", default="auto", choices=OBJECTIVES, help="what the scores of spvit count")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--json", help="file to write the rows to, after every seed")

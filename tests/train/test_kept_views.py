@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,13 @@ from torch.nn.utils import parameters_to_vector
 import spvit
 from spvit.errors import DataError, RunStoppedError
 from spvit.hosts.calling import batch_first
+from spvit.hosts.host import Host
 from spvit.hosts.walk import advance, first_inputs
 from spvit.repair.objective import Objective
+from spvit.speed.benchmark import Program
 from spvit.train.data import Images
 from spvit.train.figures import Reference, reference_of
-from spvit.train.kept_views import KeptViews, keep_views, most_views
+from spvit.train.kept_views import KeptViews, fastest_precision, keep_views, most_views
 from spvit.train.loop import Loop, Phase, Run
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import MOST_EPOCHS, CompressConfig, ImageConfig, LoopConfig, PhaseConfig
@@ -155,7 +158,27 @@ def test_other_commands_keep_none() -> None:
         StepLoss("train", short(1, kept_views=64), micro_host(), None, None, lambda: torch.zeros(1))
 
 
-def test_a_compression_with_kept_views_continues_to_the_same_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("share", "wanted"), [(0.5, "bf16"), (0.9, "fp32"), (1.5, "fp32")])
+def test_mixed_precision_is_taken_where_a_pass_is_much_faster_in_it(
+    monkeypatch: pytest.MonkeyPatch, share: float, wanted: str
+) -> None:
+    taken = itertools.cycle([1.0, share])
+    monkeypatch.setattr(Program, "timed", lambda *_: next(taken))
+    assert fastest_precision(Host.of(micro_host())) == wanted
+
+
+def test_passes_in_both_precisions_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, types = micro_host(), []
+    host.head.register_forward_hook(lambda *args: types.append(args[-1].dtype))
+    assert fastest_precision(Host.of(host)) in ("fp32", "bf16")
+    assert set(types) == {torch.float32, torch.bfloat16}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compression_with_kept_views_continues_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    monkeypatch.setattr("spvit.train.compress.fastest_precision", lambda _: precision)
     host, found = micro_host(num_classes=0), unlabelled(batch_size=32)
     own = short(2, kept_views=160, learning_rate=1e-3, keep_best=True)
     config = CompressConfig(finetune=own, calibration_images=64, repair_views=1, log_every=1)
@@ -168,8 +191,10 @@ def test_a_compression_with_kept_views_continues_to_the_same_weights(tmp_path: P
     often = replace(config, save_minutes=1e-9)
     with pytest.raises(RunStoppedError):
         spvit.compress(host, found, "50%", output=tmp_path / "parts", config=often, report=stop)
+    monkeypatch.setattr("spvit.train.compress.fastest_precision", lambda _: "of another machine")
     parts = spvit.compress(host, found, "50%", output=tmp_path / "parts", config=often, resume=True)
     assert states_equal(whole, parts)
     lines = [json.loads(line) for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]
-    assert [line["views"] for line in lines if line["event"] == "kept_views"] == [160]
+    kept = [(line["views"], line["precision"]) for line in lines if line["event"] == "kept_views"]
+    assert kept == [(160, precision)]
     assert [line["step"] for line in lines if line["event"] == "step"] == list(range(1, 11))  # five an epoch

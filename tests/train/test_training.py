@@ -235,7 +235,7 @@ def test_settings_out_of_range_are_refused(tmp_path: Path) -> None:
     for name, value in (("budget_warmup", 1.5), ("budget_weight", -1.0)):
         with pytest.raises(DataError, match=f"{name} is {value}, expected 0 or more"):
             run_phase(search_phase(1, **{name: value}), run_in(tmp_path, digits()))
-    with pytest.raises(DataError, match=r"precision is 'fp16', expected fp32 or bf16"):
+    with pytest.raises(DataError, match=r"precision is 'fp16', expected auto or fp32 or bf16"):
         run_phase(Phase("dense", micro_host(), short(1)), run_in(tmp_path, digits(), precision="fp16"))
 
 

@@ -37,7 +37,7 @@ from spvit.surgery import fold, prune, pruned_record
 from spvit.train.data import Images, calibration, load_images
 from spvit.train.figures import Figures, figures_of, reference_of
 from spvit.train.headers import checked
-from spvit.train.kept_views import KEPT_VIEWS, MEMORY, keep_views, most_views
+from spvit.train.kept_views import KEPT_VIEWS, MEMORY, fastest_precision, keep_views, most_views
 from spvit.train.loop import Phase, Run, run_phase
 from spvit.train.processes import by_the_first, processes, use_device
 from spvit.train.progress import PhaseProgress
@@ -243,17 +243,24 @@ def keeping_views(name: str, settings: PhaseConfig, run: Run) -> Run:
     if count == 0 or reference is None:
         return run
     limit = MEMORY if settings.kept_views is None else None
+    precision = run.config.precision
+    if precision == "auto":
+        precision = fastest_precision(reference.host) if found is None else found.get("precision", "fp32")
+    config = replace(run.config, precision=precision)
     with run.progress.bar("views", -(-count // images.config.batch_size)):
         hidden = settings.distillation_hidden != 0
-        kept = keep_views(count, images, reference, run.config, hidden, limit, run.progress.step)
+        kept = keep_views(count, images, reference, config, hidden, limit, run.progress.step)
     views = 0 if kept is None else len(kept)
     if found is None:
-        by_the_first(lambda: run.folder.record({"phase": name, "event": KEPT_VIEWS, "epoch": 0, "views": views}))
+        own = {"phase": name, "event": KEPT_VIEWS, "epoch": 0, "views": views, "precision": precision}
+        by_the_first(lambda: run.folder.record(own))
     if kept is None:
         return run
-    run.progress.note(f"{name}: {views:,} views, the same in each epoch, with the dense model's answers in memory")
+    where = f"with the dense model's answers in memory, in {precision}"
+    run.progress.note(f"{name}: {views:,} views, the same in each epoch, {where}")
     # Processes that read would each have a copy.
-    return replace(run, images=replace(images, train=kept, config=replace(images.config, workers=0)), kept=kept)
+    images = replace(images, train=kept, config=replace(images.config, workers=0))
+    return replace(run, images=images, config=config, kept=kept)
 
 
 def search(

@@ -8,6 +8,7 @@ Shapes: V views [V, channels, height, width]; parts of answers [V, ..., D]; hidd
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +20,8 @@ from torch.utils.data import Dataset
 
 from spvit.errors import DataError
 from spvit.hosts.calling import in_mode
+from spvit.hosts.host import Host
+from spvit.speed.benchmark import Program
 from spvit.train.data import Images, calibration, mixup_of, seed_of
 from spvit.train.figures import Reference, autocast
 from spvit.train.hidden import hooked
@@ -33,6 +36,8 @@ FEW = 20
 """Minutes up to which a phase that they end keeps views by default: in more it would see them too often (a guess)."""
 MEMORY = 2**32
 """Bytes that they take by default, at most."""
+FASTER = 0.75
+"""Share of a pass's time in single precision that one in mixed precision may take: a step of training gains less."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,18 @@ def most_views(name: str, settings: PhaseConfig, images: Images) -> int:
     if minutes is None or minutes > FEW or processes().device.type != "cpu":
         return 0
     return max(step, min(MOST, int(BY_MINUTE * minutes)))
+
+
+@torch.no_grad()
+def fastest_precision(host: Host) -> str:
+    """Return `bf16` where a pass of a host takes much less time in mixed precision on its device, else `fp32`."""
+    program = Program.of("dense", host.model)
+    images, milliseconds = program.images(8), dict.fromkeys(("fp32", "bf16"), math.inf)
+    for _ in range(3):
+        for precision, least in milliseconds.items():
+            with autocast(images.device, precision):
+                milliseconds[precision] = min(least, program.timed(images, 1))
+    return "bf16" if milliseconds["bf16"] < FASTER * milliseconds["fp32"] else "fp32"
 
 
 @torch.no_grad()

@@ -121,8 +121,9 @@ class LoopConfig(DeviceConfig):
 
     seed: int = within(0, 0, 2**32 - 1)
     """Seed of everything random."""
-    precision: str = one_of("fp32", "fp32", "bf16")
-    """`fp32`, or `bf16` for mixed precision."""
+    precision: str = one_of("auto", "auto", "fp32", "bf16")
+    """`fp32`, or `bf16` for mixed precision; `auto` is fp32, but bf16 where views are kept (kept_views) and it makes
+    a pass much faster."""
     compile: bool = False
     """Compile dense training and fine-tuning with torch.compile, which takes minutes at the start of each."""
     shard: bool = False
