@@ -21,8 +21,8 @@ from spvit.hosts.walk import advance, first_inputs
 from spvit.repair.objective import Objective
 from spvit.speed.benchmark import Program
 from spvit.train.data import Images
-from spvit.train.figures import Reference, reference_of
-from spvit.train.kept_views import KeptViews, fastest_precision, keep_views, most_views
+from spvit.train.figures import Answering, Reference, reference_of
+from spvit.train.kept_views import KeptViews, compare_with_kept, fastest_precision, keep_views, most_views
 from spvit.train.loop import Loop, Phase, Run
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import MOST_EPOCHS, CompressConfig, ImageConfig, LoopConfig, PhaseConfig
@@ -172,6 +172,27 @@ def test_passes_in_both_precisions_are_timed(monkeypatch: pytest.MonkeyPatch) ->
     host.head.register_forward_hook(lambda *args: types.append(args[-1].dtype))
     assert fastest_precision(Host.of(host)) in ("fp32", "bf16")
     assert set(types) == {torch.float32, torch.bfloat16}
+
+
+@pytest.mark.parametrize(("held_out", "warns"), [(0.0, True), (0.97, False), (1.0, False)])
+def test_more_images_are_advised_where_those_learnt_from_are_known_much_better(
+    caplog: pytest.LogCaptureFixture, held_out: float, warns: bool
+) -> None:
+    model, found = micro_host(num_classes=0), unlabelled()
+    reference = reference_of(model, found, LoopConfig())
+    kept = kept_of(300, found, reference)
+    seen = compare_with_kept(held_out, kept, model, reference, LoopConfig())
+    assert seen == pytest.approx(1, abs=1e-3)  # they are kept in bf16
+    assert ("more images would gain more than more minutes" in caplog.text) == warns
+    other = micro_host(1, num_classes=0)
+    views = kept.views[:256]  # which are compared
+    cosines = []
+    with torch.no_grad():
+        both = (Answering(net, reference)(views) for net in (other, model))
+        for own, wanted, mean in zip(*both, reference.means, strict=True):
+            cosines.append(F.cosine_similarity(own - mean, wanted - mean, dim=-1).mean())
+    naive = torch.stack(cosines).mean()
+    assert compare_with_kept(1.0, kept, other, reference, LoopConfig()) == pytest.approx(float(naive), abs=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

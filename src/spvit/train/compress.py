@@ -37,7 +37,7 @@ from spvit.surgery import fold, prune, pruned_record
 from spvit.train.data import Images, calibration, load_images
 from spvit.train.figures import Figures, figures_of, reference_of
 from spvit.train.headers import checked
-from spvit.train.kept_views import KEPT_VIEWS, MEMORY, fastest_precision, keep_views, most_views
+from spvit.train.kept_views import KEPT_VIEWS, MEMORY, compare_with_kept, fastest_precision, keep_views, most_views
 from spvit.train.loop import Phase, Run, run_phase
 from spvit.train.processes import by_the_first, processes, use_device
 from spvit.train.progress import PhaseProgress
@@ -147,6 +147,8 @@ def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: R
         chooser = keeping_views(FINETUNE, config.finetuning, chooser)
         phase = with_rate(Phase(FINETUNE, pruned, config.finetuning, teacher=dense), chooser, started)
         figures = run_phase(phase, chooser)
+        if chooser.kept is not None and chooser.reference is not None:
+            compare_with_kept(figures.quality, chooser.kept, pruned, chooser.reference, config)
         if chooser is not run:  # these have chosen nothing
             [figures] = figures_of([pruned], run.images, config, run.reference)
     model = deployed(pruned)

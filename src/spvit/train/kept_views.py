@@ -8,6 +8,7 @@ Shapes: V views [V, channels, height, width]; parts of answers [V, ..., D]; hidd
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from spvit.errors import DataError
@@ -23,7 +24,7 @@ from spvit.hosts.calling import in_mode
 from spvit.hosts.host import Host
 from spvit.speed.benchmark import Program
 from spvit.train.data import Images, calibration, mixup_of, seed_of
-from spvit.train.figures import Reference, autocast
+from spvit.train.figures import Answering, Reference, autocast
 from spvit.train.hidden import hooked
 from spvit.train.processes import processes
 from spvit.train.settings import MOST_EPOCHS, LoopConfig, PhaseConfig
@@ -36,8 +37,14 @@ FEW = 20
 """Minutes up to which a phase that they end keeps views by default: in more it would see them too often (a guess)."""
 MEMORY = 2**32
 """Bytes that they take by default, at most."""
+SEEN = 256
+"""Views by which what a model has learnt of them is compared with what it does on held-out images."""
+LEARNT = 0.05
+"""What agreement on them may be above that on held-out images, or more images are asked for."""
 FASTER = 0.75
 """Share of a pass's time in single precision that one in mixed precision may take: a step of training gains less."""
+
+logger = logging.getLogger("spvit")
 
 
 @dataclass(frozen=True)
@@ -154,3 +161,23 @@ def keep_views(
             handle.remove()
     views, *answers = (own[:done] for own in kept)
     return KeptViews(views, answers[:parts], answers[parts:])
+
+
+@torch.no_grad()
+def compare_with_kept(
+    held_out: float, kept: KeptViews, model: nn.Module, reference: Reference, config: LoopConfig
+) -> float:
+    """Return a model's agreement on the first views; log a warning where it is much above that on held-out images."""
+    answering, device, found = Answering(model, reference), processes().device, []
+    for numbers in torch.arange(min(len(kept), SEEN)).split(32):
+        with in_mode(False, model), autocast(device, config.precision):
+            parts = answering(kept.views[numbers].to(device))
+        found.append(reference.agreement(parts, kept.parts_of(numbers.to(device))))
+    seen = float(torch.cat(found).mean())
+    if seen - held_out > LEARNT and 1 - held_out > 2 * (1 - seen):
+        logger.warning(
+            "the model agrees with the dense one to %.3f on views that it learnt from, and to %.3f on held-out images: "
+            "more images would gain more than more minutes",
+            *(seen, held_out),
+        )
+    return seen
