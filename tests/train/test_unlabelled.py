@@ -168,9 +168,9 @@ def test_the_rate_is_the_highest_that_a_short_trial_gains_by(tmp_path: Path, mon
     run = _run(tmp_path, images, reference_of(dense, images, LoopConfig()))
     rates = []
 
-    def trial(phase: Phase, run: Run, rate: float, folder: RunFolder) -> tuple[bool, float]:
+    def trial(phase: Phase, run: Run, rate: float, folder: RunFolder) -> tuple[bool, float, float]:
         rates.append(rate)
-        return rate <= best, 1280.0 if rate == max(best, 5e-6) else 1.0
+        return rate <= best, 0.0, 1280.0 if rate == max(best, 5e-6) else 1.0
 
     monkeypatch.setattr("spvit.train.rate._trial", trial)
     asked = Phase("finetune", dense, short(1, learning_rate=None))
@@ -186,6 +186,28 @@ def test_the_rate_is_the_highest_that_a_short_trial_gains_by(tmp_path: Path, mon
     assert with_rate(given, run) is given
     labelled = Run(digits(), RunFolder(tmp_path), LoopConfig())
     assert with_rate(asked, labelled) is asked
+
+
+@pytest.mark.parametrize(
+    ("epochs", "minutes", "error", "rate"),
+    [
+        (37, None, 1.3, 5e-4),  # of 11 steps
+        (37, None, 1.5, 5e-5),
+        (36, None, 1.3, 5e-5),  # too few steps
+        (10_000, 1.0, 1.3, 5e-4),
+        (10_000, 0.01, 1.3, 5e-5),
+    ],
+)
+def test_a_rate_that_ends_somewhat_worse_is_borne_where_many_steps_follow(
+    tmp_path: Path, monkeypatch, epochs: int, minutes: float | None, error: float, rate: float
+) -> None:
+    images, dense, model = unlabelled(batch_size=128), micro_host(num_classes=0), micro_host(1, num_classes=0)
+    run = _run(tmp_path, images, reference_of(dense, images, LoopConfig()))
+    [start] = figures_of([model], images, LoopConfig(), run.reference)
+    end = 1 - error * (1 - start.quality)
+    monkeypatch.setattr("spvit.train.rate._trial", lambda _, __, tried, ___: (tried <= 5e-5, end, 12800.0))
+    asked = Phase("finetune", model, short(epochs, learning_rate=None, minutes=minutes))
+    assert with_rate(asked, run).config.learning_rate == rate
 
 
 def test_steps_that_minutes_have_room_for_end_a_phase_and_its_schedule(tmp_path: Path) -> None:

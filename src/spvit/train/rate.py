@@ -1,15 +1,16 @@
-"""The learning rate of distillation without labels: the highest of a few that a short trial gains by.
+"""The learning rate of distillation without labels: the highest of a few that a short trial bears.
 
 How high a rate a network bears differs a hundredfold between a large one trained on millions of images and a small one.
 A trial gains where its end, or the weights half-way to it, agree better with the dense model than its start: of rates
-that gain, the highest ends a longer training best, though not its first steps (docs/experiments/distillation.md).
-Trials and training fall from it to zero along a cosine: where minutes end the training, the trials say how many steps
-they have room for.
+that gain, the highest ends a longer training best, though not its first steps (docs/experiments/distillation.md). Where
+ten times as many steps follow, a trial's end may also be somewhat worse than its start. Trials and training fall from
+the rate to zero along a cosine: where minutes end the training, the trials say how many steps they have room for.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from torch.utils.data import Subset
 
 from spvit.errors import RunError, RunStoppedError
 from spvit.train.data import Images
+from spvit.train.figures import figures_of
 from spvit.train.loop import Phase, Run, run_phase
 from spvit.train.processes import by_the_first, processes, summed
 from spvit.train.run_folder import RunFolder
@@ -31,6 +33,9 @@ FIRST = 2
 """Place of the rate that is tried first."""
 STEPS, VALIDATED = 40, 1000
 """Of a trial: how many steps it trains, and at most how many images judge it."""
+LONG, BORNE = 10, 1.4
+"""Where a training has so many times a trial's steps, a trial's end may be so many times as far from the dense model as
+its start."""
 TRAINING = 0.9
 """Share of the minutes that steps have; the rest is for evaluations."""
 EVENT = "learning_rate"
@@ -47,38 +52,56 @@ def with_rate(phase: Phase, run: Run, started: float | None = None) -> Phase:
         return phase
     found = run.folder.recorded(phase.name, EVENT)
     if not found:
-        rate, speed = _best(phase, run)
-        spent = round(summed(time.monotonic() - started)[0] / processes().num_processes, 3)
-        own = {"learning_rate": rate, "images_per_s": speed, "seconds": spent}
+        rate, speed = _best(phase, run, started)
+        own = {"learning_rate": rate, "images_per_s": speed, "seconds": _spent(started)}
         found = {"phase": phase.name, "event": EVENT, "epoch": 0, **own}
         by_the_first(lambda: run.folder.record(found))
         run.progress.note(f"{phase.name}: learning rate {rate:.2g}, by short trials")
-    steps = None
-    if phase.config.minutes is not None:
-        seconds = TRAINING * 60 * phase.config.minutes
-        seconds = max(seconds / 2, seconds - found["seconds"])
-        steps = max(STEPS, int(seconds * found["images_per_s"] / (_batch(run) * processes().num_processes)))
+    steps = _steps(phase, run, found["images_per_s"], found["seconds"])
     settled = replace(phase.config, learning_rate=found["learning_rate"], minimum_learning_rate=0.0, reference_batch=0)
     return replace(phase, config=settled, steps=steps)
+
+
+def _spent(started: float) -> float:
+    """Return the seconds since then, the mean of all processes."""
+    return round(summed(time.monotonic() - started)[0] / processes().num_processes, 3)
+
+
+def _steps(phase: Phase, run: Run, speed: float, spent: float) -> int | None:
+    """Return how many steps the minutes have room for, at so many images a second and less what was spent, if any."""
+    if phase.config.minutes is None:
+        return None
+    seconds = TRAINING * 60 * phase.config.minutes
+    seconds = max(seconds / 2, seconds - spent)
+    return max(STEPS, int(seconds * speed / (_batch(run) * processes().num_processes)))
 
 
 def _batch(run: Run) -> int:
     return run.images.config.batch_size * run.images.config.accumulate
 
 
-def _best(phase: Phase, run: Run) -> tuple[float, float]:
-    """Return the highest rate that gains, or else the lowest, and how many images a second its trial took."""
-    place = FIRST
+def _best(phase: Phase, run: Run, started: float) -> tuple[float, float]:
+    """Return the highest rate that its trial bears, or else the lowest, and how many images a second that took."""
+    [start] = figures_of([phase.model], replace(run.images, validation=_some(run.images)), run.config, run.reference)
+    train: Any = run.images.train
+    most = phase.config.epochs * (len(train) // (_batch(run) * processes().num_processes))
     with _trials(run.folder) as folder:
-        gains, speed = _trial(phase, run, RATES[place], folder)
-        while gains and place + 1 < len(RATES):
-            higher, its_speed = _trial(phase, run, RATES[place + 1], folder)
+
+        def bears(rate: float) -> tuple[bool, float]:
+            gains, end, speed = _trial(phase, run, rate, folder)
+            steps = min(most, _steps(phase, run, speed, _spent(started)) or most)
+            return gains or (steps >= LONG * STEPS and 1 - end <= BORNE * (1 - start.quality)), speed
+
+        place = FIRST
+        borne, speed = bears(RATES[place])
+        while borne and place + 1 < len(RATES):
+            higher, its_speed = bears(RATES[place + 1])
             if not higher:
                 break
             place, speed = place + 1, its_speed
-        while not gains and place > 0:
+        while not borne and place > 0:
             place -= 1
-            gains, speed = _trial(phase, run, RATES[place], folder)
+            borne, speed = bears(RATES[place])
     return RATES[place], speed
 
 
@@ -101,8 +124,8 @@ def _some(images: Images) -> Any:
     return Subset(validation, range(max(1, VALIDATED // batch) * batch))
 
 
-def _trial(phase: Phase, run: Run, rate: float, folder: RunFolder) -> tuple[bool, float]:
-    """Return whether some steps of a copy of the model gain, and how many images a second they took."""
+def _trial(phase: Phase, run: Run, rate: float, folder: RunFolder) -> tuple[bool, float, float]:
+    """Return whether some steps of a copy of the model gain, how well it agrees then, and their images a second."""
     train: Any = run.images.train
     count = STEPS * _batch(run)
     few = Subset(train, list(islice(cycle(range(len(train))), count)))
@@ -122,8 +145,12 @@ def _trial(phase: Phase, run: Run, rate: float, folder: RunFolder) -> tuple[bool
     except RunStoppedError:
         raise
     except RunError:  # too high a rate overflows; whatever else fails here fails again where the phase is trained
-        return False, 0.0
+        return False, -math.inf, 0.0
     # The first process has written these.
-    last, best = folder.recorded(tried.name, "step"), folder.best(tried.name)[0]
-    gains, speed = summed(best["gained"] > 0, last["images_per_s"] if last else 0.0)
-    return gains > 0, speed
+    best, last, end = (
+        folder.best(tried.name)[0],
+        *(folder.recorded(tried.name, event) for event in ("step", "evaluation")),
+    )
+    figures = best["gained"] > 0, last["images_per_s"] if last else 0.0, end["agreement"] if end else 0.0
+    gains, speed, ends = summed(*figures)
+    return gains > 0, ends / processes().num_processes, speed
