@@ -3,9 +3,9 @@
 python benchmarks/kills.py --output FOLDER [--kills 20] [--processes 1 2] [--seed 0]
 
 Two runs of `spvit compress` take turns: one decides by scores, the other by a search. Each is killed by SIGKILL after a
-random share of its time and resumed, again and again, until it has ended; then the next one begins, until there were as
-many kills as asked for. Of several processes all are killed, or a random one alone, and then it counts how long the
-others need to end. No part of the tests, since it takes minutes: about half a minute a kill on two cores.
+random share of its time and resumed, again and again, until it has its results; then the next one begins, until there
+were as many kills as asked for. Of several processes all are killed, or a random one alone, and then it counts how long
+the others need to end. No part of the tests, since it takes minutes: about half a minute a kill on two cores.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def tried(output: Path, processes: int, kills: int, seed: int, console: Console)
             run = started(folder, way, processes)
             if kills > 0 and at_work(folder, run):
                 time.sleep(chance.uniform(0, MOST_SHARE * seconds[way]))
-                if run.poll() is None:
+                if run.poll() is None and not (folder / "summary.json").exists():  # or it has all that is compared
                     victim, ended = killed(run, chance)
                     moments.append({"after": newest(folder), "victim": victim, "ended": round(ended, 1)})
                     console.print(f"{folder.name}: killed {moments[-1]}")
