@@ -181,7 +181,7 @@ def test_more_images_are_advised_where_those_learnt_from_are_known_much_better(
     model, found = micro_host(num_classes=0), unlabelled()
     reference = reference_of(model, found, LoopConfig())
     kept = kept_of(300, found, reference)
-    seen = compare_with_kept(held_out, kept, model, reference, LoopConfig())
+    seen = compare_with_kept(held_out, kept, model, found, reference, LoopConfig())
     assert seen == pytest.approx(1, abs=1e-3)  # they are kept in bf16
     assert ("more images would gain more than more minutes" in caplog.text) == warns
     other = micro_host(1, num_classes=0)
@@ -192,7 +192,7 @@ def test_more_images_are_advised_where_those_learnt_from_are_known_much_better(
         for own, wanted, mean in zip(*both, reference.means, strict=True):
             cosines.append(F.cosine_similarity(own - mean, wanted - mean, dim=-1).mean())
     naive = torch.stack(cosines).mean()
-    assert compare_with_kept(1.0, kept, other, reference, LoopConfig()) == pytest.approx(float(naive), abs=1e-3)
+    assert compare_with_kept(1.0, kept, other, found, reference, LoopConfig()) == pytest.approx(float(naive), abs=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

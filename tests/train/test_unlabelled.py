@@ -22,7 +22,7 @@ from spvit.train.compress import halves
 from spvit.train.data import Images
 from spvit.train.figures import Agreement, Answering, Figures, Reference, figures_of, reference_of
 from spvit.train.loop import Loop, Phase, Run, run_phase
-from spvit.train.rate import with_rate
+from spvit.train.rate import _trial, with_rate
 from spvit.train.run_folder import RunFolder
 from spvit.train.settings import CompressConfig, ImageConfig, LoopConfig, PhaseConfig
 from spvit.train.sources import find_images
@@ -170,7 +170,7 @@ def test_the_rate_is_the_highest_that_a_short_trial_gains_by(tmp_path: Path, mon
 
     def trial(phase: Phase, run: Run, rate: float, folder: RunFolder) -> tuple[bool, float, float]:
         rates.append(rate)
-        return rate <= best, 0.0, 1280.0 if rate == max(best, 5e-6) else 1.0
+        return rate <= best, math.inf, 1280.0 if rate == max(best, 5e-6) else 1.0
 
     monkeypatch.setattr("spvit.train.rate._trial", trial)
     asked = Phase("finetune", dense, short(1, learning_rate=None))
@@ -203,11 +203,29 @@ def test_a_rate_that_ends_somewhat_worse_is_borne_where_many_steps_follow(
 ) -> None:
     images, dense, model = unlabelled(batch_size=128), micro_host(num_classes=0), micro_host(1, num_classes=0)
     run = _run(tmp_path, images, reference_of(dense, images, LoopConfig()))
-    [start] = figures_of([model], images, LoopConfig(), run.reference)
-    end = 1 - error * (1 - start.quality)
-    monkeypatch.setattr("spvit.train.rate._trial", lambda _, __, tried, ___: (tried <= 5e-5, end, 12800.0))
+    monkeypatch.setattr("spvit.train.rate._trial", lambda _, __, tried, ___: (tried <= 5e-5, error, 12800.0))
     asked = Phase("finetune", model, short(epochs, learning_rate=None, minutes=minutes))
     assert with_rate(asked, run).config.learning_rate == rate
+
+
+def test_a_trial_says_how_much_further_it_ends(tmp_path: Path, monkeypatch) -> None:
+    images, dense, model = unlabelled(batch_size=16), micro_host(num_classes=0), micro_host(1, num_classes=0)
+    run = _run(tmp_path, images, reference_of(dense, images, LoopConfig()))
+    [start] = figures_of([model], images, LoopConfig(), run.reference)
+    ends = []
+
+    def phase_run(phase: Phase, run: Run) -> Figures:
+        figures = run_phase(phase, run)
+        ends.append(run.folder.recorded(phase.name, "evaluation")["agreement"])
+        return figures
+
+    monkeypatch.setattr("spvit.train.rate.run_phase", phase_run)
+    folder = RunFolder(tmp_path / "trials")
+    folder.path.mkdir()
+    gains, further, _ = _trial(Phase("finetune", model, short(1)), run, 0.1, folder)
+    assert not gains
+    assert further == pytest.approx((1 - ends[0]) / (1 - start.quality), rel=1e-5)
+    assert further > 1
 
 
 def test_steps_that_minutes_have_room_for_end_a_phase_and_its_schedule(tmp_path: Path) -> None:

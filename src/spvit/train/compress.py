@@ -148,7 +148,7 @@ def run_compress(host: nn.Module, budget: Budget, config: CompressConfig, run: R
         phase = with_rate(Phase(FINETUNE, pruned, config.finetuning, teacher=dense), chooser, started)
         figures = run_phase(phase, chooser)
         if chooser.kept is not None and chooser.reference is not None:
-            compare_with_kept(figures.quality, chooser.kept, pruned, chooser.reference, config)
+            compare_with_kept(figures.quality, chooser.kept, pruned, chooser.images, chooser.reference, config)
         if chooser is not run:  # these have chosen nothing
             [figures] = figures_of([pruned], run.images, config, run.reference)
     model = deployed(pruned)

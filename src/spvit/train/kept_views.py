@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from spvit.errors import DataError
 from spvit.hosts.calling import in_mode
 from spvit.hosts.host import Host
 from spvit.speed.benchmark import Program
 from spvit.train.data import Images, calibration, mixup_of, seed_of
-from spvit.train.figures import Answering, Reference, autocast
+from spvit.train.figures import Reference, autocast, figures_of
 from spvit.train.hidden import hooked
 from spvit.train.processes import processes
 from spvit.train.settings import MOST_EPOCHS, LoopConfig, PhaseConfig
@@ -163,17 +163,17 @@ def keep_views(
     return KeptViews(views, answers[:parts], answers[parts:])
 
 
-@torch.no_grad()
 def compare_with_kept(
-    held_out: float, kept: KeptViews, model: nn.Module, reference: Reference, config: LoopConfig
+    held_out: float, kept: KeptViews, model: nn.Module, images: Images, reference: Reference, config: LoopConfig
 ) -> float:
     """Return a model's agreement on the first views; log a warning where it is much above that on held-out images."""
-    answering, device, found = Answering(model, reference), processes().device, []
-    for numbers in torch.arange(min(len(kept), SEEN)).split(32):
-        with in_mode(False, model), autocast(device, config.precision):
-            parts = answering(kept.views[numbers].to(device))
-        found.append(reference.agreement(parts, kept.parts_of(numbers.to(device))))
-    seen = float(torch.cat(found).mean())
+    some = range(min(len(kept), SEEN))
+    known = tuple(
+        kept.parts_of(numbers.to(processes().device)) for numbers in torch.tensor(some).split(images.config.batch_size)
+    )
+    viewed = replace(images, validation=Subset(kept, some))
+    [figures] = figures_of([model], viewed, config, replace(reference, known=known))
+    seen = figures.quality
     if seen - held_out > LEARNT and 1 - held_out > 2 * (1 - seen):
         logger.warning(
             "the model agrees with the dense one to %.3f on views that it learnt from, and to %.3f on held-out images: "

@@ -23,7 +23,6 @@ from torch.utils.data import Subset
 
 from spvit.errors import RunError, RunStoppedError
 from spvit.train.data import Images
-from spvit.train.figures import figures_of
 from spvit.train.loop import Phase, Run, run_phase
 from spvit.train.processes import by_the_first, processes, summed
 from spvit.train.run_folder import RunFolder
@@ -82,15 +81,14 @@ def _batch(run: Run) -> int:
 
 def _best(phase: Phase, run: Run, started: float) -> tuple[float, float]:
     """Return the highest rate that its trial bears, or else the lowest, and how many images a second that took."""
-    [start] = figures_of([phase.model], replace(run.images, validation=_some(run.images)), run.config, run.reference)
     train: Any = run.images.train
     most = phase.config.epochs * (len(train) // (_batch(run) * processes().num_processes))
     with _trials(run.folder) as folder:
 
         def bears(rate: float) -> tuple[bool, float]:
-            gains, end, speed = _trial(phase, run, rate, folder)
+            gains, further, speed = _trial(phase, run, rate, folder)
             steps = min(most, _steps(phase, run, speed, _spent(started)) or most)
-            return gains or (steps >= LONG * STEPS and 1 - end <= BORNE * (1 - start.quality)), speed
+            return gains or (steps >= LONG * STEPS and further <= BORNE), speed
 
         place = FIRST
         borne, speed = bears(RATES[place])
@@ -125,7 +123,10 @@ def _some(images: Images) -> Any:
 
 
 def _trial(phase: Phase, run: Run, rate: float, folder: RunFolder) -> tuple[bool, float, float]:
-    """Return whether some steps of a copy of the model gain, how well it agrees then, and their images a second."""
+    """Return what some steps of a copy of the model do: whether they gain, and how many images a second they took.
+
+    In between, of those that do not: how many times as far from the dense model as the start they end.
+    """
     train: Any = run.images.train
     count = STEPS * _batch(run)
     few = Subset(train, list(islice(cycle(range(len(train))), count)))
@@ -145,12 +146,11 @@ def _trial(phase: Phase, run: Run, rate: float, folder: RunFolder) -> tuple[bool
     except RunStoppedError:
         raise
     except RunError:  # too high a rate overflows; whatever else fails here fails again where the phase is trained
-        return False, -math.inf, 0.0
+        return False, math.inf, 0.0
     # The first process has written these.
-    best, last, end = (
-        folder.best(tried.name)[0],
-        *(folder.recorded(tried.name, event) for event in ("step", "evaluation")),
-    )
-    figures = best["gained"] > 0, last["images_per_s"] if last else 0.0, end["agreement"] if end else 0.0
-    gains, speed, ends = summed(*figures)
-    return gains > 0, ends / processes().num_processes, speed
+    last, end = (folder.recorded(tried.name, event) for event in ("step", "evaluation"))
+    best = folder.best(tried.name)[0]  # the start, where nothing gains
+    missed = 1 - best["accuracy"]
+    further = (1 - end["agreement"]) / missed if end and missed > 0 else math.inf
+    gains, speed = summed(best["gained"] > 0, last["images_per_s"] if last else 0.0)
+    return gains > 0, further, speed
